@@ -1,0 +1,123 @@
+// sparse_kernels._cpp: the CPU kernels for Python. Tensors come as addresses, so that one build
+// serves every PyTorch; sparse_kernels/cpp_backend.py checks them before they come here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "cpu/compact.h"
+#include "cpu/gather.h"
+#include "cpu/instruction_set.h"
+#include "cpu/parallel.h"
+#include "cpu/row_stats.h"
+
+namespace py = pybind11;
+namespace sk = sparse_kernels;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+sk::RowStatsArgs stats_args(Address logits, int dtype, int64_t rows, int64_t classes,
+                            int64_t row_stride, Address targets, bool targets_are_int32,
+                            int64_t ignore_index, double temperature,
+                            const std::array<Address, sk::kStatistics>& outputs) {
+  sk::RowStatsArgs args{};
+  args.logits = at<void>(logits);
+  args.dtype = sk::DType(dtype);
+  args.rows = rows;
+  args.classes = classes;
+  args.row_stride = row_stride;
+  args.targets = at<void>(targets);
+  args.targets_are_int32 = targets_are_int32;
+  args.ignore_index = ignore_index;
+  args.inverse_temperature = float(1.0 / temperature);
+  for (int k = 0; k < sk::kStatistics; ++k) args.outputs[k] = at<float>(outputs[k]);
+  return args;
+}
+
+// Returns the lowest row with a bad target, or -1.
+int64_t run(const sk::RowStatsArgs& args, int32_t* invalid) {
+  py::gil_scoped_release unlocked;
+  const sk::RowStatsResult result = sk::row_stats(args);
+  if (invalid) *invalid = int32_t(result.invalid);
+  return result.bad_target_row;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpp, m) {
+  m.doc() = "CPU kernels of sparse_kernels; called by sparse_kernels.cpp_backend alone.";
+
+  m.def("row_stats",
+        [](Address logits, int dtype, int64_t rows, int64_t classes, int64_t row_stride,
+           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
+           const std::array<Address, sk::kStatistics>& outputs) {
+          return run(stats_args(logits, dtype, rows, classes, row_stride, targets,
+                                targets_are_int32, ignore_index, temperature, outputs),
+                     nullptr);
+        });
+
+  m.def("gate_rows",
+        [](Address logits, int dtype, int64_t rows, int64_t classes, int64_t row_stride,
+           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
+           const std::array<Address, sk::kStatistics>& outputs, Address mask, Address significance,
+           Address weight, Address offset, const std::array<float, sk::kStatistics>& weights,
+           Address threshold, double gate_temperature, double p_min, uint64_t seed, uint64_t step,
+           Address invalid) {
+          sk::RowStatsArgs args =
+              stats_args(logits, dtype, rows, classes, row_stride, targets, targets_are_int32,
+                         ignore_index, temperature, outputs);
+          args.mask = at<uint8_t>(mask);
+          args.significance = at<float>(significance);
+          args.weight = at<float>(weight);
+          args.offset = at<float>(offset);
+          for (int k = 0; k < sk::kStatistics; ++k) args.weights[k] = weights[k];
+          args.threshold = *at<float>(threshold);
+          args.gate_temperature = float(gate_temperature);
+          args.p_min = float(p_min);
+          args.seed = seed;
+          args.step = step;
+          return run(args, at<int32_t>(invalid));
+        });
+
+  m.def("count_flags",
+        [](Address mask, int64_t rows) { return sk::count_flags(at<uint8_t>(mask), rows); });
+
+  m.def("compact", [](Address mask, Address weight_in, int64_t rows, int64_t capacity,
+                      Address index, Address weight, Address count, Address overflow) {
+    const int64_t total = sk::compact(at<uint8_t>(mask), at<float>(weight_in), rows, capacity,
+                                      at<int64_t>(index), at<float>(weight));
+    const int64_t kept = total < capacity ? total : capacity;
+    *at<int32_t>(count) = int32_t(kept);
+    *at<int32_t>(overflow) = int32_t(total - kept);
+  });
+
+  m.def("gather_rows", [](Address in, int64_t in_rows, int64_t row_bytes, Address index,
+                          int64_t count, Address out) {
+    py::gil_scoped_release unlocked;
+    return sk::gather_rows(at<void>(in), in_rows, row_bytes, at<int64_t>(index), count,
+                           at<void>(out));
+  });
+
+  m.def("instruction_set", [] { return sk::name_of(sk::instruction_set()); });
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (auto value : sk::available_instruction_sets()) names.push_back(sk::name_of(value));
+    return names;
+  });
+  m.def("set_instruction_set", [](const std::string& name) {
+    sk::set_instruction_set(sk::instruction_set_from_name(name));
+  });
+  m.def("max_threads", &sk::max_threads);
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+}

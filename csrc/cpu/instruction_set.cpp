@@ -1,0 +1,71 @@
+#include "instruction_set.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace sparse_kernels {
+namespace {
+
+bool processor_has(InstructionSet value) {
+#if defined(SPARSE_KERNELS_X86)
+  __builtin_cpu_init();
+  switch (value) {
+    case InstructionSet::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case InstructionSet::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    default:
+      return true;
+  }
+#else
+  return value == InstructionSet::kPortable;
+#endif
+}
+
+InstructionSet widest() { return available_instruction_sets().back(); }
+
+std::atomic<InstructionSet>& current() {
+  static std::atomic<InstructionSet> value{widest()};
+  return value;
+}
+
+}  // namespace
+
+std::vector<InstructionSet> available_instruction_sets() {
+  std::vector<InstructionSet> found;
+  for (InstructionSet value :
+       {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512})
+    if (processor_has(value)) found.push_back(value);
+  return found;
+}
+
+InstructionSet instruction_set() { return current().load(std::memory_order_relaxed); }
+
+void set_instruction_set(InstructionSet value) {
+  if (!processor_has(value))
+    throw std::invalid_argument(std::string("this processor or build has no ") + name_of(value));
+  current().store(value, std::memory_order_relaxed);
+}
+
+const char* name_of(InstructionSet value) {
+  switch (value) {
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+InstructionSet instruction_set_from_name(const std::string& name) {
+  for (InstructionSet value :
+       {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512})
+    if (name == name_of(value)) return value;
+  throw std::invalid_argument("unknown instruction set '" + name +
+                              "'; known: portable, avx2, avx512");
+}
+
+}  // namespace sparse_kernels

@@ -1,0 +1,26 @@
+// Philox4x32-10 (Salmon et al., SC 2011): the same numbers as sparse_kernels/philox.py.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_kernels {
+
+// In [0, 1), a multiple of 2^-24, from (seed, step, row) alone.
+inline float philox_uniform(uint64_t seed, uint64_t step, uint64_t row) {
+  uint32_t c0 = uint32_t(row), c1 = uint32_t(row >> 32), c2 = uint32_t(step),
+           c3 = uint32_t(step >> 32);
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(0xD2511F53) * c0;
+    const uint64_t p1 = uint64_t(0xCD9E8D57) * c2;
+    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(p1);
+    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(p0);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return float(c0 >> 8) * 0x1p-24f;
+}
+
+}  // namespace sparse_kernels

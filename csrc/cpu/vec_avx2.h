@@ -1,0 +1,66 @@
+// Eight floats in AVX2 with FMA and F16C. vec_portable.h says what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar_types.h"
+
+namespace sparse_kernels {
+namespace avx2 {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  static constexpr int kUnroll = 2;  // 16 registers: two sets of three sums, and the constants
+  __m256 v;
+};
+
+inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const BFloat16* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+}
+inline Vec load(const Float16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
+}
+
+inline float reduce_add(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduce_max(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+template <class Polynomial>
+inline Vec scale_by_power(Vec t, Polynomial polynomial) {
+  const __m256i n = _mm256_cvtps_epi32(t.v);  // NaN gives 2^31, which the shift drops
+  const Vec p = polynomial(t - Vec{_mm256_cvtepi32_ps(n)});
+  return {_mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(n, 23)))};
+}
+
+inline void split_exponent(Vec x, Vec& m, Vec& k) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  m = {_mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)))};
+  k = {_mm256_cvtepi32_ps(e)};
+}
+
+}  // namespace avx2
+}  // namespace sparse_kernels

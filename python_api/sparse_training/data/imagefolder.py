@@ -1,0 +1,132 @@
+"""A data set of one's own: a folder of images for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from sparse_training.data.types import ImageData, Split, missing_set
+from sparse_training.errors import UserError
+
+SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+DEFAULT_SIZE = 32
+DEEP_MODES = ("I", "F")  # beginnings of Pillow's modes with more than 8 bits, such as I;16
+
+
+def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
+    """Reads root/train/<class>/*.png (or .jpg, ...) and root/test/... or else root/val/...
+
+    The classes are the folders in train, sorted by name; the rows are sorted by class and file
+    name. Images become RGB and are stretched to one size with antialiasing. Folders and files
+    whose names begin with a dot, and files that are not named like images, are passed over.
+
+    Args:
+        roots: the places to search, in order.
+        size: height and width in pixels; None keeps the images' own size if they all share one,
+            and otherwise means 32.
+
+    Raises:
+        UserError: no such folders, no Pillow, or an image that cannot be read.
+    """
+    if size is not None and size < 1:
+        raise UserError(f"size must be at least 1 pixel, got {size}")
+    root = _find(roots)
+    held_out = root / "test" if (root / "test").is_dir() else root / "val"
+    classes = _subfolders(root / "train")
+    if len(classes) < 2:
+        raise UserError(f"{root / 'train'}: at least 2 class folders wanted, got {len(classes)}")
+    if unknown := sorted(set(_subfolders(held_out)) - set(classes)):
+        raise UserError(f"{held_out / unknown[0]}: no such class in {root / 'train'}")
+
+    pillow = _pillow()
+    train, test = (_files(folder, classes) for folder in (root / "train", held_out))
+    width, height = (size, size) if size is not None else _common_size(pillow, train + test)
+    return ImageData.from_splits(
+        "imagefolder",
+        _read_split(pillow, train, width, height),
+        _read_split(pillow, test, width, height),
+        classes=classes,
+        source=f"images in {root}",
+    )
+
+
+def _find(roots: Sequence[Path]) -> Path:
+    for root in roots:
+        if (root / "train").is_dir() and any((root / name).is_dir() for name in ("test", "val")):
+            return root
+    raise missing_set(
+        "imagefolder",
+        "train/<class>/*.png and test/<class>/*.png (or val)",
+        roots,
+        "arrange images of your own so",
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    """Each image's path and label."""
+    files = [
+        (path, label)
+        for label, name in enumerate(classes)
+        if (folder / name).is_dir()
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    ]
+    if not files:
+        raise UserError(f"{folder}: no images in its class folders")
+    return files
+
+
+def _pillow() -> ModuleType:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError("data set imagefolder needs Pillow: pip install pillow") from error
+    return Image
+
+
+def _common_size(pillow: ModuleType, files: Sequence[tuple[Path, int]]) -> tuple[int, int]:
+    """(width, height) of all the images, from their headers; the default size if they differ."""
+    sizes = {_read_size(pillow, path) for path, _ in files}
+    return sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
+
+
+def _read_size(pillow: ModuleType, path: Path) -> tuple[int, int]:
+    """(width, height)."""
+    try:
+        with pillow.open(path) as image:
+            width, height = image.size
+    except Exception as error:  # decoders raise many types on corrupt files
+        raise _unreadable(path, error) from error
+    return width, height
+
+
+def _read_split(pillow: ModuleType, files: Sequence[tuple[Path, int]], width: int, height: int) -> Split:
+    images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+    for target, (path, _) in zip(images, files, strict=True):
+        target.copy_(_read_image(pillow, path, width, height))
+    return Split(images, torch.tensor([label for _, label in files]))
+
+
+def _read_image(pillow: ModuleType, path: Path, width: int, height: int) -> torch.Tensor:
+    """uint8 [3, height, width]."""
+    try:
+        with pillow.open(path) as image:
+            mode = image.mode
+            rgb = image.convert("RGB").resize((width, height), pillow.Resampling.BILINEAR)
+    except Exception as error:  # decoders raise many types on corrupt files
+        raise _unreadable(path, error) from error
+    if mode.startswith(DEEP_MODES):  # made RGB by clipping at 255, so most images turn white
+        raise UserError(f"{path}: 8 bits a channel wanted, got Pillow mode {mode}")
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not an image that Pillow can read: {error}")

@@ -1,0 +1,26 @@
+"""Per-row statistics, gating and compaction for training on selected rows.
+
+    stats = row_stats(logits, targets, outputs=("loss", "entropy"))
+    gated = gate_rows(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3})
+    kept = compact(gated.mask).take((inputs, targets))
+"""
+
+from sparse_kernels._version import __version__
+from sparse_kernels.backends import BackendUnavailable, backend_info
+from sparse_kernels.ops import compact, gate_rows, gather_rows, row_stats, scatter_rows
+from sparse_kernels.types import STATISTICS, GatedRows, RowStats, Selection
+
+__all__ = [
+    "STATISTICS",
+    "BackendUnavailable",
+    "GatedRows",
+    "RowStats",
+    "Selection",
+    "__version__",
+    "backend_info",
+    "compact",
+    "gate_rows",
+    "gather_rows",
+    "row_stats",
+    "scatter_rows",
+]

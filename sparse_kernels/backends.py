@@ -1,0 +1,96 @@
+"""Which backend serves a call.
+
+Each operation has an ordered list of backends. A backend is a module-like object with, for each
+operation that it has, ``refuse_<op>(call) -> str | None`` (why it cannot serve this call) and
+``<op>(call)``. Chosen by name, a backend that cannot serve raises with its reason; chosen
+by default, the next one is tried, and the reason is logged once.
+
+Environment: SPARSE_KERNELS_BACKEND names the backend for every operation, as ``backend=`` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from sparse_kernels import cpp_backend, reference
+
+logger = logging.getLogger("sparse_kernels")
+
+BACKENDS: dict[str, Any] = {"cpp": cpp_backend, "torch": reference}
+# The compiled extension first, the reference last: it serves everything.
+ORDER: dict[str, tuple[str, ...]] = {
+    op: ("cpp", "torch") for op in ("row_stats", "gate_rows", "compact", "gather_rows", "scatter_rows")
+}
+_logged: set[str] = set()
+
+
+class BackendUnavailable(ValueError):
+    """The backend asked for by name cannot serve this call; the message says why."""
+
+
+def dispatch(op: str, call: Any, name: str | None) -> Any:
+    """Serve ``call`` with the backend named, or else the first in order that can."""
+    name = name or os.environ.get("SPARSE_KERNELS_BACKEND") or None
+    if name is None:
+        for candidate in ORDER[op]:
+            backend = BACKENDS[candidate]
+            reason = _refusal(op, backend)(call)
+            if reason is None:
+                return getattr(backend, op)(call)
+            _log_once(f"{op}: {candidate} not used: {reason}")
+        raise AssertionError(f"no backend serves {op}")  # the reference never refuses
+    if name not in BACKENDS:
+        raise BackendUnavailable(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    if name not in ORDER[op]:
+        raise BackendUnavailable(f"backend {name!r} has no {op}; it is served by: {', '.join(ORDER[op])}")
+    reason = _refusal(op, BACKENDS[name])(call)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {name!r} cannot serve this {op}: {reason}")
+    return getattr(BACKENDS[name], op)(call)
+
+
+def _refusal(op: str, backend: Any) -> Callable[[Any], str | None]:
+    return getattr(backend, f"refuse_{op}")
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.info(message)
+
+
+class BackendInfo(dict[str, dict[str, Any]]):
+    """``{op: {"active": name, "detail": text, "others": {name: why not}}}``; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = []
+        for op, entry in self.items():
+            detail = f" ({entry['detail']})" if entry["detail"] else ""
+            lines.append(f"{op:13} {entry['active']}{detail}")
+            lines += [f"{'':13}   not {name}: {why}" for name, why in entry["others"].items()]
+        return "\n".join(lines)
+
+
+def backend_info() -> BackendInfo:
+    """What serves each operation for plain CPU tensors, and why the others do not."""
+    forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
+    info = BackendInfo()
+    for op, order in ORDER.items():
+        others: dict[str, str] = {}
+        active = ""
+        for name in order:
+            reason = BACKENDS[name].unavailable()
+            if reason is None and forced not in (None, name):
+                reason = f"SPARSE_KERNELS_BACKEND={forced}"
+            if reason is None and active:
+                reason = f"{active} comes first"
+            if reason is None:
+                active = name
+            else:
+                others[name] = reason
+        detail = BACKENDS[active].detail() if active else ""
+        info[op] = {"active": active or "none", "detail": detail, "others": others}
+    return info

@@ -1,0 +1,180 @@
+"""A checked request to an operation: what the public functions build and the backends serve.
+
+Checks cost host time only: shapes, dtypes and devices, never values on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparse_kernels.types import STATISTICS, Selection
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STATISTICS = frozenset(STATISTICS)
+_WEIGHABLE = _STATISTICS - {"argmax"}
+
+
+@dataclass(slots=True)
+class StatsCall:
+    """A ``row_stats`` request."""
+
+    logits: Tensor  # [..., classes, ...], floating
+    targets: Tensor  # int64 or int32, logits' shape without ``dim``
+    outputs: Collection[str]
+    dim: int
+    temperature: float
+    softcap: float
+    label_smoothing: float
+    ignore_index: int
+
+    def __post_init__(self) -> None:
+        logits, targets = self.logits, self.targets
+        if logits.dtype not in FLOATING:
+            raise TypeError(f"logits are {logits.dtype}; wanted float32, bfloat16, float16 or float64")
+        if targets.dtype is not torch.int64 and targets.dtype is not torch.int32:
+            raise TypeError(f"targets are {targets.dtype}; wanted int64 or int32 class indices")
+        ndim = logits.dim()
+        if ndim == 0 or not -ndim <= self.dim < ndim:
+            raise ValueError(f"dim={self.dim} is not a dimension of logits of shape {tuple(logits.shape)}")
+        shape = logits.shape
+        if self.dim in (-1, ndim - 1):
+            self.dim = -1
+            rows = shape[:-1]
+        else:
+            self.dim %= ndim
+            rows = shape[: self.dim] + shape[self.dim + 1 :]
+        if targets.shape != rows:
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)}; logits of shape {tuple(shape)} "
+                f"with classes in dim {self.dim} want {tuple(rows)}"
+            )
+        if targets.device != logits.device:
+            raise ValueError(f"targets are on {targets.device}, logits on {logits.device}")
+        if shape[self.dim] == 0:
+            raise ValueError(f"logits of shape {tuple(shape)} have no classes in dim {self.dim}")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature={self.temperature}; wanted a value above 0")
+        if not self.softcap >= 0.0:
+            raise ValueError(f"softcap={self.softcap}; wanted 0 (none) or above")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing}; wanted a value in [0, 1]")
+        if not _STATISTICS.issuperset(self.outputs):
+            unknown = sorted(set(self.outputs) - _STATISTICS)
+            raise ValueError(f"unknown outputs {unknown}; known: {', '.join(STATISTICS)}")
+
+    @property
+    def classes(self) -> int:
+        return self.logits.shape[self.dim]
+
+    def raise_bad_target(self, row: int) -> NoReturn:
+        """The error for the flat ``row`` of targets whose value is out of range."""
+        value = int(self.targets.flatten()[row])
+        raise ValueError(
+            f"target {value} in row {row} is out of range: wanted 0 to {self.classes - 1}, "
+            f"or ignore_index {self.ignore_index}"
+        )
+
+
+@dataclass(slots=True)
+class GateCall(StatsCall):
+    """A ``gate_rows`` request."""
+
+    threshold: Tensor  # one element, floating, on the logits' device
+    weights: Mapping[str, float]
+    offset: Tensor | None  # targets' shape, floating
+    gate_temperature: float
+    p_min: float
+    seed: int
+    step: int | Tensor
+
+    def __post_init__(self) -> None:
+        # Not super(): slots=True makes a second class, which zero-argument super() does not know.
+        StatsCall.__post_init__(self)
+        device, weights, threshold = self.logits.device, self.weights, self.threshold
+        if threshold.numel() != 1 or not threshold.dtype.is_floating_point:
+            raise ValueError(
+                f"threshold is {threshold.dtype} of shape {tuple(threshold.shape)}; wanted one floating element"
+            )
+        if threshold.device != device:
+            raise ValueError(f"threshold is on {threshold.device}, logits on {device}")
+        if not weights or not _WEIGHABLE.issuperset(weights):
+            known = ", ".join(s for s in STATISTICS if s in _WEIGHABLE)
+            raise ValueError(f"weights are for {sorted(weights)}; wanted one or more of: {known}")
+        offset = self.offset
+        if offset is not None:
+            if offset.shape != self.targets.shape or not offset.dtype.is_floating_point:
+                raise ValueError(
+                    f"offset is {offset.dtype} of shape {tuple(offset.shape)}; "
+                    f"wanted a floating tensor of shape {tuple(self.targets.shape)}"
+                )
+            if offset.device != device:
+                raise ValueError(f"offset is on {offset.device}, logits on {device}")
+        if not self.gate_temperature >= 0.0:
+            raise ValueError(f"gate_temperature={self.gate_temperature}; wanted 0 (a threshold) or above")
+        if not 0.0 <= self.p_min <= 1.0:
+            raise ValueError(f"p_min={self.p_min}; wanted a probability in [0, 1]")
+
+
+@dataclass(slots=True)
+class CompactCall:
+    """A ``compact`` request."""
+
+    mask: Tensor  # bool [rows]
+    weight: Tensor | None  # floating [rows]
+    capacity: int | None
+
+    def __post_init__(self) -> None:
+        mask, weight, capacity = self.mask, self.weight, self.capacity
+        if mask.dtype is not torch.bool or mask.dim() != 1:
+            raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; wanted bool of shape [rows]")
+        if weight is not None:
+            if weight.shape != mask.shape or weight.dtype is not torch.float32:
+                raise ValueError(
+                    f"weight is {weight.dtype} of shape {tuple(weight.shape)}; wanted float32 of shape {tuple(mask.shape)}"
+                )
+            if weight.device != mask.device:
+                raise ValueError(f"weight is on {weight.device}, mask on {mask.device}")
+        if capacity is not None and not (isinstance(capacity, int) and 0 <= capacity <= 2**31 - 1):
+            raise ValueError(f"capacity={capacity!r}; wanted None or an int in [0, 2^31)")
+
+
+@dataclass(slots=True)
+class TreeCall:
+    """A ``gather_rows`` or ``scatter_rows`` request; ``rows`` is what dim 0 of every tensor must be."""
+
+    tree: Any
+    selection: Selection
+    rows: int
+    tensors: list[Tensor] = field(init=False)  # of the tree, in its order
+    _leaves: list[Any] = field(init=False)
+    _spec: pytree.TreeSpec | None = field(init=False)  # None: the tree is one tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tree, Tensor):  # most calls; a flatten would cost more than the gather
+            self.tensors, self._spec = [self.tree], None
+        else:
+            self._leaves, self._spec = pytree.tree_flatten(self.tree)
+            self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        device = self.selection.index.device
+        for tensor in self.tensors:
+            if tensor.dim() == 0 or tensor.shape[0] != self.rows:
+                raise ValueError(
+                    f"a tensor of shape {tuple(tensor.shape)} does not fit the selection: "
+                    f"it wants {self.rows} rows in dim 0"
+                )
+            if tensor.device != device:
+                raise ValueError(f"a tensor is on {tensor.device}, the selection on {device}")
+
+    def rebuild(self, tensors: list[Tensor]) -> Any:
+        """The tree with its tensors replaced, in order; what is not a tensor stays."""
+        if self._spec is None:
+            return tensors[0]
+        replaced = iter(tensors)
+        leaves = [next(replaced) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return pytree.tree_unflatten(leaves, self._spec)

@@ -1,0 +1,272 @@
+"""The compiled extension as a backend: C++ on CPU tensors, handed over as addresses.
+
+Environment: SPARSE_KERNELS_CPU=portable|avx2|avx512 forces an instruction set (for tests and
+comparisons); without it the widest that the processor has is used.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_kernels import reference
+from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels.types import GatedRows, RowStats, Selection
+
+# The order of csrc/cpu/row_stats.h's Statistic.
+SERVED = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "logsumexp")
+DIFFERENTIABLE = ("loss", "entropy")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SERVED = frozenset(SERVED)
+
+_missing: str | None = None
+try:
+    from sparse_kernels import _cpp  # type: ignore[attr-defined,unused-ignore]
+
+    if os.environ.get("SPARSE_KERNELS_CPU"):
+        _cpp.set_instruction_set(os.environ["SPARSE_KERNELS_CPU"])
+except ImportError as error:
+    try:
+        from sparse_kernels._build_info import CPP_MISSING
+
+        _missing = f"not built: {CPP_MISSING}" if CPP_MISSING else f"does not load: {error}"
+        warnings.warn(
+            f"sparse_kernels: the C++ backend is {_missing}; the slower PyTorch reference serves. "
+            "Install a C++ compiler and reinstall, or set SPARSE_KERNELS_BUILD=none to mean it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    except ImportError:
+        _missing = "not built (SPARSE_KERNELS_BUILD=none)"
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used at all, or None."""
+    return _missing
+
+
+def detail() -> str:
+    """The instruction set in use, and the threads."""
+    return f"{_cpp.instruction_set()}, {_cpp.max_threads()} threads"
+
+
+def _refuse_tensor(tensor: Tensor) -> str | None:
+    if _missing is not None:
+        return _missing
+    if torch.compiler.is_compiling():
+        return "being traced; the reference is what can be compiled"
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        return f"a {type(tensor).__name__} has no address"
+    if not tensor.is_cpu:
+        return f"tensors are on {tensor.device}, it serves cpu"
+    return None
+
+
+def refuse_row_stats(call: StatsCall) -> str | None:
+    """Why this call is not served, or None."""
+    logits = call.logits
+    reason = _refuse_tensor(logits)
+    if reason is not None:
+        return reason
+    if logits.dtype not in _DTYPES:
+        return f"logits are {logits.dtype}; it serves float32, bfloat16 and float16"
+    if call.dim != -1:
+        return f"classes are in dim {call.dim}, it serves the last"
+    if not (logits.is_contiguous() or (logits.dim() == 2 and logits.stride(1) == 1)):
+        return f"logits of strides {logits.stride()} are not contiguous rows"
+    if call.softcap or call.label_smoothing:
+        return "softcap and label_smoothing are not served"
+    if not _SERVED.issuperset(call.outputs):
+        return f"does not serve {', '.join(sorted(set(call.outputs) - _SERVED))}"
+    return None
+
+
+def refuse_gate_rows(call: GateCall) -> str | None:
+    """Why this call is not served, or None."""
+    reason = refuse_row_stats(call)
+    if reason is None and not _SERVED.issuperset(call.weights):
+        reason = f"does not serve {', '.join(sorted(set(call.weights) - _SERVED))}"
+    return reason
+
+
+def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
+    logits = call.logits
+    classes = logits.size(-1)
+    return (
+        logits.data_ptr(),
+        _DTYPES[logits.dtype],
+        targets.numel(),
+        classes,
+        logits.stride(0) if logits.dim() == 2 else classes,
+        targets.data_ptr(),
+        targets.dtype is torch.int32,
+        call.ignore_index,
+        call.temperature,
+    )
+
+
+def _allocate(call: StatsCall) -> dict[str, Tensor]:
+    return {name: torch.empty(call.targets.shape) for name in call.outputs}
+
+
+def _addresses(found: dict[str, Tensor]) -> list[int]:
+    return [found[name].data_ptr() if name in found else 0 for name in SERVED]
+
+
+def row_stats(call: StatsCall) -> RowStats:
+    """See ``sparse_kernels.row_stats``."""
+    if call.logits.requires_grad and torch.is_grad_enabled() and not set(DIFFERENTIABLE).isdisjoint(call.outputs):
+        names = tuple(dict.fromkeys(call.outputs))
+        return RowStats(**dict(zip(names, _RowStatsFunction.apply(call.logits, call, names), strict=True)))
+    return RowStats(**_forward(call))
+
+
+def _forward(call: StatsCall) -> dict[str, Tensor]:
+    found = _allocate(call)
+    targets = call.targets.contiguous()
+    bad_row = _cpp.row_stats(*_inputs(call, targets), _addresses(found))
+    if bad_row >= 0:
+        call.raise_bad_target(bad_row)
+    return found
+
+
+class _RowStatsFunction(torch.autograd.Function):
+    """Forward in C++; the gradient of loss and entropy from the saved logsumexp and entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: StatsCall, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        saved = StatsCall(
+            logits.detach(), call.targets, {*names, "logsumexp", "entropy"}, -1, call.temperature, 0.0, 0.0,
+            call.ignore_index,
+        )  # fmt: skip
+        found = _forward(saved)
+        ctx.call, ctx.names = saved, names
+        ctx.save_for_backward(logits, found["logsumexp"], found["entropy"])
+        ctx.mark_non_differentiable(*(found[name] for name in names if name not in DIFFERENTIABLE))
+        return tuple(found[name] for name in names)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits, logsumexp, entropy = ctx.saved_tensors
+        given = dict(zip(ctx.names, gradients, strict=True))
+        gradient = reference.row_stats_backward(
+            logits, ctx.call, logsumexp, entropy, given.get("loss"), given.get("entropy")
+        )
+        return gradient, None, None
+
+
+def gate_rows(call: GateCall) -> GatedRows:
+    """See ``sparse_kernels.gate_rows``."""
+    targets = call.targets.contiguous()
+    shape = targets.shape
+    threshold = call.threshold if call.threshold.dtype is torch.float32 else call.threshold.float()
+    offset = None if call.offset is None else call.offset.float().contiguous()
+    mask = torch.empty(shape, dtype=torch.bool)
+    significance = torch.empty(shape)
+    weight = torch.empty(shape) if call.gate_temperature else None
+    invalid = torch.empty((), dtype=torch.int32)
+    found = _allocate(call)
+    bad_row = _cpp.gate_rows(
+        *_inputs(call, targets),
+        _addresses(found),
+        mask.data_ptr(),
+        significance.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if offset is None else offset.data_ptr(),
+        [call.weights.get(name, 0.0) for name in SERVED],
+        threshold.data_ptr(),
+        call.gate_temperature,
+        call.p_min,
+        call.seed & 0xFFFFFFFFFFFFFFFF,
+        int(call.step) & 0xFFFFFFFFFFFFFFFF if weight is not None else 0,
+        invalid.data_ptr(),
+    )
+    if bad_row >= 0:
+        call.raise_bad_target(bad_row)
+    return GatedRows(mask, significance, weight, RowStats(**found), invalid)
+
+
+def refuse_compact(call: CompactCall) -> str | None:
+    """Why this call is not served, or None."""
+    return _refuse_tensor(call.mask)
+
+
+def compact(call: CompactCall) -> Selection:
+    """See ``sparse_kernels.compact``."""
+    mask = call.mask.contiguous()
+    weight_in = None if call.weight is None else call.weight.detach().contiguous()
+    rows = mask.numel()
+    slots = call.capacity
+    if slots is None:
+        slots = _cpp.count_flags(mask.data_ptr(), rows)
+    index = torch.empty(slots, dtype=torch.int64)
+    weight = torch.empty(slots)
+    count = torch.empty((), dtype=torch.int32)
+    overflow = torch.empty((), dtype=torch.int32)
+    _cpp.compact(
+        mask.data_ptr(),
+        0 if weight_in is None else weight_in.data_ptr(),
+        rows,
+        slots,
+        index.data_ptr(),
+        weight.data_ptr(),
+        count.data_ptr(),
+        overflow.data_ptr(),
+    )
+    return Selection(index, weight, count, overflow, rows)
+
+
+def refuse_gather_rows(call: TreeCall) -> str | None:
+    """Why this call is not served, or None."""
+    return _refuse_tensor(call.selection.index)
+
+
+def refuse_scatter_rows(call: TreeCall) -> str | None:
+    """Why this call is not served: not yet."""
+    return "it has no scatter; the reference's index_copy serves"
+
+
+def gather_rows(call: TreeCall) -> Any:
+    """See ``sparse_kernels.gather_rows``."""
+    return call.rebuild([_take(tensor, call.selection) for tensor in call.tensors])
+
+
+def _take(tensor: Tensor, selection: Selection) -> Tensor:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return _GatherFunction.apply(tensor, selection)  # type: ignore[no-any-return]
+    return _gather(tensor, selection)
+
+
+def _gather(tensor: Tensor, selection: Selection) -> Tensor:
+    rows = selection.index.numel()
+    packed = tensor.is_contiguous()
+    channels_last = not packed and tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    if selection.size == 0 or not (packed or channels_last) or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return reference.gather_tensor(tensor, selection)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, memory_format=memory_format)
+    row_bytes = tensor.element_size() * (tensor.numel() // selection.size)
+    index = selection.index.contiguous()
+    bad = _cpp.gather_rows(tensor.data_ptr(), selection.size, row_bytes, index.data_ptr(), rows, out.data_ptr())
+    if bad >= 0:
+        raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {selection.size} rows")
+    return out
+
+
+class _GatherFunction(torch.autograd.Function):
+    """Gather in C++; the backward scatters, and padding adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, selection: Selection) -> Tensor:
+        ctx.selection = selection
+        return _gather(tensor.detach(), selection)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return reference.scatter_tensor(gradient, ctx.selection), None

@@ -1,0 +1,46 @@
+"""Philox4x32-10, the counter-based generator of the stochastic gate, in plain tensor arithmetic.
+
+The number drawn for a row depends on (seed, step, row) alone: not on the backend, the batch's
+size, the device or what was drawn before. Source: Salmon et al., "Parallel Random Numbers: As
+Easy as 1, 2, 3", SC 2011. The arithmetic is int64 on 16-bit halves because neither PyTorch on
+every device nor XLA has an unsigned 32x32 -> 64 bit product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def _high_low(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * m for a in [0, 2^32), without a product of 2^63 or more."""
+    low16 = (a & 0xFFFF) * m
+    high16 = (a >> 16) * m
+    high = (high16 + (low16 >> 16)) >> 16
+    low = (low16 + ((high16 & 0xFFFF) << 16)) & _MASK
+    return high, low
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+    """Four int64 tensors of values in [0, 2^32) for four counter words (int64 in [0, 2^32))."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        h0, l0 = _high_low(c0, _MULTIPLIERS[0])
+        h1, l1 = _high_low(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(rows: int, *, seed: int, step: int | Tensor, device: torch.device) -> Tensor:
+    """float32 [rows] in [0, 1), multiples of 2^-24: row i's number for this seed and step."""
+    row = torch.arange(rows, dtype=torch.int64, device=device)
+    step = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(())
+    high = torch.zeros_like(row)
+    first = philox((row & _MASK, row >> 32, high + (step & _MASK), high + ((step >> 32) & _MASK)), seed)[0]
+    return (first >> 8).to(torch.float32) * 2.0**-24

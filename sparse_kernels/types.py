@@ -1,0 +1,66 @@
+"""What the operations return: plain named tuples, so every field is a tensor and every result is a pytree."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+STATISTICS = (
+    "loss",
+    "entropy",
+    "grad_norm",
+    "sum_squares",
+    "max_prob",
+    "margin",
+    "argmax",
+    "logsumexp",
+)
+
+
+class RowStats(NamedTuple):
+    """Per-row statistics; a field is None where it was not asked for.
+
+    Each field has the logits' shape without the class dimension; float32 (float64 for float64
+    logits), ``argmax`` int64. With p = softmax(z) and y the target:
+    """
+
+    loss: Tensor | None = None  # -log p[y], nats
+    entropy: Tensor | None = None  # -sum p log p, nats
+    grad_norm: Tensor | None = None  # ||p - onehot(y)||_2 (EL2N)
+    sum_squares: Tensor | None = None  # sum p^2
+    max_prob: Tensor | None = None  # max p
+    margin: Tensor | None = None  # largest p - second largest p; 1 where there is one class
+    argmax: Tensor | None = None  # lowest index of the largest logit; -1 for an invalid row
+    logsumexp: Tensor | None = None  # log sum exp z
+
+
+class GatedRows(NamedTuple):
+    """What ``gate_rows`` decided; every per-row field has the logits' shape without the class dimension."""
+
+    mask: Tensor  # bool: this row is kept
+    significance: Tensor  # sum_k w_k * stat_k + offset; 0 for an ignored row, NaN for an invalid one
+    weight: Tensor | None  # 1/p for a kept row, else 0; None when the decision is a plain threshold
+    stats: RowStats  # the statistics asked for
+    invalid: Tensor  # int32, 0-d: rows with NaN, +inf or nothing but -inf
+
+
+class Selection(NamedTuple):
+    """Packed rows: ``index[:count]`` ascending; what lies behind ``count`` is padding (index 0, weight 0)."""
+
+    index: Tensor  # int64 [capacity or count]
+    weight: Tensor  # float32, same shape
+    count: Tensor  # int32, 0-d, on the device: rows kept
+    overflow: Tensor  # int32, 0-d: selected rows that did not fit the capacity
+    size: int  # rows of the batch that the selection was made for
+
+    def take(self, tree: Any) -> Any:
+        """The selected rows of every tensor in ``tree``: see ``gather_rows``."""
+        from sparse_kernels.ops import gather_rows
+
+        return gather_rows(tree, self)
+
+    def valid(self) -> Tensor:
+        """bool, shape of ``index``: False on padding."""
+        return torch.arange(self.index.shape[0], device=self.index.device) < self.count

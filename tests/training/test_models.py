@@ -1,0 +1,154 @@
+"""The models: their sizes, the shapes they take, and what build_model refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_training.errors import UserError
+from sparse_training.models import MODELS, ResidualBlock, build_model
+
+CIFAR = (3, 32, 32)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("cnn-620k", 620_362),
+        ("cnn-2m", 2_193_226),
+        # He et al. give 0.27M without projections; two of these with their BatchNorm add 2,752.
+        ("resnet", 272_474),
+    ],
+)
+def test_parameter_counts(name: str, count: int) -> None:
+    assert parameters(build_model(name, shape=CIFAR, classes=10)) == count
+
+
+@pytest.mark.parametrize("shape", [CIFAR, (1, 28, 28), (1, 8, 8), (3, 11, 40)])
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_and_backward(name: str, shape: tuple[int, int, int]) -> None:
+    model = build_model(name, shape=shape, classes=7)
+    logits = model(torch.randn(2, *shape))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_resnet_takes_large_images() -> None:
+    model = build_model("resnet", shape=(3, 224, 224), classes=5).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 224, 224)).shape == (1, 5)
+
+
+def layers(model: nn.Module) -> list[str]:
+    return [type(module).__name__ for module in model.children()]
+
+
+def test_layers_are_the_originals() -> None:
+    head = ["Flatten", "Linear", "ReLU", "Dropout", "Linear"]
+    conv, pooled = ["Conv2d", "ReLU"], ["Conv2d", "ReLU", "MaxPool2d"]
+    small = build_model("cnn-620k", shape=CIFAR, classes=10)
+    large = build_model("cnn-2m", shape=CIFAR, classes=10)
+    assert layers(small) == pooled * 3 + head
+    assert layers(large) == conv + pooled * 2 + head
+    for model in (small, large):
+        assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5]
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        assert [m.out_channels for m in convolutions] == [32, 64, 128]
+
+
+def test_residual_blocks_start_as_their_shortcuts() -> None:
+    model = build_model("resnet", shape=CIFAR, classes=10)
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    assert len(blocks) == 9
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(blocks[0](x), x.relu())
+
+
+def test_weights_follow_the_seed() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(build_model("resnet", shape=CIFAR, classes=10).parameters())
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "smallest"),
+    [("cnn-620k", (1, 7, 28), "8x8"), ("cnn-2m", (1, 28, 3), "4x4")],
+)
+def test_images_too_small_for_the_pools(name: str, shape: tuple[int, int, int], smallest: str) -> None:
+    with pytest.raises(UserError, match=f"{name}.*{smallest}.*{shape[1]}x{shape[2]}"):
+        build_model(name, shape=shape, classes=10)
+
+
+def test_bad_shape_and_classes() -> None:
+    for shape in [(32, 32), (3, 0, 32), (3, 32, 32, 1)]:
+        with pytest.raises(UserError, match="shape must be"):
+            build_model("resnet", shape=shape, classes=10)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="classes must be at least 2, got 1"):
+        build_model("resnet", shape=CIFAR, classes=1)
+
+
+def test_unknown_name_lists_the_known() -> None:
+    with pytest.raises(UserError, match=r"'vgg'.*cnn-620k, cnn-2m, resnet.*module:factory"):
+        build_model("vgg", shape=CIFAR, classes=10)
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an importable module with factories good and bad."""
+    (tmp_path / "own_factories.py").write_text(
+        "from torch import nn\n"
+        "def linear(*, shape, classes):\n"
+        "    c, h, w = shape\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, classes))\n"
+        "def nothing(shape, classes): pass\n"
+        "def positional(images): pass\n"
+        "def broken(shape, classes): raise TypeError('my own')\n"
+        "number = 5\n"
+    )
+    (tmp_path / "own_broken.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_factories"
+
+
+def test_import_path(own_module: str) -> None:
+    model = build_model(f"{own_module}:linear", shape=(1, 8, 8), classes=3)
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("no_such_module_at_all:f", "cannot import no_such_module_at_all"),
+        ("own_broken:f", "cannot import own_broken: No module named 'no_such_module_at_all'"),
+        ("own_factories:missing", "module own_factories has no 'missing'"),
+        ("own_factories:number", "number must be callable, got int"),
+        ("own_factories:nothing", "must return a torch.nn.Module, got NoneType"),
+        ("own_factories:positional", r"must be callable as positional\(shape=..., classes=...\)"),
+        (":f", "not an import path"),
+        ("own_factories:", "not an import path"),
+        (".own_factories:f", "not an import path"),
+        ("a:b:c", "not an import path"),
+    ],
+)
+@pytest.mark.usefixtures("own_module")
+def test_bad_import_path(path: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        build_model(path, shape=CIFAR, classes=10)
+    assert repr(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_inside_the_factory_is_not_hidden(own_module: str) -> None:
+    with pytest.raises(TypeError, match="my own"):
+        build_model(f"{own_module}:broken", shape=CIFAR, classes=10)
