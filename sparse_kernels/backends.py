@@ -15,6 +15,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sparse_kernels import cpp_backend, reference
 
 logger = logging.getLogger("sparse_kernels")
@@ -57,7 +59,7 @@ def _refusal(op: str, backend: Any) -> Callable[[Any], str | None]:
 
 
 def _log_once(message: str) -> None:
-    if message not in _logged:
+    if message not in _logged and not torch.compiler.is_compiling():  # a trace cannot hold a log call
         _logged.add(message)
         logger.info(message)
 

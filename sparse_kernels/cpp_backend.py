@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparse_kernels import reference
 from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
@@ -136,28 +136,32 @@ def _forward(call: StatsCall) -> dict[str, Tensor]:
 
 
 class _RowStatsFunction(torch.autograd.Function):
-    """Forward in C++; the gradient of loss and entropy from the saved logsumexp and entropy."""
+    """Forward in C++; the gradient of loss and entropy from the saved logits and entropy."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: StatsCall, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         saved = StatsCall(
-            logits.detach(), call.targets, {*names, "logsumexp", "entropy"}, -1, call.temperature, 0.0, 0.0,
+            logits.detach(), call.targets, {*names, "entropy"}, -1, call.temperature, 0.0, 0.0,
             call.ignore_index,
         )  # fmt: skip
         found = _forward(saved)
         ctx.call, ctx.names = saved, names
-        ctx.save_for_backward(logits, found["logsumexp"], found["entropy"])
+        ctx.save_for_backward(logits, found["entropy"])
         ctx.mark_non_differentiable(*(found[name] for name in names if name not in DIFFERENTIABLE))
         return tuple(found[name] for name in names)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        logits, logsumexp, entropy = ctx.saved_tensors
-        given = dict(zip(ctx.names, gradients, strict=True))
-        gradient = reference.row_stats_backward(
-            logits, ctx.call, logsumexp, entropy, given.get("loss"), given.get("entropy")
-        )
+        logits, entropy = ctx.saved_tensors
+        given = {name: g for name, g in zip(ctx.names, gradients, strict=True) if name in DIFFERENTIABLE}
+        if torch.is_grad_enabled():  # create_graph=True: what was saved knows no second derivative
+            stats = reference.row_stats(replace(ctx.call, logits=logits, outputs=given))
+            outputs = [getattr(stats, name) for name in given]
+            (gradient,) = torch.autograd.grad(outputs, logits, list(given.values()), create_graph=True)
+        else:
+            gradient = reference.row_stats_backward(
+                logits, ctx.call, entropy, given.get("loss"), given.get("entropy")
+            )
         return gradient, None, None
 
 

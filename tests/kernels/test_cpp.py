@@ -1,0 +1,257 @@
+"""The C++ backend against the reference, for every instruction set that this processor runs."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+import sparse_kernels as sk
+from sparse_kernels import cpp_backend, reference
+
+OUTPUTS = cpp_backend.SERVED
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Rows: none, one, part of a group of lanes, several groups. Classes: one, both sides of the switch
+# between the two ways through the logits (64), of a block (1,024), no multiple of any lane count.
+SHAPES = [(0, 10), (1, 1), (5, 2), (17, 10), (33, 64), (9, 65), (7, 1000), (3, 1024), (5, 1025), (4, 5003)]
+
+
+def compare(logits, targets, tiny=2e-6, **settings):
+    """The C++ backend's error against float64 is a few roundings of the reference's own in float32."""
+    ours = sk.row_stats(logits, targets, outputs=OUTPUTS, backend="cpp", **settings)
+    exact = sk.row_stats(logits.double(), targets, outputs=OUTPUTS, backend="torch", **settings)
+    same = sk.row_stats(logits, targets, outputs=OUTPUTS, backend="torch", **settings)
+    for name in OUTPUTS:
+        a, b, c = (getattr(s, name).double() for s in (ours, exact, same))
+        finite = b.isfinite()
+        assert torch.equal(a[~finite].isnan(), b[~finite].isnan()), name
+        assert torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()), name
+        error, allowed = (a - b)[finite].abs(), 2 * (c - b)[finite].abs() + tiny * (1 + b[finite].abs()) / 2
+        assert (error <= allowed).all(), f"{name}: {error.max():.3g}, allowed {allowed[error.argmax()]:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_rows(instruction_set, shape, dtype):
+    torch.manual_seed(0)
+    targets = torch.randint(0, shape[1], shape[:1])
+    for scale in (0.1, 1.0, 10.0, 100.0):
+        compare((scale * torch.randn(shape)).to(dtype), targets)
+    compare(torch.zeros(shape, dtype=dtype), targets)
+    compare(torch.randn(shape).to(dtype), targets.int(), temperature=0.6)
+
+
+@pytest.mark.parametrize("classes", [10, 64, 1000, 3001])
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_shifted_rows(instruction_set, classes, shift):
+    torch.manual_seed(1)
+    compare(torch.randn(9, classes) + shift, torch.randint(0, classes, (9,)))
+
+
+@pytest.mark.parametrize("classes", [3, 64, 65, 2500])
+def test_confident_rows(instruction_set, classes):
+    logits = torch.zeros(8, classes)
+    targets = torch.tensor([0, classes - 1] * 4)
+    for row, logit in enumerate((5.0, 20.0, 50.0, 500.0)):
+        logits[2 * row : 2 * row + 2, 0] = logit  # right in the even rows, wrong in the odd
+    compare(logits, targets)
+    ours = sk.row_stats(logits, targets, outputs=OUTPUTS, backend="cpp")
+    exact = sk.row_stats(logits.double(), targets, outputs=OUTPUTS, backend="torch")
+    # Relative accuracy where the class is right and sure, which summing the target in would lose.
+    for name in ("loss", "entropy", "grad_norm"):
+        torch.testing.assert_close(
+            getattr(ours, name)[[0, 2]], getattr(exact, name)[[0, 2]].float(), rtol=2e-6, atol=0, msg=name
+        )
+    assert ours.loss[6] == 0
+    assert ours.entropy[6] == 0
+
+
+@pytest.mark.parametrize("classes", [12, 1000, 3000])
+def test_masked_and_ignored_rows(instruction_set, classes):
+    torch.manual_seed(2)
+    logits, targets = torch.randn(12, classes), torch.randint(0, classes, (12,))
+    logits[0, ::2] = -torch.inf
+    logits[1, : classes - 1] = -torch.inf  # all but one: probability exactly 1, entropy exactly 0
+    targets[1] = classes - 1
+    logits[2, 1:] = -torch.inf
+    targets[2] = 1  # a masked target: the loss is inf
+    targets[3] = targets[8] = -100
+    logits[3] = torch.nan
+    logits[4, : min(classes, 2048) - 1] = -torch.inf  # whole blocks of -inf
+    targets[4] = classes - 1
+    compare(logits, targets)
+    stats = sk.row_stats(logits, targets, outputs=OUTPUTS, backend="cpp")
+    assert stats.entropy[1] == 0
+    assert stats.loss[1] == 0
+    assert stats.loss[2] == torch.inf
+    assert all(getattr(stats, name)[3] == 0 for name in OUTPUTS)
+
+
+@pytest.mark.parametrize("classes", [12, 64, 65, 1000, 3000])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_bad_logit_anywhere_is_never_lost(instruction_set, classes, bad):
+    torch.manual_seed(3)
+    columns = sorted({0, 1, 7, 8, classes // 2, classes - 2, classes - 1} & set(range(classes)))
+    logits = torch.randn(2 * len(columns) + 1, classes)
+    targets = torch.full((logits.shape[0],), 5)
+    for i, column in enumerate(columns):
+        logits[i, column] = bad
+        logits[len(columns) + i, column] = bad
+        targets[len(columns) + i] = column
+    logits[-1] = -torch.inf
+    gated = sk.gate_rows(
+        logits, targets, torch.tensor([-1e30]), weights={"loss": 0.7, "entropy": 0.3}, outputs=OUTPUTS, backend="cpp"
+    )
+    assert gated.significance.isnan().all()
+    assert all(getattr(gated.stats, name).isnan().all() for name in OUTPUTS)
+    assert not gated.mask.any()
+    assert gated.invalid == logits.shape[0]
+
+
+def test_nan_in_a_block_of_masked_logits(instruction_set):
+    logits = torch.full((1, 3000), -torch.inf)
+    logits[0, 100] = torch.nan
+    logits[0, 2500] = 1.0
+    assert sk.row_stats(logits, torch.tensor([2500]), backend="cpp").loss.isnan().all()
+
+
+@pytest.mark.parametrize("gate_temperature", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(100, 10), (300, 100), (20, 3000)])
+def test_gate_is_the_reference_gate(instruction_set, shape, gate_temperature):
+    torch.manual_seed(4)
+    logits, targets = 3 * torch.randn(shape), torch.randint(0, shape[1], shape[:1])
+    targets[::7] = -100
+    settings = {
+        "weights": {"loss": 0.7, "entropy": 0.3, "grad_norm": -0.1, "max_prob": 0.5},
+        "offset": torch.randn(shape[0]),
+        "outputs": ["loss", "max_prob"],
+        "gate_temperature": gate_temperature,
+        "p_min": 0.1,
+        "seed": 2**63 + 12345,
+        "step": torch.tensor(2**33 + 1),
+    }
+    threshold = torch.tensor([5.0])
+    ours = sk.gate_rows(logits, targets, threshold, backend="cpp", **settings)
+    wanted = sk.gate_rows(logits, targets, threshold, backend="torch", **settings)
+    torch.testing.assert_close(ours.significance, wanted.significance, rtol=1e-5, atol=1e-5)
+    near = (wanted.significance - threshold).abs() < 1e-4  # rounding may fall on either side
+    assert torch.equal(ours.mask[~near], wanted.mask[~near])
+    assert not ours.mask[::7].any()
+    assert (ours.significance[::7] == 0).all()
+    assert 0 < ours.mask.sum() < shape[0]
+    assert ours.stats.entropy is None
+    torch.testing.assert_close(ours.stats.loss, wanted.stats.loss)
+    if gate_temperature:
+        torch.testing.assert_close(ours.weight[~near], wanted.weight[~near], rtol=1e-4, atol=1e-5)
+    else:
+        assert ours.weight is None
+
+
+def test_row_stride_and_more_dimensions():
+    logits = torch.randn(6, 40)[:, :30]
+    targets = torch.randint(0, 30, (6,))
+    compare(logits, targets)
+    compare(torch.randn(2, 3, 30), targets.reshape(2, 3))
+    compare(torch.randn(30), torch.tensor(3))
+    compare(torch.randn(6, 30), torch.randint(0, 30, (12,))[::2])
+
+
+@pytest.mark.parametrize("classes", [9, 1200])
+def test_gradient_is_the_reference_gradient(classes):
+    torch.manual_seed(5)
+    base = torch.randn(11, classes)
+    base[2, 3:5] = -torch.inf
+    targets = torch.randint(5, classes, (11,))
+    targets[4] = -100
+    base[4] = torch.nan
+    gradients = []
+    for backend in ("cpp", "torch"):
+        logits = base.clone().requires_grad_()
+        stats = sk.row_stats(logits, targets, outputs=["entropy", "loss", "grad_norm"], temperature=1.5, backend=backend)
+        assert not stats.grad_norm.requires_grad
+        (stats.loss * torch.arange(11.0) + 0.3 * stats.entropy).sum().backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert (gradients[0][4] == 0).all()
+
+
+def test_second_derivative_is_the_reference_second_derivative():
+    torch.manual_seed(6)
+    base, targets, direction = torch.randn(5, 7), torch.tensor([0, 6, 2, -100, 1]), torch.randn(5, 7)
+    results = []
+    for backend in ("cpp", "torch"):
+        logits = base.clone().requires_grad_()
+        stats = sk.row_stats(logits, targets, backend=backend)
+        (gradient,) = torch.autograd.grad((stats.loss + stats.entropy).sum(), logits, create_graph=True)
+        (gradient * direction).sum().backward()
+        results.append(logits.grad)
+    torch.testing.assert_close(*results)
+    assert results[0].abs().sum() > 0
+
+
+def test_threads_agree_bit_for_bit():
+    logits, targets = torch.randn(3001, 300), torch.randint(0, 300, (3001,))
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        assert cpp_backend._cpp.max_threads() == threads  # one pool: PyTorch's setting is ours
+        results.append(sk.row_stats(logits, targets, outputs=OUTPUTS, backend="cpp"))
+    torch.set_num_threads(before)
+    for name in OUTPUTS:
+        for other in results[1:]:
+            assert torch.equal(getattr(results[0], name), getattr(other, name)), name
+
+
+def test_one_openmp_runtime():
+    with open("/proc/self/maps") as maps:
+        loaded = {line.split()[-1] for line in maps if "gomp" in line or "libiomp" in line}
+    ours = {path for path in loaded if "scikit" not in path and "sklearn" not in path}
+    assert len(ours) == 1, ours
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    rows=st.integers(0, 40),
+    classes=st.integers(1, 1500),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+    dtype=st.sampled_from(DTYPES),
+    masked=st.floats(0, 0.9),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(rows, classes, scale, dtype, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(rows, classes, generator=generator)
+    logits[torch.rand(rows, classes, generator=generator) < masked] = -torch.inf
+    targets = torch.randint(0, classes, (rows,), generator=generator)
+    compare(logits.to(dtype), targets)
+
+
+def test_what_is_not_served_falls_back_or_says_why():
+    logits, targets = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    for settings, reason in [
+        ({"softcap": 1.0}, "softcap"),
+        ({"outputs": ["margin"]}, "margin"),
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+    ]:
+        assert sk.row_stats(logits, targets, **settings) is not None
+        with pytest.raises(sk.BackendUnavailable, match=reason):
+            sk.row_stats(logits, targets, backend="cpp", **settings)
+    with pytest.raises(sk.BackendUnavailable, match="float64"):
+        sk.row_stats(logits.double(), targets, backend="cpp")
+    with pytest.raises(sk.BackendUnavailable, match="strides"):
+        sk.row_stats(torch.randn(5, 4).t(), targets, backend="cpp")
+    with pytest.raises(sk.BackendUnavailable, match="meta"):
+        sk.row_stats(logits.to("meta"), targets.to("meta"), backend="cpp")
+
+
+def test_rounding_of_the_stored_lse_does_not_reach_the_gradient_of_shifted_rows():
+    logits = (torch.randn(4, 50) + 1e4).requires_grad_()
+    targets = torch.tensor([1, 2, 3, 4])
+    sk.row_stats(logits, targets, outputs=["loss"], backend="cpp").loss.sum().backward()
+    exact = torch.autograd.functional.jacobian(
+        lambda z: reference.row_stats(
+            cpp_backend.StatsCall(z, targets, ["loss"], -1, 1.0, 0.0, 0.0, -100)
+        ).loss.sum(),
+        logits.detach().double(),
+    )
+    torch.testing.assert_close(logits.grad.double(), exact, rtol=1e-5, atol=1e-6)
