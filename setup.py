@@ -32,7 +32,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 FILE_FLAGS = {
     "row_stats_avx2.cpp": "-mavx2 -mfma -mf16c",
     # GCC 12's own avx512fintrin.h trips the warning.
-    "row_stats_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized",
+    "row_stats_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+    " -Wno-uninitialized -Wno-maybe-uninitialized",
 }
 # No -ffast-math: NaN and -inf must mean what they mean.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
@@ -83,7 +84,7 @@ def openmp_flag(compiler: str) -> str:
     return ""
 
 
-class NinjaBuild(build_ext):
+class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
     """Writes a build.ninja, runs it, and records beside the package what was built and why not."""
 
     def build_extension(self, ext: Extension) -> None:

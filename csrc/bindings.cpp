@@ -70,9 +70,8 @@ PYBIND11_MODULE(_cpp, m) {
            Address weight, Address offset, const std::array<float, sk::kStatistics>& weights,
            Address threshold, double gate_temperature, double p_min, uint64_t seed, uint64_t step,
            Address invalid) {
-          sk::RowStatsArgs args =
-              stats_args(logits, dtype, rows, classes, row_stride, targets, targets_are_int32,
-                         ignore_index, temperature, outputs);
+          sk::RowStatsArgs args = stats_args(logits, dtype, rows, classes, row_stride, targets,
+                                             targets_are_int32, ignore_index, temperature, outputs);
           args.mask = at<uint8_t>(mask);
           args.significance = at<float>(significance);
           args.weight = at<float>(weight);

@@ -1,8 +1,8 @@
 """Per-row statistics, gating and compaction for training on selected rows.
 
-    stats = row_stats(logits, targets, outputs=("loss", "entropy"))
-    gated = gate_rows(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3})
-    kept = compact(gated.mask).take((inputs, targets))
+stats = row_stats(logits, targets, outputs=("loss", "entropy"))
+gated = gate_rows(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3})
+kept = compact(gated.mask).take((inputs, targets))
 """
 
 from sparse_kernels._version import __version__

@@ -23,9 +23,8 @@ logger = logging.getLogger("sparse_kernels")
 
 BACKENDS: dict[str, Any] = {"cpp": cpp_backend, "torch": reference}
 # The compiled extension first, the reference last: it serves everything.
-ORDER: dict[str, tuple[str, ...]] = {
-    op: ("cpp", "torch") for op in ("row_stats", "gate_rows", "compact", "gather_rows", "scatter_rows")
-}
+OPS = ("row_stats", "gate_rows", "compact", "gather_rows", "scatter_rows")
+ORDER: dict[str, tuple[str, ...]] = dict.fromkeys(OPS, ("cpp", "torch"))
 _logged: set[str] = set()
 
 
@@ -55,7 +54,8 @@ def dispatch(op: str, call: Any, name: str | None) -> Any:
 
 
 def _refusal(op: str, backend: Any) -> Callable[[Any], str | None]:
-    return getattr(backend, f"refuse_{op}")
+    refuse: Callable[[Any], str | None] = getattr(backend, f"refuse_{op}")
+    return refuse
 
 
 def _log_once(message: str) -> None:

@@ -136,7 +136,8 @@ class CompactCall:
         if weight is not None:
             if weight.shape != mask.shape or weight.dtype is not torch.float32:
                 raise ValueError(
-                    f"weight is {weight.dtype} of shape {tuple(weight.shape)}; wanted float32 of shape {tuple(mask.shape)}"
+                    f"weight is {weight.dtype} of shape {tuple(weight.shape)}; "
+                    f"wanted float32 of shape {tuple(mask.shape)}"
                 )
             if weight.device != mask.device:
                 raise ValueError(f"weight is on {weight.device}, mask on {mask.device}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -122,7 +123,7 @@ def row_stats(call: StatsCall) -> RowStats:
     """See ``sparse_kernels.row_stats``."""
     if call.logits.requires_grad and torch.is_grad_enabled() and not set(DIFFERENTIABLE).isdisjoint(call.outputs):
         names = tuple(dict.fromkeys(call.outputs))
-        return RowStats(**dict(zip(names, _RowStatsFunction.apply(call.logits, call, names), strict=True)))
+        return RowStats(**dict(zip(names, _stats_with_gradient(call.logits, call, names), strict=True)))
     return RowStats(**_forward(call))
 
 
@@ -159,10 +160,11 @@ class _RowStatsFunction(torch.autograd.Function):
             outputs = [getattr(stats, name) for name in given]
             (gradient,) = torch.autograd.grad(outputs, logits, list(given.values()), create_graph=True)
         else:
-            gradient = reference.row_stats_backward(
-                logits, ctx.call, entropy, given.get("loss"), given.get("entropy")
-            )
+            gradient = reference.row_stats_backward(logits, ctx.call, entropy, given.get("loss"), given.get("entropy"))
         return gradient, None, None
+
+
+_stats_with_gradient: Callable[[Tensor, StatsCall, tuple[str, ...]], tuple[Tensor, ...]] = _RowStatsFunction.apply
 
 
 def gate_rows(call: GateCall) -> GatedRows:
@@ -243,7 +245,7 @@ def gather_rows(call: TreeCall) -> Any:
 
 def _take(tensor: Tensor, selection: Selection) -> Tensor:
     if tensor.requires_grad and torch.is_grad_enabled():
-        return _GatherFunction.apply(tensor, selection)  # type: ignore[no-any-return]
+        return _gather_with_gradient(tensor, selection)
     return _gather(tensor, selection)
 
 
@@ -274,3 +276,6 @@ class _GatherFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return reference.scatter_tensor(gradient, ctx.selection), None
+
+
+_gather_with_gradient: Callable[[Tensor, Selection], Tensor] = _GatherFunction.apply

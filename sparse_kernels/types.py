@@ -49,9 +49,10 @@ class GatedRows(NamedTuple):
 class Selection(NamedTuple):
     """Packed rows: ``index[:count]`` ascending; what lies behind ``count`` is padding (index 0, weight 0)."""
 
-    index: Tensor  # int64 [capacity or count]
+    # Both shadow tuple methods that nobody calls on a selection.
+    index: Tensor  # type: ignore[assignment]  # int64 [capacity or count]
     weight: Tensor  # float32, same shape
-    count: Tensor  # int32, 0-d, on the device: rows kept
+    count: Tensor  # type: ignore[assignment]  # int32, 0-d, on the device: rows kept
     overflow: Tensor  # int32, 0-d: selected rows that did not fit the capacity
     size: int  # rows of the batch that the selection was made for
 

@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kWord = 64;
 constexpr int64_t kGrain = 256 * 1024;  // flags a thread must have to be worth waking
 
-// 64 flags as the bits of a word, the first lowest. The product moves bit 0 of byte i to bit 56 + i.
+// 64 flags as the bits of a word, the first lowest. The product moves bit 0 of byte i to bit 56 +
+// i.
 uint64_t load_word(const uint8_t* mask) {
   uint64_t word = 0;
   for (int i = 0; i < 8; ++i) {

@@ -5,8 +5,8 @@
 
 namespace sparse_kernels {
 
-// out[i] = in[index[i]], rows of row_bytes, in has in_rows. Returns the first slot whose index is out
-// of range, in which case nothing is written, or -1.
+// out[i] = in[index[i]], rows of row_bytes, in has in_rows. Returns the first slot whose index is
+// out of range, in which case nothing is written, or -1.
 int64_t gather_rows(const void* in, int64_t in_rows, int64_t row_bytes, const int64_t* index,
                     int64_t count, void* out);
 

@@ -15,7 +15,8 @@
 //   grad_norm = sqrt(rest^2 + rest_sq) / S
 // When a block raises the maximum by delta (in base 2, f = 2^-delta), what was kept before becomes
 //   rest_t' = f (rest_t - delta rest),  rest' = f rest,  rest_sq' = f^2 rest_sq.
-// The target stays out of the sums because 1 - p_y and 1 - 2 p_y + sum p^2 cancel on a confident row.
+// The target stays out of the sums because 1 - p_y and 1 - 2 p_y + sum p^2 cancel on a confident
+// row.
 //
 // Hazards: NaN must survive every maximum and clamp (a lost NaN would be a row silently kept);
 // -inf must add 0 and never 0 * -inf; both are said where they are handled.
@@ -43,10 +44,10 @@ struct RowStatsArgs {
   float* outputs[kStatistics];  // [rows] each; null where not wanted
 
   // The gate; not applied where mask is null.
-  uint8_t* mask;             // [rows]
-  float* significance;       // [rows]
-  float* weight;             // [rows], 1/p; null for a plain threshold
-  const float* offset;       // [rows] or null
+  uint8_t* mask;               // [rows]
+  float* significance;         // [rows]
+  float* weight;               // [rows], 1/p; null for a plain threshold
+  const float* offset;         // [rows] or null
   float weights[kStatistics];  // 0 where the statistic does not count
   float threshold;
   float gate_temperature;

@@ -103,19 +103,16 @@ inline void finish(const RowStatsArgs& args, const Plan& plan, const Group& grou
   float value[kStatistics][kLanes];
   const auto& wanted = plan.wanted;
   if (wanted[kLoss])
-    store(value[kLoss], select_ge(target_e, rest, log1p(rest / target_e),
-                                  log_total - target_t * ln2));
+    store(value[kLoss],
+          select_ge(target_e, rest, log1p(rest / target_e), log_total - target_t * ln2));
   if (wanted[kEntropy])
-    store(value[kEntropy],
-          log_total - ln2 * (fma(target_e, target_clamped, rest_t) * inverse));
-  if (wanted[kGradNorm])
-    store(value[kGradNorm], sqrt(fma(rest, rest, rest_sq)) * inverse);
+    store(value[kEntropy], log_total - ln2 * (fma(target_e, target_clamped, rest_t) * inverse));
+  if (wanted[kGradNorm]) store(value[kGradNorm], sqrt(fma(rest, rest, rest_sq)) * inverse);
   if (wanted[kSumSquares])
     store(value[kSumSquares], fma(target_e, target_e, rest_sq) * inverse * inverse);
   if (wanted[kMaxProb]) store(value[kMaxProb], inverse);
   if (wanted[kLogSumExp])
-    store(value[kLogSumExp],
-          fma(load(group.maximum), splat(args.inverse_temperature), log_total));
+    store(value[kLogSumExp], fma(load(group.maximum), splat(args.inverse_temperature), log_total));
 
   bool any_ignored = false;
   for (int i = 0; i < count; ++i) any_ignored |= group.ignored[i];
@@ -247,7 +244,9 @@ inline BlockSums sum_block(const T* x, int columns, int target, float maximum, f
   add_vectors(hole + 1, vectors);
   if (hole < vectors) add(load_partial(x + hole * kLanes, kLanes, target % kLanes), 0);
   if (tail)
-    add(load_partial(x + vectors * kLanes, tail, hole == vectors && target >= 0 ? target % kLanes : -1), 0);
+    add(load_partial(x + vectors * kLanes, tail,
+                     hole == vectors && target >= 0 ? target % kLanes : -1),
+        0);
   for (int u = 1; u < kUnroll; ++u) {
     rest[0] = rest[0] + rest[u];
     rest_t[0] = rest_t[0] + rest_t[u];
@@ -303,8 +302,8 @@ inline void sum_row(const T* logits, int64_t classes, int64_t target, float powe
       continue;
     }
     const int64_t y = target - begin;
-    const BlockSums block = sum_block<T, kSquares>(
-        x, columns, y >= 0 && y < columns ? int(y) : -1, maximum, power_scale);
+    const BlockSums block = sum_block<T, kSquares>(x, columns, y >= 0 && y < columns ? int(y) : -1,
+                                                   maximum, power_scale);
     rest += block.rest;
     rest_t += block.rest_t;
     rest_sq += block.rest_sq;

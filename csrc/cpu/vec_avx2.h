@@ -51,8 +51,8 @@ template <class Polynomial>
 inline Vec scale_by_power(Vec t, Polynomial polynomial) {
   const __m256i n = _mm256_cvtps_epi32(t.v);  // NaN gives 2^31, which the shift drops
   const Vec p = polynomial(t - Vec{_mm256_cvtepi32_ps(n)});
-  return {_mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(n, 23)))};
+  return {
+      _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(n, 23)))};
 }
 
 inline void split_exponent(Vec x, Vec& m, Vec& k) {

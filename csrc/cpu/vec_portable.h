@@ -89,9 +89,7 @@ inline void split_exponent(Vec x, Vec& m, Vec& k) {
     const uint32_t bits = bits_from_float(x.lane[i]);
     return float_from_bits(bits - ((bits - 0x3f3504f3u) & 0xff800000u));
   });
-  k = map([&](int i) {
-    return float(int32_t(bits_from_float(x.lane[i]) - 0x3f3504f3u) >> 23);
-  });
+  k = map([&](int i) { return float(int32_t(bits_from_float(x.lane[i]) - 0x3f3504f3u) >> 23); });
 }
 
 }  // namespace portable

@@ -166,7 +166,9 @@ def test_gradient_is_the_reference_gradient(classes):
     gradients = []
     for backend in ("cpp", "torch"):
         logits = base.clone().requires_grad_()
-        stats = sk.row_stats(logits, targets, outputs=["entropy", "loss", "grad_norm"], temperature=1.5, backend=backend)
+        stats = sk.row_stats(
+            logits, targets, outputs=["entropy", "loss", "grad_norm"], temperature=1.5, backend=backend
+        )
         assert not stats.grad_norm.requires_grad
         (stats.loss * torch.arange(11.0) + 0.3 * stats.entropy).sum().backward()
         gradients.append(logits.grad)
@@ -249,9 +251,7 @@ def test_rounding_of_the_stored_lse_does_not_reach_the_gradient_of_shifted_rows(
     targets = torch.tensor([1, 2, 3, 4])
     sk.row_stats(logits, targets, outputs=["loss"], backend="cpp").loss.sum().backward()
     exact = torch.autograd.functional.jacobian(
-        lambda z: reference.row_stats(
-            cpp_backend.StatsCall(z, targets, ["loss"], -1, 1.0, 0.0, 0.0, -100)
-        ).loss.sum(),
+        lambda z: reference.row_stats(cpp_backend.StatsCall(z, targets, ["loss"], -1, 1.0, 0.0, 0.0, -100)).loss.sum(),
         logits.detach().double(),
     )
     torch.testing.assert_close(logits.grad.double(), exact, rtol=1e-5, atol=1e-6)

@@ -110,7 +110,12 @@ def test_masked_logit_has_probability_zero_and_adds_nothing_to_the_entropy():
 def test_invalid_row_is_nan_never_kept_and_counted(row):
     logits = torch.tensor([row, [0.0, 3.0]])
     gated = sk.gate_rows(
-        logits, torch.tensor([1, 0]), torch.tensor([-9.0]), weights={"loss": 1.0}, outputs=sk.STATISTICS, backend="torch"
+        logits,
+        torch.tensor([1, 0]),
+        torch.tensor([-9.0]),
+        weights={"loss": 1.0},
+        outputs=sk.STATISTICS,
+        backend="torch",
     )
     assert gated.significance[0].isnan()
     assert gated.mask.tolist() == [False, True]
@@ -159,7 +164,14 @@ def test_stochastic_gate_is_unbiased():
     estimates = []
     for step in range(400):
         gated = sk.gate_rows(
-            logits, targets, torch.tensor([3.0]), weights={"loss": 1.0}, gate_temperature=1.0, p_min=0.05, seed=7, step=step
+            logits,
+            targets,
+            torch.tensor([3.0]),
+            weights={"loss": 1.0},
+            gate_temperature=1.0,
+            p_min=0.05,
+            seed=7,
+            step=step,
         )
         assert torch.equal(gated.mask, gated.weight > 0)
         estimates.append((gated.weight.double() * loss).sum())

@@ -1,0 +1,142 @@
+"""The registry: what is active is what runs, and a named backend never falls back."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sparse_kernels as sk
+from sparse_kernels import backends
+
+
+def test_info_names_the_active_backend_and_why_not_the_others():
+    info = sk.backend_info()
+    assert set(info) == {"row_stats", "gate_rows", "compact", "gather_rows", "scatter_rows"}
+    for entry in info.values():
+        assert entry["active"] in backends.BACKENDS
+        assert set(entry["others"]) | {entry["active"]} >= {"torch"}
+    assert "row_stats" in str(info)
+
+
+@pytest.mark.skipif(
+    os.environ.get("SPARSE_KERNELS_EXPECT") is None, reason="SPARSE_KERNELS_EXPECT names what must be active"
+)
+def test_the_expected_backend_is_active():
+    """CI sets SPARSE_KERNELS_EXPECT=cpp, so that a fast path that silently went away is red."""
+    wanted = os.environ["SPARSE_KERNELS_EXPECT"]
+    for op in ("row_stats", "gate_rows", "compact", "gather_rows"):
+        assert sk.backend_info()[op]["active"] == wanted
+
+
+def test_the_active_backend_is_the_one_that_runs(monkeypatch):
+    ran = []
+    for name, backend in backends.BACKENDS.items():
+        original = backend.gate_rows
+        monkeypatch.setattr(backend, "gate_rows", lambda call, n=name, f=original: (ran.append(n), f(call))[1])
+    sk.gate_rows(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1.0]), weights={"loss": 1.0})
+    assert ran == [sk.backend_info()["gate_rows"]["active"]]
+
+
+def test_environment_forces_a_backend(monkeypatch):
+    monkeypatch.setenv("SPARSE_KERNELS_BACKEND", "torch")
+    assert sk.backend_info()["compact"]["active"] == "torch"
+    monkeypatch.setenv("SPARSE_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(sk.BackendUnavailable, match="unknown backend 'nonsense'; known: cpp, torch"):
+        sk.compact(torch.ones(2, dtype=torch.bool))
+
+
+def test_fallback_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "_logged", set())
+    logits, targets = torch.randn(2, 3).double(), torch.tensor([0, 1])
+    with caplog.at_level(logging.INFO, logger="sparse_kernels"):
+        for _ in range(3):
+            sk.row_stats(logits, targets)
+    assert len([r for r in caplog.records if "cpp not used" in r.getMessage()]) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logits": torch.ones(2, 3, dtype=torch.int32)}, "int32"),
+        ({"targets": torch.ones(2)}, "float32"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"\(3,\).*want \(2,\)"),
+        ({"targets": torch.tensor([0, 3])}, "target 3 in row 1 is out of range: wanted 0 to 2"),
+        ({"targets": torch.tensor([-1, 0], dtype=torch.int32)}, "target -1 in row 0"),
+        ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, "meta"),
+        ({"logits": torch.ones(2, 0)}, "no classes"),
+        ({"logits": torch.tensor(1.0)}, "dim=-1"),
+        ({"dim": 2}, "dim=2"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
+        ({"outputs": ["loss", "nonsense"]}, "nonsense"),
+        ({"backend": "nonsense"}, "known: cpp, torch"),
+        ({"threshold": torch.ones(2)}, "one floating element"),
+        ({"threshold": torch.ones(1, device="meta")}, "threshold is on meta"),
+        ({"weights": {}}, "weights are for"),
+        ({"weights": {"argmax": 1.0}}, "argmax"),
+        ({"offset": torch.ones(3)}, r"offset.*\(2,\)"),
+        ({"gate_temperature": -1.0}, "gate_temperature=-1.0"),
+        ({"p_min": 2.0}, "p_min=2.0"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_bad_input_is_one_clear_line(settings, message, backend):
+    call = {
+        "logits": torch.randn(2, 3),
+        "targets": torch.tensor([0, 1]),
+        "threshold": torch.tensor([0.5]),
+        "weights": {"loss": 1.0},
+        "backend": backend,
+    }
+    call.update(settings)
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        sk.gate_rows(call.pop("logits"), call.pop("targets"), call.pop("threshold"), **call)
+    assert "\n" not in str(error.value)
+
+
+def test_command_prints_the_table():
+    done = subprocess.run([sys.executable, "-m", "sparse_kernels"], capture_output=True, text=True, check=True)
+    assert f"sparse-kernels {sk.__version__}" in done.stdout
+    assert "gate_rows" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_instruction_set_is_forced_by_the_environment_or_refused(name):
+    if sk.backends.BACKENDS["cpp"].unavailable():
+        pytest.skip("the C++ backend is not built")
+    available = sk.cpp_backend._cpp.instruction_sets()
+    environment = {**os.environ, "SPARSE_KERNELS_CPU": name}
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_kernels"], capture_output=True, text=True, env=environment, check=False
+    )
+    if name in available:
+        assert f"cpp ({name}" in done.stdout
+    else:
+        assert done.returncode != 0
+        assert name in done.stderr
+
+
+def test_no_torch_library_is_linked():
+    """One build serves every PyTorch: the extension must not need any of its libraries."""
+    if sk.backends.BACKENDS["cpp"].unavailable():
+        pytest.skip("the C++ backend is not built")
+    with open(sk.cpp_backend._cpp.__file__, "rb") as file:
+        content = file.read()
+    assert b"libtorch" not in content
+    assert b"libc10" not in content
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no /proc/cpuinfo to compare with")
+def test_the_widest_instruction_set_is_in_use():
+    if sk.backends.BACKENDS["cpp"].unavailable() or os.environ.get("SPARSE_KERNELS_CPU"):
+        pytest.skip("the C++ backend is not built, or forced to an instruction set")
+    with open("/proc/cpuinfo") as file:
+        flags = next((set(line.split()) for line in file if line.startswith("flags")), set())
+    wanted = "avx512" if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags else "portable"
+    if wanted == "portable" and {"avx2", "fma", "f16c"} <= flags:
+        wanted = "avx2"
+    assert sk.cpp_backend._cpp.instruction_set() == wanted
