@@ -104,6 +104,13 @@ PYBIND11_MODULE(_cpp, m) {
                            at<void>(out));
   });
 
+  m.def("scatter_rows", [](Address in, int64_t row_bytes, Address index, int64_t count, Address out,
+                           int64_t out_rows) {
+    py::gil_scoped_release unlocked;
+    return sk::scatter_rows(at<void>(in), row_bytes, at<int64_t>(index), count, at<void>(out),
+                            out_rows);
+  });
+
   m.def("instruction_set", [] { return sk::name_of(sk::instruction_set()); });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;

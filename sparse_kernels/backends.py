@@ -5,7 +5,7 @@ operation that it has, ``refuse_<op>(call) -> str | None`` (why it cannot serve 
 ``<op>(call)``. Chosen by name, a backend that cannot serve raises with its reason; chosen
 by default, the next one is tried, and the reason is logged once.
 
-Environment: SPARSE_KERNELS_BACKEND names the backend for every operation, as ``backend=`` does.
+Environment: SPARSE_KERNELS_BACKEND names the backend for every operation, as ``backend=`` does; it is read at import.
 """
 
 from __future__ import annotations
@@ -32,30 +32,35 @@ class BackendUnavailable(ValueError):
     """The backend asked for by name cannot serve this call; the message says why."""
 
 
+def _functions(op: str, name: str) -> tuple[Callable[[Any], str | None], Callable[[Any], Any]]:
+    return getattr(BACKENDS[name], f"refuse_{op}"), getattr(BACKENDS[name], op)
+
+
+# Looked up once: a call of a few rows is over in microseconds.
+_TABLE = {op: {name: _functions(op, name) for name in order} for op, order in ORDER.items()}
+_forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
+
+
 def dispatch(op: str, call: Any, name: str | None) -> Any:
     """Serve ``call`` with the backend named, or else the first in order that can."""
-    name = name or os.environ.get("SPARSE_KERNELS_BACKEND") or None
+    served_by = _TABLE[op]
+    name = name or _forced
     if name is None:
-        for candidate in ORDER[op]:
-            backend = BACKENDS[candidate]
-            reason = _refusal(op, backend)(call)
+        for candidate, (refuse, serve) in served_by.items():
+            reason = refuse(call)
             if reason is None:
-                return getattr(backend, op)(call)
+                return serve(call)
             _log_once(f"{op}: {candidate} not used: {reason}")
         raise AssertionError(f"no backend serves {op}")  # the reference never refuses
     if name not in BACKENDS:
         raise BackendUnavailable(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
-    if name not in ORDER[op]:
-        raise BackendUnavailable(f"backend {name!r} has no {op}; it is served by: {', '.join(ORDER[op])}")
-    reason = _refusal(op, BACKENDS[name])(call)
+    if name not in served_by:
+        raise BackendUnavailable(f"backend {name!r} has no {op}; it is served by: {', '.join(served_by)}")
+    refuse, serve = served_by[name]
+    reason = refuse(call)
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot serve this {op}: {reason}")
-    return getattr(BACKENDS[name], op)(call)
-
-
-def _refusal(op: str, backend: Any) -> Callable[[Any], str | None]:
-    refuse: Callable[[Any], str | None] = getattr(backend, f"refuse_{op}")
-    return refuse
+    return serve(call)
 
 
 def _log_once(message: str) -> None:
@@ -78,15 +83,14 @@ class BackendInfo(dict[str, dict[str, Any]]):
 
 def backend_info() -> BackendInfo:
     """What serves each operation for plain CPU tensors, and why the others do not."""
-    forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
     info = BackendInfo()
     for op, order in ORDER.items():
         others: dict[str, str] = {}
         active = ""
         for name in order:
             reason = BACKENDS[name].unavailable()
-            if reason is None and forced not in (None, name):
-                reason = f"SPARSE_KERNELS_BACKEND={forced}"
+            if reason is None and _forced not in (None, name):
+                reason = f"SPARSE_KERNELS_BACKEND={_forced}"
             if reason is None and active:
                 reason = f"{active} comes first"
             if reason is None:

@@ -228,54 +228,80 @@ def compact(call: CompactCall) -> Selection:
     return Selection(index, weight, count, overflow, rows)
 
 
-def refuse_gather_rows(call: TreeCall) -> str | None:
-    """Why this call is not served, or None."""
-    return _refuse_tensor(call.selection.index)
+def _refuse_tree(call: TreeCall) -> str | None:
+    reason = _refuse_tensor(call.selection.index)
+    for tensor in call.tensors:
+        reason = reason or _refuse_tensor(tensor)
+    return reason
 
 
-def refuse_scatter_rows(call: TreeCall) -> str | None:
-    """Why this call is not served: not yet."""
-    return "it has no scatter; the reference's index_copy serves"
+refuse_gather_rows = refuse_scatter_rows = _refuse_tree
 
 
 def gather_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.gather_rows``."""
-    return call.rebuild([_take(tensor, call.selection) for tensor in call.tensors])
+    return call.rebuild([_with_gradient(tensor, call.selection, False) for tensor in call.tensors])
 
 
-def _take(tensor: Tensor, selection: Selection) -> Tensor:
+def scatter_rows(call: TreeCall) -> Any:
+    """See ``sparse_kernels.scatter_rows``."""
+    return call.rebuild([_with_gradient(rows, call.selection, True) for rows in call.tensors])
+
+
+def _with_gradient(tensor: Tensor, selection: Selection, scatter: bool) -> Tensor:
     if tensor.requires_grad and torch.is_grad_enabled():
-        return _gather_with_gradient(tensor, selection)
-    return _gather(tensor, selection)
+        return _apply_move(tensor, selection, scatter)
+    return (_scatter if scatter else _gather)(tensor, selection)
+
+
+class _MoveRows(torch.autograd.Function):
+    """Gather and scatter are each other's transposes, so each is the other's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, selection: Selection, scatter: bool) -> Tensor:
+        ctx.selection, ctx.scatter = selection, scatter
+        return (_scatter if scatter else _gather)(tensor.detach(), selection)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        moved = _with_gradient(gradient, ctx.selection, not ctx.scatter)
+        if ctx.scatter:  # padding read row 0, and its slot had no part in the forward
+            moved = moved * ctx.selection.valid().reshape(-1, *[1] * (moved.dim() - 1))
+        return moved, None, None
+
+
+_apply_move: Callable[[Tensor, Selection, bool], Tensor] = _MoveRows.apply
 
 
 def _gather(tensor: Tensor, selection: Selection) -> Tensor:
-    rows = selection.index.numel()
+    slots = selection.index.numel()
     packed = tensor.is_contiguous()
     channels_last = not packed and tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    if selection.size == 0 or not (packed or channels_last) or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if selection.size == 0 or not (packed or channels_last):
         return reference.gather_tensor(tensor, selection)
+    # Bytes are bytes: rows of images keep their layout.
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, memory_format=memory_format)
-    row_bytes = tensor.element_size() * (tensor.numel() // selection.size)
+    out = torch.empty((slots, *tensor.shape[1:]), dtype=tensor.dtype, memory_format=memory_format)
     index = selection.index.contiguous()
-    bad = _cpp.gather_rows(tensor.data_ptr(), selection.size, row_bytes, index.data_ptr(), rows, out.data_ptr())
+    bad = _cpp.gather_rows(
+        tensor.data_ptr(), selection.size, _row_bytes(tensor), index.data_ptr(), slots, out.data_ptr()
+    )
     if bad >= 0:
         raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {selection.size} rows")
     return out
 
 
-class _GatherFunction(torch.autograd.Function):
-    """Gather in C++; the backward scatters, and padding adds nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, selection: Selection) -> Tensor:
-        ctx.selection = selection
-        return _gather(tensor.detach(), selection)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return reference.scatter_tensor(gradient, ctx.selection), None
+def _scatter(rows: Tensor, selection: Selection) -> Tensor:
+    rows, index, kept = rows.contiguous(), selection.index.contiguous(), int(selection.count)
+    if not 0 <= kept <= index.numel():
+        raise ValueError(f"selection count {kept} does not fit its {index.numel()} slots")
+    out = torch.zeros((selection.size, *rows.shape[1:]), dtype=rows.dtype)
+    bad = _cpp.scatter_rows(rows.data_ptr(), _row_bytes(rows), index.data_ptr(), kept, out.data_ptr(), selection.size)
+    if bad >= 0:
+        raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {selection.size} rows")
+    return out
 
 
-_gather_with_gradient: Callable[[Tensor, Selection], Tensor] = _GatherFunction.apply
+def _row_bytes(tensor: Tensor) -> int:
+    rows = tensor.size(0)
+    return tensor.element_size() * (tensor.numel() // rows) if rows else 0

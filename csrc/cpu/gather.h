@@ -10,4 +10,8 @@ namespace sparse_kernels {
 int64_t gather_rows(const void* in, int64_t in_rows, int64_t row_bytes, const int64_t* index,
                     int64_t count, void* out);
 
+// The transpose: out[index[i]] = in[i]; the other rows of out stay as they are. Returns as above.
+int64_t scatter_rows(const void* in, int64_t row_bytes, const int64_t* index, int64_t count,
+                     void* out, int64_t out_rows);
+
 }  // namespace sparse_kernels

@@ -33,19 +33,26 @@ def test_the_expected_backend_is_active():
 
 def test_the_active_backend_is_the_one_that_runs(monkeypatch):
     ran = []
-    for name, backend in backends.BACKENDS.items():
-        original = backend.gate_rows
-        monkeypatch.setattr(backend, "gate_rows", lambda call, n=name, f=original: (ran.append(n), f(call))[1])
+    for name, (refuse, serve) in backends._TABLE["gate_rows"].items():
+        monkeypatch.setitem(
+            backends._TABLE["gate_rows"], name, (refuse, lambda call, n=name, f=serve: (ran.append(n), f(call))[1])
+        )
     sk.gate_rows(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1.0]), weights={"loss": 1.0})
     assert ran == [sk.backend_info()["gate_rows"]["active"]]
 
 
-def test_environment_forces_a_backend(monkeypatch):
-    monkeypatch.setenv("SPARSE_KERNELS_BACKEND", "torch")
-    assert sk.backend_info()["compact"]["active"] == "torch"
-    monkeypatch.setenv("SPARSE_KERNELS_BACKEND", "nonsense")
-    with pytest.raises(sk.BackendUnavailable, match="unknown backend 'nonsense'; known: cpp, torch"):
-        sk.compact(torch.ones(2, dtype=torch.bool))
+def test_environment_forces_a_backend():
+    def run(name):
+        script = "import torch, sparse_kernels as sk; print(sk.backend_info()); sk.compact(torch.ones(2).bool())"
+        environment = {**os.environ, "SPARSE_KERNELS_BACKEND": name}
+        return subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+        )
+
+    forced = run("torch")
+    assert "compact       torch (reference" in forced.stdout
+    assert forced.returncode == 0
+    assert "unknown backend 'nonsense'; known: cpp, torch" in run("nonsense").stderr
 
 
 def test_fallback_is_logged_once(caplog, monkeypatch):
