@@ -24,6 +24,8 @@ SERVED = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "logsumexp"
 DIFFERENTIABLE = ("loss", "entropy")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SERVED = frozenset(SERVED)
+_NO_OUTPUTS = (0,) * len(SERVED)
+_NO_STATS = RowStats()
 
 _missing: str | None = None
 try:
@@ -115,8 +117,8 @@ def _allocate(call: StatsCall) -> dict[str, Tensor]:
     return {name: torch.empty(call.targets.shape) for name in call.outputs}
 
 
-def _addresses(found: dict[str, Tensor]) -> list[int]:
-    return [found[name].data_ptr() if name in found else 0 for name in SERVED]
+def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
+    return tuple(found[name].data_ptr() if name in found else 0 for name in SERVED) if found else _NO_OUTPUTS
 
 
 def row_stats(call: StatsCall) -> RowStats:
@@ -195,7 +197,7 @@ def gate_rows(call: GateCall) -> GatedRows:
     )
     if bad_row >= 0:
         call.raise_bad_target(bad_row)
-    return GatedRows(mask, significance, weight, RowStats(**found), invalid)
+    return GatedRows(mask, significance, weight, RowStats(**found) if found else _NO_STATS, invalid)
 
 
 def refuse_compact(call: CompactCall) -> str | None:

@@ -1,0 +1,134 @@
+"""Files that are whole or absent: checkpoints, and the small JSON files of a run's folder.
+
+A checkpoint is one line (format and SHA-256 of the rest) before what ``torch.save`` wrote of tensors
+and plain containers. It is read with ``weights_only=True``, so that it cannot run code, and the digest
+is checked first, for PyTorch's own reader does not notice a damaged tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_training.errors import UserError
+
+MAGIC = b"sparse-training checkpoint 1 "
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if hasattr(os, "O_DIRECTORY"):  # POSIX: the new name must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A value as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint; the one it replaces is kept beside it as ``<name>.prev``."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    payload = buffer.getvalue()
+    digest = hashlib.sha256(payload).hexdigest().encode()
+    if path.exists():
+        os.replace(path, previous_of(path))  # a crash before the next line leaves this for ``load``
+    write_atomic(path, MAGIC + digest + b"\n" + payload)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; where it is damaged, the previous one with a warning.
+
+    Raises:
+        UserError: there is none, or neither it nor the previous one is whole.
+    """
+    try:
+        return _read(path, device)
+    except UserError as error:
+        previous = previous_of(path)
+        if not previous.exists():
+            raise
+        state = _read(previous, device)
+        warnings.warn(f"{error}; the previous one, {previous.name}, is used", stacklevel=2)
+        return state
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before the one at ``path`` is kept."""
+    return path.with_name(path.name + ".prev")
+
+
+def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no checkpoint there") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    header, _, payload = data.partition(b"\n")
+    if header != MAGIC + hashlib.sha256(payload).hexdigest().encode():
+        wanted = "a checkpoint of this format" if not data.startswith(MAGIC[:24]) else "all of what was written"
+        raise UserError(f"{path} is damaged or not a checkpoint: wanted {wanted}")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than tensors and plain containers: it is not read") from None
+    return state
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of every global generator that training may draw from, as plain containers."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Inverse of ``rng_state``; generators that were not saved stay as they are."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(state["numpy"])

@@ -1,0 +1,447 @@
+"""The command line: ``sparse-train train | compare | resume | report``.
+
+What a user got wrong is one line on stderr and exit code 2, before anything is written. SIGINT and
+SIGTERM end a run at a step, with what is needed to resume it on disk, and exit with 128 + the signal.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import sparse_kernels
+from sparse_training import checkpoint as files
+from sparse_training import compare as comparison
+from sparse_training.data import DATASETS, load_data
+from sparse_training.errors import UserError
+from sparse_training.loader import ResidentLoader
+from sparse_training.models import MODELS, build_model
+from sparse_training.policies import POLICIES
+from sparse_training.report import load_result, print_table, write_report
+from sparse_training.schedules import SHAPES
+from sparse_training.scoring import PRECISIONS
+from sparse_training.trainer import CHECKPOINT, SparseTrainer, Status
+
+OPTIONS, MODEL, RESULT = "options.json", "model.pt", "result.json"
+
+
+class _Positive(click.FloatRange):
+    """A finite number above 0; click's own range lets NaN through."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value}: wanted a finite number", parameter, context)
+        return number
+
+
+POSITIVE = _Positive(min=0, min_open=True)
+FRACTION = click.FloatRange(0, 1)
+COUNT = click.IntRange(min=1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _signals() as signals:
+            cli.main(argv, prog_name="sparse-train", standalone_mode=False, obj=_Context(argv, signals))
+            return 128 + signals.received if signals.received else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        message = error.format_message()
+    except (UserError, sparse_kernels.BackendUnavailable, ImportError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
+    except (click.Abort, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+class _Signals:
+    """The signal that asked for an end, 0 before one did; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def stop(self) -> bool:
+        return self.received != 0
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    try:
+        before = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone may handle signals
+        before = {}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Context:
+    """What every command is given: how it was called, and whether it should stop."""
+
+    def __init__(self, argv: list[str], signals: _Signals) -> None:
+        self.command = shlex.join(["sparse-train", *argv])
+        self.signals = signals
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
+    """ "3" is the seeds 0, 1, 2; "4,7" and "4," are those seeds."""
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if "," not in text and found:
+        found = list(range(found[0]))
+    if not found or min(found) < 0 or len(set(found)) != len(found):
+        raise click.BadParameter(f"{text!r}: wanted how many, such as 3, or which, such as 0,1,2")
+    return found
+
+
+def _names(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",")]
+    if unknown := [name for name in found if name not in POLICIES]:
+        raise click.BadParameter(f"{unknown[0]!r}: wanted some of {', '.join(POLICIES)}")
+    if len(set(found)) != len(found):
+        raise click.BadParameter(f"{text!r}: wanted each policy once")
+    return found
+
+
+SHARED = (
+    click.option("--data", type=click.Choice(DATASETS), default="digits", help="Data set."),
+    click.option("--root", type=click.Path(), help="Folder of the data set."),
+    click.option("--model", default="cnn-620k", help=f"{', '.join(MODELS)}, or module:factory."),
+    click.option(
+        "--rate",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.1,
+        help="Fraction of rows to keep.",
+    ),
+    click.option("--batch-size", type=COUNT, default=128),
+    click.option("--lr", type=POSITIVE, default=1e-3, help="Learning rate."),
+    click.option(
+        "--warmup",
+        type=FRACTION,
+        default=0.05,
+        help="Fraction of the run that is dense, at its start.",
+    ),
+    click.option(
+        "--anneal",
+        type=FRACTION,
+        default=0.125,
+        help="Fraction of the run that is dense, at its end.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", *PRECISIONS]),
+        default="auto",
+        help="Of the scoring pass.",
+    ),
+    click.option("--device", default="cpu", help="A device of PyTorch's."),
+    click.option("--threads", type=COUNT, help="CPU threads; PyTorch's choice by default."),
+    click.option(
+        "--out",
+        type=click.Path(),
+        help="Folder of the run, new or empty.  [default: runs/<time>-<command>]",
+    ),
+)
+
+
+def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(SHARED):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(sparse_kernels.__version__)
+def cli() -> None:
+    """Train on the rows that matter, and measure what that is worth."""
+
+
+@cli.command()
+@_shared
+@click.option("--policy", type=click.Choice(list(POLICIES)), default="gate")
+@click.option("--epochs", type=POSITIVE, help="Budget; one of the three is wanted.")
+@click.option("--steps", type=COUNT, help="Budget.")
+@click.option("--seconds", type=POSITIVE, help="Budget, on the calibrated clock.")
+@click.option("--schedule", type=click.Choice(SHAPES), default="cosine")
+@click.option("--clip-norm", type=POSITIVE, help="Largest norm of the gradient.")
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--checkpoint-every", type=COUNT, help="Steps.  [default: at the end, and when stopped]")
+@click.pass_obj
+def train(context: _Context, /, out: str | None, **options: Any) -> None:
+    """Train one model with one policy."""
+    _train(context, _new_folder(out, "train"), {"command": "train", **options})
+
+
+@cli.command()
+@_shared
+@click.option(
+    "--policies",
+    default="dense,random,gate",
+    callback=_names,
+    help=f"Some of {', '.join(POLICIES)}.",
+)
+@click.option("--seconds", type=POSITIVE, default=20.0, help="Of the calibrated clock, for each run.")
+@click.option("--seeds", default="3", callback=_numbers, help="How many (3), or which (0,1,2).")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted comparison in --out.")
+@click.pass_obj
+def compare(context: _Context, /, out: str | None, resume: bool, **options: Any) -> None:
+    """Train policies side by side at equal wall-clock."""
+    if resume and out is None:
+        raise UserError("--resume without --out: wanted the folder to go on with")
+    resume = resume and out is not None and Path(out).exists()
+    folder = Path(out) if resume and out is not None else _new_folder(out, "compare")
+    _compare(context, folder, {"command": "compare", "line": context.command, **options}, resume)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@click.pass_obj
+def resume(context: _Context, folder: str) -> None:
+    """Go on with what was interrupted in FOLDER."""
+    options = files.read_json(Path(folder) / OPTIONS)
+    if options.get("command") == "train":
+        _train(context, Path(folder), options, resume=True)
+    else:
+        _compare(context, Path(folder), options, resume=True)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+def report(folder: str) -> None:
+    """Draw the comparison in FOLDER again."""
+    result = load_result(Path(folder) / comparison.RESULT)
+    print_table(result)
+    write_report(result, folder)
+
+
+def _train(context: _Context, folder: Path, options: dict[str, Any], resume: bool = False) -> None:
+    budget = {name: options[name] for name in ("epochs", "steps", "seconds")}
+    given = [name for name, amount in budget.items() if amount is not None]
+    if len(given) != 1:
+        raise UserError(
+            f"{' and '.join(f'--{name}' for name in given) or 'no budget'}: wanted one of --epochs, --steps, --seconds"
+        )
+    device = _prepare(options)
+    data = load_data(options["data"], options["root"])
+    seed = options["seed"]
+    torch.manual_seed(seed)
+    model = build_model(options["model"], shape=data.shape, classes=len(data.classes))
+    trainer = SparseTrainer(
+        model,
+        device=device,
+        **{
+            name: options[name]
+            for name in (
+                "policy",
+                "rate",
+                "warmup",
+                "anneal",
+                "lr",
+                "schedule",
+                "clip_norm",
+                "precision",
+                "seed",
+            )
+        },
+    )
+    facts: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
+    loader = ResidentLoader(data.train, batch_size=options["batch_size"], seed=seed, **facts)
+    test = ResidentLoader(
+        data.test,
+        batch_size=min(comparison.EVALUATION_BATCH, len(data.test)),
+        shuffle=False,
+        **facts,
+    )
+    _start(folder, options, resume)
+    with _Display(total=1) as display:
+        history = trainer.fit(
+            loader,
+            **budget,
+            evaluate=test,
+            checkpoint=folder,
+            every=options["checkpoint_every"],
+            resume=resume,
+            progress=lambda status: display.update(options["policy"], seed, status),
+            stop=context.signals.stop,
+        )
+    if history.interrupted:
+        _say_resume(folder)
+        return
+    result = {
+        "settings": options,
+        "environment": comparison.environment(device),
+        "run": history.to_dict(),
+    }
+    files.write_json(folder / RESULT, result)
+    torch.save(trainer.model.state_dict(), folder / MODEL)
+    final, rate = history.evals[-1], history.rate
+    kept = "" if rate is None else f", {rate:.1%} of the rows kept in the sparse phase"
+    print(
+        f"accuracy {final['accuracy']:.2%} after {history.steps} steps, {history.seconds:.1f} s, "
+        f"{int(history.rows_trained)} of {history.rows_seen} rows trained on{kept}"
+    )
+    for warning in history.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"written: {folder / MODEL}, {folder / RESULT}, {folder / CHECKPOINT}")
+
+
+def _compare(context: _Context, folder: Path, options: dict[str, Any], resume: bool = False) -> None:
+    device = _prepare(options)
+    data = load_data(options["data"], options["root"])
+    # What can be refused is refused here, before the folder is made.
+    ResidentLoader(data.train, batch_size=options["batch_size"])
+    build_model(options["model"], shape=data.shape, classes=len(data.classes))
+    _start(folder, options, resume)
+    done = len(list(folder.glob("runs/*.json")))
+    runs = len(options["policies"]) * len(options["seeds"]) - done
+    names = (
+        "model",
+        "policies",
+        "rate",
+        "seeds",
+        "seconds",
+        "batch_size",
+        "lr",
+        "warmup",
+        "anneal",
+        "precision",
+    )
+    try:
+        with _Display(runs) as display:
+            result = comparison.compare(
+                data,
+                device=device,
+                folder=folder,
+                resume=resume,
+                command=options["line"],
+                progress=display.update,
+                stop=context.signals.stop,
+                **{name: options[name] for name in names},
+            )
+    except comparison.Interrupted:
+        _say_resume(folder)
+        return
+    write_report(result, folder)
+    print_table(result)
+    print(f"written: {', '.join(str(folder / name) for name in ('compare.json', 'compare.png', 'report.html'))}")
+
+
+def _prepare(options: dict[str, Any]) -> torch.device:
+    """The device, with the threads set; whatever a name can get wrong is found here.
+
+    Raises:
+        UserError: no such device here, no such backend, or phases that leave nothing to gate.
+    """
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    sparse_kernels.compact(torch.ones(1, dtype=torch.bool))  # refuses a backend that is not there
+    if options["warmup"] + options["anneal"] > 1.0:
+        raise UserError(f"warmup {options['warmup']} and anneal {options['anneal']}: wanted a sum of at most 1")
+    try:
+        device = torch.device(options["device"])
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {options['device']!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _new_folder(out: str | None, command: str) -> Path:
+    """The folder of a new run, not made yet.
+
+    Raises:
+        UserError: it exists and is not an empty folder.
+    """
+    folder = Path(out) if out is not None else Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: wanted a new folder, or: sparse-train resume {folder}")
+    return folder
+
+
+def _start(folder: Path, options: dict[str, Any], resume: bool) -> None:
+    """Make the folder of a run and write down how to repeat it."""
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / OPTIONS, options)
+
+
+def _say_resume(folder: Path) -> None:
+    print(f"stopped; to go on: sparse-train resume {shlex.quote(str(folder))}", file=sys.stderr)
+
+
+class _Display:
+    """Live on a terminal: arm, seed, accuracy so far, rate, time left. Plain lines otherwise."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.current: tuple[str, int] | None = None
+        self.finished = 0
+        self.last = -math.inf
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(12),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("calibrating", total=total)
+
+    def __enter__(self) -> _Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def update(self, arm: str, seed: int, status: Status) -> None:
+        """After a step of that arm and seed."""
+        if self.current != (arm, seed):
+            self.finished += self.current is not None
+            self.current = (arm, seed)
+        ended = status.progress >= 1.0
+        if self.console.is_terminal:
+            if ended or time.monotonic() - self.last > 0.1:
+                self.last = time.monotonic()
+                done = self.finished + min(status.progress, 1.0)
+                said = "  ".join([f"{arm} seed {seed}", status.phase, *self.figures(status)])
+                self.bar.update(self.task, completed=done, description=said)
+        elif ended:
+            steps = f"{status.step} steps in {status.seconds:.1f} s"
+            print("  ".join([f"{arm} seed {seed}", steps, *self.figures(status)]), flush=True)
+
+    def figures(self, status: Status) -> list[str]:
+        found = [] if status.evaluation is None else [f"accuracy {status.evaluation['accuracy']:.1%}"]
+        if (trace := status.policy.trace()) is not None:
+            found.append(f"rate {float(trace[0]):.1%}")
+        return found

@@ -1,0 +1,239 @@
+"""The calibrated clock: a run's time as the sum of what its steps cost on an idle machine.
+
+On a machine that others use, raw wall-clock gives one arm of a comparison more steps than another. So
+each kind of work is timed beforehand, the arms' steps interleaved so that a drift hits them alike, and
+a run's clock advances by the medians. Raw seconds are recorded beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sparse_training.errors import UserError
+from sparse_training.loader import Loader
+from sparse_training.policies import Policy
+
+if TYPE_CHECKING:
+    from sparse_training.trainer import SparseTrainer
+
+STAGES = ("load", "score", "select", "train")
+MIN_ROUNDS, MAX_ROUNDS, CALIBRATION_SECONDS = 5, 101, 5.0
+
+Curve = tuple[tuple[int, ...], tuple[float, ...]]  # rows ascending, median seconds of each
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Median seconds of each stage of a step by the number of rows that it works on.
+
+    To load or to train on n rows is the same work whoever chose them, so all arms share those curves;
+    scoring and selecting are each arm's own. Between measured row counts cost is linear.
+    """
+
+    shared: dict[str, Curve]  # "load" and "train"
+    own: dict[str, dict[str, Curve]]  # arm -> "score" and "select"
+    rounds: int
+    _known: dict[tuple[str, int, int], dict[str, float]] = field(default_factory=dict, compare=False, repr=False)
+
+    def step(self, arm: str, loaded: int, trained: int) -> dict[str, float]:
+        """Seconds of each stage, and their "total", of a step of that arm.
+
+        Raises:
+            UserError: the arm was not calibrated.
+        """
+        key = (arm, loaded, trained)
+        if key not in self._known:
+            if arm not in self.own:
+                raise UserError(
+                    f"the clock has no costs for the policy {arm!r}: it was calibrated for {', '.join(self.own)}"
+                )
+            rows = {"load": loaded, "score": loaded, "select": loaded, "train": trained}
+            curves = {**self.shared, **self.own[arm]}
+            cost = {stage: _interpolate(curves[stage], rows[stage]) for stage in STAGES}
+            self._known[key] = {**cost, "total": sum(cost.values())}
+        return self._known[key]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers for a checkpoint or JSON; ``from_dict`` is its inverse, bit for bit."""
+        return {"shared": self.shared, "own": self.own, "rounds": self.rounds}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Costs:
+        def curves(found: Mapping[str, Any]) -> dict[str, Curve]:
+            return {stage: (tuple(rows), tuple(seconds)) for stage, (rows, seconds) in found.items()}
+
+        own = {arm: curves(found) for arm, found in state["own"].items()}
+        return cls(curves(state["shared"]), own, int(state["rounds"]))
+
+
+class Clock:
+    """Seconds of a run: calibrated where ``costs`` are given, raw otherwise.
+
+    ``start`` and ``stop`` enclose what counts as raw time, so that evaluation does not.
+    """
+
+    def __init__(self, costs: Costs | None = None) -> None:
+        self.costs = costs
+        self.raw_seconds = 0.0
+        self._charged = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        if self.costs is not None:
+            return self._charged
+        running = time.perf_counter() - self._started if self._started is not None else 0.0
+        return self.raw_seconds + running
+
+    def charge(self, arm: str, loaded: int, trained: int) -> None:
+        """Advance by one step of that arm which loaded (and scored) and trained on so many rows."""
+        if self.costs is not None:
+            self._charged += self.costs.step(arm, loaded, trained)["total"]
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, device: torch.device) -> None:
+        """End a stretch of raw time, once the device has done what was asked of it."""
+        if self._started is not None:
+            synchronize(device)
+            self.raw_seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def state_dict(self) -> dict[str, Any]:
+        costs = None if self.costs is None else self.costs.to_dict()
+        return {"costs": costs, "charged": self._charged, "raw_seconds": self.raw_seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.costs = None if state["costs"] is None else Costs.from_dict(state["costs"])
+        self._charged, self.raw_seconds = float(state["charged"]), float(state["raw_seconds"])
+
+
+def calibrate(
+    trainer: SparseTrainer,
+    loader: Loader,
+    policies: Mapping[str, Policy] | None = None,
+    *,
+    rounds: int | None = None,
+) -> Costs:
+    """Time every stage of every arm's step, interleaved, on copies: the trainer stays as it is.
+
+    Args:
+        trainer: whose model and optimiser are copied.
+        loader: of the batches to time; its epoch and position stay as they are.
+        policies: the arms; by default the trainer's own policy. Dense steps are always timed too.
+        rounds: over all arms and batch sizes; by default as many as take CALIBRATION_SECONDS,
+            within MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
+    """
+    twin = copy.deepcopy(trainer)
+    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()))]
+    arms = list({policy.name: policy.to(twin.device) for policy in arms}.values())
+    samples: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    kinds = 2 if (loader.batches() or 0) > 1 else 1  # full and last batches
+    devices = [twin.device] if twin.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        items = loader.probe()
+        for _ in range(kinds):
+            _warm_up(twin, loader, arms, next(items))
+        done, began = 0, time.perf_counter()
+        while done < (rounds or MIN_ROUNDS) or (
+            rounds is None and done < MAX_ROUNDS and _since(began) < CALIBRATION_SECONDS
+        ):
+            for _ in range(kinds):
+                _time_arms(twin, loader, arms, next(items), samples)
+            done += 1
+    shared = {stage: _curve(samples, "", stage) for stage in ("load", "train")}
+    own = {arm.name: {stage: _curve(samples, arm.name, stage) for stage in ("score", "select")} for arm in arms}
+    return Costs(shared, own, done)
+
+
+def _time_arms(
+    twin: SparseTrainer,
+    loader: Loader,
+    arms: list[Policy],
+    item: Any,
+    samples: dict[tuple[str, str, int], list[float]],
+) -> None:
+    """One step of each arm on the same item, plus training on other row counts it may come to."""
+    for policy in arms:
+        watch = Stopwatch(twin.device)
+        batch = loader.load(item, policy.choose)
+        samples["", "load", batch.rows].append(watch.lap())
+        scores = policy.score(twin.scorer, batch)
+        samples[policy.name, "score", batch.rows].append(watch.lap())
+        policy.select(scores, batch)
+        samples[policy.name, "select", batch.rows].append(watch.lap())
+        for rows in _ladder(policy.likely_rows(batch.rows), batch.rows):
+            kept = twin.head(batch, rows)
+            watch.lap()
+            twin.learn(kept)
+            samples["", "train", rows].append(watch.lap())
+
+
+def _ladder(likely: range, rows: int) -> list[int]:
+    """The likely row counts' ends and middle, for interpolation; with a choice of them, 1 to rows."""
+    if len(likely) == 1:
+        return [likely[0]]
+    return sorted({1, likely[0], likely[len(likely) // 3], likely[-1], max(1, rows // 2), rows})
+
+
+def _warm_up(twin: SparseTrainer, loader: Loader, arms: list[Policy], item: Any) -> None:
+    """Train once on each likely row count, the middle ones first, for at most CALIBRATION_SECONDS.
+
+    Libraries prepare a kernel for each shape they meet: that is paid once a process, not every step.
+    """
+    began = time.perf_counter()
+    for policy in arms:
+        batch = loader.load(item, policy.choose)
+        likely = policy.likely_rows(batch.rows)
+        middle = likely[len(likely) // 3]
+        for rows in sorted(likely, key=lambda rows: abs(rows - middle)):
+            if _since(began) > CALIBRATION_SECONDS:
+                return
+            twin.learn(twin.head(batch, rows))
+
+
+class Stopwatch:
+    """Seconds between laps, each once the device has done what was asked of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last = 0.0
+        self.lap()
+
+    def lap(self) -> float:
+        synchronize(self.device)
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an asynchronous device; nothing to wait for on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _curve(samples: Mapping[tuple[str, str, int], list[float]], arm: str, stage: str) -> Curve:
+    points = sorted(
+        (rows, statistics.median(found)) for (a, s, rows), found in samples.items() if (a, s) == (arm, stage)
+    )
+    return tuple(rows for rows, _ in points), tuple(seconds for _, seconds in points)
+
+
+def _interpolate(curve: Curve, rows: int) -> float:
+    return float(np.interp(rows, *curve)) if rows else 0.0
+
+
+def _since(began: float) -> float:
+    return time.perf_counter() - began

@@ -1,0 +1,364 @@
+"""Policies side by side: the same weights, the same order of data, the same seconds of one clock."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import sparse_kernels
+from sparse_training import checkpoint as files
+from sparse_training.clock import Clock, Costs, calibrate
+from sparse_training.data import ImageData
+from sparse_training.errors import UserError
+from sparse_training.loader import ResidentLoader
+from sparse_training.models import build_model
+from sparse_training.policies import make_policy
+from sparse_training.trainer import History, SparseTrainer, Status
+
+FORMAT, VERSION = "sparse-training-compare", 1
+RESULT, SETTINGS, CALIBRATION = "compare.json", "settings.json", "calibration.json"
+GALLERY_ROWS = 16
+EVALUATION_BATCH = 1000
+
+Progress = Callable[[str, int, Status], None]  # arm, seed, where its run is
+
+
+class Interrupted(Exception):
+    """A comparison was stopped; the runs it had finished are in its folder."""
+
+
+def compare(
+    data: ImageData,
+    *,
+    model: str = "cnn-620k",
+    policies: Sequence[str] = ("dense", "random", "gate"),
+    rate: float = 0.1,
+    seeds: Sequence[int] = (0, 1, 2),
+    seconds: float = 20.0,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    warmup: float = 0.05,
+    anneal: float = 0.125,
+    precision: str = "auto",
+    device: torch.device | str = "cpu",
+    evaluations: int = 20,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Train every policy with every seed for equal seconds of one calibrated clock.
+
+    Args:
+        data: what to train and test on.
+        model: as for ``build_model``.
+        policies: names in POLICIES, the arms.
+        rate: fraction of rows that arms other than dense aim for.
+        seconds: of the clock, for each run; evaluation is not charged.
+        folder: where each finished run is kept, so that with ``resume`` an interrupted comparison
+            goes on with what is missing, by the same calibration.
+        command: what to record as having made the result.
+        progress: called after every step of every run.
+        stop: asked after every step.
+
+    Returns:
+        The result as it is written to compare.json; every time in seconds, every rate a fraction.
+
+    Raises:
+        UserError: an argument out of range, or a folder made with other settings.
+        Interrupted: ``stop`` said so.
+    """
+    if not policies or len(set(policies)) != len(policies):
+        raise UserError(f"policies {', '.join(policies) or 'none'}: wanted each name once, at least one")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds {', '.join(map(str, seeds)) or 'none'}: wanted each once, at least one")
+    if not 0.0 < seconds < float("inf"):
+        raise UserError(f"seconds {seconds}: wanted more than 0")
+    device = torch.device(device)
+    test = ResidentLoader(
+        data.test,
+        batch_size=min(EVALUATION_BATCH, len(data.test)),
+        mean=data.mean,
+        std=data.std,
+        device=device,
+        shuffle=False,
+    )
+
+    def make(policy: str, seed: int) -> tuple[SparseTrainer, ResidentLoader]:
+        """Equal for equal seeds but for the policy."""
+        torch.manual_seed(seed)
+        network = build_model(model, shape=data.shape, classes=len(data.classes))
+        trainer = SparseTrainer(
+            network,
+            policy=policy,
+            rate=rate,
+            warmup=warmup,
+            anneal=anneal,
+            lr=lr,
+            precision=precision,
+            device=device,
+            seed=seed,
+        )
+        loader = ResidentLoader(
+            data.train,
+            batch_size=batch_size,
+            seed=seed,
+            mean=data.mean,
+            std=data.std,
+            device=device,
+        )
+        return trainer, loader
+
+    arms = {name: make_policy(name, rate=rate, seed=seeds[0]) for name in policies}
+    trainer, loader = make(policies[0], seeds[0])
+    settings = {
+        "data": data.name,
+        "source": data.source,
+        "model": model,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "policies": list(policies),
+        "rate": rate,
+        "batch_size": batch_size,
+        "seconds": seconds,
+        "seeds": list(seeds),
+        "lr": lr,
+        "warmup": warmup,
+        "anneal": anneal,
+        "precision": str(trainer.scorer.dtype or torch.get_default_dtype()).removeprefix("torch."),
+        "train_rows": len(data.train),
+        "test_rows": len(data.test),
+    }
+    store = _Store(None if folder is None else Path(folder), settings, resume)
+    costs = store.costs()
+    if costs is None:
+        costs = store.keep_costs(calibrate(trainer, loader, arms))
+
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in policies}
+    counts = torch.zeros(2, len(data.train), dtype=torch.int64)  # times selected, times seen
+    for seed in seeds:
+        for name in policies:
+            found = store.run(name, seed)
+            if found is None:
+                trainer, loader = make(name, seed)
+                history = trainer.fit(
+                    loader,
+                    seconds=seconds,
+                    evaluate=test,
+                    evaluations=evaluations,
+                    clock=Clock(costs),
+                    progress=None if progress is None else _about(progress, name, seed),
+                    stop=stop,
+                )
+                if history.interrupted:
+                    raise Interrupted
+                found = store.keep_run(name, seed, _run(history, seed, None if name == "dense" else rate), history)
+            run, selected, seen = found
+            runs[name].append(run)
+            if name == "gate" and selected is not None and seen is not None:
+                counts += torch.stack((selected, seen)).cpu()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "environment": environment(device),
+        "settings": settings,
+        "calibration": {
+            "rounds": costs.rounds,
+            "arms": _stage_costs(costs, policies, rate, batch_size),
+        },
+        "speedup": _speedup(costs, policies, rate, batch_size),
+        "arms": {name: {"runs": found, "summary": _summary(found)} for name, found in runs.items()},
+        "gallery": _gallery(data, *counts),
+    }
+
+
+class _Store:
+    """A comparison's folder: its settings, its calibration, and a file for each finished run."""
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        path = folder / SETTINGS
+        if path.exists():
+            if not resume:
+                raise UserError(f"{folder} holds a comparison already: resume it, or choose another folder")
+            made = files.read_json(path)
+            if differing := [name for name in settings if made.get(name) != settings[name]]:
+                said = ", ".join(f"{name} {made.get(name)} is now {settings[name]}" for name in differing)
+                raise UserError(f"{folder} was made with other settings: {said}")
+        else:
+            (folder / "runs").mkdir(parents=True, exist_ok=True)
+            files.write_json(path, settings)
+
+    def costs(self) -> Costs | None:
+        if self.folder is None or not (self.folder / CALIBRATION).exists():
+            return None
+        return Costs.from_dict(files.read_json(self.folder / CALIBRATION))
+
+    def keep_costs(self, costs: Costs) -> Costs:
+        if self.folder is not None:
+            files.write_json(self.folder / CALIBRATION, costs.to_dict())
+        return costs
+
+    def run(self, arm: str, seed: int) -> tuple[dict[str, Any], Tensor | None, Tensor | None] | None:
+        """A finished run and its counts of selection; None if it is still to be done."""
+        if self.folder is None or not (path := self._path(arm, seed)).exists():
+            return None
+        counts = path.with_suffix(".counts")
+        found = files.load(counts) if counts.exists() else {}
+        return files.read_json(path), found.get("selected"), found.get("seen")
+
+    def keep_run(
+        self, arm: str, seed: int, run: dict[str, Any], history: History
+    ) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+        """File a run; its JSON comes last, for that is what says that it is finished."""
+        if self.folder is not None:
+            path = self._path(arm, seed)
+            if history.selected is not None:
+                found = {"selected": history.selected, "seen": history.seen}
+                files.save(path.with_suffix(".counts"), found)
+            files.write_json(path, run)
+        return run, history.selected, history.seen
+
+    def _path(self, arm: str, seed: int) -> Path:
+        assert self.folder is not None
+        return self.folder / "runs" / f"{arm}-{seed}.json"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The versions, the machine and the backends that serve the kernels."""
+    backends = {
+        op: f"{found['active']} ({found['detail']})" if found.get("detail") else str(found["active"])
+        for op, found in sparse_kernels.backend_info().items()
+    }
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sparse_kernels": sparse_kernels.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "backends": backends,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
+
+
+def _about(progress: Progress, arm: str, seed: int) -> Callable[[Status], None]:
+    return lambda status: progress(arm, seed, status)
+
+
+def _run(history: History, seed: int, target: float | None) -> dict[str, Any]:
+    found = history.to_dict()
+    rate = None if target is None else found["rate"]
+    return {
+        "seed": seed,
+        "accuracy": history.evals[-1]["accuracy"],
+        **found,
+        "rate": rate,
+        "target": target,
+    }
+
+
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    def mean(name: str) -> float | None:
+        values = [run[name] for run in runs if run[name] is not None]
+        return statistics.fmean(values) if values else None
+
+    accuracies = [run["accuracy"] for run in runs]
+    return {
+        "accuracy_mean": mean("accuracy"),
+        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "seconds_mean": mean("seconds"),
+        "raw_seconds_mean": mean("raw_seconds"),
+        "rows_trained_mean": mean("rows_trained"),
+        "rate_mean": mean("rate"),
+    }
+
+
+def _stage_costs(costs: Costs, policies: Sequence[str], rate: float, batch_size: int) -> dict[str, dict[str, float]]:
+    """Seconds of each stage of a step of each arm that keeps exactly rate * batch_size rows."""
+    kept = max(1, round(rate * batch_size))
+    rows = {"dense": (batch_size, batch_size), "random": (kept, kept)}  # loaded, trained
+    names = dict.fromkeys(("dense", *policies))
+    return {name: costs.step(name, *rows.get(name, (batch_size, kept))) for name in names}
+
+
+def _speedup(costs: Costs, policies: Sequence[str], rate: float, batch_size: int) -> dict[str, dict[str, float]]:
+    """Measured speed-up of a step beside its ceiling.
+
+    A dense step is taken as three forward passes, so a policy that scores with the model's own
+    forward cannot exceed 3/(1+3r); with its scoring at s forward passes, 3/(s+3r) is its own ceiling.
+    """
+    steps = _stage_costs(costs, policies, rate, batch_size)
+    dense = steps["dense"]
+    found = {}
+    for name in policies:
+        if name == "dense":
+            continue
+        found[name] = {"measured": dense["total"] / steps[name]["total"], "ceiling": 1.0 / rate}
+        if name != "random":
+            scorer = 3.0 * steps[name]["score"] / dense["train"]
+            found[name] |= {
+                "ceiling": 3.0 / (1.0 + 3.0 * rate),
+                "scorer_cost": scorer,
+                "own_ceiling": 3.0 / (scorer + 3.0 * rate),
+            }
+    return found
+
+
+def _gallery(data: ImageData, selected: Tensor, seen: Tensor) -> dict[str, Any]:
+    """The training rows that the gate kept the largest and the smallest share of the times it saw them.
+
+    Among equals those come first that it saw more often, then those with the lower row number.
+    """
+    known = seen.nonzero().squeeze(1).tolist()
+    share = {row: selected[row].item() / seen[row].item() for row in known}
+
+    def picture(row: int) -> dict[str, Any]:
+        label = int(data.train.labels[row])
+        return {
+            "index": row,
+            "label": label,
+            "class": data.classes[label],
+            "selected": int(selected[row]),
+            "seen": int(seen[row]),
+            "png": _png(data.train.images[row]),
+        }
+
+    most = sorted(known, key=lambda row: (-share[row], -int(seen[row]), row))[:GALLERY_ROWS]
+    least = sorted(known, key=lambda row: (share[row], -int(seen[row]), row))[:GALLERY_ROWS]
+    return {
+        "arm": "gate",
+        "most": [picture(row) for row in most],
+        "least": [picture(row) for row in least],
+    }
+
+
+def _png(image: Tensor) -> str:
+    """An image uint8 [1 or 3, H, W] as a PNG file in base64."""
+    pixels = image.permute(1, 2, 0).squeeze(2).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

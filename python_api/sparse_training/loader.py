@@ -1,0 +1,277 @@
+"""Batches in two stages, so that a policy can choose rows before they are loaded.
+
+A loader yields *items*, one a batch, and ``load`` turns an item into a ``Batch`` on the device. For
+data resident on the device an item is a list of row numbers: rows not chosen are never touched. For
+any other iterable an item is the batch itself, and choosing happens after loading.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparse_training.errors import UserError
+
+Choose = Callable[[int], "Tensor | None"]  # rows offered -> int64 positions to load, None for all
+
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+class Batch(NamedTuple):
+    """One batch on the training device; dim 0 of every tensor counts its rows."""
+
+    inputs: Any  # a tensor, or a tuple or mapping of tensors
+    targets: Tensor
+    ids: Tensor | None  # int64 row numbers in the data set, where the loader knows them
+    offered: int  # rows there were before the policy chose
+
+    @property
+    def rows(self) -> int:
+        return self.targets.shape[0]
+
+
+class ArraySplit(Protocol):
+    """Images uint8 [N, C, H, W] and labels int64 [N]."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+def load_everything(rows: int) -> None:
+    """The choice that is none: every row."""
+
+
+class Loader(ABC):
+    """An epoch of items from where the last one stopped; ``epoch`` and ``position`` say where."""
+
+    size: int | None = None  # rows of the data set, where known
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.position = 0  # items of this epoch already yielded
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of the current epoch."""
+
+    @abstractmethod
+    def load(self, item: Any, choose: Choose = load_everything) -> Batch:
+        """The batch of an item, reduced to the rows that ``choose`` names."""
+
+    @abstractmethod
+    def probe(self) -> Iterator[Any]:
+        """Items without end for timing; epoch and position stay as they are."""
+
+    @abstractmethod
+    def batches(self) -> int | None:
+        """Items in an epoch, None where unknown."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+
+class ResidentLoader(Loader):
+    """Images held on the device as uint8, normalised when a batch of them is fetched.
+
+    Args:
+        split: images uint8 [N, C, H, W] and labels int64 [N].
+        batch_size: rows in a batch, 1 to N.
+        seed: with the epoch's number it determines the order of the rows.
+        mean, std: per channel, of images / 255.
+        drop_last: leave out a short last batch.
+
+    Raises:
+        UserError: batch_size outside 1..N, or no images.
+    """
+
+    def __init__(
+        self,
+        split: ArraySplit,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        device: torch.device | str = "cpu",
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.size: int = len(split.labels)
+        if not 1 <= batch_size <= self.size:
+            raise UserError(f"batch size {batch_size}: wanted 1 to {self.size}, the rows of the data set")
+        self.device = torch.device(device)
+        self.images = split.images.to(self.device)
+        self.labels = split.labels.to(self.device)
+        # (v / 255 - mean) / std as one multiplication and one addition.
+        spread = torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1)
+        centre = torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1)
+        self.scale = (1.0 / (255.0 * spread)).to(self.device)
+        self.shift = (-centre / spread).to(self.device)
+        self.batch_size, self.seed = batch_size, seed
+        self.shuffle, self.drop_last = shuffle, drop_last
+
+    def batches(self) -> int:
+        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+
+    __len__ = batches
+
+    def order(self, epoch: int) -> Tensor:
+        """int64 [N], on the CPU: the rows in the order of that epoch."""
+        if not self.shuffle:
+            return torch.arange(self.size)
+        # PyTorch's CPU generator reads the low 32 bits of a seed.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+        return torch.randperm(self.size, generator=generator)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = self.order(self.epoch)
+        while self.position < self.batches():
+            start = self.position * self.batch_size
+            self.position += 1
+            yield order[start : start + self.batch_size]
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images float32 [n, C, H, W], normalised, and labels int64 [n] of the rows in ``index``."""
+        index = index.to(self.device, non_blocking=True)
+        images = self.images.index_select(0, index).float().mul_(self.scale).add_(self.shift)
+        return images, self.labels.index_select(0, index)
+
+    def load(self, item: Tensor, choose: Choose = load_everything) -> Batch:
+        chosen = choose(len(item))
+        index = item if chosen is None else item[chosen]
+        index = index.to(self.device, non_blocking=True)
+        return Batch(*self.fetch(index), index, len(item))
+
+    def probe(self) -> Iterator[Tensor]:
+        """A full batch and the short last one in turn (only full ones where none is short)."""
+        order = self.order(0)
+        tail = 0 if self.drop_last else self.size % self.batch_size
+        while True:
+            yield order[: self.batch_size]
+            if tail:
+                yield order[-tail:]
+
+
+class StreamLoader(Loader):
+    """Any iterable of batches, such as a DataLoader; every batch is loaded whole.
+
+    A sampler with ``set_epoch`` is told the epoch. On resume the batches of the epoch that were
+    already used are drawn again, from the generator state the epoch began with, and passed over.
+
+    Args:
+        batches: tuples (inputs..., targets), or mappings with the targets under one of TARGET_KEYS.
+        inputs, targets: how to take them from a batch of any other structure.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        inputs: Callable[[Any], Any] | None = None,
+        targets: Callable[[Any], Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.source = batches
+        self.inputs = inputs or default_inputs
+        self.targets = targets or default_targets
+        self.device = torch.device(device)
+        self._epoch_rng: Tensor | None = None  # torch's CPU generator when the epoch began
+
+    def batches(self) -> int | None:
+        if not isinstance(self.source, Sized):
+            return None
+        try:
+            return len(self.source)
+        except TypeError:  # a DataLoader over an iterable data set has a __len__ that raises
+            return None
+
+    def __iter__(self) -> Iterator[Any]:
+        set_epoch = getattr(getattr(self.source, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.epoch)
+        if self.position and self._epoch_rng is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self._epoch_rng.cpu())
+                source = iter(self.source)
+                for _ in range(self.position):
+                    next(source, None)
+        else:
+            self._epoch_rng = torch.get_rng_state()
+            source = iter(self.source)
+        for batch in source:
+            self.position += 1
+            yield batch
+        if not self.position:
+            raise UserError("the training data gave no batch: wanted an iterable that can be gone through again")
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def load(self, item: Any, choose: Choose = load_everything) -> Batch:
+        def to_device(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        parts = (self.inputs(item), self.targets(item))
+        offered = parts[1].shape[0]
+        chosen = choose(offered)
+        if chosen is not None:
+            parts = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, chosen.to(t.device)), parts)
+        inputs, targets = pytree.tree_map_only(Tensor, to_device, parts)
+        return Batch(inputs, targets, None, offered)
+
+    def probe(self) -> Iterator[Any]:
+        if isinstance(self.source, Iterator):
+            raise UserError("a one-shot iterator cannot be timed beforehand: give a DataLoader, or steps= for a budget")
+        while True:
+            yield from self.source
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "epoch_rng": self._epoch_rng}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._epoch_rng = state.get("epoch_rng")
+
+
+def default_inputs(batch: Any) -> Any:
+    """All of a batch but its targets; a pair's first half bare."""
+    if isinstance(batch, Mapping):
+        key = _target_key(batch)
+        return {name: value for name, value in batch.items() if name != key}
+    if isinstance(batch, Sequence) and len(batch) >= 2:
+        return batch[0] if len(batch) == 2 else tuple(batch[:-1])
+    raise UserError(
+        f"a batch of type {type(batch).__name__}: wanted (inputs, targets), a mapping, or inputs= and targets="
+    )
+
+
+def default_targets(batch: Any) -> Any:
+    """The last of a sequence, or what a mapping holds under one of TARGET_KEYS."""
+    if isinstance(batch, Mapping):
+        return batch[_target_key(batch)]
+    if isinstance(batch, Sequence) and len(batch) >= 2:
+        return batch[-1]
+    raise UserError(
+        f"a batch of type {type(batch).__name__}: wanted (inputs, targets), a mapping, or inputs= and targets="
+    )
+
+
+def _target_key(batch: Mapping[str, Any]) -> str:
+    for key in TARGET_KEYS:
+        if key in batch:
+            return key
+    raise UserError(
+        f"a batch with the keys {', '.join(map(str, batch))}: wanted one of {', '.join(TARGET_KEYS)}, or targets="
+    )

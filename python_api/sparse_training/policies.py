@@ -1,0 +1,185 @@
+"""Policies: which rows of a batch are trained on.
+
+A policy may choose before loading (``choose``: the rows left out cost nothing), after scoring
+(``select``: rows are taken by what the model says of them), or not at all. To add one, subclass
+``Policy``, override what differs, and enter it in POLICIES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparse_kernels import Selection
+from sparse_training.errors import UserError
+from sparse_training.gate import Gate
+from sparse_training.loader import Batch
+
+Scorer = Callable[[Any], Tensor]  # inputs -> logits, without gradient
+
+
+class Kept(NamedTuple):
+    """The rows to train on. The loss is their mean, or with ``weight`` sum(weight * loss) / divisor."""
+
+    inputs: Any
+    targets: Tensor
+    rows: int | Tensor  # how many; a device tensor where padding hides the number from the host
+    positions: Tensor | None = None  # int64 positions in the batch, None for all of it
+    weight: Tensor | None = None  # float32, 0 on padding
+    divisor: int | Tensor = 1
+
+
+class Policy(nn.Module):
+    """Every row; the base of the others. State belongs in buffers or in the extra state."""
+
+    name = "dense"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in vars(cls):  # results and costs are filed under it: no two may share one
+            cls.name = cls.__name__.lower()
+
+    def __init__(self, rate: float = 1.0, seed: int = 0) -> None:
+        super().__init__()
+        self.rate = check_rate(rate)
+        self.seed = seed
+
+    def choose(self, rows: int) -> Tensor | None:
+        """int64 positions to load out of ``rows``, on the CPU; None for all of them."""
+        return None
+
+    def score(self, scorer: Scorer, batch: Batch) -> Tensor | None:
+        """What ``select`` needs to know of the batch, None for nothing."""
+        return None
+
+    def select(self, scores: Tensor | None, batch: Batch) -> Kept:
+        """The rows of a loaded batch to train on."""
+        return Kept(batch.inputs, batch.targets, batch.rows)
+
+    def likely_rows(self, rows: int) -> range:
+        """How many of a loaded batch's rows this policy may well keep, for the clock to time."""
+        return range(rows, rows + 1)
+
+    def trace(self) -> tuple[Tensor, Tensor] | None:
+        """Smoothed rate and threshold, on the device, where there is a controller to watch."""
+        return None
+
+    def warnings(self, rate: float | None) -> list[str]:
+        """What a reader of the run must know, given the rate it reached."""
+        return []
+
+
+class RandomPolicy(Policy):
+    """round(rate * B) rows of each batch, drawn before loading by a generator of its own.
+
+    Where that rounds to 0, one row with probability rate * B.
+    """
+
+    name = "random"
+
+    def __init__(self, rate: float = 0.1, seed: int = 0) -> None:
+        super().__init__(rate, seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def choose(self, rows: int) -> Tensor:
+        count = round(self.rate * rows)
+        if not count:
+            count = int(torch.rand((), generator=self.generator).item() < self.rate * rows)
+        return torch.randperm(rows, generator=self.generator)[:count]
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())
+
+
+class GatePolicy(Policy):
+    """The rows whose significance is above the gate's threshold.
+
+    With a gate temperature rows are drawn and weighted 1/p, and the gradient estimates the whole
+    batch's without bias. Without one the loss is the mean over the kept rows: that is biased towards
+    them, on purpose, and changes the gradient's scale with the rate.
+    """
+
+    name = "gate"
+
+    def __init__(self, rate: float = 0.1, seed: int = 0, gate: Gate | None = None, **options: Any) -> None:
+        super().__init__(gate.rate if gate is not None else rate, seed)
+        self.gate = gate if gate is not None else Gate(rate, seed=seed, **options)
+
+    def score(self, scorer: Scorer, batch: Batch) -> Tensor:
+        return scorer(batch.inputs)
+
+    def select(self, scores: Tensor | None, batch: Batch) -> Kept:
+        if scores is None or scores.ndim != 2:
+            shape = None if scores is None else list(scores.shape)
+            raise UserError(f"scores of shape {shape}: the gate wanted logits [B, classes], one row a sample")
+        selection: Selection = self.gate(scores, batch.targets, index=batch.ids)
+        inputs, targets = selection.take((batch.inputs, batch.targets))
+        padded = self.gate.capacity is not None
+        count = selection.count if padded else selection.index.shape[0]
+        if self.gate.temperature > 0.0:
+            return Kept(inputs, targets, count, selection.index, selection.weight, batch.rows)
+        if padded:
+            divisor = selection.count.clamp(min=1)
+            return Kept(inputs, targets, count, selection.index, selection.weight, divisor)
+        return Kept(inputs, targets, count, selection.index)
+
+    def likely_rows(self, rows: int) -> range:
+        if self.gate.capacity is not None:
+            return super().likely_rows(min(self.gate.capacity, rows))
+        aim = max(1, round(self.rate * rows))
+        return range(max(1, aim // 2), min(rows, 2 * aim) + 1)
+
+    def trace(self) -> tuple[Tensor, Tensor]:
+        return self.gate.rate_observed.detach().clone(), self.gate.threshold.detach().clone()
+
+    def warnings(self, rate: float | None) -> list[str]:
+        found = []
+        steps, saturated = int(self.gate.step), int(self.gate.saturated)
+        if saturated > 0.1 * steps:
+            found.append(
+                f"the gate's controller was saturated in {saturated} of {steps} steps: its rate is not the target's"
+            )
+        if rate is not None and abs(rate - self.rate) > max(0.02, 0.2 * self.rate):
+            found.append(f"the gate kept {rate:.1%} of the rows it was offered; the target was {self.rate:.1%}")
+        if invalid := int(self.gate.invalid):
+            found.append(f"{invalid} rows were not finite and left out")
+        if overflow := int(self.gate.overflow):
+            found.append(f"{overflow} selected rows were over the gate's capacity and left out")
+        return found
+
+
+POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Policy, RandomPolicy, GatePolicy)}
+
+
+def make_policy(policy: str | Policy | Gate, *, rate: float, seed: int, loss: Any = None) -> Policy:
+    """A policy from its name, from a gate, or as it is.
+
+    A gate made here sees the loss the model is trained on: its ignore_index and label smoothing.
+
+    Raises:
+        UserError: an unknown name, or a rate outside (0, 1].
+    """
+    check_rate(rate)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Gate):
+        return GatePolicy(seed=seed, gate=policy)
+    if policy not in POLICIES:
+        raise UserError(f"policy {policy!r}: wanted one of {', '.join(POLICIES)}")
+    if policy != "gate":
+        return POLICIES[policy](rate, seed)
+    known = ("ignore_index", "label_smoothing")
+    return GatePolicy(rate, seed, **{name: getattr(loss, name) for name in known if hasattr(loss, name)})
+
+
+def check_rate(rate: float) -> float:
+    """The rate, if it is in (0, 1]; otherwise a UserError."""
+    if not 0.0 < rate <= 1.0:
+        raise UserError(f"rate {rate}: wanted more than 0 and at most 1")
+    return rate

@@ -1,0 +1,59 @@
+"""What depends on how far a run has come: its phase and its learning rate.
+
+Progress is a fraction in [0, 1] of the run's budget (steps or seconds of the clock), never a number of
+epochs: arms that take different numbers of steps in the same time still go through the same schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparse_training.errors import UserError
+
+PHASES = ("warmup", "sparse", "anneal")
+SHAPES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Dense warm-up, sparse training, dense anneal; a learning rate that follows the same progress.
+
+    Args:
+        warmup: fraction of the run trained on every row at the start, so that scores mean something.
+        anneal: fraction trained on every row at the end, so that what was left out is not forgotten.
+        shape: "cosine" to zero or "constant", after a linear rise over the first ``rise`` of the run.
+
+    Raises:
+        UserError: fractions outside [0, 1] or adding up to more than 1; an unknown shape.
+    """
+
+    warmup: float = 0.05
+    anneal: float = 0.125
+    shape: str = "cosine"
+    rise: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "anneal", "rise"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"{name} {value}: wanted a fraction from 0 to 1")
+        if self.warmup + self.anneal > 1.0:
+            raise UserError(
+                f"warmup {self.warmup} and anneal {self.anneal} add up to more than 1: nothing is left to gate"
+            )
+        if self.shape not in SHAPES:
+            raise UserError(f"schedule {self.shape!r}: wanted one of {', '.join(SHAPES)}")
+
+    def phase(self, progress: float) -> str:
+        """One of PHASES."""
+        if progress < self.warmup:
+            return "warmup"
+        return "anneal" if progress >= 1.0 - self.anneal else "sparse"
+
+    def factor(self, progress: float) -> float:
+        """What the learning rate is multiplied by; the rise starts at 0.1, for a step at 0 is wasted."""
+        scale = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))) if self.shape == "cosine" else 1.0
+        if progress < self.rise:
+            scale *= 0.1 + 0.9 * progress / self.rise
+        return scale

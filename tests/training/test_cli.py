@@ -1,0 +1,185 @@
+"""The command line: what it writes, what it refuses, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparse_training import cli
+from sparse_training.__main__ import main
+
+TRAIN = ["train", "--rate", "0.3", "--batch-size", "256", "--model", "test_cli:model"]
+
+
+def model(shape, classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.2), torch.nn.Linear(64, classes))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("policy", ["dense", "random", "gate"])
+def test_train_writes_a_model_a_result_and_a_checkpoint(here, capsys, policy):
+    assert main([*TRAIN, "--epochs", "20", "--lr", "0.02", "--policy", policy, "--out", "out"]) == 0
+    assert sorted(os.listdir("out")) == ["checkpoint.pt", "model.pt", "options.json", "result.json"]
+    run = read(here / "out" / "result.json")["run"]
+    assert run["steps"] == 20 * 6
+    assert run["evals"][-1]["accuracy"] > 0.6
+    assert set(torch.load("out/model.pt", weights_only=True)) == {"2.weight", "2.bias"}
+    assert f"accuracy {run['evals'][-1]['accuracy']:.2%} after 120 steps" in capsys.readouterr().out
+
+
+def test_a_run_without_a_name_goes_under_runs(here):
+    assert main([*TRAIN, "--steps", "1"]) == 0
+    (folder,) = (here / "runs").iterdir()
+    assert folder.name.endswith("-train")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_which_resume_completes_bit_for_bit(here, capsys, monkeypatch, number, code):
+    arguments = [*TRAIN, "--steps", "25", "--policy", "gate"]
+    assert main([*arguments, "--out", "whole"]) == 0
+    update = cli._Display.update
+
+    def signalled(self, arm, seed, status):
+        update(self, arm, seed, status)
+        if status.step == 11:
+            os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Display, "update", signalled)
+        assert main([*arguments, "--out", "part"]) == code
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert "sparse-train resume part" in capsys.readouterr().err
+    assert sorted(os.listdir("part")) == ["checkpoint.pt", "options.json"]
+    assert main(["resume", "part"]) == 0
+    whole, part = (torch.load(f"{name}/model.pt", weights_only=True) for name in ("whole", "part"))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_compare_writes_a_report_that_can_be_drawn_again(here, capsys, monkeypatch):
+    arguments = ["compare", "--model", "test_cli:model", "--batch-size", "256", "--seconds", "0.05", "--seeds", "0,4"]
+    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    assert main([*arguments, "--out", "out"]) == 0
+    out = capsys.readouterr().out
+    assert "dense" in out
+    assert "written: " in out
+    result = read(here / "out" / "compare.json")
+    assert result["settings"]["seeds"] == [0, 4]
+    assert result["command"] == "sparse-train " + " ".join([*arguments, "--out", "out"])
+    for name in ("report.html", "compare.png"):
+        (here / "out" / name).unlink()
+    assert main(["report", "out"]) == 0
+    assert {"report.html", "compare.png"} <= set(os.listdir("out"))
+    # All runs are there: going on draws the same result and trains nothing.
+    assert main([*arguments, "--out", "out", "--resume"]) == 0
+    assert read(here / "out" / "compare.json")["arms"] == result["arms"]
+
+
+def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeypatch):
+    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    update = cli._Display.update
+
+    def signalled(self, arm, seed, status):
+        update(self, arm, seed, status)
+        if arm == "random":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    arguments = ["compare", "--model", "test_cli:model", "--batch-size", "256", "--seconds", "0.05", "--seeds", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Display, "update", signalled)
+        assert main([*arguments, "--out", "out"]) == 143
+    assert os.listdir("out/runs") == ["dense-0.json"]
+    before = (here / "out/runs/dense-0.json").read_bytes()
+    assert main(["resume", "out"]) == 0
+    assert (here / "out/runs/dense-0.json").read_bytes() == before
+    assert len(read(here / "out" / "compare.json")["arms"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train", "no budget: wanted one of --epochs, --steps, --seconds"),
+        ("train --steps 3 --epochs 2", "--epochs and --steps: wanted one of"),
+        ("train --steps 0", "--steps"),
+        ("train --seconds -1", "--seconds"),
+        ("train --steps 3 --rate 1.5", "1.5 is not in the range 0<x<=1"),
+        ("train --steps 3 --rate 0", "0.0 is not in the range 0<x<=1"),
+        ("train --steps 3 --rate nan", "rate"),
+        ("train --steps 3 --lr nan", "lr"),
+        ("train --seconds nan", "seconds"),
+        ("train --steps 3 --policy best", "'best' is not one of 'dense', 'random', 'gate'"),
+        ("train --steps 3 --data mnist", "'mnist' is not one of 'digits'"),
+        ("train --steps 3 --model vgg", "'vgg'"),
+        ("train --steps 3 --model nowhere:model", "nowhere"),
+        ("train --steps 3 --batch-size 5000", "batch size 5000: wanted 1 to 1437"),
+        ("train --steps 3 --device nonsense", "device 'nonsense' cannot be used"),
+        ("train --steps 3 --warmup 0.6 --anneal 0.6", "wanted a sum of at most 1"),
+        ("train --steps 3 --data imagefolder --root nowhere", "nowhere"),
+        ("train --steps 3 --out used", "used exists and is not empty"),
+        ("train --steps 3 --out used/file", "used/file exists and is not empty"),
+        ("compare --out used", "used exists and is not empty"),
+        ("compare --seconds 0", "--seconds"),
+        ("compare --seconds nan", "seconds"),
+        ("compare --policies dense,best", "'best': wanted some of dense, random, gate"),
+        ("compare --policies gate,gate", "wanted each policy once"),
+        ("compare --seeds some", "'some': wanted how many"),
+        ("compare --seeds 1,1", "'1,1': wanted how many"),
+        ("compare --batch-size 5000", "batch size 5000"),
+        ("compare --model vgg", "'vgg'"),
+        ("compare --resume", "wanted the folder"),
+        ("resume nowhere", "nowhere/options.json: no such file"),
+        ("report nowhere", "nowhere"),
+        ("draw", "draw"),
+        ("train --stepz 3", "--stepz"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_code_2_and_nothing_is_written(here, capsys, arguments, message):
+    (here / "used").mkdir()
+    (here / "used" / "file").write_text("mine")
+    assert main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert sorted(os.listdir()) == ["used"]
+    assert (here / "used" / "file").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_is_one_line_and_code_2(here, capsys):
+    assert main([*TRAIN, "--steps", "2", "--out", "out"]) == 0
+    path = here / "out" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-7])
+    capsys.readouterr()
+    assert main(["resume", "out"]) == 2
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_said(here, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "click", None)
+    monkeypatch.delitem(sys.modules, "sparse_training.cli")
+    monkeypatch.delattr("sparse_training.cli", raising=False)
+    assert main(["train"]) == 2
+    assert "sparse-kernels[train]" in capsys.readouterr().err
+
+
+def test_python_dash_m_and_an_unknown_backend(here):
+    environment = {**os.environ, "SPARSE_KERNELS_BACKEND": "abacus"}  # read at import: hence a process
+    command = [sys.executable, "-m", "sparse_training", "train", "--steps", "3"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 2
+    assert ran.stderr == "error: unknown backend 'abacus'; known: cpp, torch\n"
+    assert os.listdir() == []

@@ -1,0 +1,317 @@
+"""The gate: what it keeps, what its controller sees, what it refuses, and that it resumes exactly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_kernels import row_stats
+from sparse_training.errors import UserError
+from sparse_training.gate import Gate
+from sparse_training.significance import Significance
+
+CLASSES = 10
+
+
+def batches(count: int, rows: int = 512, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        (3 * torch.randn(rows, CLASSES, generator=g), torch.randint(0, CLASSES, (rows,), generator=g))
+        for _ in range(count)
+    ]
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    loss = row_stats(logits, targets, outputs=("loss",)).loss
+    assert loss is not None
+    return loss
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("threshold", [None, 1e-3, 1e3])
+def test_keeps_the_rate_asked_for(rate: float, threshold: float | None) -> None:
+    gate = Gate(rate, threshold=threshold)
+    kept = [gate(*batch).count.item() / 512 for batch in batches(120)]
+    assert sum(kept[50:]) / 70 == pytest.approx(rate, abs=0.01)
+    assert gate.rate_observed.item() == pytest.approx(rate, abs=0.02)
+    assert gate.step == 120
+
+
+def test_keeps_exactly_the_rows_above_the_threshold() -> None:
+    logits, targets = batches(1)[0]
+    gate = Gate(0.1, threshold=4.0, significance=Significance(loss=1.0))
+    selection = gate(logits, targets)
+    above = (loss_of(logits, targets) > 4.0).nonzero()[:, 0]
+    assert 10 < len(above) < 500
+    assert torch.equal(selection.index, above)
+    assert (selection.weight == 1).all()
+    taken, labels = selection.take((logits, targets))
+    assert torch.equal(taken, logits[above])
+    assert torch.equal(labels, targets[above])
+
+
+def test_offset_adds_to_the_significance() -> None:
+    logits, targets = batches(1)[0]
+    offset = torch.zeros(512)
+    offset[7], offset[8] = 1e6, -1e6
+    index = Gate(0.1, threshold=100.0)(logits, targets, offset=offset).index
+    assert index.tolist() == [7]
+
+
+def test_ignored_and_invalid_rows_are_never_kept_and_invalid_ones_counted() -> None:
+    gate = Gate(0.5, floor=0.5)
+    for logits, targets in batches(30):
+        targets[:100] = -100
+        logits[100:110, 3] = math.nan
+        logits[110:120, 4] = math.inf
+        logits[120:130] = -math.inf
+        selection = gate(logits, targets)
+        assert selection.index.min() >= 130
+    assert gate.invalid == 30 * 30
+    assert gate.rate_observed.item() == pytest.approx(0.5, abs=0.03)  # of the 382 valid rows
+
+
+def test_own_ignore_index() -> None:
+    logits, targets = batches(1)[0]
+    targets[::2] = 255
+    kept = Gate(1.0, ignore_index=255)(logits, targets)
+    assert torch.equal(kept.index, torch.arange(1, 512, 2))
+
+
+def test_rate_one_keeps_every_valid_row_for_ever() -> None:
+    gate = Gate(1.0)
+    for logits, targets in batches(5):
+        logits[3, 0] = math.nan
+        assert gate(logits, targets).count == 511
+    assert gate.threshold.item() == -math.inf
+    assert gate.saturated == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("options", [{}, {"capacity": 8}, {"floor": 0.1}, {"temperature": 0.5}])
+def test_tiny_batches(rows: int, options: dict[str, Any]) -> None:
+    gate = Gate(0.2, **options)
+    for batch in batches(20, rows=rows):
+        selection = gate(*batch)
+        assert selection.count <= rows
+        selection.take(batch)
+    assert gate.step == 20
+
+
+# Capacity
+
+
+def test_capacity_pads_and_counts_what_does_not_fit() -> None:
+    gate = Gate(0.5, capacity=64, threshold=2.0)
+    overflow = 0
+    for batch in batches(10):
+        selection = gate(*batch)
+        assert selection.index.shape == (64,)
+        overflow += int(selection.overflow)
+    assert overflow > 500
+    assert gate.overflow == overflow
+
+
+def test_the_batch_of_an_automatic_start_is_no_overflow() -> None:
+    gate = Gate(0.1, capacity=256)
+    first, *rest = batches(20)
+    assert gate(*first).overflow == 256
+    for batch in rest:
+        assert gate(*batch).overflow == 0
+    assert gate.overflow == 0
+
+
+# Floor
+
+
+def test_floor_takes_the_most_significant_rows() -> None:
+    logits, targets = batches(1)[0]
+    targets[:12] = -100
+    logits[12:22, 0] = math.nan
+    gate = Gate(0.3, threshold=1e6, floor=0.1, significance=Significance(loss=1.0))
+    selection = gate(logits, targets)
+    loss = loss_of(logits, targets)
+    loss[:22] = -1
+    top = loss.topk(49).indices.sort().values  # ceil(0.1 * 490 valid rows)
+    assert torch.equal(selection.index, top)
+
+
+def test_floor_adds_nothing_where_enough_is_kept() -> None:
+    logits, targets = batches(1)[0]
+    plain = Gate(0.5, threshold=2.0)(logits, targets)
+    floored = Gate(0.5, threshold=2.0, floor=0.05)(logits, targets)
+    assert torch.equal(plain.index, floored.index)
+
+
+@pytest.mark.parametrize(("rows", "floor", "least"), [(30, 0.1, 3), (31, 0.1, 4), (1, 0.1, 1), (10, 0.3, 3)])
+def test_floor_rounds_up_and_only_up(rows: int, floor: float, least: int) -> None:
+    assert Gate(0.5, threshold=1e6, floor=floor)(*batches(1, rows=rows)[0]).count == least
+
+
+def test_controller_sees_the_rate_before_the_floor() -> None:
+    """Row 8 of what the original got wrong: fed the rate after its fallback, the controller winds up."""
+    plain, floored = Gate(0.1, threshold=50.0), Gate(0.1, threshold=50.0, floor=0.1)
+    differed = False
+    for batch in batches(60):
+        a, b = plain(*batch), floored(*batch)
+        differed |= bool(a.count != b.count)
+        assert torch.equal(plain.threshold, floored.threshold)
+        assert b.count >= 52
+    assert differed
+
+
+# Drawn selections
+
+
+def test_weights_make_the_sum_over_the_kept_unbiased() -> None:
+    torch.manual_seed(0)
+    logits, targets = batches(1)[0]
+    value = torch.rand(512)
+    gate = Gate(0.3, temperature=1.0, p_min=0.05, seed=3)
+    for _ in range(30):
+        gate(logits, targets)  # settle
+    sums = []
+    for _ in range(400):
+        kept = gate(logits, targets)
+        sums.append((kept.weight * value[kept.index]).sum())
+    estimates = torch.stack(sums)
+    assert estimates.mean().item() == pytest.approx(value.sum().item(), abs=4 * estimates.std().item() / 20)
+    assert kept.weight.max() <= 20.001
+    assert gate.rate_observed.item() == pytest.approx(0.3, abs=0.01)
+
+
+def test_draws_follow_the_seed_and_the_step() -> None:
+    batch = batches(1)[0]
+
+    def draw(seed: int, calls: int) -> list[list[int]]:
+        gate = Gate(0.3, temperature=1.0, seed=seed, threshold=3.0)
+        return [gate(*batch).index.tolist() for _ in range(calls)]
+
+    assert draw(1, 2) == draw(1, 2)
+    assert draw(1, 1) != draw(2, 1)
+    first, second = draw(1, 2)
+    assert first != second
+
+
+# State
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "p_min": 0.01, "capacity": 100}, {"floor": 0.05}])
+def test_resumes_bit_exactly_in_the_middle_of_a_run(options: dict[str, Any]) -> None:
+    data = batches(40)
+    whole = Gate(0.1, seed=5, **options)
+    for batch in data[:20]:
+        whole(*batch)
+    resumed = Gate(0.1, seed=5, **options)
+    resumed.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
+    for batch in data[20:]:
+        a, b = whole(*batch), resumed(*batch)
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.weight, b.weight)
+    for (name, x), y in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_state_is_named_and_last_is_no_part_of_it() -> None:
+    gate = Gate(0.1)
+    gate(*batches(1)[0])
+    assert gate.last is not None
+    assert gate.last.significance.shape == (512,)
+    names = set(gate.state_dict())
+    assert {"step", "invalid", "overflow", "controller.threshold", "controller.saturated"} <= names
+    assert not any("last" in name for name in names)
+    assert gate.threshold.dtype is torch.float32
+    assert gate.threshold.numel() == 1
+
+
+def test_no_gradient_and_the_logits_untouched() -> None:
+    logits, targets = batches(1)[0]
+    logits.requires_grad_()
+    before = logits.detach().clone()
+    gate = Gate(0.3)
+    selection = gate(logits, targets)
+    assert not selection.weight.requires_grad
+    assert gate.last is not None
+    assert not gate.last.significance.requires_grad
+    assert torch.equal(logits.detach(), before)
+
+
+def test_pixels_are_rows_in_the_order_of_their_targets() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, CLASSES, 5, 7, generator=g)
+    targets = torch.randint(0, CLASSES, (2, 5, 7), generator=g)
+    pixels = Gate(0.3, threshold=3.0, dim=1)(logits, targets)
+    rows = Gate(0.3, threshold=3.0)(logits.movedim(1, -1).reshape(-1, CLASSES), targets.flatten())
+    assert torch.equal(pixels.index, rows.index)
+    assert pixels.size == 70
+
+
+def test_label_smoothing_and_reduced_precision() -> None:
+    logits, targets = batches(1)[0]
+    smooth = Gate(0.1, threshold=3.0, label_smoothing=0.1, significance=Significance(loss=1.0))
+    smooth(logits, targets)
+    assert smooth.last is not None
+    expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(smooth.last.significance, expected)
+    smooth(logits.bfloat16(), targets)
+    assert smooth.last.significance.dtype is torch.float32
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0.0}, "rate=0.0"),
+        ({"rate": 1.5}, "rate=1.5"),
+        ({"rate": "0.1"}, "rate='0.1'"),
+        ({"rate": math.nan}, "rate=nan"),
+        ({"floor": 0.2}, r"floor=0.2 is above rate=0.1"),
+        ({"floor": -0.1}, "floor=-0.1"),
+        ({"floor": 0.05, "temperature": 1.0}, "floor=0.05 with temperature=1.0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"p_min": 0.05}, "p_min=0.05 without a temperature"),
+        ({"p_min": 0.1, "temperature": 1.0}, "p_min=0.1 is not below rate=0.1"),
+        ({"p_min": 1.0, "temperature": 1.0}, "p_min=1.0"),
+        ({"capacity": 0}, "capacity=0"),
+        ({"capacity": 12.5}, "capacity=12.5; wanted an integer"),
+        ({"capacity": True}, "capacity=True"),
+        ({"seed": 0.5}, "seed=0.5; wanted an integer"),
+        ({"ignore_index": None}, "ignore_index=None"),
+        ({"dim": 1.0}, "dim=1.0"),
+        ({"label_smoothing": 1.1}, "label_smoothing=1.1"),
+        ({"threshold": math.inf}, "threshold=inf"),
+        ({"significance": {"loss": 1.0}}, "wanted a Significance"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Gate(**{"rate": 0.1, **options})
+    assert "\n" not in str(caught.value)
+    assert "wanted" in str(caught.value)
+
+
+def test_tensors_that_do_not_fit_are_refused_and_change_nothing() -> None:
+    logits, targets = batches(1)[0]
+    gate = Gate(0.1)
+    before = {name: value.clone() for name, value in gate.state_dict().items()}
+    with pytest.raises(ValueError, match="targets have shape"):
+        gate(logits, targets[:-1])
+    with pytest.raises(TypeError, match="targets are"):
+        gate(logits, targets.float())
+    with pytest.raises(TypeError, match="logits are"):
+        gate(logits.long(), targets)
+    with pytest.raises(ValueError, match="out of range"):
+        gate(logits, targets + CLASSES)
+    with pytest.raises(ValueError, match="offset"):
+        gate(logits, targets, offset=torch.zeros(3))
+    with pytest.raises(UserError, match="index has shape"):
+        gate(logits, targets, index=torch.arange(3))
+    for name, value in gate.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name

@@ -1,0 +1,144 @@
+"""Which rows each policy keeps, what it counts, and that its state comes back."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_training.errors import UserError
+from sparse_training.gate import Gate
+from sparse_training.loader import Batch
+from sparse_training.policies import POLICIES, GatePolicy, Policy, RandomPolicy, make_policy
+
+
+def batch(rows=64, classes=5):
+    generator = torch.Generator().manual_seed(rows)
+    inputs = torch.randn(rows, classes, generator=generator) * 3
+    targets = torch.randint(0, classes, (rows,), generator=generator)
+    return Batch(inputs, targets, torch.arange(rows), rows)
+
+
+def scored(policy, some):
+    return policy.select(policy.score(lambda inputs: inputs, some), some)
+
+
+def test_dense_keeps_the_batch_as_it_is():
+    some = batch()
+    kept = scored(make_policy("dense", rate=0.1, seed=0), some)
+    assert kept.inputs is some.inputs
+    assert (kept.rows, kept.positions, kept.weight) == (64, None, None)
+
+
+@pytest.mark.parametrize(("rate", "rows", "count"), [(0.1, 512, 51), (0.1, 96, 10), (1.0, 7, 7), (0.3, 5, 2)])
+def test_random_draws_exactly_its_share_without_repeats(rate, rows, count):
+    policy = RandomPolicy(rate)
+    drawn = [policy.choose(rows) for _ in range(20)]
+    assert all(len(set(rows_.tolist())) == len(rows_) == count for rows_ in drawn)
+    assert len({tuple(sorted(rows_.tolist())) for rows_ in drawn}) > 1 or rate == 1.0
+
+
+def test_random_reaches_its_rate_where_it_rounds_to_nothing():
+    policy = RandomPolicy(0.1)
+    assert sum(len(policy.choose(1)) for _ in range(3000)) == pytest.approx(300, abs=70)
+
+
+def test_random_goes_on_from_its_state_and_leaves_the_global_generator():
+    policy = RandomPolicy(0.1, seed=5)
+    rng = torch.get_rng_state()
+    policy.choose(100)
+    other = RandomPolicy(0.1, seed=6)
+    other.load_state_dict(policy.state_dict())
+    assert torch.equal(policy.choose(100), other.choose(100))
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_gate_trains_on_the_rows_above_its_threshold():
+    policy, some = GatePolicy(0.25), batch(256)
+    for _ in range(60):
+        kept = scored(policy, some)
+    assert kept.rows == len(kept.targets) == pytest.approx(64, abs=6)
+    assert torch.equal(kept.inputs, some.inputs[kept.positions])
+    assert torch.equal(kept.targets, some.targets[kept.positions])
+    loss = nn.functional.cross_entropy(some.inputs, some.targets, reduction="none")
+    assert loss[kept.positions].mean() > loss.mean()
+    assert kept.weight is None
+
+
+def test_a_drawn_selection_is_unbiased():
+    policy = GatePolicy(gate=Gate(0.3, temperature=0.5, p_min=0.05))
+    some = batch(256)
+    loss = nn.functional.cross_entropy(some.inputs, some.targets, reduction="none")
+    estimates = []
+    for _ in range(400):
+        kept = scored(policy, some)
+        estimates.append((loss[kept.positions] * kept.weight).sum() / kept.divisor)
+    estimates = torch.stack(estimates[50:])
+    error = estimates.std() / len(estimates) ** 0.5
+    assert abs(estimates.mean() - loss.mean()) < 4 * error
+    assert error < 0.05 * loss.mean()
+
+
+def test_a_capacity_pads_with_weight_zero_and_divides_by_the_rows_kept():
+    policy = GatePolicy(gate=Gate(0.1, capacity=32))
+    kept = scored(policy, batch(64))
+    assert len(kept.targets) == 32
+    assert int(kept.rows) == int((kept.weight > 0).sum())
+    assert int(kept.divisor) == max(1, int(kept.rows))
+    assert list(policy.likely_rows(64)) == [32]
+
+
+def test_the_gate_sees_the_loss_that_is_trained_on():
+    loss = nn.CrossEntropyLoss(reduction="none", ignore_index=2)
+    policy, some = make_policy("gate", rate=0.9, seed=0, loss=loss), batch()
+    for _ in range(20):
+        kept = scored(policy, some)
+    assert len(kept.targets)
+    assert not (kept.targets == 2).any()
+
+
+def test_the_clock_is_told_what_may_be_kept():
+    assert GatePolicy(0.1).likely_rows(512) == range(25, 103)
+    assert GatePolicy(0.1).likely_rows(1) == range(1, 2)
+    assert GatePolicy(1.0).likely_rows(8) == range(4, 9)
+    assert RandomPolicy(0.1).likely_rows(51) == range(51, 52)
+
+
+def test_the_gate_wants_one_row_of_logits_a_sample():
+    with pytest.raises(UserError, match=r"scores of shape \[2, 3, 5\]: the gate wanted logits \[B, classes\]"):
+        scored(GatePolicy(0.5), Batch(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), None, 2))
+
+
+def test_a_rate_that_was_not_reached_is_said():
+    policy = GatePolicy(0.1)
+    scored(policy, batch())
+    assert policy.warnings(0.1) == []
+    assert "kept 50.0%" in policy.warnings(0.5)[0]
+    policy.gate.step.fill_(100)
+    policy.gate.saturated.fill_(90)
+    assert "saturated in 90 of 100" in policy.warnings(0.1)[0]
+    policy.gate.invalid.fill_(3)
+    assert any("3 rows were not finite" in text for text in policy.warnings(0.1))
+
+
+def test_names_gates_and_policies_are_taken():
+    assert {name: type(make_policy(name, rate=0.2, seed=0)) for name in POLICIES} == POLICIES
+    gate = Gate(0.3)
+    assert make_policy(gate, rate=0.1, seed=0).rate == 0.3
+
+    class Mine(Policy):
+        pass
+
+    mine = Mine()
+    assert make_policy(mine, rate=0.1, seed=0) is mine
+    assert mine.name == "mine"  # not "dense": costs and results are filed under it
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("policy", ["dense", "random", "gate"])
+def test_rates_out_of_range_are_refused(policy, rate):
+    with pytest.raises(UserError, match=r"rate .* wanted"):
+        make_policy(policy, rate=rate, seed=0)
+
+
+def test_an_unknown_name_is_refused_with_the_choices():
+    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate"):
+        make_policy("best", rate=0.1, seed=0)

@@ -1,0 +1,452 @@
+"""The trainer: what a step does, what it refuses, and that a run goes on bit for bit."""
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparse_training.clock import Clock, Costs
+from sparse_training.errors import UserError
+from sparse_training.gate import Gate
+from sparse_training.loader import ResidentLoader
+from sparse_training.policies import Kept, Policy
+from sparse_training.schedules import Schedule
+from sparse_training.trainer import SparseTrainer
+
+ROWS, CLASSES = 44, 4
+
+
+def split(rows=ROWS):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, CLASSES, (rows,), generator=generator)
+    images = torch.randint(0, 120, (rows, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    images[:, :, 0, :] += (30 * labels)[:, None, None].to(torch.uint8)
+    return SimpleNamespace(images=images, labels=labels)
+
+
+def resident(batch_size=16, **options):
+    return ResidentLoader(split(), batch_size=batch_size, std=(0.25,), **options)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, CLASSES)
+    )
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+class Fixed(Policy):
+    """Keeps the positions that it was given."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positions = torch.tensor(positions, dtype=torch.int64)
+
+    def select(self, scores, batch):
+        index = self.positions
+        return Kept(batch.inputs[index], batch.targets[index], len(index), index)
+
+
+# --- a step -------------------------------------------------------------------------------------
+
+
+def test_dense_training_equals_a_plain_loop():
+    model, plain = network(), network()
+    torch.manual_seed(5)
+    SparseTrainer(model, policy="dense", schedule="constant", warmup=0, anneal=0, channels_last=False).fit(
+        resident(), steps=6
+    )
+    torch.manual_seed(5)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
+    loader, step = resident(), 0
+    for _ in range(2):
+        for index in loader:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (0.1 if step == 0 else 1.0)
+            x, y = loader.fetch(index)
+            optimizer.zero_grad()
+            F.cross_entropy(plain(x), y).backward()
+            optimizer.step()
+            step += 1
+    same(weights(model), weights(plain))
+
+
+def test_only_the_kept_rows_are_seen_by_the_model():
+    model, plain = network(), network()
+    trainer = SparseTrainer(model, policy=Fixed([1, 5]), warmup=0, anneal=0, channels_last=False)
+    loader = resident(shuffle=False)
+    torch.manual_seed(5)
+    trainer.step(trainer.policy, loader, torch.arange(16))
+    torch.manual_seed(5)
+    x, y = loader.fetch(torch.tensor([1, 5]))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
+    F.cross_entropy(plain(x), y).backward()
+    optimizer.step()
+    same(weights(model), weights(plain))
+
+
+def test_a_batch_with_nothing_selected_takes_no_step():
+    model = network()
+    trainer = SparseTrainer(model, policy=Fixed([]), warmup=0.5, anneal=0)
+    loader = resident()
+    trainer.fit(loader, steps=4)
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
+    before = weights(model)
+    trainer.step(trainer.policy, loader, torch.arange(16))
+    same(weights(model), before)
+
+
+def test_a_padded_batch_with_nothing_selected_takes_no_step():
+    class Padded(Policy):
+        def select(self, scores, batch):
+            none = torch.tensor(0)
+            index, weight = torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+            return Kept(batch.inputs[index], batch.targets[index], none, index, weight, none.clamp(min=1))
+
+    model = network()
+    trainer = SparseTrainer(model, policy=Padded(), warmup=0.5, anneal=0)
+    history = trainer.fit(resident(), steps=4)
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
+    assert int(history.kept) == 0
+
+
+def test_weighted_rows_give_the_weighted_gradient():
+    trainer = SparseTrainer(nn.Linear(3, 2), optimizer=torch.optim.SGD, lr=1.0)
+    plain = copy.deepcopy(trainer.model)
+    x, y, weight = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), torch.tensor([1.0, 4.0, 2.0, 0.0])
+    trainer.learn(Kept(x, y, 3, None, weight, 16))
+    ((F.cross_entropy(plain(x), y, reduction="none") * weight).sum() / 16).backward()
+    for new, old in zip(trainer.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(new, old - old.grad)
+
+
+def test_one_row_trains_with_batchnorm_over_a_vector():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+    statistics = model[2].running_mean.clone()
+    history = SparseTrainer(model, policy="dense").fit(resident(batch_size=1), steps=3)
+    assert int(history.rows_trained) == 3
+    assert torch.equal(model[2].running_mean, statistics)
+    assert model[2].training
+
+
+@pytest.mark.parametrize("policy", ["dense", "random", "gate"])
+@pytest.mark.parametrize(("rate", "batch_size"), [(1.0, 16), (0.1, 1), (0.3, 44), (0.5, 43)])
+def test_rates_and_batch_sizes_at_their_ends(policy, rate, batch_size):
+    trainer = SparseTrainer(network(), policy=policy, rate=rate, warmup=0, anneal=0)
+    history = trainer.fit(resident(batch_size=batch_size), epochs=2)
+    assert history.rows_seen == 2 * ROWS
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+    if rate == 1.0 and policy != "gate":
+        assert int(history.rows_trained) == history.rows_seen
+
+
+def test_gradients_are_clipped():
+    trainer = SparseTrainer(nn.Linear(3, 2), optimizer=torch.optim.SGD, lr=1.0, clip_norm=0.01)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.learn(Kept(torch.randn(4, 3) * 100, torch.tensor([0, 1, 1, 0]), 4))
+    moved = torch.cat([(new - old).flatten() for new, old in zip(trainer.model.parameters(), before, strict=True)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_reduced_precision_training_learns(amp):
+    torch.manual_seed(0)
+    trainer = SparseTrainer(network(), policy="dense", amp=amp, lr=1e-2)
+    assert trainer.scaler.is_enabled() == (amp == "float16")
+    before = trainer.evaluate(resident())["loss"]
+    trainer.fit(resident(), steps=40)
+    assert trainer.evaluate(resident())["loss"] < before
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def test_phases_and_counts():
+    trainer = SparseTrainer(network(), policy="random", rate=0.25, warmup=0.1, anneal=0.25)
+    history = trainer.fit(resident(batch_size=11), steps=20)
+    assert history.phases == {"warmup": 2, "sparse": 13, "anneal": 5}
+    assert history.rows_seen == 220
+    assert int(history.rows_trained) == 7 * 11 + 13 * round(0.25 * 11)
+    assert history.rate == pytest.approx(3 / 11)
+
+
+def test_the_gate_is_reported_as_it_chose():
+    trainer = SparseTrainer(network(), policy="gate", rate=0.3, warmup=0.2, anneal=0.2)
+    kept = []
+    select = trainer.policy.select
+    trainer.policy.select = lambda scores, batch: kept.append(select(scores, batch)) or kept[-1]
+    history = trainer.fit(resident(), steps=60)
+    total = sum(len(rows.targets) for rows in kept)
+    assert int(history.kept) == total == int(history.selected.sum())
+    assert history.offered == int(history.seen.sum())
+    assert history.rate == total / history.offered
+    assert int(history.rows_trained) == total + history.rows_seen - history.offered
+    trace = history.to_dict()["trace"]
+    assert 0 < len(trace) <= 500
+    assert {"step", "rate", "threshold"} == set(trace[0])
+
+
+def test_selected_rows_are_counted_by_their_number_in_the_data_set():
+    trainer = SparseTrainer(network(), policy=Fixed([0, 2]), warmup=0, anneal=0)
+    loader = resident()
+    order = loader.order(0)
+    history = trainer.fit(loader, steps=1)
+    assert sorted(history.selected.nonzero().flatten().tolist()) == sorted([order[0].item(), order[2].item()])
+    assert sorted(history.seen.nonzero().flatten().tolist()) == sorted(order[:16].tolist())
+
+
+def test_learning_rate_follows_progress():
+    schedule = Schedule(shape="cosine", rise=0.1)
+    assert schedule.factor(0.0) == pytest.approx(0.1)
+    assert schedule.factor(0.5) == pytest.approx(0.5)
+    assert schedule.factor(1.0) == pytest.approx(0.0)
+    assert Schedule(shape="constant").factor(0.9) == 1.0
+    trainer = SparseTrainer(network(), lr=0.4)
+    seen = []
+    trainer.fit(resident(), steps=10, progress=lambda status: seen.append(trainer.optimizer.param_groups[0]["lr"]))
+    assert seen == [0.4 * trainer.schedule.factor(step / 10) for step in range(10)]
+
+
+def test_evaluations_are_spaced_and_change_nothing():
+    runs = []
+    for evaluate in (None, resident(shuffle=False), shuffled_stream(), lambda model: {"accuracy": 0.5}):
+        model = network()
+        torch.manual_seed(1)
+        trainer = SparseTrainer(model, policy="gate", rate=0.3)
+        history = trainer.fit(resident(), steps=20, evaluate=evaluate, evaluations=5)
+        assert [found["step"] for found in history.evals] == ([4, 8, 12, 16, 20] if evaluate else [])
+        runs.append(weights(model))
+    for other in runs[1:]:
+        same(runs[0], other)
+
+
+def test_evaluation_is_right():
+    model = network()
+    found = SparseTrainer(model, channels_last=False).evaluate(resident(shuffle=False))
+    x, y = resident().fetch(torch.arange(ROWS))
+    logits = model.eval()(x)
+    assert found["accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+
+
+def test_any_batch_structure():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, a, b):
+            return SimpleNamespace(logits=self.layer(a) * b)
+
+    batches = [{"a": torch.randn(6, 3), "b": torch.ones(6, 1), "labels": torch.randint(0, 2, (6,))} for _ in range(3)]
+    for policy in ("dense", "random", "gate"):
+        history = SparseTrainer(Model(), policy=policy, rate=0.5).fit(batches, epochs=3)
+        assert history.steps == 9
+    pairs = DataLoader(TensorDataset(torch.randn(10, 3), torch.randint(0, 2, (10,))), batch_size=4)
+    assert SparseTrainer(nn.Linear(3, 2)).fit(pairs, epochs=2, evaluate=pairs).rows_seen == 20
+    with pytest.raises(UserError, match="without a length"):
+        SparseTrainer(nn.Linear(3, 2)).fit((pair for pair in pairs), epochs=1)
+
+
+def test_a_missed_rate_is_a_warning():
+    class Loose(Gate):
+        def forward(self, logits, targets, *, index=None, offset=None):
+            self.threshold.zero_()
+            return super().forward(logits, targets, index=index, offset=offset)
+
+    trainer = SparseTrainer(network(), policy=Loose(0.1), warmup=0, anneal=0)
+    history = trainer.fit(resident(), steps=10)
+    assert any("the target was 10.0%" in text for text in history.warnings)
+
+
+# --- going on -----------------------------------------------------------------------------------
+
+
+def run(folder, policy, stop_at=None, resume=False, every=None, data=resident, budget=None, clock=None):
+    model = network(seed=0 if not resume else 7)
+    torch.manual_seed(3 if not resume else 8)
+    trainer = SparseTrainer(model, policy=policy, rate=0.3, warmup=0.2, anneal=0.2, lr=1e-2)
+    steps = 0
+
+    def stop():
+        nonlocal steps
+        steps += 1
+        return steps == stop_at
+
+    history = trainer.fit(
+        data(),
+        **(budget or {"steps": 17}),
+        evaluate=resident(shuffle=False),
+        evaluations=4,
+        clock=clock,
+        checkpoint=folder,
+        every=every,
+        resume=resume,
+        stop=stop,
+    )
+    return trainer, history
+
+
+def facts(trainer, history):
+    """All that a run left, but for the time it took where that is not the calibrated clock's."""
+    found = history.to_dict()
+    if found.pop("raw_seconds") == found["seconds"]:
+        for timed in (found, *found["evals"]):
+            del timed["seconds"]
+    return found, weights(trainer.model), trainer.optimizer.state_dict(), trainer.policy.state_dict(), history.selected
+
+
+def shuffled_stream():
+    x, y = resident().fetch(torch.arange(ROWS))
+    return DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+
+
+@pytest.mark.parametrize("policy", ["dense", "random", "gate"])
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 10, 16])
+@pytest.mark.parametrize("data", [resident, shuffled_stream])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, policy, stop_at, data):
+    whole = facts(*run(tmp_path / "whole", policy, data=data))
+    _, part = run(tmp_path / "part", policy, stop_at=stop_at, data=data)
+    assert part.interrupted
+    assert part.steps == stop_at
+    resumed = facts(*run(tmp_path / "part", policy, resume=True, data=data))
+    assert len(whole[0]["evals"]) == 4
+    assert resumed[0] == whole[0]
+    same(resumed[1:], whole[1:])
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    whole = facts(*run(tmp_path / "whole", "gate"))
+
+    class Killed(Exception):
+        pass
+
+    model = network()
+    torch.manual_seed(3)
+    trainer = SparseTrainer(model, policy="gate", rate=0.3, warmup=0.2, anneal=0.2, lr=1e-2)
+
+    def kill(status):
+        if status.step == 11:
+            raise Killed
+
+    options = {"evaluate": resident(shuffle=False), "evaluations": 4, "checkpoint": tmp_path / "part", "every": 4}
+    with pytest.raises(Killed):
+        trainer.fit(resident(), steps=17, progress=kill, **options)
+    resumed, history = run(tmp_path / "part", "gate", resume=True)
+    same(facts(resumed, history)[1:], whole[1:])
+
+
+@pytest.mark.parametrize("policy", ["random", "gate"])
+def test_a_calibrated_run_goes_on_with_its_own_costs(tmp_path, policy):
+    def clock():
+        flat = {"score": ((1,), (0.3,)), "select": ((1,), (0.01,))}
+        shared = {"load": ((1, 16), (0.1, 0.7)), "train": ((1, 16), (1 / 3, 2.1))}
+        return Clock(Costs(shared, {"dense": flat, policy: flat}, 1))
+
+    options = {"policy": policy, "budget": {"seconds": 40.0}}
+    whole = facts(*run(tmp_path / "whole", clock=clock(), **options))
+    _, part = run(tmp_path / "part", stop_at=9, clock=clock(), **options)
+    assert part.interrupted
+    resumed = facts(*run(tmp_path / "part", resume=True, **options))
+    assert whole[0]["seconds"] >= 40.0
+    assert resumed[0] == whole[0]
+    same(resumed[1:], whole[1:])
+
+
+def test_a_checkpoint_in_the_way_or_of_another_run_is_refused(tmp_path):
+    run(tmp_path, "gate", stop_at=3)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(UserError, match="there already"):
+        run(tmp_path, "gate")
+    with pytest.raises(UserError, match="policy gate is now random"):
+        run(tmp_path, "random", resume=True)
+    with pytest.raises(UserError, match=r"budget 17 steps is now 18 steps"):
+        run(tmp_path, "gate", resume=True, budget={"steps": 18})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(reduction="sum"),
+        F.cross_entropy,
+        partial(F.cross_entropy, reduction="mean"),
+    ],
+)
+def test_a_loss_that_reduces_is_refused_when_the_trainer_is_made(loss):
+    with pytest.raises(UserError, match=r'reduction="(mean|sum)": wanted one loss a row, reduction="none"'):
+        SparseTrainer(network(), loss=loss)
+
+
+@pytest.mark.parametrize(
+    "loss", [partial(F.cross_entropy, reduction="none"), lambda z, y: F.cross_entropy(z, y, reduction="none")]
+)
+def test_any_callable_loss_will_do(loss):
+    assert SparseTrainer(network(), loss=loss).fit(resident(), steps=2).steps == 2
+
+
+@pytest.mark.parametrize("policy", ["dense", "gate"])
+def test_a_loss_of_the_wrong_shape_is_refused_before_anything_changes(policy):
+    model = network()
+    trainer = SparseTrainer(model, loss=lambda z, y: F.cross_entropy(z, y), policy=policy, warmup=0)
+    before, rng = weights(model), torch.get_rng_state()
+    with pytest.raises(UserError, match=r"the loss gives \[\] for 16 rows: wanted one value a row, \[B\]"):
+        trainer.fit(resident(), steps=3)
+    same(weights(model), before)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not trainer.optimizer.state
+
+
+def test_inputs_and_targets_that_disagree_are_refused():
+    with pytest.raises(UserError, match=r"an input of shape \[3, 3\] beside 4 targets"):
+        SparseTrainer(nn.Linear(3, 2)).fit([(torch.randn(3, 3), torch.zeros(4, dtype=torch.int64))], steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0.0}, "rate 0.0: wanted"),
+        ({"policy": "best"}, "policy 'best'"),
+        ({"lr": 0.0}, "lr 0.0"),
+        ({"clip_norm": -1.0}, "clip_norm -1.0"),
+        ({"amp": "int8"}, "amp 'int8'"),
+        ({"precision": "int8"}, "precision 'int8'"),
+        ({"warmup": 0.6, "anneal": 0.6}, "add up to more than 1"),
+        ({"warmup": -0.1}, "warmup -0.1"),
+        ({"schedule": "linear"}, "schedule 'linear'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        SparseTrainer(network(), **options)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "no budget"),
+        ({"steps": 3, "seconds": 1.0}, "steps and seconds"),
+        ({"steps": 0}, "steps 0"),
+        ({"seconds": -1}, "seconds -1"),
+    ],
+)
+def test_budgets_are_checked(budget, message):
+    with pytest.raises(UserError, match=message):
+        SparseTrainer(network()).fit(resident(), **budget)
