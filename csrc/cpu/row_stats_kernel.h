@@ -85,6 +85,15 @@ inline int64_t target_of(const RowStatsArgs& args, int64_t row) {
                                 : static_cast<const int64_t*>(args.targets)[row];
 }
 
+// Whether the row is ignored; so is one with a bad target, which is noted. ignore_index may be a
+// class.
+inline bool is_left_out(const RowStatsArgs& args, int64_t row, int64_t y, RowStatsResult& result) {
+  if (y == args.ignore_index) return true;
+  if (y >= 0 && y < args.classes) return false;
+  if (result.bad_target_row < 0) result.bad_target_row = row;  // rows come in ascending order
+  return true;
+}
+
 // Turns rows [row, row + count) of the group into outputs and decisions.
 inline void finish(const RowStatsArgs& args, const Plan& plan, const Group& group, int64_t row,
                    int count, RowStatsResult& result) {
@@ -160,9 +169,7 @@ inline void gather_group_transposed(const RowStatsArgs& args, const Plan& plan, 
     const T* logits = static_cast<const T*>(args.logits) + r * args.row_stride;
     const int64_t y = target_of(args, r);
     group.ignored[i] = false;
-    if (y < 0 || y >= classes) {
-      if (y != args.ignore_index && (result.bad_target_row < 0 || r < result.bad_target_row))
-        result.bad_target_row = r;
+    if (is_left_out(args, r, y, result)) {
       for (int j = 0; j < classes; ++j) x[j][i] = 0.0f;
       target_x[i] = 0.0f;
       group.ignored[i] = true;
@@ -329,9 +336,7 @@ RowStatsResult run(const RowStatsArgs& args, int64_t begin, int64_t end) {
     } else {
       for (int i = 0; i < kLanes; ++i) {
         const int64_t y = i < count ? target_of(args, row + i) : args.ignore_index;
-        if (i >= count || y < 0 || y >= args.classes) {
-          if (i < count && y != args.ignore_index && result.bad_target_row < 0)
-            result.bad_target_row = row + i;
+        if (is_left_out(args, row + i, y, result)) {
           group.ignore(i);
           continue;
         }

@@ -42,6 +42,13 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
+def write_torch(path: Path, value: Any) -> None:
+    """What ``torch.save`` makes of a value, atomically."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
 def write_json(path: Path, value: Any) -> None:
     """A value as indented JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())

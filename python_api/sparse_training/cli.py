@@ -303,7 +303,7 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
         "run": history.to_dict(),
     }
     files.write_json(folder / RESULT, result)
-    torch.save(trainer.model.state_dict(), folder / MODEL)
+    files.write_torch(folder / MODEL, trainer.model.state_dict())
     final, rate = history.evals[-1], history.rate
     kept = "" if rate is None else f", {rate:.1%} of the rows kept in the sparse phase"
     print(

@@ -162,14 +162,14 @@ class Gate(nn.Module):
         return selection
 
     def _at_least(self, mask: Tensor, significance: Tensor, valid: Tensor) -> Tensor:
-        """``mask``, or the floor's share of the valid rows where it keeps fewer: no branch on values."""
+        """``mask``, or the floor's share of the valid rows where it keeps fewer."""
         # 1e-4 of a row: 0.1 of 30 rows is 3, not the 4 of a rounded-up product.
         wanted = torch.ceil(self.floor * valid.sum() - 1e-4)
         most = math.ceil(self.floor * mask.numel() - 1e-4)
         ranked = torch.topk(significance.masked_fill(~valid, -math.inf), most).indices
         taken = torch.arange(most, device=mask.device) < wanted
         top = torch.zeros_like(mask).scatter(0, ranked, taken) & valid
-        return mask | (top & (mask.sum() < wanted))
+        return mask | top  # where enough is kept, the top rows are among them
 
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.significance.weights.items())

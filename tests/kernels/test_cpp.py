@@ -146,6 +146,15 @@ def test_gate_is_the_reference_gate(instruction_set, shape, gate_temperature):
         assert ours.weight is None
 
 
+@pytest.mark.parametrize("classes", [6, 100])
+@pytest.mark.parametrize("ignored", [0, 3, -1])
+def test_ignore_index_may_be_a_class(instruction_set, classes, ignored):
+    targets = torch.tensor([0, 3, 5, 3, 0, 1]) if ignored >= 0 else torch.tensor([0, -1, 5, 3, -1, 1])
+    compare(torch.randn(6, classes), targets, ignore_index=ignored)
+    loss = sk.row_stats(torch.randn(6, classes), targets, ignore_index=ignored, backend="cpp").loss
+    assert torch.equal(loss == 0, targets == ignored)
+
+
 def test_row_stride_and_more_dimensions():
     logits = torch.randn(6, 40)[:, :30]
     targets = torch.randint(0, 30, (6,))

@@ -317,10 +317,12 @@ def test_table_is_whole_and_plain_at_any_width(width):
     dense = next(line for line in text.splitlines() if line.startswith("dense"))
     assert dense.split()[-4:] == ["–", "1.00×", "1.00×", "2,480"]
     words = " ".join(text.split())
-    assert "s = 0.64" in words and "3/(s+3r) = 3.19×, of which 74 % is reached" in words
+    assert "s = 0.64" in words
+    assert "3/(s+3r) = 3.19×, of which 74 % is reached" in words
     assert "gate_rows cpp (avx2)" in words
     assert "warning: gate, seed 2: the threshold is saturated" in words
-    assert "…" not in text and "\x1b" not in text
+    assert "…" not in text
+    assert "\x1b" not in text
     if width >= 80:
         assert max(map(len, text.splitlines())) <= width
 
@@ -351,9 +353,11 @@ def test_bands_are_over_the_span_that_all_runs_cover():
 def test_png_has_its_size_and_is_not_blank(written):
     _, (_, path, _) = written
     with Image.open(path) as image:
-        assert image.format == "PNG" and image.size == (1800, 1152)
+        assert image.format == "PNG"
+        assert image.size == (1800, 1152)
         pixels = np.asarray(image.convert("L"))
-    assert pixels.max() == 255 and (pixels < 128).mean() > 0.002
+    assert pixels.max() == 255
+    assert (pixels < 128).mean() > 0.002
 
 
 def test_arms_have_their_colours_in_the_figure(written):
@@ -376,7 +380,9 @@ def test_page_fetches_nothing_and_lets_no_input_through(written):
     result, (_, _, path) = written
     text = path.read_text("utf-8")
     parsed = Page(text)
-    assert "http://" not in text and "https://" not in text and "url(//" not in text
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "url(//" not in text
     assert not {"script", "link", "iframe", "object", "base"} & set(parsed.tags)
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in parsed.fetched)
     assert "<script" not in text
@@ -460,7 +466,8 @@ def test_foreign_or_corrupt_files_are_refused_in_one_line(content, words, tmp_pa
     path.write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
         report.load_result(path)
-    assert "\n" not in str(caught.value) and "compare.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "compare.json" in str(caught.value)
 
 
 @pytest.mark.parametrize(
