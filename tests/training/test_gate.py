@@ -147,9 +147,11 @@ def test_floor_adds_nothing_where_enough_is_kept() -> None:
     assert torch.equal(plain.index, floored.index)
 
 
-@pytest.mark.parametrize(("rows", "floor", "least"), [(30, 0.1, 3), (31, 0.1, 4), (1, 0.1, 1), (10, 0.3, 3)])
-def test_floor_rounds_up_and_only_up(rows: int, floor: float, least: int) -> None:
-    assert Gate(0.5, threshold=1e6, floor=floor)(*batches(1, rows=rows)[0]).count == least
+@pytest.mark.parametrize(("valid", "floor", "least"), [(30, 0.1, 3), (31, 0.1, 4), (1, 0.1, 1), (50, 0.3, 15)])
+def test_floor_rounds_up_and_only_up(valid: int, floor: float, least: int) -> None:
+    logits, targets = batches(1, rows=64)[0]
+    targets[valid:] = -100
+    assert Gate(0.5, threshold=1e6, floor=floor)(logits, targets).count == least
 
 
 def test_controller_sees_the_rate_before_the_floor() -> None:
