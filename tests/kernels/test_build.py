@@ -54,6 +54,7 @@ def test_without_the_extension_everything_runs_on_the_reference(tmp_path):
         (package / source.name).write_text(source.read_text())
     (package / "_build_info.py").write_text("CPP_MISSING = 'no C++ compiler found (tried c++)'\n")
     script = (
+        "import sys; sys.modules['sparse_kernels._cpp'] = None; "  # an editable install would lend its own
         "import torch, sparse_kernels as sk; "
         "g = sk.gate_rows(torch.randn(9, 4), torch.zeros(9, dtype=torch.long), torch.zeros(1), weights={'loss': 1.0}); "
         "sk.compact(g.mask, capacity=3).take(torch.randn(9, 2)); "
