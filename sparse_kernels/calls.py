@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from sparse_kernels.types import STATISTICS, Selection
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _STATISTICS = frozenset(STATISTICS)
 _WEIGHABLE = _STATISTICS - {"argmax"}
 
@@ -39,10 +39,10 @@ class StatsCall:
             raise TypeError(f"logits are {logits.dtype}; wanted float32, bfloat16, float16 or float64")
         if targets.dtype is not torch.int64 and targets.dtype is not torch.int32:
             raise TypeError(f"targets are {targets.dtype}; wanted int64 or int32 class indices")
-        ndim = logits.dim()
-        if ndim == 0 or not -ndim <= self.dim < ndim:
-            raise ValueError(f"dim={self.dim} is not a dimension of logits of shape {tuple(logits.shape)}")
         shape = logits.shape
+        ndim = len(shape)
+        if not -ndim <= self.dim < ndim:
+            raise ValueError(f"dim={self.dim} is not a dimension of logits of shape {tuple(shape)}")
         if self.dim in (-1, ndim - 1):
             self.dim = -1
             rows = shape[:-1]
@@ -64,7 +64,7 @@ class StatsCall:
             raise ValueError(f"softcap={self.softcap}; wanted 0 (none) or above")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={self.label_smoothing}; wanted a value in [0, 1]")
-        if not _STATISTICS.issuperset(self.outputs):
+        if self.outputs and not _STATISTICS.issuperset(self.outputs):
             unknown = sorted(set(self.outputs) - _STATISTICS)
             raise ValueError(f"unknown outputs {unknown}; known: {', '.join(STATISTICS)}")
 

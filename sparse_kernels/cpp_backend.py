@@ -84,7 +84,7 @@ def refuse_row_stats(call: StatsCall) -> str | None:
         return f"logits of strides {logits.stride()} are not contiguous rows"
     if call.softcap or call.label_smoothing:
         return "softcap and label_smoothing are not served"
-    if not _SERVED.issuperset(call.outputs):
+    if call.outputs and not _SERVED.issuperset(call.outputs):
         return f"does not serve {', '.join(sorted(set(call.outputs) - _SERVED))}"
     return None
 
@@ -99,13 +99,14 @@ def refuse_gate_rows(call: GateCall) -> str | None:
 
 def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
     logits = call.logits
-    classes = logits.size(-1)
+    shape = logits.shape
+    classes = shape[-1]
     return (
         logits.data_ptr(),
         _DTYPES[logits.dtype],
         targets.numel(),
         classes,
-        logits.stride(0) if logits.dim() == 2 else classes,
+        logits.stride(0) if len(shape) == 2 else classes,
         targets.data_ptr(),
         targets.dtype is torch.int32,
         call.ignore_index,

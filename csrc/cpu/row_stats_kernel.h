@@ -107,13 +107,14 @@ inline void finish(const RowStatsArgs& args, const Plan& plan, const Group& grou
   const Vec target_e = exp2_clamped(target_clamped);
   const Vec total = rest + target_e;
   const Vec inverse = one / total;
-  const Vec log_total = select_ge(target_t, zero, log1p(rest), log(total));
+  // Where the target is the largest, e_y = 1 and this is log(S) too, without losing a small rest.
+  const Vec log_ratio = log1p(rest / target_e);
+  const Vec log_total = select_ge(target_t, zero, log_ratio, log(total));
 
   float value[kStatistics][kLanes];
   const auto& wanted = plan.wanted;
   if (wanted[kLoss])
-    store(value[kLoss],
-          select_ge(target_e, rest, log1p(rest / target_e), log_total - target_t * ln2));
+    store(value[kLoss], select_ge(target_e, rest, log_ratio, log_total - target_t * ln2));
   if (wanted[kEntropy])
     store(value[kEntropy], log_total - ln2 * (fma(target_e, target_clamped, rest_t) * inverse));
   if (wanted[kGradNorm]) store(value[kGradNorm], sqrt(fma(rest, rest, rest_sq)) * inverse);
