@@ -212,6 +212,7 @@ def train(context: _Context, /, out: str | None, **options: Any) -> None:
 )
 @click.option("--seconds", type=POSITIVE, default=20.0, help="Of the calibrated clock, for each run.")
 @click.option("--seeds", default="3", callback=_numbers, help="How many (3), or which (0,1,2).")
+@click.option("--evaluations", type=COUNT, default=20, help="Times each run is tested, off the clock.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted comparison in --out.")
 @click.pass_obj
 def compare(context: _Context, /, out: str | None, resume: bool, **options: Any) -> None:
@@ -335,6 +336,7 @@ def _compare(context: _Context, folder: Path, options: dict[str, Any], resume: b
         "warmup",
         "anneal",
         "precision",
+        "evaluations",
     )
     try:
         with _Display(runs) as display:
