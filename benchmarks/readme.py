@@ -34,8 +34,8 @@ def speed_table(record: dict[str, Any]) -> str:
 def comparison_table(result: dict[str, Any]) -> str:
     """One line an arm of ``sparse-train compare``: accuracy, rows, and step speed beside its ceiling."""
     lines = [
-        "| arm | accuracy % | rows trained | rate | step speed-up | ceiling |",
-        "|---|---|---|---|---|---|",
+        "| arm | accuracy % | clock s | wall s | rows trained | rate | step speed-up | ceiling |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in result["arms"].items():
         summary, speed = arm["summary"], result["speedup"].get(name, {})
@@ -43,7 +43,8 @@ def comparison_table(result: dict[str, Any]) -> str:
         spread = "" if deviation is None else f" +- {100 * deviation:.2f}"
         rate = "-" if summary["rate_mean"] is None else f"{100 * summary['rate_mean']:.1f} %"
         lines.append(
-            f"| {name} | {100 * summary['accuracy_mean']:.2f}{spread} | {summary['rows_trained_mean']:,.0f} | {rate} "
+            f"| {name} | {100 * summary['accuracy_mean']:.2f}{spread} | {summary['seconds_mean']:.1f} "
+            f"| {summary['raw_seconds_mean']:.1f} | {summary['rows_trained_mean']:,.0f} | {rate} "
             f"| {speed.get('measured', 1.0):.2f} | {speed.get('ceiling', 1.0):.2f} |"
         )
     settings, environment = result["settings"], result["environment"]

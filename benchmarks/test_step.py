@@ -22,6 +22,7 @@ from sparse_training.trainer import SparseTrainer
 RATE = 0.1
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("data_name", "model", "batch"),
     [
@@ -39,7 +40,7 @@ def test_step(benchmark, request, data_name, model, batch):
     trainer = SparseTrainer(network, policy="gate", rate=RATE)
     loader = ResidentLoader(data.train, batch_size=batch, mean=data.mean, std=data.std, drop_last=True)
     arms = {"gate": trainer.policy, "random": make_policy("random", rate=RATE, seed=0)}
-    costs = benchmark.pedantic(lambda: calibrate(trainer, loader, arms, rounds=15), rounds=1)
+    costs = benchmark.pedantic(lambda: calibrate(trainer, loader, arms, rounds=7), rounds=1)
     kept = round(RATE * batch)
     dense = costs.step("dense", batch, batch)
     gate, random = costs.step("gate", batch, kept), costs.step("random", kept, kept)

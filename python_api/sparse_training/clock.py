@@ -125,6 +125,7 @@ def calibrate(
     policies: Mapping[str, Policy] | None = None,
     *,
     rounds: int | None = None,
+    seconds: float = CALIBRATION_SECONDS,
 ) -> Costs:
     """Time every stage of every arm's step, interleaved, on copies: the trainer stays as it is.
 
@@ -132,8 +133,8 @@ def calibrate(
         trainer: whose model and optimiser are copied.
         loader: of the batches to time; its epoch and position stay as they are.
         policies: the arms; by default the trainer's own policy. Dense steps are always timed too.
-        rounds: over all arms and batch sizes; by default as many as take CALIBRATION_SECONDS,
-            within MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
+        rounds: over all arms and batch sizes; by default as many as take ``seconds``, within
+            MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
     """
     twin = copy.deepcopy(trainer)
     arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()))]
@@ -146,9 +147,7 @@ def calibrate(
         for _ in range(kinds):
             _warm_up(twin, loader, arms, next(items))
         done, began = 0, time.perf_counter()
-        while done < (rounds or MIN_ROUNDS) or (
-            rounds is None and done < MAX_ROUNDS and _since(began) < CALIBRATION_SECONDS
-        ):
+        while done < (rounds or MIN_ROUNDS) or (rounds is None and done < MAX_ROUNDS and _since(began) < seconds):
             for _ in range(kinds):
                 _time_arms(twin, loader, arms, next(items), samples)
             done += 1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sparse_kernels
 from sparse_training import checkpoint as files
-from sparse_training.clock import Clock, Costs, calibrate
+from sparse_training.clock import CALIBRATION_SECONDS, Clock, Costs, calibrate
 from sparse_training.data import ImageData
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
@@ -30,6 +30,7 @@ FORMAT, VERSION = "sparse-training-compare", 1
 RESULT, SETTINGS, CALIBRATION = "compare.json", "settings.json", "calibration.json"
 GALLERY_ROWS = 16
 EVALUATION_BATCH = 1000
+CALIBRATION_SHARE = 0.1
 
 Progress = Callable[[str, int, Status], None]  # arm, seed, where its run is
 
@@ -143,7 +144,9 @@ def compare(
     store = _Store(None if folder is None else Path(folder), settings, resume)
     costs = store.costs()
     if costs is None:
-        costs = store.keep_costs(calibrate(trainer, loader, arms))
+        # A machine's mood may last seconds: the clock that all runs go by is worth a tenth of their time.
+        share = CALIBRATION_SHARE * seconds * len(seeds) * len(policies)
+        costs = store.keep_costs(calibrate(trainer, loader, arms, seconds=max(CALIBRATION_SECONDS, share)))
 
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in policies}
     counts = torch.zeros(2, len(data.train), dtype=torch.int64)  # times selected, times seen
