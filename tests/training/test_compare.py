@@ -39,7 +39,7 @@ def data():
 def calibrated(monkeypatch):
     """Known costs instead of measured ones; how often they were asked for."""
     asked = []
-    monkeypatch.setattr(comparison, "calibrate", lambda *arguments: asked.append(arguments) or COSTS)
+    monkeypatch.setattr(comparison, "calibrate", lambda *arguments, seconds: asked.append(arguments) or COSTS)
     return asked
 
 
