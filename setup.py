@@ -4,6 +4,7 @@ SPARSE_KERNELS_BUILD chooses what is built:
     auto  (default) what the tools at hand allow; with no C++ compiler the install still succeeds,
           says so, and the pure-PyTorch reference serves
     cpu   the CPU part, or an error
+    cuda  the CUDA part too, or an error; this version has no CUDA sources, so an error
     none  nothing: pure Python
 
 No PyTorch takes part, so one build serves every PyTorch.
@@ -26,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = "_build_info.py"
-MODES = ("auto", "cpu", "none")
+MODES = ("auto", "cpu", "cuda", "none")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 # One file for each instruction set, so that no instruction can leak into code that runs everywhere.
 FILE_FLAGS = {
@@ -116,6 +117,8 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
     def compile(self, ext: Extension, target: Path) -> None:
         import pybind11
 
+        if mode() == "cuda":
+            raise NoCompiler("this version has no CUDA sources")
         compiler, ninja = find_compiler(), find_ninja()
         openmp = openmp_flag(compiler)
         folder = Path(self.build_temp).resolve()

@@ -40,6 +40,12 @@ def test_none_builds_nothing(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_cuda_asked_for_by_name_is_never_left_out_silently(tmp_path):
+    done = build(tmp_path, SPARSE_KERNELS_BUILD="cuda")
+    assert done.returncode != 0
+    assert "no CUDA sources" in done.stderr
+
+
 def test_unknown_mode_is_refused(tmp_path):
     done = build(tmp_path, SPARSE_KERNELS_BUILD="everything")
     assert done.returncode != 0
