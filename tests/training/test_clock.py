@@ -106,8 +106,10 @@ def test_each_stage_is_timed_apart_for_full_and_short_batches():
     assert set(costs.own) == {"dense", "slow", "random"}
     for rows in (16, 8):
         step = costs.step("slow", rows, rows)
-        assert 0.01 <= step["score"] < 0.02 <= step["select"] < 0.03
-        assert costs.step("dense", rows, rows)["total"] < 0.01
+        # It sleeps 10 and 20 ms. No upper bounds: a busy machine oversleeps.
+        assert 0.01 <= step["score"] < step["select"]
+        assert step["select"] >= 0.02
+        assert costs.step("dense", rows, rows)["total"] < step["total"]
     assert costs.shared["load"][0] == (2, 4, 8, 16)
     assert costs.shared["train"][0] == (2, 4, 8, 16)
 
