@@ -20,11 +20,14 @@ from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
 from sparse_kernels.types import GatedRows, RowStats, Selection
 
 # The order of csrc/cpu/row_stats.h's Statistic.
-SERVED = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "logsumexp")
+_WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
+SERVED = (*_WEIGHABLE, "argmax")
 DIFFERENTIABLE = ("loss", "entropy")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SERVED = frozenset(SERVED)
-_NO_OUTPUTS = (0,) * len(SERVED)
+# What C++ writes: the statistics, and the maximum and the sum of exponentials that a backward needs.
+_WRITTEN = (*SERVED, "saved_maximum", "saved_total")
+_NO_OUTPUTS = (0,) * len(_WRITTEN)
+_MAX_ROW_DIMENSIONS = 4  # csrc/cpu/row_stats.h's RowLayout
 _NO_STATS = RowStats()
 
 _missing: str | None = None
@@ -78,39 +81,51 @@ def refuse_row_stats(call: StatsCall) -> str | None:
         return reason
     if logits.dtype not in _DTYPES:
         return f"logits are {logits.dtype}; it serves float32, bfloat16 and float16"
-    if call.dim != -1:
-        return f"classes are in dim {call.dim}, it serves the last"
-    if not (logits.is_contiguous() or (logits.dim() == 2 and logits.stride(1) == 1)):
-        return f"logits of strides {logits.stride()} are not contiguous rows"
-    if call.softcap or call.label_smoothing:
-        return "softcap and label_smoothing are not served"
-    if call.outputs and not _SERVED.issuperset(call.outputs):
-        return f"does not serve {', '.join(sorted(set(call.outputs) - _SERVED))}"
+    if _layout(logits, call.dim) is None:
+        return f"logits of strides {logits.stride()} have too many dimensions that do not collapse"
     return None
 
 
-def refuse_gate_rows(call: GateCall) -> str | None:
-    """Why this call is not served, or None."""
-    reason = refuse_row_stats(call)
-    if reason is None and not _SERVED.issuperset(call.weights):
-        reason = f"does not serve {', '.join(sorted(set(call.weights) - _SERVED))}"
-    return reason
+refuse_gate_rows = refuse_row_stats
+
+
+def _layout(logits: Tensor, dim: int) -> tuple[int, ...] | None:
+    """The classes' stride, the outermost rows' stride, and size and stride of each further dimension of
+    the rows; None where there are more of them than C++ takes."""
+    shape = logits.shape
+    if dim == -1 and logits.is_contiguous():
+        return 1, shape[-1]
+    strides = list(logits.stride())
+    sizes = list(shape)
+    classes, class_stride = sizes.pop(dim), strides.pop(dim)
+    rows: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if rows and rows[-1][1] == size * stride:
+            rows[-1] = rows[-1][0] * size, stride
+        else:
+            rows.append((size, stride))
+    if len(rows) > _MAX_ROW_DIMENSIONS:
+        return None
+    outermost = rows[0][1] if rows else 0
+    return (class_stride if classes > 1 else 1, outermost, *(number for row in rows[1:] for number in row))
 
 
 def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
     logits = call.logits
-    shape = logits.shape
-    classes = shape[-1]
     return (
         logits.data_ptr(),
         _DTYPES[logits.dtype],
         targets.numel(),
-        classes,
-        logits.stride(0) if len(shape) == 2 else classes,
+        logits.shape[call.dim],
+        _layout(logits, call.dim),
         targets.data_ptr(),
         targets.dtype is torch.int32,
         call.ignore_index,
         call.temperature,
+        call.softcap,
+        call.label_smoothing,
     )
 
 
@@ -119,16 +134,21 @@ _COUNT = torch.zeros((), dtype=torch.int32)
 
 
 def _allocate(call: StatsCall, targets: Tensor) -> dict[str, Tensor]:
-    return {name: torch.empty_like(targets, dtype=torch.float32) for name in call.outputs}
+    return {
+        name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else torch.float32)
+        for name in call.outputs
+    }
 
 
 def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
-    return tuple(found[name].data_ptr() if name in found else 0 for name in SERVED) if found else _NO_OUTPUTS
+    return tuple(found[name].data_ptr() if name in found else 0 for name in _WRITTEN) if found else _NO_OUTPUTS
 
 
 def row_stats(call: StatsCall) -> RowStats:
     """See ``sparse_kernels.row_stats``."""
     if call.logits.requires_grad and torch.is_grad_enabled() and not set(DIFFERENTIABLE).isdisjoint(call.outputs):
+        if call.dim != -1 or call.softcap or call.label_smoothing:
+            return reference.row_stats(call)
         names = tuple(dict.fromkeys(call.outputs))
         return RowStats(**dict(zip(names, _stats_with_gradient(call.logits, call, names), strict=True)))
     return RowStats(**_forward(call))
@@ -191,7 +211,7 @@ def gate_rows(call: GateCall) -> GatedRows:
         significance.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         0 if offset is None else offset.data_ptr(),
-        [call.weights.get(name, 0.0) for name in SERVED],
+        [call.weights.get(name, 0.0) for name in _WEIGHABLE],
         threshold.data_ptr(),
         call.gate_temperature,
         call.p_min,

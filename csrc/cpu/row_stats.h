@@ -29,19 +29,51 @@ namespace sparse_kernels {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Statistics that can be weighted into the significance, in the order of RowStatsArgs::weights.
-enum Statistic : int { kLoss, kEntropy, kGradNorm, kSumSquares, kMaxProb, kLogSumExp, kStatistics };
+enum Statistic : int {
+  kLoss,
+  kEntropy,
+  kGradNorm,
+  kSumSquares,
+  kMaxProb,
+  kMargin,
+  kLogSumExp,
+  kStatistics
+};
+
+// Where the logits of a row begin, in elements: the rows' dimensions, outermost first.
+struct RowLayout {
+  static constexpr int kDimensions = 4;
+  int dimensions;
+  int64_t size[kDimensions];  // the first is not needed
+  int64_t stride[kDimensions];
+
+  int64_t offset(int64_t row) const {
+    int64_t sum = 0;
+    for (int d = dimensions - 1; d > 0; --d) {
+      sum += row % size[d] * stride[d];
+      row /= size[d];
+    }
+    return sum + row * stride[0];
+  }
+};
 
 struct RowStatsArgs {
-  const void* logits;  // [rows, classes], classes contiguous
+  const void* logits;  // [rows, classes] by layout and class_stride
   DType dtype;
   int64_t rows;
   int64_t classes;
-  int64_t row_stride;   // in elements
+  int64_t class_stride;  // in elements
+  RowLayout layout;
   const void* targets;  // [rows], contiguous int64, or int32
   bool targets_are_int32;
   int64_t ignore_index;
   float inverse_temperature;
+  float softcap;  // 0: none
+  float label_smoothing;
   float* outputs[kStatistics];  // [rows] each; null where not wanted
+  int64_t* argmax;              // [rows], or null
+  float* saved_maximum;         // [rows], of the capped logits, for a backward; or null
+  float* saved_total;           // [rows], S
 
   // The gate; not applied where mask is null.
   uint8_t* mask;               // [rows]

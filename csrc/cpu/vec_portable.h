@@ -51,9 +51,12 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 inline Vec sqrt(Vec a) {
   return map([&](int i) { return std::sqrt(a.lane[i]); });
 }
-// The larger; the second where either is NaN (as x86's max is).
+// The larger (the smaller); the second where either is NaN (as on x86).
 inline Vec max(Vec a, Vec b) {
   return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Vec min(Vec a, Vec b) {
+  return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
 // a >= b ? x : y; y where either is NaN.
 inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
