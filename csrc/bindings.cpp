@@ -88,6 +88,37 @@ PYBIND11_MODULE(_cpp, m) {
                nullptr);
   });
 
+  m.def("row_stats_backward",
+        [](Address logits, int dtype, int64_t rows, int64_t classes,
+           const std::vector<int64_t>& layout, Address targets, bool targets_are_int32,
+           int64_t ignore_index, double temperature, double softcap, double label_smoothing,
+           Address gradient, const std::vector<int64_t>& gradient_layout, Address maximum,
+           Address total, Address entropy, Address loss_gradient, Address entropy_gradient) {
+          sk::RowStatsBackwardArgs args{};
+          args.logits = at<void>(logits);
+          args.gradient = at<void>(gradient);
+          args.dtype = sk::DType(dtype);
+          args.rows = rows;
+          args.classes = classes;
+          args.class_stride = layout.at(0);
+          args.layout = row_layout(layout);
+          args.gradient_class_stride = gradient_layout.at(0);
+          args.gradient_layout = row_layout(gradient_layout);
+          args.targets = at<void>(targets);
+          args.targets_are_int32 = targets_are_int32;
+          args.ignore_index = ignore_index;
+          args.inverse_temperature = float(1.0 / temperature);
+          args.softcap = float(softcap);
+          args.label_smoothing = float(label_smoothing);
+          args.maximum = at<float>(maximum);
+          args.total = at<float>(total);
+          args.entropy = at<float>(entropy);
+          args.loss_gradient = at<float>(loss_gradient);
+          args.entropy_gradient = at<float>(entropy_gradient);
+          py::gil_scoped_release unlocked;
+          sk::row_stats_backward(args);
+        });
+
   m.def("gate_rows",
         [](Address logits, int dtype, int64_t rows, int64_t classes,
            const std::vector<int64_t>& layout, Address targets, bool targets_are_int32,

@@ -147,47 +147,76 @@ def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
 def row_stats(call: StatsCall) -> RowStats:
     """See ``sparse_kernels.row_stats``."""
     if call.logits.requires_grad and torch.is_grad_enabled() and not set(DIFFERENTIABLE).isdisjoint(call.outputs):
-        if call.dim != -1 or call.softcap or call.label_smoothing:
-            return reference.row_stats(call)
         names = tuple(dict.fromkeys(call.outputs))
         return RowStats(**dict(zip(names, _stats_with_gradient(call.logits, call, names), strict=True)))
     return RowStats(**_forward(call))
 
 
-def _forward(call: StatsCall) -> dict[str, Tensor]:
+def _forward(call: StatsCall, saved: tuple[str, ...] = ()) -> dict[str, Tensor]:
     targets = call.targets.contiguous()
     found = _allocate(call, targets)
+    for name in saved:
+        found[name] = torch.empty_like(targets, dtype=torch.float32)
     bad_row = _cpp.row_stats(*_inputs(call, targets), _addresses(found))
     if bad_row >= 0:
         call.raise_bad_target(bad_row)
     return found
 
 
+def _backward(
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor]
+) -> Tensor:
+    targets = call.targets.contiguous()
+    gradient = torch.empty_like(call.logits)
+    layout = _layout(gradient, call.dim)
+    if layout is None:
+        gradient = torch.empty(call.logits.shape, dtype=call.logits.dtype)
+        layout = _layout(gradient, call.dim)
+    upstream = {name: g.float().contiguous() for name, g in given.items()}
+    _cpp.row_stats_backward(
+        *_inputs(call, targets),
+        gradient.data_ptr(),
+        layout,
+        maximum.data_ptr(),
+        total.data_ptr(),
+        0 if entropy is None else entropy.data_ptr(),
+        upstream["loss"].data_ptr() if "loss" in upstream else 0,
+        upstream["entropy"].data_ptr() if "entropy" in upstream else 0,
+    )
+    return gradient
+
+
 class _RowStatsFunction(torch.autograd.Function):
-    """Forward in C++; the gradient of loss and entropy from the saved logits and entropy."""
+    """Forward in C++; the gradient of loss and entropy too, from the logits, each row's maximum and its sum
+    of exponentials: a logsumexp in one number would be rounded to 1e-3 at 1e4."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: StatsCall, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        saved = StatsCall(
-            logits.detach(), call.targets, {*names, "entropy"}, -1, call.temperature, 0.0, 0.0,
+        ctx.call = StatsCall(
+            logits.detach(), call.targets, names, call.dim, call.temperature, call.softcap, call.label_smoothing,
             call.ignore_index,
         )  # fmt: skip
-        found = _forward(saved)
-        ctx.call, ctx.names = saved, names
-        ctx.save_for_backward(logits, found["entropy"])
+        ctx.names = names
+        ctx.set_materialize_grads(False)
+        found = _forward(ctx.call, ("saved_maximum", "saved_total"))
+        ctx.save_for_backward(logits, found["saved_maximum"], found["saved_total"], found.get("entropy"))
         ctx.mark_non_differentiable(*(found[name] for name in names if name not in DIFFERENTIABLE))
         return tuple(found[name] for name in names)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        logits, entropy = ctx.saved_tensors
-        given = {name: g for name, g in zip(ctx.names, gradients, strict=True) if name in DIFFERENTIABLE}
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        logits, maximum, total, entropy = ctx.saved_tensors
+        given = {
+            name: g for name, g in zip(ctx.names, gradients, strict=True) if name in DIFFERENTIABLE and g is not None
+        }
+        if not given:
+            return None, None, None
         if torch.is_grad_enabled():  # create_graph=True: what was saved knows no second derivative
             stats = reference.row_stats(replace(ctx.call, logits=logits, outputs=given))
             outputs = [getattr(stats, name) for name in given]
             (gradient,) = torch.autograd.grad(outputs, logits, list(given.values()), create_graph=True)
         else:
-            gradient = reference.row_stats_backward(logits, ctx.call, entropy, given.get("loss"), given.get("entropy"))
+            gradient = _backward(ctx.call, maximum, total, entropy, given)
         return gradient, None, None
 
 

@@ -88,6 +88,29 @@ struct RowStatsArgs {
   uint64_t step;
 };
 
+struct RowStatsBackwardArgs {
+  const void* logits;
+  void* gradient;  // written whole; of the logits' type
+  DType dtype;
+  int64_t rows;
+  int64_t classes;
+  int64_t class_stride;
+  RowLayout layout;
+  int64_t gradient_class_stride;
+  RowLayout gradient_layout;
+  const void* targets;  // checked by the forward
+  bool targets_are_int32;
+  int64_t ignore_index;
+  float inverse_temperature;
+  float softcap;
+  float label_smoothing;
+  const float* maximum;  // [rows], saved by the forward
+  const float* total;
+  const float* entropy;           // null without entropy_gradient
+  const float* loss_gradient;     // [rows], or null for zeros
+  const float* entropy_gradient;  // [rows], or null for zeros
+};
+
 struct RowStatsResult {
   int64_t bad_target_row = -1;  // lowest row with a target out of range: nothing else is then valid
   int64_t invalid = 0;          // rows of NaN
@@ -95,18 +118,23 @@ struct RowStatsResult {
 
 // Reads and writes rows [begin, end). One function for each instruction set.
 using RowStatsFunction = RowStatsResult (*)(const RowStatsArgs&, int64_t begin, int64_t end);
+using RowStatsBackwardFunction = void (*)(const RowStatsBackwardArgs&, int64_t begin, int64_t end);
 
 namespace portable {
 RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-}
+void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
+}  // namespace portable
 namespace avx2 {
 RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-}
+void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
+}  // namespace avx2
 namespace avx512 {
 RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-}
+void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
+}  // namespace avx512
 
 // All rows, in parallel, with the widest instruction set in use.
 RowStatsResult row_stats(const RowStatsArgs& args);
+void row_stats_backward(const RowStatsBackwardArgs& args);
 
 }  // namespace sparse_kernels

@@ -2,9 +2,9 @@
 // inside that instruction set's namespace. row_stats.h derives what is computed here.
 //
 // Two ways through the logits:
-//   rows in lanes     few classes, or classes that are not contiguous: a group of kLanes rows is
-//   transposed into L1, then every sum is
-//                     vertical. No reduction across lanes, no tails.
+//   rows in lanes     few classes, or classes that are not contiguous: kTransposeClasses columns of
+//                     kLanes rows are transposed into L1, then every sum is vertical. No reduction
+//                     across lanes, no tails.
 //   columns in lanes  many classes: blocks of kBlock columns, each read for its maximum, then again
 //                     from L1 for its sums.
 // Both fill a Group, and finish() turns a Group into outputs, also with rows in lanes.
@@ -20,12 +20,13 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
+// clang-format off: each needs those before it
 #include "vec_math.h"
-//
 #include "row_stats_group.h"
-//
 #include "row_stats_columns.h"
 #include "row_stats_rows.h"
+#include "row_stats_backward.h"
+// clang-format on
 
 template <class T>
 RowStatsResult run(const RowStatsArgs& args, int64_t begin, int64_t end) {

@@ -29,8 +29,9 @@ template <class T>
 inline Vec load(const T* p) {
   return map([&](int i) { return to_float(p[i]); });
 }
-inline void store(float* p, Vec a) {
-  for (int i = 0; i < Vec::kLanes; ++i) p[i] = a.lane[i];
+template <class T>
+inline void store(T* p, Vec a) {
+  for (int i = 0; i < Vec::kLanes; ++i) from_float(a.lane[i], p + i);
 }
 
 inline Vec operator+(Vec a, Vec b) {

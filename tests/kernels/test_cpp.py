@@ -84,7 +84,7 @@ def test_classes_in_any_dimension_and_any_strides(instruction_set, shape, order,
     targets.view(-1)[::5] = -100
     compare(logits, targets, dim=dim)
     compare(logits, targets, dim=dim, label_smoothing=0.1, softcap=8.0)
-    compare(logits[:-1] if dim else logits[:, :-1], targets[:-1] if dim else targets[:-1], dim=dim)
+    compare(logits[:-1] if dim else logits[:, :-1], targets[:-1], dim=dim)
     masked = logits.clone(memory_format=torch.preserve_format)
     masked.movedim(dim, -1)[..., : shape[dim] - 1][..., :80] = -torch.inf
     compare(masked, targets, dim=dim)
@@ -234,6 +234,75 @@ def test_gradient_is_the_reference_gradient(classes):
         gradients.append(logits.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     assert (gradients[0][4] == 0).all()
+
+
+def check_gradient(logits, targets, dim=-1, tiny=1e-6, **settings):
+    """The gradient's error against float64 is a few roundings of the reference's own at the same precision."""
+    gradients = []
+    torch.manual_seed(10)
+    weights = torch.randn(2, *targets.shape)
+    for backend, base in (("cpp", logits), ("torch", logits.double()), ("torch", logits)):
+        leaf = base.detach().requires_grad_()
+        stats = sk.row_stats(leaf, targets, outputs=["loss", "entropy"], dim=dim, backend=backend, **settings)
+        total = (weights[0] * stats.loss).nan_to_num(0, 0, 0) + (weights[1] * stats.entropy).nan_to_num(0, 0, 0)
+        gradients.append(torch.autograd.grad(total.sum(), leaf)[0])
+    ours, exact, same = gradients
+    assert ours.dtype == logits.dtype
+    half_step = 0.5 * torch.finfo(logits.dtype).eps * exact.abs() + 2**-25 * (logits.dtype is torch.float16)
+    allowed = half_step + (same.double() - exact).abs() + tiny * (1 + exact.abs())
+    error = (ours.double() - exact).abs()
+    assert (error <= allowed).all(), f"{error.max():.3g}"
+    return ours
+
+
+@pytest.mark.parametrize("settings", [{}, {"softcap": 6.0, "temperature": 0.7, "label_smoothing": 0.2}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_in_every_layout(instruction_set, dtype, settings):
+    torch.manual_seed(9)
+    for shape in SHAPES:
+        targets = torch.randint(0, shape[1], shape[:1])
+        targets[::4] = -100
+        logits = (3 * torch.randn(shape)).to(dtype)
+        if not settings:  # the reference's softcap lets an ignored row's NaN into its gradient
+            logits[::4] = torch.nan
+        ours = check_gradient(logits, targets, **settings)
+        assert (ours[::4] == 0).all()
+        check_gradient(torch.randn(shape).add(1000).to(dtype), targets.int(), **settings)
+    for shape, order, dim in LAYOUTS:
+        memory = (3 * torch.randn([shape[d] for d in order])).to(dtype)
+        logits = memory.permute([order.index(d) for d in range(len(shape))])
+        targets = torch.randint(0, shape[dim], shape[:dim] + shape[dim + 1 :])
+        targets.view(-1)[::5] = -100
+        check_gradient(logits, targets, dim, **settings)
+        if dim != len(shape) - 1:
+            check_gradient(logits[..., ::2], targets[..., ::2], dim, **settings)
+        else:
+            check_gradient(logits[::2], targets[::2], dim, **settings)
+
+
+@pytest.mark.parametrize("outputs", [["loss"], ["entropy"]])
+def test_gradient_of_one_output(instruction_set, outputs):
+    logits, targets = torch.randn(9, 100), torch.randint(0, 100, (9,))
+    logits[3, ::2] = -torch.inf
+    gradients = []
+    for backend in ("cpp", "torch"):
+        leaf = logits.clone().requires_grad_()
+        stats = sk.row_stats(leaf, targets, outputs=["loss", "entropy"], backend=backend)
+        getattr(stats, outputs[0]).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_is_rounded_to_the_nearest(instruction_set, dtype):
+    torch.manual_seed(11)
+    logits, targets = (2 * torch.randn(64, 200)).to(dtype), torch.randint(0, 200, (64,))
+    full = logits.float().requires_grad_()
+    half = logits.clone().requires_grad_()
+    scale = torch.logspace(-6, 9, 64)  # subnormal to infinite in float16
+    for leaf in (full, half):
+        (sk.row_stats(leaf, targets, backend="cpp", outputs=["loss"]).loss * scale).sum().backward()
+    assert torch.equal(half.grad, full.grad.to(dtype))
 
 
 def test_second_derivative_is_the_reference_second_derivative():
