@@ -28,30 +28,32 @@ T* at(Address address) {
 // The statistics in their order, the argmax, and what a backward needs.
 using Outputs = std::array<Address, sk::kStatistics + 3>;
 
+int64_t integer(const py::tuple& values, size_t i) { return values[i].cast<int64_t>(); }
+
 // The class stride, the outermost rows' stride, then size and stride of each further dimension.
-sk::RowLayout row_layout(const std::vector<int64_t>& layout) {
+sk::RowLayout row_layout(const py::tuple& layout) {
   sk::RowLayout rows{};
   rows.dimensions = int(layout.size() / 2);
   if (rows.dimensions < 1 || rows.dimensions > sk::RowLayout::kDimensions)
     throw std::invalid_argument("a layout of too many dimensions");
-  rows.stride[0] = layout[1];
+  rows.stride[0] = integer(layout, 1);
   for (int d = 1; d < rows.dimensions; ++d) {
-    rows.size[d] = layout[2 * d];
-    rows.stride[d] = layout[2 * d + 1];
+    rows.size[d] = integer(layout, 2 * d);
+    rows.stride[d] = integer(layout, 2 * d + 1);
   }
   return rows;
 }
 
 sk::RowStatsArgs stats_args(Address logits, int dtype, int64_t rows, int64_t classes,
-                            const std::vector<int64_t>& layout, Address targets,
-                            bool targets_are_int32, int64_t ignore_index, double temperature,
-                            double softcap, double label_smoothing, const Outputs& outputs) {
+                            const py::tuple& layout, Address targets, bool targets_are_int32,
+                            int64_t ignore_index, double temperature, double softcap,
+                            double label_smoothing, const Outputs& outputs) {
   sk::RowStatsArgs args{};
   args.logits = at<void>(logits);
   args.dtype = sk::DType(dtype);
   args.rows = rows;
   args.classes = classes;
-  args.class_stride = layout.at(0);
+  args.class_stride = integer(layout, 0);
   args.layout = row_layout(layout);
   args.targets = at<void>(targets);
   args.targets_are_int32 = targets_are_int32;
@@ -79,30 +81,30 @@ int64_t run(const sk::RowStatsArgs& args, int32_t* invalid) {
 PYBIND11_MODULE(_cpp, m) {
   m.doc() = "CPU kernels of sparse_kernels; called by sparse_kernels.cpp_backend alone.";
 
-  m.def("row_stats", [](Address logits, int dtype, int64_t rows, int64_t classes,
-                        const std::vector<int64_t>& layout, Address targets, bool targets_are_int32,
-                        int64_t ignore_index, double temperature, double softcap,
-                        double label_smoothing, const Outputs& outputs) {
-    return run(stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,
-                          ignore_index, temperature, softcap, label_smoothing, outputs),
-               nullptr);
-  });
+  m.def("row_stats",
+        [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
+           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
+           double softcap, double label_smoothing, const Outputs& outputs) {
+          return run(stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,
+                                ignore_index, temperature, softcap, label_smoothing, outputs),
+                     nullptr);
+        });
 
   m.def("row_stats_backward",
-        [](Address logits, int dtype, int64_t rows, int64_t classes,
-           const std::vector<int64_t>& layout, Address targets, bool targets_are_int32,
-           int64_t ignore_index, double temperature, double softcap, double label_smoothing,
-           Address gradient, const std::vector<int64_t>& gradient_layout, Address maximum,
-           Address total, Address entropy, Address loss_gradient, Address entropy_gradient) {
+        [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
+           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
+           double softcap, double label_smoothing, Address gradient,
+           const py::tuple& gradient_layout, Address maximum, Address total, Address entropy,
+           Address loss_gradient, Address entropy_gradient) {
           sk::RowStatsBackwardArgs args{};
           args.logits = at<void>(logits);
           args.gradient = at<void>(gradient);
           args.dtype = sk::DType(dtype);
           args.rows = rows;
           args.classes = classes;
-          args.class_stride = layout.at(0);
+          args.class_stride = integer(layout, 0);
           args.layout = row_layout(layout);
-          args.gradient_class_stride = gradient_layout.at(0);
+          args.gradient_class_stride = integer(gradient_layout, 0);
           args.gradient_layout = row_layout(gradient_layout);
           args.targets = at<void>(targets);
           args.targets_are_int32 = targets_are_int32;
@@ -120,11 +122,11 @@ PYBIND11_MODULE(_cpp, m) {
         });
 
   m.def("gate_rows",
-        [](Address logits, int dtype, int64_t rows, int64_t classes,
-           const std::vector<int64_t>& layout, Address targets, bool targets_are_int32,
-           int64_t ignore_index, double temperature, double softcap, double label_smoothing,
-           const Outputs& outputs, Address mask, Address significance, Address weight,
-           Address offset, const std::array<float, sk::kStatistics>& weights, Address threshold,
+        [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
+           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
+           double softcap, double label_smoothing, const Outputs& outputs, Address mask,
+           Address significance, Address weight, Address offset,
+           const std::array<float, sk::kStatistics>& weights, Address threshold,
            double gate_temperature, double p_min, uint64_t seed, uint64_t step, Address invalid) {
           sk::RowStatsArgs args =
               stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,

@@ -32,11 +32,16 @@ template <class T>
 RowStatsResult run(const RowStatsArgs& args, int64_t begin, int64_t end) {
   const Plan plan(args);
   RowStatsResult result;
+  const bool plain = args.classes <= kTransposeClasses && args.class_stride == 1 &&
+                     args.softcap == 0.0f && !plan.extras;
   for (int64_t row = begin; row < end; row += kLanes) {
     const int count = int(end - row < kLanes ? end - row : kLanes);
     Group group;
     if (args.classes <= kTransposeClasses || args.class_stride != 1) {
-      gather_group<T>(args, plan, row, count, group, result);
+      if (plain)
+        gather_group<T, true>(args, plan, row, count, group, result);
+      else
+        gather_group<T, false>(args, plan, row, count, group, result);
     } else {
       for (int i = 0; i < kLanes; ++i) {
         const int64_t y = i < count ? target_of(args, row + i) : args.ignore_index;
