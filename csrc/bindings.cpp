@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <vector>
 
 #include "cpu/compact.h"
 #include "cpu/gather.h"
@@ -23,21 +25,46 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The statistics in their order, the argmax, and what a backward needs.
+using Outputs = std::array<Address, sk::kStatistics + 3>;
+
+int64_t integer(const py::tuple& values, size_t i) { return values[i].cast<int64_t>(); }
+
+// The class stride, the outermost rows' stride, then size and stride of each further dimension.
+sk::RowLayout row_layout(const py::tuple& layout) {
+  sk::RowLayout rows{};
+  rows.dimensions = int(layout.size() / 2);
+  if (rows.dimensions < 1 || rows.dimensions > sk::RowLayout::kDimensions)
+    throw std::invalid_argument("a layout of too many dimensions");
+  rows.stride[0] = integer(layout, 1);
+  for (int d = 1; d < rows.dimensions; ++d) {
+    rows.size[d] = integer(layout, 2 * d);
+    rows.stride[d] = integer(layout, 2 * d + 1);
+  }
+  return rows;
+}
+
 sk::RowStatsArgs stats_args(Address logits, int dtype, int64_t rows, int64_t classes,
-                            int64_t row_stride, Address targets, bool targets_are_int32,
-                            int64_t ignore_index, double temperature,
-                            const std::array<Address, sk::kStatistics>& outputs) {
+                            const py::tuple& layout, Address targets, bool targets_are_int32,
+                            int64_t ignore_index, double temperature, double softcap,
+                            double label_smoothing, const Outputs& outputs) {
   sk::RowStatsArgs args{};
   args.logits = at<void>(logits);
   args.dtype = sk::DType(dtype);
   args.rows = rows;
   args.classes = classes;
-  args.row_stride = row_stride;
+  args.class_stride = integer(layout, 0);
+  args.layout = row_layout(layout);
   args.targets = at<void>(targets);
   args.targets_are_int32 = targets_are_int32;
   args.ignore_index = ignore_index;
   args.inverse_temperature = float(1.0 / temperature);
+  args.softcap = float(softcap);
+  args.label_smoothing = float(label_smoothing);
   for (int k = 0; k < sk::kStatistics; ++k) args.outputs[k] = at<float>(outputs[k]);
+  args.argmax = at<int64_t>(outputs[sk::kStatistics]);
+  args.saved_maximum = at<float>(outputs[sk::kStatistics + 1]);
+  args.saved_total = at<float>(outputs[sk::kStatistics + 2]);
   return args;
 }
 
@@ -55,23 +82,55 @@ PYBIND11_MODULE(_cpp, m) {
   m.doc() = "CPU kernels of sparse_kernels; called by sparse_kernels.cpp_backend alone.";
 
   m.def("row_stats",
-        [](Address logits, int dtype, int64_t rows, int64_t classes, int64_t row_stride,
+        [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
            Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
-           const std::array<Address, sk::kStatistics>& outputs) {
-          return run(stats_args(logits, dtype, rows, classes, row_stride, targets,
-                                targets_are_int32, ignore_index, temperature, outputs),
+           double softcap, double label_smoothing, const Outputs& outputs) {
+          return run(stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,
+                                ignore_index, temperature, softcap, label_smoothing, outputs),
                      nullptr);
         });
 
-  m.def("gate_rows",
-        [](Address logits, int dtype, int64_t rows, int64_t classes, int64_t row_stride,
+  m.def("row_stats_backward",
+        [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
            Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
-           const std::array<Address, sk::kStatistics>& outputs, Address mask, Address significance,
-           Address weight, Address offset, const std::array<float, sk::kStatistics>& weights,
-           Address threshold, double gate_temperature, double p_min, uint64_t seed, uint64_t step,
-           Address invalid) {
-          sk::RowStatsArgs args = stats_args(logits, dtype, rows, classes, row_stride, targets,
-                                             targets_are_int32, ignore_index, temperature, outputs);
+           double softcap, double label_smoothing, Address gradient,
+           const py::tuple& gradient_layout, Address maximum, Address total, Address entropy,
+           Address loss_gradient, Address entropy_gradient) {
+          sk::RowStatsBackwardArgs args{};
+          args.logits = at<void>(logits);
+          args.gradient = at<void>(gradient);
+          args.dtype = sk::DType(dtype);
+          args.rows = rows;
+          args.classes = classes;
+          args.class_stride = integer(layout, 0);
+          args.layout = row_layout(layout);
+          args.gradient_class_stride = integer(gradient_layout, 0);
+          args.gradient_layout = row_layout(gradient_layout);
+          args.targets = at<void>(targets);
+          args.targets_are_int32 = targets_are_int32;
+          args.ignore_index = ignore_index;
+          args.inverse_temperature = float(1.0 / temperature);
+          args.softcap = float(softcap);
+          args.label_smoothing = float(label_smoothing);
+          args.maximum = at<float>(maximum);
+          args.total = at<float>(total);
+          args.entropy = at<float>(entropy);
+          args.loss_gradient = at<float>(loss_gradient);
+          args.entropy_gradient = at<float>(entropy_gradient);
+          py::gil_scoped_release unlocked;
+          sk::row_stats_backward(args);
+        });
+
+  m.def("gate_rows",
+        [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
+           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
+           double softcap, double label_smoothing, const Outputs& outputs, Address mask,
+           Address significance, Address weight, Address offset,
+           const std::array<float, sk::kStatistics>& weights, Address threshold,
+           double gate_temperature, double p_min, uint64_t seed, uint64_t step, Address invalid) {
+          sk::RowStatsArgs args =
+              stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,
+                         ignore_index, temperature, softcap, label_smoothing, outputs);
           args.mask = at<uint8_t>(mask);
           args.significance = at<float>(significance);
           args.weight = at<float>(weight);

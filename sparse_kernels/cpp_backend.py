@@ -20,11 +20,14 @@ from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
 from sparse_kernels.types import GatedRows, RowStats, Selection
 
 # The order of csrc/cpu/row_stats.h's Statistic.
-SERVED = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "logsumexp")
+_WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
+SERVED = (*_WEIGHABLE, "argmax")
 DIFFERENTIABLE = ("loss", "entropy")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SERVED = frozenset(SERVED)
-_NO_OUTPUTS = (0,) * len(SERVED)
+# What C++ writes: the statistics, and the maximum and the sum of exponentials that a backward needs.
+_WRITTEN = (*SERVED, "saved_maximum", "saved_total")
+_NO_OUTPUTS = (0,) * len(_WRITTEN)
+_MAX_ROW_DIMENSIONS = 4  # csrc/cpu/row_stats.h's RowLayout
 _NO_STATS = RowStats()
 
 _missing: str | None = None
@@ -78,39 +81,51 @@ def refuse_row_stats(call: StatsCall) -> str | None:
         return reason
     if logits.dtype not in _DTYPES:
         return f"logits are {logits.dtype}; it serves float32, bfloat16 and float16"
-    if call.dim != -1:
-        return f"classes are in dim {call.dim}, it serves the last"
-    if not (logits.is_contiguous() or (logits.dim() == 2 and logits.stride(1) == 1)):
-        return f"logits of strides {logits.stride()} are not contiguous rows"
-    if call.softcap or call.label_smoothing:
-        return "softcap and label_smoothing are not served"
-    if call.outputs and not _SERVED.issuperset(call.outputs):
-        return f"does not serve {', '.join(sorted(set(call.outputs) - _SERVED))}"
+    if _layout(logits, call.dim) is None:
+        return f"logits of strides {logits.stride()} have too many dimensions that do not collapse"
     return None
 
 
-def refuse_gate_rows(call: GateCall) -> str | None:
-    """Why this call is not served, or None."""
-    reason = refuse_row_stats(call)
-    if reason is None and not _SERVED.issuperset(call.weights):
-        reason = f"does not serve {', '.join(sorted(set(call.weights) - _SERVED))}"
-    return reason
+refuse_gate_rows = refuse_row_stats
+
+
+def _layout(logits: Tensor, dim: int) -> tuple[int, ...] | None:
+    """The classes' stride, the outermost rows' stride, and size and stride of each further dimension of
+    the rows; None where there are more of them than C++ takes."""
+    shape = logits.shape
+    if dim == -1 and logits.is_contiguous():
+        return 1, shape[-1]
+    strides = list(logits.stride())
+    sizes = list(shape)
+    classes, class_stride = sizes.pop(dim), strides.pop(dim)
+    rows: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if rows and rows[-1][1] == size * stride:
+            rows[-1] = rows[-1][0] * size, stride
+        else:
+            rows.append((size, stride))
+    if len(rows) > _MAX_ROW_DIMENSIONS:
+        return None
+    outermost = rows[0][1] if rows else 0
+    return (class_stride if classes > 1 else 1, outermost, *(number for row in rows[1:] for number in row))
 
 
 def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
     logits = call.logits
-    shape = logits.shape
-    classes = shape[-1]
     return (
         logits.data_ptr(),
         _DTYPES[logits.dtype],
         targets.numel(),
-        classes,
-        logits.stride(0) if len(shape) == 2 else classes,
+        logits.shape[call.dim],
+        _layout(logits, call.dim),
         targets.data_ptr(),
         targets.dtype is torch.int32,
         call.ignore_index,
         call.temperature,
+        call.softcap,
+        call.label_smoothing,
     )
 
 
@@ -119,11 +134,14 @@ _COUNT = torch.zeros((), dtype=torch.int32)
 
 
 def _allocate(call: StatsCall, targets: Tensor) -> dict[str, Tensor]:
-    return {name: torch.empty_like(targets, dtype=torch.float32) for name in call.outputs}
+    return {
+        name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else torch.float32)
+        for name in call.outputs
+    }
 
 
 def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
-    return tuple(found[name].data_ptr() if name in found else 0 for name in SERVED) if found else _NO_OUTPUTS
+    return tuple(found[name].data_ptr() if name in found else 0 for name in _WRITTEN) if found else _NO_OUTPUTS
 
 
 def row_stats(call: StatsCall) -> RowStats:
@@ -134,40 +152,71 @@ def row_stats(call: StatsCall) -> RowStats:
     return RowStats(**_forward(call))
 
 
-def _forward(call: StatsCall) -> dict[str, Tensor]:
+def _forward(call: StatsCall, saved: tuple[str, ...] = ()) -> dict[str, Tensor]:
     targets = call.targets.contiguous()
     found = _allocate(call, targets)
+    for name in saved:
+        found[name] = torch.empty_like(targets, dtype=torch.float32)
     bad_row = _cpp.row_stats(*_inputs(call, targets), _addresses(found))
     if bad_row >= 0:
         call.raise_bad_target(bad_row)
     return found
 
 
+def _backward(
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor]
+) -> Tensor:
+    targets = call.targets.contiguous()
+    gradient = torch.empty_like(call.logits)
+    layout = _layout(gradient, call.dim)
+    if layout is None:
+        gradient = torch.empty(call.logits.shape, dtype=call.logits.dtype)
+        layout = _layout(gradient, call.dim)
+    upstream = {name: g.float().contiguous() for name, g in given.items()}
+    _cpp.row_stats_backward(
+        *_inputs(call, targets),
+        gradient.data_ptr(),
+        layout,
+        maximum.data_ptr(),
+        total.data_ptr(),
+        0 if entropy is None else entropy.data_ptr(),
+        upstream["loss"].data_ptr() if "loss" in upstream else 0,
+        upstream["entropy"].data_ptr() if "entropy" in upstream else 0,
+    )
+    return gradient
+
+
 class _RowStatsFunction(torch.autograd.Function):
-    """Forward in C++; the gradient of loss and entropy from the saved logits and entropy."""
+    """Forward in C++; the gradient of loss and entropy too, from the logits, each row's maximum and its sum
+    of exponentials: a logsumexp in one number would be rounded to 1e-3 at 1e4."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: StatsCall, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        saved = StatsCall(
-            logits.detach(), call.targets, {*names, "entropy"}, -1, call.temperature, 0.0, 0.0,
+        ctx.call = StatsCall(
+            logits.detach(), call.targets, names, call.dim, call.temperature, call.softcap, call.label_smoothing,
             call.ignore_index,
         )  # fmt: skip
-        found = _forward(saved)
-        ctx.call, ctx.names = saved, names
-        ctx.save_for_backward(logits, found["entropy"])
+        ctx.names = names
+        ctx.set_materialize_grads(False)
+        found = _forward(ctx.call, ("saved_maximum", "saved_total"))
+        ctx.save_for_backward(logits, found["saved_maximum"], found["saved_total"], found.get("entropy"))
         ctx.mark_non_differentiable(*(found[name] for name in names if name not in DIFFERENTIABLE))
         return tuple(found[name] for name in names)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        logits, entropy = ctx.saved_tensors
-        given = {name: g for name, g in zip(ctx.names, gradients, strict=True) if name in DIFFERENTIABLE}
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        logits, maximum, total, entropy = ctx.saved_tensors
+        given = {
+            name: g for name, g in zip(ctx.names, gradients, strict=True) if name in DIFFERENTIABLE and g is not None
+        }
+        if not given:
+            return None, None, None
         if torch.is_grad_enabled():  # create_graph=True: what was saved knows no second derivative
             stats = reference.row_stats(replace(ctx.call, logits=logits, outputs=given))
             outputs = [getattr(stats, name) for name in given]
             (gradient,) = torch.autograd.grad(outputs, logits, list(given.values()), create_graph=True)
         else:
-            gradient = reference.row_stats_backward(logits, ctx.call, entropy, given.get("loss"), given.get("entropy"))
+            gradient = _backward(ctx.call, maximum, total, entropy, given)
         return gradient, None, None
 
 
@@ -191,7 +240,7 @@ def gate_rows(call: GateCall) -> GatedRows:
         significance.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         0 if offset is None else offset.data_ptr(),
-        [call.weights.get(name, 0.0) for name in SERVED],
+        [call.weights.get(name, 0.0) for name in _WEIGHABLE],
         threshold.data_ptr(),
         call.gate_temperature,
         call.p_min,

@@ -29,19 +29,51 @@ namespace sparse_kernels {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Statistics that can be weighted into the significance, in the order of RowStatsArgs::weights.
-enum Statistic : int { kLoss, kEntropy, kGradNorm, kSumSquares, kMaxProb, kLogSumExp, kStatistics };
+enum Statistic : int {
+  kLoss,
+  kEntropy,
+  kGradNorm,
+  kSumSquares,
+  kMaxProb,
+  kMargin,
+  kLogSumExp,
+  kStatistics
+};
+
+// Where the logits of a row begin, in elements: the rows' dimensions, outermost first.
+struct RowLayout {
+  static constexpr int kDimensions = 4;
+  int dimensions;
+  int64_t size[kDimensions];  // the first is not needed
+  int64_t stride[kDimensions];
+
+  int64_t offset(int64_t row) const {
+    int64_t sum = 0;
+    for (int d = dimensions - 1; d > 0; --d) {
+      sum += row % size[d] * stride[d];
+      row /= size[d];
+    }
+    return sum + row * stride[0];
+  }
+};
 
 struct RowStatsArgs {
-  const void* logits;  // [rows, classes], classes contiguous
+  const void* logits;  // [rows, classes] by layout and class_stride
   DType dtype;
   int64_t rows;
   int64_t classes;
-  int64_t row_stride;   // in elements
+  int64_t class_stride;  // in elements
+  RowLayout layout;
   const void* targets;  // [rows], contiguous int64, or int32
   bool targets_are_int32;
   int64_t ignore_index;
   float inverse_temperature;
+  float softcap;  // 0: none
+  float label_smoothing;
   float* outputs[kStatistics];  // [rows] each; null where not wanted
+  int64_t* argmax;              // [rows], or null
+  float* saved_maximum;         // [rows], of the capped logits, for a backward; or null
+  float* saved_total;           // [rows], S
 
   // The gate; not applied where mask is null.
   uint8_t* mask;               // [rows]
@@ -56,6 +88,29 @@ struct RowStatsArgs {
   uint64_t step;
 };
 
+struct RowStatsBackwardArgs {
+  const void* logits;
+  void* gradient;  // written whole; of the logits' type
+  DType dtype;
+  int64_t rows;
+  int64_t classes;
+  int64_t class_stride;
+  RowLayout layout;
+  int64_t gradient_class_stride;
+  RowLayout gradient_layout;
+  const void* targets;  // checked by the forward
+  bool targets_are_int32;
+  int64_t ignore_index;
+  float inverse_temperature;
+  float softcap;
+  float label_smoothing;
+  const float* maximum;  // [rows], saved by the forward
+  const float* total;
+  const float* entropy;           // null without entropy_gradient
+  const float* loss_gradient;     // [rows], or null for zeros
+  const float* entropy_gradient;  // [rows], or null for zeros
+};
+
 struct RowStatsResult {
   int64_t bad_target_row = -1;  // lowest row with a target out of range: nothing else is then valid
   int64_t invalid = 0;          // rows of NaN
@@ -63,18 +118,23 @@ struct RowStatsResult {
 
 // Reads and writes rows [begin, end). One function for each instruction set.
 using RowStatsFunction = RowStatsResult (*)(const RowStatsArgs&, int64_t begin, int64_t end);
+using RowStatsBackwardFunction = void (*)(const RowStatsBackwardArgs&, int64_t begin, int64_t end);
 
 namespace portable {
 RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-}
+void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
+}  // namespace portable
 namespace avx2 {
 RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-}
+void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
+}  // namespace avx2
 namespace avx512 {
 RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-}
+void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
+}  // namespace avx512
 
 // All rows, in parallel, with the widest instruction set in use.
 RowStatsResult row_stats(const RowStatsArgs& args);
+void row_stats_backward(const RowStatsBackwardArgs& args);
 
 }  // namespace sparse_kernels

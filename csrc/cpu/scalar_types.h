@@ -35,4 +35,26 @@ inline float to_float(Float16 value) {
   return float_from_bits(sign | bits_from_float(float_from_bits(magnitude << 13) * 0x1p112f));
 }
 
+// To the nearest, ties to even; NaN stays NaN.
+inline void from_float(float value, float* out) { *out = value; }
+inline void from_float(float value, BFloat16* out) {
+  const uint32_t bits = bits_from_float(value);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  out->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+inline void from_float(float value, Float16* out) {
+  const uint32_t bits = bits_from_float(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000)
+    half = 0x7e00;
+  else if (magnitude >= 0x477ff000)  // 65520 and above
+    half = 0x7c00;
+  else if (magnitude < 0x38800000)  // subnormal: beside 1/2, a float's steps are those of a half's
+    half = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000;
+  else
+    half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  out->bits = uint16_t(half | (bits >> 16 & 0x8000));
+}
+
 }  // namespace sparse_kernels

@@ -29,8 +29,9 @@ template <class T>
 inline Vec load(const T* p) {
   return map([&](int i) { return to_float(p[i]); });
 }
-inline void store(float* p, Vec a) {
-  for (int i = 0; i < Vec::kLanes; ++i) p[i] = a.lane[i];
+template <class T>
+inline void store(T* p, Vec a) {
+  for (int i = 0; i < Vec::kLanes; ++i) from_float(a.lane[i], p + i);
 }
 
 inline Vec operator+(Vec a, Vec b) {
@@ -51,9 +52,12 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 inline Vec sqrt(Vec a) {
   return map([&](int i) { return std::sqrt(a.lane[i]); });
 }
-// The larger; the second where either is NaN (as x86's max is).
+// The larger (the smaller); the second where either is NaN (as on x86).
 inline Vec max(Vec a, Vec b) {
   return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Vec min(Vec a, Vec b) {
+  return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
 // a >= b ? x : y; y where either is NaN.
 inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {

@@ -9,6 +9,7 @@ import sparse_kernels as sk
 from sparse_kernels import cpp_backend, reference
 
 OUTPUTS = cpp_backend.SERVED
+VALUES = tuple(name for name in OUTPUTS if name != "argmax")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows: none, one, part of a group of lanes, several groups. Classes: one, both sides of the switch
 # between the two ways through the logits (64), of a block (1,024), no multiple of any lane count.
@@ -20,7 +21,8 @@ def compare(logits, targets, tiny=2e-6, **settings):
     ours = sk.row_stats(logits, targets, outputs=OUTPUTS, backend="cpp", **settings)
     exact = sk.row_stats(logits.double(), targets, outputs=OUTPUTS, backend="torch", **settings)
     same = sk.row_stats(logits, targets, outputs=OUTPUTS, backend="torch", **settings)
-    for name in OUTPUTS:
+    assert torch.equal(ours.argmax, exact.argmax)
+    for name in VALUES:
         a, b, c = (getattr(s, name).double() for s in (ours, exact, same))
         finite = b.isfinite()
         assert torch.equal(a[~finite].isnan(), b[~finite].isnan()), name
@@ -38,6 +40,54 @@ def test_random_rows(instruction_set, shape, dtype):
         compare((scale * torch.randn(shape)).to(dtype), targets)
     compare(torch.zeros(shape, dtype=dtype), targets)
     compare(torch.randn(shape).to(dtype), targets.int(), temperature=0.6)
+    compare(torch.randn(shape).to(dtype), targets, label_smoothing=0.1)
+    compare(torch.randint(0, 3, shape).to(dtype), targets)  # equals everywhere, so argmax has a choice
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(17, 10), (9, 65), (3, 3001)], ids=str)
+def test_softcap(instruction_set, shape, dtype):
+    torch.manual_seed(7)
+    targets = torch.randint(0, shape[1], shape[:1])
+    for scale in (0.1, 3.0, 100.0):
+        logits = (scale * torch.randn(shape)).to(dtype)
+        for softcap in (0.5, 5.0, 30.0):
+            if scale <= softcap:  # beyond, float32 has equals where float64 has none
+                compare(logits, targets, softcap=softcap, temperature=0.7, label_smoothing=0.2)
+    logits = torch.randn(shape)
+    logits[0, 1], logits[1, 2], logits[2, 3] = torch.inf, -torch.inf, torch.nan  # the cap makes two of them finite
+    compare(logits, targets, softcap=3.0)
+
+
+# Shape, the order of its dimensions in memory, and the dimension of the classes.
+LAYOUTS = [
+    ((2, 5, 6, 7), (0, 1, 2, 3), 1),
+    ((3, 200, 3, 7), (0, 1, 2, 3), 1),
+    ((3, 200, 3, 7), (0, 2, 3, 1), 1),
+    ((40, 9), (1, 0), 1),
+    ((40, 90), (1, 0), 1),
+    ((6, 4, 5, 3, 2), (4, 2, 0, 1, 3), 2),
+    ((130, 50), (0, 1), 0),
+    ((1, 70, 1, 33), (0, 1, 2, 3), 1),
+    ((4, 1, 5), (0, 1, 2), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "order", "dim"), LAYOUTS, ids=str)
+def test_classes_in_any_dimension_and_any_strides(instruction_set, shape, order, dim, dtype):
+    torch.manual_seed(8)
+    memory = (3 * torch.randn([shape[d] for d in order])).to(dtype)
+    logits = memory.permute([order.index(d) for d in range(len(shape))])
+    assert logits.shape == shape
+    targets = torch.randint(0, shape[dim], shape[:dim] + shape[dim + 1 :])
+    targets.view(-1)[::5] = -100
+    compare(logits, targets, dim=dim)
+    compare(logits, targets, dim=dim, label_smoothing=0.1, softcap=8.0)
+    compare(logits[:-1] if dim else logits[:, :-1], targets[:-1], dim=dim)
+    masked = logits.clone(memory_format=torch.preserve_format)
+    masked.movedim(dim, -1)[..., : shape[dim] - 1][..., :80] = -torch.inf
+    compare(masked, targets, dim=dim)
 
 
 @pytest.mark.parametrize("classes", [10, 64, 1000, 3001])
@@ -102,7 +152,8 @@ def test_one_bad_logit_anywhere_is_never_lost(instruction_set, classes, bad):
         logits, targets, torch.tensor([-1e30]), weights={"loss": 0.7, "entropy": 0.3}, outputs=OUTPUTS, backend="cpp"
     )
     assert gated.significance.isnan().all()
-    assert all(getattr(gated.stats, name).isnan().all() for name in OUTPUTS)
+    assert all(getattr(gated.stats, name).isnan().all() for name in VALUES)
+    assert (gated.stats.argmax == -1).all()
     assert not gated.mask.any()
     assert gated.invalid == logits.shape[0]
 
@@ -185,6 +236,75 @@ def test_gradient_is_the_reference_gradient(classes):
     assert (gradients[0][4] == 0).all()
 
 
+def check_gradient(logits, targets, dim=-1, tiny=1e-6, **settings):
+    """The gradient's error against float64 is a few roundings of the reference's own at the same precision."""
+    gradients = []
+    torch.manual_seed(10)
+    weights = torch.randn(2, *targets.shape)
+    for backend, base in (("cpp", logits), ("torch", logits.double()), ("torch", logits)):
+        leaf = base.detach().requires_grad_()
+        stats = sk.row_stats(leaf, targets, outputs=["loss", "entropy"], dim=dim, backend=backend, **settings)
+        total = (weights[0] * stats.loss).nan_to_num(0, 0, 0) + (weights[1] * stats.entropy).nan_to_num(0, 0, 0)
+        gradients.append(torch.autograd.grad(total.sum(), leaf)[0])
+    ours, exact, same = gradients
+    assert ours.dtype == logits.dtype
+    half_step = 0.5 * torch.finfo(logits.dtype).eps * exact.abs() + 2**-25 * (logits.dtype is torch.float16)
+    allowed = half_step + (same.double() - exact).abs() + tiny * (1 + exact.abs())
+    error = (ours.double() - exact).abs()
+    assert (error <= allowed).all(), f"{error.max():.3g}"
+    return ours
+
+
+@pytest.mark.parametrize("settings", [{}, {"softcap": 6.0, "temperature": 0.7, "label_smoothing": 0.2}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_in_every_layout(instruction_set, dtype, settings):
+    torch.manual_seed(9)
+    for shape in SHAPES:
+        targets = torch.randint(0, shape[1], shape[:1])
+        targets[::4] = -100
+        logits = (3 * torch.randn(shape)).to(dtype)
+        if not settings:  # the reference's softcap lets an ignored row's NaN into its gradient
+            logits[::4] = torch.nan
+        ours = check_gradient(logits, targets, **settings)
+        assert (ours[::4] == 0).all()
+        check_gradient(torch.randn(shape).add(1000).to(dtype), targets.int(), **settings)
+    for shape, order, dim in LAYOUTS:
+        memory = (3 * torch.randn([shape[d] for d in order])).to(dtype)
+        logits = memory.permute([order.index(d) for d in range(len(shape))])
+        targets = torch.randint(0, shape[dim], shape[:dim] + shape[dim + 1 :])
+        targets.view(-1)[::5] = -100
+        check_gradient(logits, targets, dim, **settings)
+        if dim != len(shape) - 1:
+            check_gradient(logits[..., ::2], targets[..., ::2], dim, **settings)
+        else:
+            check_gradient(logits[::2], targets[::2], dim, **settings)
+
+
+@pytest.mark.parametrize("outputs", [["loss"], ["entropy"]])
+def test_gradient_of_one_output(instruction_set, outputs):
+    logits, targets = torch.randn(9, 100), torch.randint(0, 100, (9,))
+    logits[3, ::2] = -torch.inf
+    gradients = []
+    for backend in ("cpp", "torch"):
+        leaf = logits.clone().requires_grad_()
+        stats = sk.row_stats(leaf, targets, outputs=["loss", "entropy"], backend=backend)
+        getattr(stats, outputs[0]).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_is_rounded_to_the_nearest(instruction_set, dtype):
+    torch.manual_seed(11)
+    logits, targets = (2 * torch.randn(64, 200)).to(dtype), torch.randint(0, 200, (64,))
+    full = logits.float().requires_grad_()
+    half = logits.clone().requires_grad_()
+    scale = torch.logspace(-6, 9, 64)  # subnormal to infinite in float16
+    for leaf in (full, half):
+        (sk.row_stats(leaf, targets, backend="cpp", outputs=["loss"]).loss * scale).sum().backward()
+    assert torch.equal(half.grad, full.grad.to(dtype))
+
+
 def test_second_derivative_is_the_reference_second_derivative():
     torch.manual_seed(6)
     base, targets, direction = torch.randn(5, 7), torch.tensor([0, 6, 2, -100, 1]), torch.randn(5, 7)
@@ -227,30 +347,24 @@ def test_one_openmp_runtime():
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
     dtype=st.sampled_from(DTYPES),
     masked=st.floats(0, 0.9),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape(rows, classes, scale, dtype, masked, seed):
+def test_any_shape(rows, classes, scale, dtype, masked, label_smoothing, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(rows, classes, generator=generator)
     logits[torch.rand(rows, classes, generator=generator) < masked] = -torch.inf
     targets = torch.randint(0, classes, (rows,), generator=generator)
-    compare(logits.to(dtype), targets)
+    compare(logits.to(dtype), targets, label_smoothing=label_smoothing)
 
 
 def test_what_is_not_served_falls_back_or_says_why():
     logits, targets = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
-    for settings, reason in [
-        ({"softcap": 1.0}, "softcap"),
-        ({"outputs": ["margin"]}, "margin"),
-        ({"label_smoothing": 0.1}, "label_smoothing"),
-    ]:
-        assert sk.row_stats(logits, targets, **settings) is not None
-        with pytest.raises(sk.BackendUnavailable, match=reason):
-            sk.row_stats(logits, targets, backend="cpp", **settings)
     with pytest.raises(sk.BackendUnavailable, match="float64"):
         sk.row_stats(logits.double(), targets, backend="cpp")
+    scattered = torch.randn(3, 4, 3, 4, 3, 4, 3, 4, 3, 4, 5)[:, ::2, :, ::2, :, ::2, :, ::2, :, ::2]
     with pytest.raises(sk.BackendUnavailable, match="strides"):
-        sk.row_stats(torch.randn(5, 4).t(), targets, backend="cpp")
+        sk.row_stats(scattered, torch.zeros(scattered.shape[:-1], dtype=torch.int64), backend="cpp")
     with pytest.raises(sk.BackendUnavailable, match="meta"):
         sk.row_stats(logits.to("meta"), targets.to("meta"), backend="cpp")
 
