@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 
-from sparse_kernels import cpp_backend, reference
+from sparse_kernels import cpp_backend, reference, triton_backend
 
 logger = logging.getLogger("sparse_kernels")
 
-BACKENDS: dict[str, Any] = {"cpp": cpp_backend, "torch": reference}
+BACKENDS: dict[str, Any] = {"cpp": cpp_backend, "triton": triton_backend, "torch": reference}
 # The compiled extension first, the reference last: it serves everything.
 OPS = ("row_stats", "gate_rows", "compact", "gather_rows", "scatter_rows")
 ORDER: dict[str, tuple[str, ...]] = dict.fromkeys(OPS, ("cpp", "torch"))
+# Served only when asked for by name: the Triton kernels are tested interpreted and compiled ahead of time, but
+# until they have been run and measured on a GPU, the reference serves there by default.
+BY_NAME: dict[str, tuple[str, ...]] = {"row_stats": ("triton",), "gate_rows": ("triton",)}
 _logged: set[str] = set()
 
 
@@ -37,16 +40,16 @@ def _functions(op: str, name: str) -> tuple[Callable[[Any], str | None], Callabl
 
 
 # Looked up once: a call of a few rows is over in microseconds.
-_TABLE = {op: {name: _functions(op, name) for name in order} for op, order in ORDER.items()}
+_TABLE = {op: {name: _functions(op, name) for name in (*ORDER[op], *BY_NAME.get(op, ()))} for op in OPS}
+_DEFAULT = {op: [(name, *_TABLE[op][name]) for name in ORDER[op]] for op in OPS}
 _forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
 
 
 def dispatch(op: str, call: Any, name: str | None) -> Any:
     """Serve ``call`` with the backend named, or else the first in order that can."""
-    served_by = _TABLE[op]
     name = name or _forced
     if name is None:
-        for candidate, (refuse, serve) in served_by.items():
+        for candidate, refuse, serve in _DEFAULT[op]:
             reason = refuse(call)
             if reason is None:
                 return serve(call)
@@ -54,6 +57,7 @@ def dispatch(op: str, call: Any, name: str | None) -> Any:
         raise AssertionError(f"no backend serves {op}")  # the reference never refuses
     if name not in BACKENDS:
         raise BackendUnavailable(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    served_by = _TABLE[op]
     if name not in served_by:
         raise BackendUnavailable(f"backend {name!r} has no {op}; it is served by: {', '.join(served_by)}")
     refuse, serve = served_by[name]
@@ -87,12 +91,14 @@ def backend_info() -> BackendInfo:
     for op, order in ORDER.items():
         others: dict[str, str] = {}
         active = ""
-        for name in order:
+        for name in (*order, *BY_NAME.get(op, ())):
             reason = BACKENDS[name].unavailable()
             if reason is None and _forced not in (None, name):
                 reason = f"SPARSE_KERNELS_BACKEND={_forced}"
             if reason is None and active:
                 reason = f"{active} comes first"
+            if reason is None and name not in order and _forced != name:
+                reason = f"used only by name (backend={name!r})"
             if reason is None:
                 active = name
             else:

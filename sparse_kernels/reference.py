@@ -85,7 +85,8 @@ def _stats(call: StatsCall, outputs: Collection[str]) -> RowStats:
     y = torch.where(ignored | bad, 0, targets).long().unsqueeze(-1)
 
     # An ignored row may hold anything; zeros keep 0 * NaN out of its gradient.
-    z = transform_logits(logits, call.temperature, call.softcap).masked_fill(ignored.unsqueeze(-1), 0.0)
+    logits = logits.masked_fill(ignored.unsqueeze(-1), 0.0)
+    z = transform_logits(logits, call.temperature, call.softcap)
     m = z.detach().amax(-1, keepdim=True)
     d = z - m
     e = d.exp()
@@ -133,35 +134,6 @@ def _stats(call: StatsCall, outputs: Collection[str]) -> RowStats:
         if "logsumexp" in outputs:
             found["logsumexp"] = finish(m.squeeze(-1) + log_total)
     return RowStats(**found)
-
-
-def row_stats_backward(
-    logits: Tensor,
-    call: StatsCall,
-    entropy: Tensor,
-    loss_gradient: Tensor | None,
-    entropy_gradient: Tensor | None,
-) -> Tensor:
-    """The gradient in the logits of sum(loss * g_loss + entropy * g_entropy), from what a forward saved.
-
-    d loss / d z = p - onehot(y), d entropy / d z = -p (log p + entropy). log p is computed anew and
-    not from a stored logsumexp, which at 1e4 is rounded to 1e-3.
-    Serves calls without softcap and label smoothing, with the classes last.
-    """
-    ignored = (call.targets == call.ignore_index).unsqueeze(-1)
-    z = transform_logits(logits, call.temperature, 0.0).masked_fill(ignored, 0.0)
-    log_p = z.log_softmax(-1)
-    p = log_p.exp()
-    gradient = torch.zeros_like(p)
-    if loss_gradient is not None:
-        g = loss_gradient.unsqueeze(-1)
-        y = call.targets.long().unsqueeze(-1).masked_fill(ignored, 0)
-        gradient = (p * g).scatter_add(-1, y, -g)
-    if entropy_gradient is not None:
-        # p log p -> 0 as p -> 0, where log p is -inf.
-        slope = p * (log_p.masked_fill(log_p == -torch.inf, 0.0) + entropy.unsqueeze(-1))
-        gradient = gradient - slope * entropy_gradient.unsqueeze(-1)
-    return (gradient / call.temperature).masked_fill(ignored, 0.0).to(logits.dtype)
 
 
 def gate_rows(call: GateCall) -> GatedRows:

@@ -56,13 +56,6 @@ def detail() -> str:
     return "interpreted" if interpreted() else "CUDA"
 
 
-def only_by_name(call: StatsCall) -> str | None:
-    """Why a call that names no backend does not come here: the interpreter is for tests."""
-    if call.logits.is_cuda:
-        return None
-    return f"tensors are on {call.logits.device}, where Triton only runs interpreted (TRITON_INTERPRET=1 and backend='triton')"
-
-
 def refuse_row_stats(call: StatsCall) -> str | None:
     """Why this call is not served, or None."""
     logits = call.logits
@@ -73,7 +66,7 @@ def refuse_row_stats(call: StatsCall) -> str | None:
     if type(logits) is not Tensor and type(logits) is not torch.nn.Parameter:
         return f"a {type(logits).__name__} has no address"
     if not logits.is_cuda and not (logits.is_cpu and interpreted()):
-        return only_by_name(call)
+        return f"tensors are on {logits.device}, where Triton only runs interpreted (TRITON_INTERPRET=1)"
     if _layout(call, logits) is None:
         return f"the rows of strides {logits.stride()} are not two nested loops"
     return None
@@ -89,7 +82,7 @@ def _layout(call: StatsCall, *tensors: Tensor) -> tuple[int, int, list[tuple[int
     dim = call.dim % call.logits.dim()
     loops: list[tuple[int, list[int]]] = []
     for axis, size in enumerate(call.logits.shape):
-        if axis == dim or size == 1:
+        if axis == dim or (size == 1 and call.logits.dim() > 2):  # one row has a stride, or it would compile anew
             continue
         strides = [tensor.stride(axis) for tensor in tensors]
         if loops and all(before == size * stride for before, stride in zip(loops[-1][1], strides, strict=True)):
@@ -204,9 +197,7 @@ class _RowStatsFunction(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, call: StatsCall, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         call = replace(call, logits=logits.detach(), outputs={*names, "entropy"})
         targets = call.targets.contiguous()
-        saved = {
-            name: torch.empty_like(targets, dtype=_accumulator(call)) for name in ("maximum_ptr", "log_sum_ptr")
-        }
+        saved = {name: torch.empty_like(targets, dtype=_accumulator(call)) for name in ("maximum_ptr", "log_sum_ptr")}
         found = _forward(call, targets, saved=saved)
         ctx.call, ctx.names = call, names
         ctx.save_for_backward(logits, targets, found["entropy"], *saved.values())

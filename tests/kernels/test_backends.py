@@ -33,10 +33,11 @@ def test_the_expected_backend_is_active():
 
 def test_the_active_backend_is_the_one_that_runs(monkeypatch):
     ran = []
-    for name, (refuse, serve) in backends._TABLE["gate_rows"].items():
-        monkeypatch.setitem(
-            backends._TABLE["gate_rows"], name, (refuse, lambda call, n=name, f=serve: (ran.append(n), f(call))[1])
-        )
+    recorded = [
+        (name, refuse, lambda call, name=name, serve=serve: (ran.append(name), serve(call))[1])
+        for name, refuse, serve in backends._DEFAULT["gate_rows"]
+    ]
+    monkeypatch.setitem(backends._DEFAULT, "gate_rows", recorded)
     sk.gate_rows(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1.0]), weights={"loss": 1.0})
     assert ran == [sk.backend_info()["gate_rows"]["active"]]
 
@@ -52,7 +53,7 @@ def test_environment_forces_a_backend():
     forced = run("torch")
     assert "compact       torch (reference" in forced.stdout
     assert forced.returncode == 0
-    assert "unknown backend 'nonsense'; known: cpp, torch" in run("nonsense").stderr
+    assert "unknown backend 'nonsense'; known: cpp, triton, torch" in run("nonsense").stderr
 
 
 def test_fallback_is_logged_once(caplog, monkeypatch):
@@ -80,7 +81,7 @@ def test_fallback_is_logged_once(caplog, monkeypatch):
         ({"softcap": -1.0}, "softcap=-1.0"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
         ({"outputs": ["loss", "nonsense"]}, "nonsense"),
-        ({"backend": "nonsense"}, "known: cpp, torch"),
+        ({"backend": "nonsense"}, "known: cpp, triton, torch"),
         ({"threshold": torch.ones(2)}, "one floating element"),
         ({"threshold": torch.ones(1, device="meta")}, "threshold is on meta"),
         ({"weights": {}}, "weights are for"),

@@ -87,11 +87,12 @@ def test_gradient_of_a_row_with_masked_logits_is_finite():
     assert (logits.grad[:, 2] == 0).all()
 
 
-def test_ignored_row_gives_zero_and_no_gradient_even_when_it_holds_nan():
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_ignored_row_gives_zero_and_no_gradient_even_when_it_holds_nan(softcap):
     logits = torch.randn(3, 4)
     logits[1] = torch.nan
     logits.requires_grad_()
-    stats = sk.row_stats(logits, torch.tensor([0, -100, 2]), outputs=sk.STATISTICS, backend="torch")
+    stats = sk.row_stats(logits, torch.tensor([0, -100, 2]), outputs=sk.STATISTICS, softcap=softcap, backend="torch")
     for name in sk.STATISTICS:
         assert getattr(stats, name)[1] == 0, name
     (stats.loss + stats.entropy).sum().backward()

@@ -1,0 +1,1 @@
+"""The kernels that Triton compiles. Nothing here is imported before a call needs it."""
