@@ -26,9 +26,27 @@ T* at(Address address) {
 }
 
 // The statistics in their order, the argmax, and what a backward needs.
-using Outputs = std::array<Address, sk::kStatistics + 3>;
+constexpr py::ssize_t kOutputs = sk::kStatistics + 3;
 
-int64_t integer(const py::tuple& values, size_t i) { return values[i].cast<int64_t>(); }
+// Tuples are read through Python's own accessors: pybind11's casts of 20 numbers would cost as much
+// as the statistics of a hundred rows.
+void check_error() {
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+int64_t integer(const py::tuple& values, py::ssize_t i) {
+  const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(values.ptr(), i));
+  if (value == -1) check_error();
+  return value;
+}
+float number(const py::tuple& values, py::ssize_t i) {
+  const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(values.ptr(), i));
+  if (value == -1.0) check_error();
+  return float(value);
+}
+void check_size(const py::tuple& values, py::ssize_t wanted) {
+  if (PyTuple_GET_SIZE(values.ptr()) != wanted)
+    throw std::invalid_argument("a tuple of a wrong size");
+}
 
 // The class stride, the outermost rows' stride, then size and stride of each further dimension.
 sk::RowLayout row_layout(const py::tuple& layout) {
@@ -47,7 +65,7 @@ sk::RowLayout row_layout(const py::tuple& layout) {
 sk::RowStatsArgs stats_args(Address logits, int dtype, int64_t rows, int64_t classes,
                             const py::tuple& layout, Address targets, bool targets_are_int32,
                             int64_t ignore_index, double temperature, double softcap,
-                            double label_smoothing, const Outputs& outputs) {
+                            double label_smoothing, const py::tuple& outputs) {
   sk::RowStatsArgs args{};
   args.logits = at<void>(logits);
   args.dtype = sk::DType(dtype);
@@ -61,10 +79,13 @@ sk::RowStatsArgs stats_args(Address logits, int dtype, int64_t rows, int64_t cla
   args.inverse_temperature = float(1.0 / temperature);
   args.softcap = float(softcap);
   args.label_smoothing = float(label_smoothing);
-  for (int k = 0; k < sk::kStatistics; ++k) args.outputs[k] = at<float>(outputs[k]);
-  args.argmax = at<int64_t>(outputs[sk::kStatistics]);
-  args.saved_maximum = at<float>(outputs[sk::kStatistics + 1]);
-  args.saved_total = at<float>(outputs[sk::kStatistics + 2]);
+  if (PyTuple_GET_SIZE(outputs.ptr()) == 0) return args;  // none
+  check_size(outputs, kOutputs);
+  const auto address = [&](int k) { return Address(integer(outputs, k)); };
+  for (int k = 0; k < sk::kStatistics; ++k) args.outputs[k] = at<float>(address(k));
+  args.argmax = at<int64_t>(address(sk::kStatistics));
+  args.saved_maximum = at<float>(address(sk::kStatistics + 1));
+  args.saved_total = at<float>(address(sk::kStatistics + 2));
   return args;
 }
 
@@ -84,7 +105,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("row_stats",
         [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
            Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
-           double softcap, double label_smoothing, const Outputs& outputs) {
+           double softcap, double label_smoothing, const py::tuple& outputs) {
           return run(stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,
                                 ignore_index, temperature, softcap, label_smoothing, outputs),
                      nullptr);
@@ -124,10 +145,10 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("gate_rows",
         [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
            Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
-           double softcap, double label_smoothing, const Outputs& outputs, Address mask,
-           Address significance, Address weight, Address offset,
-           const std::array<float, sk::kStatistics>& weights, Address threshold,
-           double gate_temperature, double p_min, uint64_t seed, uint64_t step, Address invalid) {
+           double softcap, double label_smoothing, const py::tuple& outputs, Address mask,
+           Address significance, Address weight, Address offset, const py::tuple& weights,
+           Address threshold, double gate_temperature, double p_min, uint64_t seed, uint64_t step,
+           Address invalid) {
           sk::RowStatsArgs args =
               stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,
                          ignore_index, temperature, softcap, label_smoothing, outputs);
@@ -135,7 +156,8 @@ PYBIND11_MODULE(_cpp, m) {
           args.significance = at<float>(significance);
           args.weight = at<float>(weight);
           args.offset = at<float>(offset);
-          for (int k = 0; k < sk::kStatistics; ++k) args.weights[k] = weights[k];
+          check_size(weights, sk::kStatistics);
+          for (int k = 0; k < sk::kStatistics; ++k) args.weights[k] = number(weights, k);
           args.threshold = *at<float>(threshold);
           args.gate_temperature = float(gate_temperature);
           args.p_min = float(p_min);

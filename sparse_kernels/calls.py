@@ -54,7 +54,7 @@ class StatsCall:
                 f"targets have shape {tuple(targets.shape)}; logits of shape {tuple(shape)} "
                 f"with classes in dim {self.dim} want {tuple(rows)}"
             )
-        if targets.device != logits.device:
+        if not (logits.is_cpu and targets.is_cpu) and targets.device != logits.device:  # is_cpu costs a fifth
             raise ValueError(f"targets are on {targets.device}, logits on {logits.device}")
         if shape[self.dim] == 0:
             raise ValueError(f"logits of shape {tuple(shape)} have no classes in dim {self.dim}")
@@ -96,13 +96,13 @@ class GateCall(StatsCall):
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a second class, which zero-argument super() does not know.
         StatsCall.__post_init__(self)
-        device, weights, threshold = self.logits.device, self.weights, self.threshold
+        logits, weights, threshold = self.logits, self.weights, self.threshold
         if threshold.numel() != 1 or not threshold.dtype.is_floating_point:
             raise ValueError(
                 f"threshold is {threshold.dtype} of shape {tuple(threshold.shape)}; wanted one floating element"
             )
-        if threshold.device != device:
-            raise ValueError(f"threshold is on {threshold.device}, logits on {device}")
+        if not (logits.is_cpu and threshold.is_cpu) and threshold.device != logits.device:
+            raise ValueError(f"threshold is on {threshold.device}, logits on {logits.device}")
         if not weights or not _WEIGHABLE.issuperset(weights):
             known = ", ".join(s for s in STATISTICS if s in _WEIGHABLE)
             raise ValueError(f"weights are for {sorted(weights)}; wanted one or more of: {known}")
@@ -113,8 +113,8 @@ class GateCall(StatsCall):
                     f"offset is {offset.dtype} of shape {tuple(offset.shape)}; "
                     f"wanted a floating tensor of shape {tuple(self.targets.shape)}"
                 )
-            if offset.device != device:
-                raise ValueError(f"offset is on {offset.device}, logits on {device}")
+            if offset.device != logits.device:
+                raise ValueError(f"offset is on {offset.device}, logits on {logits.device}")
         if not self.gate_temperature >= 0.0:
             raise ValueError(f"gate_temperature={self.gate_temperature}; wanted 0 (a threshold) or above")
         if not 0.0 <= self.p_min <= 1.0:

@@ -26,7 +26,7 @@ DIFFERENTIABLE = ("loss", "entropy")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What C++ writes: the statistics, and the maximum and the sum of exponentials that a backward needs.
 _WRITTEN = (*SERVED, "saved_maximum", "saved_total")
-_NO_OUTPUTS = (0,) * len(_WRITTEN)
+_NO_OUTPUTS: tuple[int, ...] = ()
 _MAX_ROW_DIMENSIONS = 4  # csrc/cpu/row_stats.h's RowLayout
 _NO_STATS = RowStats()
 
@@ -81,7 +81,7 @@ def refuse_row_stats(call: StatsCall) -> str | None:
         return reason
     if logits.dtype not in _DTYPES:
         return f"logits are {logits.dtype}; it serves float32, bfloat16 and float16"
-    if _layout(logits, call.dim) is None:
+    if not logits.is_contiguous() and _layout(logits, call.dim) is None:
         return f"logits of strides {logits.stride()} have too many dimensions that do not collapse"
     return None
 
@@ -240,7 +240,7 @@ def gate_rows(call: GateCall) -> GatedRows:
         significance.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         0 if offset is None else offset.data_ptr(),
-        [call.weights.get(name, 0.0) for name in _WEIGHABLE],
+        (*[call.weights.get(name, 0.0) for name in _WEIGHABLE],),
         threshold.data_ptr(),
         call.gate_temperature,
         call.p_min,
