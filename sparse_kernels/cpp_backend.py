@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
@@ -17,16 +16,14 @@ from torch import Tensor
 
 from sparse_kernels import reference
 from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
-from sparse_kernels.types import GatedRows, RowStats, Selection
+from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selection
 
 # The order of csrc/cpu/row_stats.h's Statistic.
 _WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
 SERVED = (*_WEIGHABLE, "argmax")
-DIFFERENTIABLE = ("loss", "entropy")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What C++ writes: the statistics, and the maximum and the sum of exponentials that a backward needs.
 _WRITTEN = (*SERVED, "saved_maximum", "saved_total")
-_NO_OUTPUTS: tuple[int, ...] = ()
 _MAX_ROW_DIMENSIONS = 4  # csrc/cpu/row_stats.h's RowLayout
 _NO_STATS = RowStats()
 
@@ -141,7 +138,7 @@ def _allocate(call: StatsCall, targets: Tensor) -> dict[str, Tensor]:
 
 
 def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
-    return tuple(found[name].data_ptr() if name in found else 0 for name in _WRITTEN) if found else _NO_OUTPUTS
+    return tuple(found[name].data_ptr() if name in found else 0 for name in _WRITTEN) if found else ()
 
 
 def row_stats(call: StatsCall) -> RowStats:
@@ -212,9 +209,7 @@ class _RowStatsFunction(torch.autograd.Function):
         if not given:
             return None, None, None
         if torch.is_grad_enabled():  # create_graph=True: what was saved knows no second derivative
-            stats = reference.row_stats(replace(ctx.call, logits=logits, outputs=given))
-            outputs = [getattr(stats, name) for name in given]
-            (gradient,) = torch.autograd.grad(outputs, logits, list(given.values()), create_graph=True)
+            gradient = reference.differentiable_gradient(ctx.call, logits, given)
         else:
             gradient = _backward(ctx.call, maximum, total, entropy, given)
         return gradient, None, None

@@ -18,7 +18,8 @@ are exact to rounding this way, and entropy adds two terms that are never negati
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,11 +62,12 @@ def bad_target(targets: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 def row_stats(call: StatsCall) -> RowStats:
     """See ``sparse_kernels.row_stats``."""
-    _check_targets(call)
+    check_targets(call)
     return _stats(call, call.outputs)
 
 
-def _check_targets(call: StatsCall) -> None:
+def check_targets(call: StatsCall) -> None:
+    """Raises ValueError for a target out of range, on CPU."""
     # On an accelerator this would wait for the device: there a bad target gives NaN and is counted.
     if call.targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -136,9 +138,20 @@ def _stats(call: StatsCall, outputs: Collection[str]) -> RowStats:
     return RowStats(**found)
 
 
+def differentiable_gradient(call: StatsCall, logits: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    """The gradient in ``logits`` of the outputs that ``given`` has upstream gradients of, itself differentiable.
+
+    For backends whose own backward, from what their forward saved, knows no second derivative.
+    """
+    stats = row_stats(replace(call, logits=logits, outputs=given))
+    outputs = [getattr(stats, name) for name in given]
+    (gradient,) = torch.autograd.grad(outputs, logits, list(given.values()), create_graph=True)
+    return gradient
+
+
 def gate_rows(call: GateCall) -> GatedRows:
     """See ``sparse_kernels.gate_rows``."""
-    _check_targets(call)
+    check_targets(call)
     with torch.no_grad():
         stats = _stats(call, {*call.outputs, *call.weights})
         terms = [float(weight) * getattr(stats, name) for name, weight in call.weights.items()]

@@ -20,9 +20,8 @@ from torch import Tensor
 from sparse_kernels import reference
 from sparse_kernels.calls import GateCall, StatsCall
 from sparse_kernels.triton_kernels.launch import choose
-from sparse_kernels.types import STATISTICS, GatedRows, RowStats
+from sparse_kernels.types import DIFFERENTIABLE, STATISTICS, GatedRows, RowStats
 
-DIFFERENTIABLE = ("loss", "entropy")
 WEIGHABLE = tuple(name for name in STATISTICS if name != "argmax")
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first dimension
 _NO_WEIGHTS: dict[str, float] = {}
@@ -155,7 +154,7 @@ def _forward(
     gate: dict[str, Any] | None = None,
     saved: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    reference._check_targets(call)  # CPU only
+    reference.check_targets(call)  # CPU only
     accumulator = _accumulator(call)
     found = {
         name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else accumulator)
@@ -210,10 +209,7 @@ class _RowStatsFunction(torch.autograd.Function):
         call = ctx.call
         given = {name: g for name, g in zip(ctx.names, gradients, strict=True) if name in DIFFERENTIABLE}
         if torch.is_grad_enabled():  # create_graph=True: what was saved knows no second derivative
-            stats = reference.row_stats(replace(call, logits=logits, outputs=given))
-            outputs = [getattr(stats, name) for name in given]
-            (gradient,) = torch.autograd.grad(outputs, logits, list(given.values()), create_graph=True)
-            return gradient, None, None
+            return reference.differentiable_gradient(call, logits, given), None, None
         gradient = torch.empty_like(call.logits)
         if _layout(call, call.logits, gradient) is None:  # rows of both in two nested loops
             gradient = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)

@@ -19,6 +19,9 @@ STATISTICS = (
 )
 
 
+DIFFERENTIABLE = ("loss", "entropy")
+
+
 class RowStats(NamedTuple):
     """Per-row statistics; a field is None where it was not asked for.
 
