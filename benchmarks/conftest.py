@@ -2,57 +2,48 @@
 
     pytest benchmarks --benchmark-only                     print
     pytest benchmarks --benchmark-only --record            also write benchmarks/results/<device>-<date>.json
-
-Only ratios are worth anything: all sides of a benchmark are timed in one process, one call of each
-in turn, and compared by their medians.
+    pytest benchmarks --small                              every line once on tiny sizes: no speed, nothing recorded
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import peers
 import pytest
+import timing
 import torch
+from timing import Row
 
 import sparse_kernels
-
-RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass
-class Row:
-    """One benchmark: seconds of a call of each side, and how many times ours goes into each peer's."""
-
-    case: str
-    seconds: dict[str, dict[str, float]]  # side -> p20, p50, p80
-    ratios: dict[str, float]  # peer -> peer's median / ours
-    targets: dict[str, float]  # the ratios that must be reached, by their names
-    notes: dict[str, Any] = field(default_factory=dict)
-
 
 _rows: list[Row] = []
 
 
-def quantiles(samples: list[float]) -> dict[str, float]:
-    ordered = sorted(samples)
-
-    def at(q: float) -> float:
-        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-    return {"p20": at(0.2), "p50": statistics.median(ordered), "p80": at(0.8)}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="write benchmarks/results/<device>-<date>.json")
+    parser.addoption("--small", action="store_true", help="tiny sizes, one round, nothing compiled or recorded")
 
 
 @pytest.fixture
-def interleaved(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Row]:
+def small(request: pytest.FixtureRequest) -> bool:
+    """Whether the benchmark only has to run, not to measure."""
+    return bool(request.config.getoption("--small"))
+
+
+@pytest.fixture
+def with_compiled(small: bool) -> Callable[..., Any]:
+    """``peers.with_compiled``, without code generation where nothing is measured."""
+    return lambda forms: peers.with_compiled(forms, **({"backend": "eager"} if small else {}))
+
+
+@pytest.fixture
+def interleaved(benchmark: Any, request: pytest.FixtureRequest, small: bool) -> Callable[..., Row]:
     """Times ``ours`` and every peer in turn, each ``calls`` times a round."""
 
     def run(
@@ -65,12 +56,12 @@ def interleaved(benchmark: Any, request: pytest.FixtureRequest) -> Callable[...,
         notes: dict[str, Any] | None = None,
     ) -> Row:
         samples: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
+        timer = timing.Cpu()
+        if small:
+            rounds = calls = 1
 
         def time_side(name: str, side: Callable[[], Any]) -> None:
-            start = time.perf_counter()
-            for _ in range(calls):
-                side()
-            samples[name].append((time.perf_counter() - start) / calls)
+            samples[name].append(timer.time(side, calls)())
 
         for side in (ours, *peers.values()):  # warm: compile, page in
             side()
@@ -80,20 +71,13 @@ def interleaved(benchmark: Any, request: pytest.FixtureRequest) -> Callable[...,
             setup=lambda: [time_side(name, peer) for name, peer in peers.items()] and None,
             rounds=rounds,
         )
-        seconds = {name: quantiles(values) for name, values in samples.items()}
-        ratios = {name: seconds[name]["p50"] / seconds["ours"]["p50"] for name in peers}
-        if compiled := [ratio for name, ratio in ratios.items() if name.startswith("compiled")]:
-            ratios["best compiled"] = min(compiled)
-        row = Row(request.node.callspec.id, seconds, ratios, targets or {}, notes or {})
+        seconds = {name: timing.quantiles(values) for name, values in samples.items()}
+        row = Row(request.node.callspec.id, seconds, timing.ratios(seconds), targets or {}, notes or {})
         benchmark.extra_info.update(asdict(row))
         _rows.append(row)
         return row
 
     return run
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", action="store_true", help="write benchmarks/results/<device>-<date>.json")
 
 
 def machine() -> dict[str, Any]:
@@ -108,6 +92,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sparse_kernels": sparse_kernels.__version__,
+        "peers": peers.versions(),
         "backends": {
             op: f"{entry['active']} ({entry['detail']})" for op, entry in sparse_kernels.backend_info().items()
         },
@@ -117,23 +102,22 @@ def machine() -> dict[str, Any]:
 _machine = machine()
 
 
+def flops_per_second() -> float:
+    """Of a float32 matrix product, all threads: what the roofline calls the arithmetic's limit."""
+    a = torch.randn(1024, 1024)
+    seconds = timing.interleave(timing.Cpu(), {"ours": lambda: a @ a}, rounds=15)["ours"]["p20"]
+    return 2 * 1024**3 / seconds
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not _rows:
         return
     write = terminalreporter.write_line
     terminalreporter.section("how many times faster than each peer (medians, interleaved)")
     for row in _rows:
-        ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row.ratios.items())
-        write(f"{row.case}: {ratios}")
-        for name, wanted in row.targets.items():
-            reached = row.ratios[name]
-            write(f"    {'met   ' if reached >= wanted else 'MISSED'} {name}: {reached:.2f}, wanted {wanted}")
-        for name, value in row.notes.items():
-            write(f"    {name}: {value}")
-    if config.getoption("--record"):
-        date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-        device = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-        path = RESULTS / f"{device}-{date}.json"
-        record = {"created": date, "machine": _machine, "rows": [asdict(row) for row in _rows]}
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        for line in row.lines():
+            write(line)
+    if config.getoption("--record") and not config.getoption("--small"):
+        path = timing.record_path("cpu")
+        timing.write_record(path, _machine | {"flops_per_second": flops_per_second()}, _rows)
         write(f"written: {path}")
