@@ -37,7 +37,7 @@ LARGE = {"fastest read": 0.75, "eager": 20, "best compiled": 5}
 def test_gate_rows(interleaved, with_compiled, small, shape, dim, dtype, targets, rounds, calls):
     torch.manual_seed(0)
     if small:
-        shape = tuple(min(size, 32) for size in shape)
+        shape = tuple(min(size, 16) for size in shape)
     classes = shape[dim]
     logits = 2 * torch.randn(shape).to(dtype)
     labels = torch.randint(0, classes, shape[:dim] + shape[dim + 1 :])

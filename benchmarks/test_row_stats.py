@@ -29,7 +29,7 @@ def agree(name, ours, theirs, tolerance):
 def rows_of(shape, dtype, small):
     torch.manual_seed(0)
     if small:
-        shape = tuple(min(size, 32) for size in shape)
+        shape = tuple(min(size, 16) for size in shape)
     return 2 * torch.randn(shape).to(dtype), torch.randint(0, shape[-1], shape[:-1])
 
 
