@@ -1,13 +1,15 @@
 # make demo | test | bench | lint | format      one environment for all of them, made when needed, in .venv
+# make gpu                                      where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu lint format clean
 
 demo: $(READY)  ## train dense, random and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -15,8 +17,11 @@ demo: $(READY)  ## train dense, random and gate at 10% on the embedded digits, a
 test: $(READY)  ## the whole suite
 	$(BIN)/pytest
 
-bench: $(READY)  ## speed, as ratios; wants an idle machine
+bench: $(READY) $(PEERS)  ## speed, as ratios; wants an idle machine
 	$(BIN)/pytest benchmarks --benchmark-only --record
+
+gpu:  ## PARTS="build check bench:300" for some, WHEELS=folder for packages to compare with; see benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(PARTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,3 +42,8 @@ $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,lint]'
 	touch $@
+
+# The packages compared with. Without them the benchmarks run too, and say which were left out.
+$(PEERS): pyproject.toml constraints.txt | $(READY)
+	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,bench]' && touch $@ || \
+	  echo 'warning: no packages to compare with could be installed' >&2

@@ -1,8 +1,8 @@
 """Interleaved timing for every benchmark, one table at the end, and a JSON record.
 
-    pytest benchmarks --benchmark-only                     print
-    pytest benchmarks --benchmark-only --record            also write benchmarks/results/<device>-<date>.json
-    pytest benchmarks --small                              every line once on tiny sizes: no speed, nothing recorded
+pytest benchmarks --benchmark-only                     print
+pytest benchmarks --benchmark-only --record            also write benchmarks/results/<device>-<date>.json
+pytest benchmarks --small                              every line once on tiny sizes: no speed, nothing recorded
 """
 
 from __future__ import annotations

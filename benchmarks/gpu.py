@@ -177,7 +177,16 @@ def describe(device: Any) -> dict[str, Any]:
 
 def unpack(wheels: Path, target: Path) -> None:
     """Install every wheel of the folder beside everything else; nothing is fetched."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+    ]
     subprocess.run([*command, "--target", str(target), *map(str, sorted(wheels.glob("*.whl")))], check=True)
 
 
@@ -249,7 +258,9 @@ def main() -> int:
             outcomes[name] = (well, f"{line} ({time.monotonic() - start:.0f} s)")
     import timing
 
-    record = options.out or max(timing.RESULTS.glob(f"*-{timing.today()}.json"), key=lambda p: p.stat().st_mtime, default=None)
+    record = options.out or max(
+        timing.RESULTS.glob(f"*-{timing.today()}.json"), key=lambda p: p.stat().st_mtime, default=None
+    )
     if "bench" in outcomes and record and record.exists():
         print(f"\n{record}", *table(record), sep="\n")
     print()

@@ -406,7 +406,9 @@ def share_of_step(bench: Bench, name: str, model_name: str) -> Row:
 
     row = bench.measure(name, ours, {"dense step": dense}, moved=0, targets={"1% of the step": 1.0})
     # By the host's clock: in eager mode launches cost more than the kernels.
-    seconds = timing.interleave(_Wall(bench.device), {"ours": ours, "dense step": dense}, rounds=3 if bench.small else 31)
+    seconds = timing.interleave(
+        _Wall(bench.device), {"ours": ours, "dense step": dense}, rounds=3 if bench.small else 31
+    )
     row.seconds |= {f"{side}, host": found for side, found in seconds.items()}
     host = seconds["dense step"]["p50"] / seconds["ours"]["p50"]
     row.notes = {"dense step, by the device's clock": row.ratios["dense step"]}

@@ -10,9 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "python_api")]
 
 import torch
 from torch import Tensor
@@ -107,6 +104,18 @@ def checks(device: str, small: bool) -> Iterator[tuple[str, Iterator[tuple]]]:
         yield "packing", packing(device, pack, rows)
 
 
+def compare(what: str, found: Iterator[tuple], errors: list[bool]) -> str:
+    """Adds to ``errors`` whether each comparison failed; why a backend does not serve them, or nothing."""
+    try:
+        for name, error, allowed in found:
+            errors.append(not error <= allowed)
+            if errors[-1]:
+                print(f"WRONG {what} {name}: {error:.3g}, allowed {allowed:.3g}")
+    except sk.BackendUnavailable as error:
+        return str(error)
+    return ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -115,21 +124,17 @@ def main() -> int:
     options = parser.parse_args()
     seed = torch.seed() % 2**31 if options.seed is None else options.seed
     torch.manual_seed(seed)
-    done = wrong = 0
+    errors: list[bool] = []
     not_served: dict[str, str] = {}
     for what, found in checks(options.device, options.small):
-        try:
-            for name, error, allowed in found:
-                done += 1
-                if not error <= allowed:
-                    wrong += 1
-                    print(f"WRONG {what} {name}: {error:.3g}, allowed {allowed:.3g}")
-        except sk.BackendUnavailable as error:
-            not_served[what.split()[0]] = str(error)
+        reason = compare(what, found, errors)
+        if reason:
+            not_served[what.split()[0]] = reason
     for what, reason in not_served.items():
         print(f"not served: {what}: {reason}")
-    print(f"{done - wrong} of {done} comparisons with the float64 reference hold (seed {seed})")
-    return int(wrong > 0 or done == 0)
+    hold = len(errors) - sum(errors)
+    print(f"{hold} of {len(errors)} comparisons with the float64 reference hold (seed {seed})")
+    return int(any(errors) or not errors)
 
 
 if __name__ == "__main__":

@@ -157,18 +157,25 @@ def trl_eager(device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tensor, 
 def add(sides: dict[str, Any], left_out: dict[str, str], device: torch.device, **wanted: Callable[..., Any]) -> None:
     """Put each peer that runs here among the sides, and the reason of each that does not among ``left_out``."""
     for name, load in wanted.items():
-        try:
-            sides[name] = load(device)
-        except Missing as missing:
-            left_out[name] = str(missing)
+        found = _loaded(load, device)
+        (left_out if isinstance(found, str) else sides)[name] = found
+
+
+def _loaded(load: Callable[..., Any], device: torch.device) -> Any:
+    """The function, or why it is missing."""
+    try:
+        return load(device)
+    except Missing as missing:
+        return str(missing)
 
 
 def versions() -> dict[str, str]:
     """Of the packages compared with, where they are installed."""
-    found = {}
-    for name in ("triton", "liger-kernel", "quack-kernels", "trl", "transformers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: _version(name) for name in ("triton", "liger-kernel", "quack-kernels", "trl", "transformers")}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,7 +1,9 @@
-"""Rewrites README's tables from the recorded results that they name: ``python benchmarks/readme.py [--check]``.
+"""Rewrites the tables of README and row_stats.md from the recorded results that they name.
 
-A table stands between ``<!-- results: FILE -->`` and ``<!-- end -->``. With --check nothing is written, and
-the exit code is 1 where README and results differ.
+    python benchmarks/readme.py [--check]
+
+A table stands between ``<!-- results: FILE -->`` or ``<!-- roofline: FILE -->`` and ``<!-- end -->``. With --check
+nothing is written, and the exit code is 1 where a page and its results differ.
 """
 
 from __future__ import annotations
@@ -13,22 +15,59 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "row_stats.md")
+BLOCK = re.compile(r"(<!-- (results|roofline): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def source_line(record: dict[str, Any]) -> str:
+    """What it was measured on, and when."""
+    machine = record["machine"]
+    device = f"{machine['cpu']}, {machine['threads']} threads" if "cpu" in machine else machine["device"]
+    return f"{device}, torch {machine['torch']}, {record['created']}."
 
 
 def speed_table(record: dict[str, Any]) -> str:
     """One line a benchmark: how many times faster than each peer, and what was aimed for."""
     lines = ["| benchmark | times faster than | aimed for |", "|---|---|---|"]
     for row in record["rows"]:
-        peers = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row["ratios"].items() if name != "read")
-        aims = ", ".join(
-            f"{name} {wanted:g} ({'met' if row['ratios'][name] >= wanted else 'missed'})"
-            for name, wanted in row["targets"].items()
+        ratios = row["ratios"]
+        peers = ", ".join(
+            f"{name} {ratio:.{1 if ratio >= 1 else 2}f}" for name, ratio in ratios.items() if name != "read"
         )
-        lines.append(f"| {row['case']} | {peers} | {aims or '-'} |")
-    machine = record["machine"]
-    lines += ["", f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {record['created']}."]
-    return "\n".join(lines)
+        aims = ", ".join(
+            f"{name} {wanted:g} ({'met' if ratios[name] >= wanted else 'missed'})"
+            for name, wanted in row["targets"].items()
+            if name in ratios
+        )
+        absent = next((f"{k}: {v}" for k, v in row["notes"].items() if k in ("not served", "left out", "failed")), "-")
+        lines.append(f"| {row['case']} | {peers or absent} | {aims or '-'} |")
+    return "\n".join([*lines, "", source_line(record)])
+
+
+def roofline_table(record: dict[str, Any]) -> str:
+    """One line a benchmark whose work is known: bytes, operations, the floors that they set, and what was measured."""
+    lines = [
+        "| benchmark | MB | MFLOP | floor by bytes, ms | floor by arithmetic, ms | measured, ms | share of the floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rate = record["machine"].get("flops_per_second")
+    for row in record["rows"]:
+        notes, seconds = row["notes"], row["seconds"]
+        read = [side["p50"] for name, side in seconds.items() if name.startswith("read: ")]
+        if "flops" not in notes:
+            continue
+        if read:
+            by_bytes = min(read) * notes["bytes"] / notes["logits"]
+        else:
+            by_bytes = notes["bytes"] / notes["copy, bytes per second"]
+        by_flops = notes["flops"] / rate if rate else 0.0
+        measured = seconds["ours"]["p50"]
+        lines.append(
+            f"| {row['case']} | {notes['bytes'] / 1e6:.4g} | {notes['flops'] / 1e6:.4g} | {1e3 * by_bytes:.4g} "
+            f"| {f'{1e3 * by_flops:.4g}' if rate else '-'} | {1e3 * measured:.4g} "
+            f"| {max(by_bytes, by_flops) / measured:.0%} |"
+        )
+    return "\n".join([*lines, "", source_line(record)])
 
 
 def comparison_table(result: dict[str, Any]) -> str:
@@ -57,20 +96,23 @@ def comparison_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render(path: str) -> str:
+def render(kind: str, path: str) -> str:
     """The table of one results file."""
     record = json.loads((ROOT / path).read_text())
+    if kind == "roofline":
+        return roofline_table(record)
     return comparison_table(record) if record.get("format") == "sparse-training-compare" else speed_table(record)
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    made = BLOCK.sub(lambda m: f"{m[1]}{render(m[2])}\n{m[3]}", text)
-    if "--check" in sys.argv[1:]:
-        return int(made != text)
-    readme.write_text(made)
-    return 0
+    differ = False
+    for page in PAGES:
+        text = page.read_text()
+        made = BLOCK.sub(lambda m: f"{m[1]}{render(m[2], m[3])}\n{m[4]}", text)
+        differ |= made != text
+        if "--check" not in sys.argv[1:]:
+            page.write_text(made)
+    return int(differ and "--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

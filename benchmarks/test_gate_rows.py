@@ -53,7 +53,11 @@ def test_gate_rows(interleaved, with_compiled, small, shape, dim, dtype, targets
         for name, form in forms.items():  # no speed-up is printed unless the results agree
             mask, significance = form(logits, labels, threshold, dim)
             torch.testing.assert_close(
-                gated.significance, significance.float(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+                gated.significance,
+                significance.float(),
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
             unsure = (gated.significance - threshold).abs() <= tolerance * (1 + threshold)
             assert ((gated.mask == mask) | unsure).all()

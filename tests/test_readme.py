@@ -1,4 +1,4 @@
-"""README shows only what the recorded results say, and its example runs."""
+"""README and the pages beside it show only what the recorded results say, and their examples run."""
 
 import re
 import subprocess
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+import sparse_kernels as sk
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,3 +31,46 @@ def test_the_example_of_a_loop_runs():
         names["loss"].backward()
     assert 0 < names["inputs"].shape[0] < 60
     assert names["inputs"].shape[0] == names["targets"].shape[0]
+
+
+def test_the_derivation_of_the_row_statistics():
+    """Its merge of parts gives what the reference gives, wherever the row is cut."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "benchmarks" / "row_stats.md").read_text(), re.DOTALL)
+    names = {"torch": torch}
+    exec(code, names)
+    torch.manual_seed(0)
+    x, y, temperature = 4 * torch.randn(60, dtype=torch.float64), 17, 0.7
+    c = 1 / (temperature * 0.6931471805599453)
+    for cuts in ((60,), (20, 40), (1, 16, 1, 42), (30, 10, 20)):
+        parts, begin = [], 0
+        for size in cuts:
+            at = y - begin if begin <= y < begin + size else None
+            parts.append(names["part"](x[begin : begin + size], at, c))
+            begin += size
+        state = parts[0]
+        for other in parts[1:]:
+            state = names["merge"](state, other, c)
+        m, second, rest, rest_t, rest_sq, sum_t, count = state
+        t_y = (x[y] - m) * c
+        e_y = t_y.exp2()
+        total = rest + e_y
+        found = {
+            "loss": 0.9 * (total.log() - t_y / 1.4426950408889634)
+            + 0.1 * (total.log() - sum_t / c / temperature / count),
+            "entropy": total.log() - (rest_t + e_y * t_y) / 1.4426950408889634 / total,
+            "sum_squares": (rest_sq + e_y**2) / total**2,
+            "grad_norm": (rest_sq + rest**2).sqrt() / total,
+            "max_prob": 1 / total,
+            "margin": (1 - 2 ** (c * (second - m))) / total,
+            "logsumexp": m / temperature + total.log(),
+        }
+        exact = sk.row_stats(
+            x[None],
+            torch.tensor([y]),
+            outputs=sk.STATISTICS,
+            temperature=temperature,
+            label_smoothing=0.1,
+            backend="torch",
+        )
+        for name, value in found.items():
+            torch.testing.assert_close(value, getattr(exact, name)[0], rtol=1e-12, atol=1e-12, msg=f"{name} {cuts}")

@@ -1,0 +1,107 @@
+"""Every line of the benchmarks runs, on sizes that measure nothing; what they write is what was measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_check
+import pytest
+import readme
+import timing
+import torch
+from timing import Row
+
+import sparse_kernels as sk
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_benchmark_runs_small():
+    pytest.importorskip("pytest_benchmark")
+    out = run("-m", "pytest", "benchmarks", "--small", "-q", "-p", "no:cacheprovider")
+    for case in ("gate_rows-float32-1024x32000", "forward-backward-bfloat16-4096x1000", "compact-16M-flags"):
+        assert f"{case}: " in out
+
+
+def test_the_gpu_command_runs_on_a_cpu(tmp_path):
+    record = tmp_path / "record.json"
+    out = run("benchmarks/gpu.py", "check", "bench", "sanitize", "--device", "cpu", "--small", "--out", str(record))
+    rows = {row["case"]: row for row in json.loads(record.read_text())["rows"]}
+    assert not [row["notes"]["failed"] for row in rows.values() if "failed" in row["notes"]]
+    assert rows["gate_rows-bfloat16-8192x151936"]["ratios"]["share of copy"] > 0
+    assert rows["gate-512x10"]["seconds"].keys() == {"ours", "eager", "ours without a graph", "copy"}
+    assert "ok     check: agrees with the float64 reference" in out
+    # Taken up where it was left: nothing to do, and what was measured stays.
+    out = run("benchmarks/gpu.py", "bench", "--missing", "--only", "gate", "--device", "cpu", "--small",
+              "--out", str(record))  # fmt: skip
+    assert "ok     bench: 0 rows" in out
+    assert {row["case"]: row for row in json.loads(record.read_text())["rows"]} == rows
+
+
+def test_the_gpu_check_sees_a_wrong_kernel(monkeypatch, capsys):
+    right = sk.row_stats
+
+    def wrong(logits, labels, **settings):
+        found = right(logits, labels, **settings)
+        return found if settings["backend"] == "torch" else found._replace(entropy=found.entropy + 1e-3)
+
+    monkeypatch.setattr(sk, "row_stats", wrong)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--small"])
+    assert gpu_check.main() == 1
+    assert "entropy" in capsys.readouterr().out
+
+
+def test_rows_of_a_record_are_replaced_by_name(tmp_path):
+    path = tmp_path / "record.json"
+
+    def row(case, ours):
+        return Row(case, {"ours": timing.quantiles([ours])}, {}, {})
+
+    timing.write_record(path, {"cpu": "a"}, [row("one", 1.0), row("two", 2.0)])
+    timing.write_record(path, {"cpu": "b"}, [row("two", 3.0)])
+    record = json.loads(path.read_text())
+    assert {found["case"]: found["seconds"]["ours"]["p50"] for found in record["rows"]} == {"one": 1.0, "two": 3.0}
+    assert record["machine"] == {"cpu": "b"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_fastest_of_the_compiled_forms_and_of_the_reads_counts():
+    medians = {"ours": 2.0, "compiled": 8.0, "compiled_log_softmax": 6.0, "read: sum": 1.5, "read: amax": 1.0}
+    found = timing.ratios({name: {"p50": value} for name, value in medians.items()})
+    assert found == {"compiled": 4.0, "compiled_log_softmax": 3.0, "best compiled": 3.0, "fastest read": 0.5}
+
+
+def test_every_read_reads_every_byte():
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((8, 1024), (3, 10, 4, 4)):
+            words = torch.ones(shape, dtype=torch.int32).view(dtype)
+            size = words.numel() * words.element_size() // 4
+            found = [
+                torch.as_tensor(side()).sum() for side in timing.reads(words.view(torch.float32).zero_() + 1).values()
+            ]
+            assert [float(value) for value in found] == [size, 1.0, size]
+
+
+def test_the_roofline_is_the_larger_of_two_floors():
+    seconds = {"ours": {"p50": 0.010}, "read: sum": {"p50": 0.004}, "read: amax": {"p50": 0.002}}
+    rows = [
+        {"case": "a", "seconds": seconds, "notes": {"bytes": 3e6, "logits": 1e6, "flops": 5e6}},
+        {
+            "case": "b",
+            "seconds": {"ours": {"p50": 0.010}},
+            "notes": {"bytes": 1e6, "copy, bytes per second": 2e8, "flops": 1},
+        },
+        {"case": "c", "seconds": seconds, "notes": {}},
+    ]
+    machine = {"cpu": "x", "threads": 2, "torch": "y", "flops_per_second": 1e9}
+    table = readme.roofline_table({"rows": rows, "machine": machine, "created": "2000-01-01"}).splitlines()
+    assert table[2] == "| a | 3 | 5 | 6 | 5 | 10 | 60% |"
+    assert table[3].endswith("| 50% |")
+    assert not any("| c |" in line for line in table)
