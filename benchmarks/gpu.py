@@ -107,7 +107,6 @@ def sanitize(options: argparse.Namespace) -> Outcome:
 
 def bench(options: argparse.Namespace) -> Outcome:
     """The rows of gpu_cases.py, in processes that are begun anew where the device was lost."""
-    sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "python_api")]
     code = LOST
     with tempfile.TemporaryDirectory() as folder:
         begun = Path(folder) / "begun"
@@ -215,6 +214,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
 }
 
 
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART[:SECONDS]", help=f"of {', '.join(PARTS)}; all by default")
@@ -231,6 +236,8 @@ def parse() -> argparse.Namespace:
         name, _, seconds = part.partition(":")
         if name not in PARTS or (seconds and not seconds.isdigit()):
             parser.error(f"{part!r}: wanted one of {', '.join(PARTS)}, with :SECONDS or without")
+    if options.device == "cuda" and not has_gpu():
+        parser.error("no CUDA device here; with --device cpu --small it shows that it runs")
     if options.small and options.out is None:
         parser.error("--small measures nothing: wanted --out, where its record may go")
     options.arguments = ["--device", options.device, "--only", options.only]

@@ -49,6 +49,13 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path):
     assert {row["case"]: row for row in json.loads(record.read_text())["rows"]} == rows
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so():
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("no CUDA device here; with --device cpu --small it shows that it runs")
+
+
 def test_the_gpu_check_sees_a_wrong_kernel(monkeypatch, capsys):
     right = sk.row_stats
 
