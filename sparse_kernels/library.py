@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sparse_kernels import reference
 from sparse_kernels.backends import BACKENDS, choose
@@ -56,6 +57,10 @@ def _floating(logits: Tensor) -> torch.dtype:
 def _signed(value: int) -> int:
     """The low 64 bits, as an operator takes them."""
     return (value + 2**63) % 2**64 - 2**63
+
+
+for _result in (RowStats, GatedRows, Selection):  # or a program that takes or returns one could not be saved
+    pytree._register_namedtuple(_result, serialized_type_name=f"sparse_kernels.{_result.__name__}")
 
 
 # row_stats
