@@ -5,6 +5,9 @@ An operator's last argument names the backend that serves it, ``cpp`` or ``trito
 them: it is plain PyTorch, which all of these see through by themselves. Fake kernels give each result the shape,
 dtype and strides that the backends do. Operators are checked as the public functions are, since anyone may call them.
 
+Where only autograd must see a kernel, an ``autograd.Function`` of the same gradient calls it: through the dispatcher
+and PyTorch's wrappers a small call takes four times as long.
+
 Gradients: of ``row_stats``, ``row_stats_backward``, whose own is the reference's second derivative; of
 ``gather_rows``, ``scatter_rows``, and the reverse. A decision (``gate_rows``, ``compact``) has none.
 """
@@ -21,6 +24,7 @@ from torch.utils import _pytree as pytree
 from sparse_kernels import reference
 from sparse_kernels.backends import BACKENDS, choose
 from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels.tracing import observed
 from sparse_kernels.types import DIFFERENTIABLE, STATISTICS, GatedRows, RowStats, Selection
 
 _library: Any = torch.library.Library("sparse_kernels", "DEF")  # type: ignore[no-untyped-call, unused-ignore]
@@ -69,7 +73,8 @@ for _result in (RowStats, GatedRows, Selection):  # or a program that takes or r
 def row_stats(call: StatsCall, backend: str, *, gradient: bool, inplace_backward: bool) -> RowStats:
     """``call`` through the operator; with ``gradient``, differentiable."""
     outputs = _in_order(call.outputs)
-    found = _ops.row_stats(
+    operator = _ops.row_stats if observed(call.logits) else _differentiable_row_stats
+    found = operator(
         call.logits, call.targets, outputs, *_settings(call), gradient, inplace_backward and gradient, backend
     )
     return RowStats(**dict(zip(outputs, found, strict=False)))  # behind them: what was saved
@@ -123,13 +128,29 @@ def _row_stats_gradient(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, 
     if any(g is not None for g in upstream):
         arguments = (targets, maximum, total, entropy, *upstream, *ctx.settings, ctx.backend)
         if not ctx.inplace_backward:
-            gradient = _ops.row_stats_backward(logits, *arguments)
+            direct = not (torch.is_grad_enabled() or observed(logits))
+            gradient = (_row_stats_backward if direct else _ops.row_stats_backward)(logits, *arguments)
         elif torch.is_grad_enabled():
             raise RuntimeError("inplace_backward: the logits are gone after it, so create_graph=True has no meaning")
         else:
             gradient = logits.detach()
             _ops.row_stats_backward_(gradient, *arguments)
     return (gradient, *[None] * 10)
+
+
+class _RowStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _row_stats(*inputs)
+        _save_row_stats(ctx, inputs, output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return _row_stats_gradient(ctx, list(gradients))
+
+
+_differentiable_row_stats: Callable[..., tuple[Tensor, ...]] = _RowStats.apply
 
 
 _ROW_STATS_BACKWARD = (
@@ -321,18 +342,21 @@ _library.impl("compact", torch.library.fallthrough_kernel, "Autograd")
 
 
 def gather_rows(call: TreeCall, backend: str) -> Any:
-    """``call`` through the operator."""
-    return _move_tree(_ops.gather_rows, call, backend)
+    """``call`` through the operator, differentiable."""
+    return _move_tree("gather_rows", call, backend)
 
 
 def scatter_rows(call: TreeCall, backend: str) -> Any:
-    """``call`` through the operator."""
-    return _move_tree(_ops.scatter_rows, call, backend)
+    """``call`` through the operator, differentiable."""
+    return _move_tree("scatter_rows", call, backend)
 
 
-def _move_tree(move: Any, call: TreeCall, backend: str) -> Any:
+def _move_tree(name: str, call: TreeCall, backend: str) -> Any:
     index, _, count, _, size = call.selection
-    return call.rebuild(move(call.tensors, index, count, size, backend) if call.tensors else [])
+    tensors = call.tensors
+    if observed(index) or any(observed(tensor) for tensor in tensors):
+        return call.rebuild(getattr(_ops, name)(tensors, index, count, size, backend) if tensors else [])
+    return call.rebuild(list(_differentiable_move(name, index, count, size, backend, *tensors)))
 
 
 def _selection(index: Tensor, count: Tensor, size: int) -> Selection:
@@ -375,42 +399,59 @@ def _save_selection(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
     ctx.save_for_backward(index, count)
 
 
-def _move_gradients(
-    ctx: Any, move: Any, gradients: list[Tensor | None]
-) -> tuple[list[Tensor | None], None, None, None, None]:
+def _transposed(ctx: Any, name: str, gradients: list[Tensor | None]) -> list[Tensor | None]:
     index, count = ctx.saved_tensors
     present = [g for g in gradients if g is not None]
+    direct = not (torch.is_grad_enabled() or any(observed(g) for g in present))
+    move = _MOVES[name][0] if direct else getattr(_ops, name)
     moved = iter(move(present, index, count, ctx.size, ctx.backend) if present else ())
-    return [None if g is None else next(moved) for g in gradients], None, None, None, None
+    return [None if g is None else next(moved) for g in gradients]
 
 
 def _gather_rows_gradient(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    return _move_gradients(ctx, _ops.scatter_rows, gradients)
+    return _transposed(ctx, "scatter_rows", gradients), None, None, None, None
 
 
 def _scatter_rows_gradient(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    moved, *rest = _move_gradients(ctx, _ops.gather_rows, gradients)
     index, count = ctx.saved_tensors
     valid = _selection(index, count, ctx.size).valid()
     # Padding read row 0, and its slot had no part in the forward.
-    return ([g if g is None else _zero_where_not(valid, g) for g in moved], *rest)
+    moved = (g if g is None else _zero_where_not(valid, g) for g in _transposed(ctx, "gather_rows", gradients))
+    return list(moved), None, None, None, None
 
 
 def _zero_where_not(valid: Tensor, rows: Tensor) -> Tensor:
     return torch.where(valid.reshape(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
 
 
-for _name, _kernel, _fake, _gradient in (
-    ("gather_rows", _gather_rows, _gather_rows_fake, _gather_rows_gradient),
-    ("scatter_rows", _scatter_rows, _scatter_rows_fake, _scatter_rows_gradient),
-):
+# What computes an operator, its fake, and its gradient.
+_MOVES = {
+    "gather_rows": (_gather_rows, _gather_rows_fake, _gather_rows_gradient),
+    "scatter_rows": (_scatter_rows, _scatter_rows_fake, _scatter_rows_gradient),
+}
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, name: str, index: Tensor, count: Tensor, size: int, backend: str, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.name = name
+        inputs = (list(tensors), index, count, size, backend)
+        output = _MOVES[name][0](*inputs)
+        _save_selection(ctx, inputs, output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        moved, *_ = _MOVES[ctx.name][2](ctx, list(gradients))
+        return (*[None] * 5, *moved)
+
+
+_differentiable_move: Callable[..., tuple[Tensor, ...]] = _Move.apply
+
+for _name, (_kernel, _fake, _gradient) in _MOVES.items():
+    _schema = f"{_name}(Tensor[] tensors, Tensor index, Tensor count, SymInt size, str backend) -> Tensor[]"
     torch.library.register_autograd(
-        _define(
-            f"{_name}(Tensor[] tensors, Tensor index, Tensor count, SymInt size, str backend) -> Tensor[]",
-            _kernel,
-            _fake,
-        ),
-        _gradient,
-        setup_context=_save_selection,
-        lib=_library,
+        _define(_schema, _kernel, _fake), _gradient, setup_context=_save_selection, lib=_library
     )
