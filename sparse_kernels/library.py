@@ -71,7 +71,7 @@ for _result in (RowStats, GatedRows, Selection):  # or a program that takes or r
 
 
 def row_stats(call: StatsCall, backend: str, *, gradient: bool, inplace_backward: bool) -> RowStats:
-    """``call`` through the operator; with ``gradient``, differentiable."""
+    """``call`` where it is seen; with ``gradient``, differentiable."""
     outputs = _in_order(call.outputs)
     operator = _ops.row_stats if observed(call.logits) else _differentiable_row_stats
     found = operator(
@@ -342,19 +342,19 @@ _library.impl("compact", torch.library.fallthrough_kernel, "Autograd")
 
 
 def gather_rows(call: TreeCall, backend: str) -> Any:
-    """``call`` through the operator, differentiable."""
+    """``call`` where it is seen, differentiable."""
     return _move_tree("gather_rows", call, backend)
 
 
 def scatter_rows(call: TreeCall, backend: str) -> Any:
-    """``call`` through the operator, differentiable."""
+    """``call`` where it is seen, differentiable."""
     return _move_tree("scatter_rows", call, backend)
 
 
 def _move_tree(name: str, call: TreeCall, backend: str) -> Any:
     index, _, count, _, size = call.selection
     tensors = call.tensors
-    if observed(index) or any(observed(tensor) for tensor in tensors):
+    if observed(index, *tensors):
         return call.rebuild(getattr(_ops, name)(tensors, index, count, size, backend) if tensors else [])
     return call.rebuild(list(_differentiable_move(name, index, count, size, backend, *tensors)))
 
@@ -402,7 +402,7 @@ def _save_selection(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 def _transposed(ctx: Any, name: str, gradients: list[Tensor | None]) -> list[Tensor | None]:
     index, count = ctx.saved_tensors
     present = [g for g in gradients if g is not None]
-    direct = not (torch.is_grad_enabled() or any(observed(g) for g in present))
+    direct = not (torch.is_grad_enabled() or observed(*present))
     move = _MOVES[name][0] if direct else getattr(_ops, name)
     moved = iter(move(present, index, count, ctx.size, ctx.backend) if present else ())
     return [None if g is None else next(moved) for g in gradients]

@@ -1,8 +1,8 @@
 """The public operations: documented signatures that build a checked call and route it to a backend.
 
 The reference is called as it is: plain PyTorch, which everything sees through. A kernel is called directly where
-nobody but the caller looks, since the dispatcher would cost a small call more than the kernel; and through its
-operator (``library``) where a gradient is wanted, or a compiler, a tracer or a dispatch mode must see it.
+nobody but the caller looks, since the dispatcher would cost a small call more than the kernel; and through ``library``
+where a gradient is wanted, or a compiler, a tracer or a dispatch mode must see it.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ def scatter_rows(tree: Any, selection: Selection, *, backend: str | None = None)
 
 
 def _move_is_seen(call: TreeCall) -> bool:
-    if observed(call.selection.index):
-        return True
-    differentiable = torch.is_grad_enabled()
-    return any((differentiable and tensor.requires_grad) or observed(tensor) for tensor in call.tensors)
+    if torch.is_grad_enabled():
+        for tensor in call.tensors:
+            if tensor.requires_grad:
+                return True
+    return observed(call.selection.index, *call.tensors)

@@ -12,18 +12,24 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # What a tracer shows in a tensor's place: the metadata of one, and no memory.
 _TRACED = frozenset((FakeTensor, FunctionalTensor))
 
-# Private, and so perhaps gone in another release: then the public call beside each still sees most of it.
+# Private, and so perhaps gone in another release: then the type of the tensors still tells most of it.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False)
 _PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
 
 
-def observed(tensor: Tensor) -> bool:
-    """Whether something must see the operators of a call on this tensor: a compiler, a tracer, a dispatch mode."""
-    if torch.compiler.is_dynamo_compiling():
+def observed(*tensors: Tensor) -> bool:
+    """Whether something must see the operators of a call on these tensors: a compiler, a tracer, a dispatch mode."""
+    if torch.compiler.is_dynamo_compiling() or _modes():
         return True
-    return _modes() > 0 or type(tensor) not in _PLAIN or _included(_PRE_DISPATCH)
+    if _function_modes() and _included(_PRE_DISPATCH):  # make_fx(pre_dispatch=True) keeps its mode elsewhere
+        return True
+    for tensor in tensors:  # noqa: SIM110  a generator costs as much as the rest
+        if type(tensor) not in _PLAIN:
+            return True
+    return False
 
 
 def transformed() -> bool:
