@@ -65,12 +65,12 @@ def seen(monkeypatch):
 # The operators by themselves
 
 
-@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "dim", "dtype", "settings"),
+    ("shape", "dim", "dtype", "settings", "gradient"),
     [
-        ((6, 9), -1, torch.float32, PLAIN),
-        ((2, 5, 3, 4), 1, torch.bfloat16, SETTINGS),
+        ((6, 9), -1, torch.float32, PLAIN, False),
+        ((6, 9), -1, torch.float32, PLAIN, True),
+        ((2, 5, 3, 4), 1, torch.bfloat16, SETTINGS, False),
     ],
 )
 def test_opcheck_row_stats(shape, dim, dtype, settings, gradient):
@@ -83,7 +83,9 @@ def test_opcheck_row_stats(shape, dim, dtype, settings, gradient):
     *_, maximum, total = OPS.row_stats(*arguments)
     entropy = sk.row_stats(logits.detach(), targets, dim=dim).entropy
     factors = factors.requires_grad_(gradient)
-    for given in ((factors[0], factors[1]), (None, factors[1]), (factors[0], None)):
+    # Its gradient is the reference's second derivative, which takes PyTorch long to trace: once is enough.
+    alone = [] if gradient else [(None, factors[1]), (factors[0], None)]
+    for given in ((factors[0], factors[1]), *alone):
         upstream = tuple(None if g is None else g.detach().requires_grad_(gradient) for g in given)
         of_rows = (targets, maximum.detach(), total.detach(), entropy)
         torch.library.opcheck(OPS.row_stats_backward.default, (logits, *of_rows, *upstream, *settings, "cpp"))
@@ -361,9 +363,9 @@ def test_inplace_backward_is_found_out_by_whoever_needs_the_logits():
     logits = base.clone().requires_grad_().tanh()  # saved its result
     with pytest.raises(RuntimeError, match=modified):
         objective(logits, targets, factors, inplace_backward=True).backward()
-    _, total = start()
+    logits, total = start()
     with pytest.raises(RuntimeError, match="create_graph=True"):
-        total.backward(create_graph=True)
+        torch.autograd.grad(total, logits, create_graph=True)
 
 
 def test_inplace_backward_is_refused_where_it_would_lose_something():

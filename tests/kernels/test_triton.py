@@ -461,3 +461,20 @@ def test_gradcheck_and_second_derivative():
 
     assert torch.autograd.gradcheck(both, base.requires_grad_())
     assert torch.autograd.gradgradcheck(both, base)
+
+
+@interpreted
+@pytest.mark.parametrize(("shape", "dim"), [((5, 9), -1), ((2, 4100), -1), ((2, 9, 40), 1)])
+def test_gradient_in_the_memory_of_the_logits(shape, dim):
+    torch.manual_seed(10)
+    base, targets = torch.randn(shape), torch.randint(0, shape[dim], shape[:1] + shape[2:])
+    targets[0] = -100
+    gradients = []
+    for inplace in (False, True):
+        leaf = base.clone().requires_grad_()
+        logits = leaf * 1
+        stats = sk.row_stats(logits, targets, dim=dim, softcap=5.0, inplace_backward=inplace, backend="triton")
+        (stats.loss + 0.3 * stats.entropy).sum().backward()
+        gradients.append(leaf.grad)
+        assert torch.equal(logits, base) != inplace
+    assert torch.equal(*gradients)
