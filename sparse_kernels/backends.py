@@ -45,14 +45,14 @@ _DEFAULT = {op: [(name, *_TABLE[op][name]) for name in ORDER[op]] for op in OPS}
 _forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
 
 
-def dispatch(op: str, call: Any, name: str | None) -> Any:
-    """Serve ``call`` with the backend named, or else the first in order that can."""
+def choose(op: str, call: Any, name: str | None) -> tuple[str, Callable[[Any], Any]]:
+    """The backend named, or else the first in order that can serve ``call``, and its function; by metadata alone."""
     name = name or _forced
     if name is None:
         for candidate, refuse, serve in _DEFAULT[op]:
             reason = refuse(call)
             if reason is None:
-                return serve(call)
+                return candidate, serve
             _log_once(f"{op}: {candidate} not used: {reason}")
         raise AssertionError(f"no backend serves {op}")  # the reference never refuses
     if name not in BACKENDS:
@@ -64,7 +64,7 @@ def dispatch(op: str, call: Any, name: str | None) -> Any:
     reason = refuse(call)
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot serve this {op}: {reason}")
-    return serve(call)
+    return name, serve
 
 
 def _log_once(message: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from sparse_kernels import reference
 from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
-from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selection
+from sparse_kernels.tracing import refuse_tensor
+from sparse_kernels.types import GatedRows, RowStats, Selection
 
 # The order of csrc/cpu/row_stats.h's Statistic.
 _WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
@@ -61,13 +61,9 @@ def detail() -> str:
 def _refuse_tensor(tensor: Tensor) -> str | None:
     if _missing is not None:
         return _missing
-    if torch.compiler.is_compiling():
-        return "being traced; the reference is what can be compiled"
-    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-        return f"a {type(tensor).__name__} has no address"
     if not tensor.is_cpu:
         return f"tensors are on {tensor.device}, it serves cpu"
-    return None
+    return refuse_tensor(tensor)
 
 
 def refuse_row_stats(call: StatsCall) -> str | None:
@@ -142,11 +138,16 @@ def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
 
 
 def row_stats(call: StatsCall) -> RowStats:
-    """See ``sparse_kernels.row_stats``."""
-    if call.logits.requires_grad and torch.is_grad_enabled() and not set(DIFFERENTIABLE).isdisjoint(call.outputs):
-        names = tuple(dict.fromkeys(call.outputs))
-        return RowStats(**dict(zip(names, _stats_with_gradient(call.logits, call, names), strict=True)))
+    """See ``sparse_kernels.row_stats``; not differentiable, which is for ``library`` to add."""
     return RowStats(**_forward(call))
+
+
+def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
+    """``row_stats``, and what its gradient needs of each row: the maximum of the logits after the softcap, and the
+    sum of exponentials. A logsumexp in one number would be rounded to 1e-3 at 1e4."""
+    found = _forward(call, ("saved_maximum", "saved_total"))
+    maximum, total = found.pop("saved_maximum"), found.pop("saved_total")
+    return RowStats(**found), maximum, total
 
 
 def _forward(call: StatsCall, saved: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -160,16 +161,19 @@ def _forward(call: StatsCall, saved: tuple[str, ...] = ()) -> dict[str, Tensor]:
     return found
 
 
-def _backward(
-    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor]
-) -> Tensor:
+def row_stats_backward(
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor], out: Tensor
+) -> None:
+    """Writes the gradient in the logits to ``out``, which has their shape and dtype and may be the logits.
+
+    ``given`` holds the upstream gradient of loss, entropy or both; all of the rows' tensors are contiguous.
+    """
     targets = call.targets.contiguous()
-    gradient = torch.empty_like(call.logits)
-    layout = _layout(gradient, call.dim)
+    layout = _layout(out, call.dim)
+    gradient = out
     if layout is None:
-        gradient = torch.empty(call.logits.shape, dtype=call.logits.dtype)
+        gradient = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         layout = _layout(gradient, call.dim)
-    upstream = {name: g.float().contiguous() for name, g in given.items()}
     _cpp.row_stats_backward(
         *_inputs(call, targets),
         gradient.data_ptr(),
@@ -177,45 +181,11 @@ def _backward(
         maximum.data_ptr(),
         total.data_ptr(),
         0 if entropy is None else entropy.data_ptr(),
-        upstream["loss"].data_ptr() if "loss" in upstream else 0,
-        upstream["entropy"].data_ptr() if "entropy" in upstream else 0,
+        given["loss"].data_ptr() if "loss" in given else 0,
+        given["entropy"].data_ptr() if "entropy" in given else 0,
     )
-    return gradient
-
-
-class _RowStatsFunction(torch.autograd.Function):
-    """Forward in C++; the gradient of loss and entropy too, from the logits, each row's maximum and its sum
-    of exponentials: a logsumexp in one number would be rounded to 1e-3 at 1e4."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: StatsCall, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        ctx.call = StatsCall(
-            logits.detach(), call.targets, names, call.dim, call.temperature, call.softcap, call.label_smoothing,
-            call.ignore_index,
-        )  # fmt: skip
-        ctx.names = names
-        ctx.set_materialize_grads(False)
-        found = _forward(ctx.call, ("saved_maximum", "saved_total"))
-        ctx.save_for_backward(logits, found["saved_maximum"], found["saved_total"], found.get("entropy"))
-        ctx.mark_non_differentiable(*(found[name] for name in names if name not in DIFFERENTIABLE))
-        return tuple(found[name] for name in names)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
-        logits, maximum, total, entropy = ctx.saved_tensors
-        given = {
-            name: g for name, g in zip(ctx.names, gradients, strict=True) if name in DIFFERENTIABLE and g is not None
-        }
-        if not given:
-            return None, None, None
-        if torch.is_grad_enabled():  # create_graph=True: what was saved knows no second derivative
-            gradient = reference.differentiable_gradient(ctx.call, logits, given)
-        else:
-            gradient = _backward(ctx.call, maximum, total, entropy, given)
-        return gradient, None, None
-
-
-_stats_with_gradient: Callable[[Tensor, StatsCall, tuple[str, ...]], tuple[Tensor, ...]] = _RowStatsFunction.apply
+    if gradient is not out:
+        out.copy_(gradient)
 
 
 def gate_rows(call: GateCall) -> GatedRows:
@@ -289,37 +259,12 @@ refuse_gather_rows = refuse_scatter_rows = _refuse_tree
 
 def gather_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.gather_rows``."""
-    return call.rebuild([_with_gradient(tensor, call.selection, False) for tensor in call.tensors])
+    return call.rebuild([_gather(tensor, call.selection) for tensor in call.tensors])
 
 
 def scatter_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.scatter_rows``."""
-    return call.rebuild([_with_gradient(rows, call.selection, True) for rows in call.tensors])
-
-
-def _with_gradient(tensor: Tensor, selection: Selection, scatter: bool) -> Tensor:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return _apply_move(tensor, selection, scatter)
-    return (_scatter if scatter else _gather)(tensor, selection)
-
-
-class _MoveRows(torch.autograd.Function):
-    """Gather and scatter are each other's transposes, so each is the other's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, selection: Selection, scatter: bool) -> Tensor:
-        ctx.selection, ctx.scatter = selection, scatter
-        return (_scatter if scatter else _gather)(tensor.detach(), selection)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        moved = _with_gradient(gradient, ctx.selection, not ctx.scatter)
-        if ctx.scatter:  # padding read row 0, and its slot had no part in the forward
-            moved = moved * ctx.selection.valid().reshape(-1, *[1] * (moved.dim() - 1))
-        return moved, None, None
-
-
-_apply_move: Callable[[Tensor, Selection, bool], Tensor] = _MoveRows.apply
+    return call.rebuild([_scatter(rows, call.selection) for rows in call.tensors])
 
 
 def _gather(tensor: Tensor, selection: Selection) -> Tensor:

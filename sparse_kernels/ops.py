@@ -1,15 +1,23 @@
-"""The public operations: documented signatures that build a checked call and dispatch it."""
+"""The public operations: documented signatures that build a checked call and route it to a backend.
+
+The reference is called as it is: plain PyTorch, which everything sees through. A kernel is called directly where
+nobody but the caller looks, since the dispatcher would cost a small call more than the kernel; and through ``library``
+where a gradient is wanted, or a compiler, a tracer or a dispatch mode must see it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparse_kernels.backends import dispatch
+from sparse_kernels import library
+from sparse_kernels.backends import choose
 from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
-from sparse_kernels.types import GatedRows, RowStats, Selection
+from sparse_kernels.tracing import observed
+from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selection
 
 
 def row_stats(
@@ -22,6 +30,7 @@ def row_stats(
     softcap: float = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> RowStats:
     """Per-row statistics of softmax(z), z = softcap * tanh(logits / softcap) / temperature.
@@ -33,7 +42,10 @@ def row_stats(
         temperature: above 0. softcap: 0 for none.
         label_smoothing: of ``loss`` alone, as in ``torch.nn.functional.cross_entropy``.
         ignore_index: a row with this target gives 0 in every output, and no gradient.
-        backend: ``cpp`` or ``torch``; None takes the first that serves the call.
+        inplace_backward: the gradient may take the memory of the logits, whose values are then gone. A kernel
+            does so in eager mode; a compiler, and the reference, may use new memory. Whoever else needs the
+            logits for a gradient, a second backward included, gets PyTorch's error for a modified tensor.
+        backend: ``cpp``, ``triton`` or ``torch``; None takes the first that serves the call.
 
     Returns:
         RowStats. ``loss`` and ``entropy`` are differentiable in the logits. A logit of -inf has
@@ -41,12 +53,37 @@ def row_stats(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or setting; on CPU, a target out of
-            range (on an accelerator, where looking would wait for the device, its row gives NaN).
+            range (on an accelerator, where looking would wait for the device, its row gives NaN);
+            ``inplace_backward`` for logits that are a leaf or overlap themselves in memory.
+        RuntimeError: from the backward, ``inplace_backward`` with create_graph=True.
         BackendUnavailable: the backend named cannot serve this call.
     """
     call = StatsCall(logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index)
-    result: RowStats = dispatch("row_stats", call, backend)
-    return result
+    gradient = logits.requires_grad and torch.is_grad_enabled() and not _DIFFERENTIABLE.isdisjoint(outputs)
+    if inplace_backward and gradient:
+        _refuse_inplace_backward(logits)
+    name, serve = choose("row_stats", call, backend)
+    if name == "torch" or not (gradient or observed(logits)):
+        result: RowStats = serve(call)
+        return result
+    return library.row_stats(call, name, gradient=gradient, inplace_backward=inplace_backward)
+
+
+_DIFFERENTIABLE = frozenset(DIFFERENTIABLE)
+
+
+def _refuse_inplace_backward(logits: Tensor) -> None:
+    if logits.is_leaf:
+        raise ValueError("inplace_backward: the logits are a leaf that requires grad; their values would be lost")
+    extent = 1  # elements that the dimensions of smaller stride reach over
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(
+                    f"inplace_backward: logits of shape {tuple(logits.shape)} and strides {logits.stride()} "
+                    "overlap themselves in memory"
+                )
+            extent = stride * (size - 1) + extent
 
 
 def gate_rows(
@@ -94,8 +131,11 @@ def gate_rows(
         logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
         threshold, weights, offset, gate_temperature, p_min, seed, step,
     )  # fmt: skip
-    result: GatedRows = dispatch("gate_rows", call, backend)
-    return result
+    name, serve = choose("gate_rows", call, backend)
+    if name == "torch" or not observed(logits):
+        result: GatedRows = serve(call)
+        return result
+    return library.gate_rows(call, name)
 
 
 def compact(
@@ -114,8 +154,12 @@ def compact(
     Raises:
         ValueError: mask not bool or not 1-D, weight of another shape or dtype, bad capacity.
     """
-    selection: Selection = dispatch("compact", CompactCall(mask, weight, capacity), backend)
-    return selection
+    call = CompactCall(mask, weight, capacity)
+    name, serve = choose("compact", call, backend)
+    if name == "torch" or not observed(mask):
+        selection: Selection = serve(call)
+        return selection
+    return library.compact(call, name)
 
 
 def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) -> Any:
@@ -126,7 +170,11 @@ def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) 
     Raises:
         ValueError: a tensor whose dim 0 is not ``selection.size``, or on another device.
     """
-    return dispatch("gather_rows", TreeCall(tree, selection, selection.size), backend)
+    call = TreeCall(tree, selection, selection.size)
+    name, serve = choose("gather_rows", call, backend)
+    if name == "torch" or not _move_is_seen(call):
+        return serve(call)
+    return library.gather_rows(call, name)
 
 
 def scatter_rows(tree: Any, selection: Selection, *, backend: str | None = None) -> Any:
@@ -138,4 +186,16 @@ def scatter_rows(tree: Any, selection: Selection, *, backend: str | None = None)
     Returns:
         The same structure with ``selection.size`` rows; padding slots are dropped.
     """
-    return dispatch("scatter_rows", TreeCall(tree, selection, selection.index.shape[0]), backend)
+    call = TreeCall(tree, selection, selection.index.shape[0])
+    name, serve = choose("scatter_rows", call, backend)
+    if name == "torch" or not _move_is_seen(call):
+        return serve(call)
+    return library.scatter_rows(call, name)
+
+
+def _move_is_seen(call: TreeCall) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in call.tensors:
+            if tensor.requires_grad:
+                return True
+    return observed(call.selection.index, *call.tensors)

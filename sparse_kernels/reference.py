@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sparse_kernels import philox
 from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels.tracing import values_readable
 from sparse_kernels.types import GatedRows, RowStats, Selection
 
 
@@ -69,7 +70,7 @@ def row_stats(call: StatsCall) -> RowStats:
 def check_targets(call: StatsCall) -> None:
     """Raises ValueError for a target out of range, on CPU."""
     # On an accelerator this would wait for the device: there a bad target gives NaN and is counted.
-    if call.targets.device.type != "cpu" or torch.compiler.is_compiling():
+    if not values_readable(call.targets):
         return
     bad = bad_target(call.targets, call.classes, call.ignore_index)
     if bad.any():
@@ -194,7 +195,7 @@ def compact(call: CompactCall) -> Selection:
     valid = torch.arange(index.shape[0], device=mask.device) < count
     kept = torch.ones_like(index, dtype=torch.float32)
     if weight is not None and rows:
-        kept = weight.index_select(0, index)
+        kept = weight.detach().index_select(0, index)
     return Selection(index, torch.where(valid, kept, 0.0), count, overflow, rows)
 
 

@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sparse_kernels import reference
 from sparse_kernels.calls import GateCall, StatsCall
+from sparse_kernels.tracing import refuse_tensor
 from sparse_kernels.triton_kernels.launch import choose
-from sparse_kernels.types import DIFFERENTIABLE, STATISTICS, GatedRows, RowStats
+from sparse_kernels.types import STATISTICS, GatedRows, RowStats
 
 WEIGHABLE = tuple(name for name in STATISTICS if name != "argmax")
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first dimension
@@ -60,12 +61,11 @@ def refuse_row_stats(call: StatsCall) -> str | None:
     logits = call.logits
     if _missing() is not None:
         return _missing()
-    if torch.compiler.is_compiling():
-        return "being traced; the reference is what can be compiled"
-    if type(logits) is not Tensor and type(logits) is not torch.nn.Parameter:
-        return f"a {type(logits).__name__} has no address"
     if not logits.is_cuda and not (logits.is_cpu and interpreted()):
         return f"tensors are on {logits.device}, where Triton only runs interpreted (TRITON_INTERPRET=1)"
+    reason = refuse_tensor(logits)
+    if reason is not None:
+        return reason
     if _layout(call, logits) is None:
         return f"the rows of strides {logits.stride()} are not two nested loops"
     return None
@@ -182,53 +182,45 @@ def _forward(
 
 
 def row_stats(call: StatsCall) -> RowStats:
-    """See ``sparse_kernels.row_stats``."""
-    if call.logits.requires_grad and torch.is_grad_enabled() and not set(DIFFERENTIABLE).isdisjoint(call.outputs):
-        names = tuple(dict.fromkeys(call.outputs))
-        return RowStats(**dict(zip(names, _stats_with_gradient(call.logits, call, names), strict=True)))
+    """See ``sparse_kernels.row_stats``; not differentiable, which is for ``library`` to add."""
     return RowStats(**_forward(replace(call, logits=call.logits.detach()), call.targets.contiguous()))
 
 
-class _RowStatsFunction(torch.autograd.Function):
-    """The gradient of loss and entropy from the logits and each row's maximum, log-sum and entropy."""
+def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
+    """``row_stats``, and what its gradient needs of each row: the maximum of the logits after the softcap, and the
+    sum of exponentials."""
+    call = replace(call, logits=call.logits.detach())
+    targets = call.targets.contiguous()
+    saved = {name: torch.empty_like(targets, dtype=_accumulator(call)) for name in ("maximum_ptr", "log_sum_ptr")}
+    found = _forward(call, targets, saved=saved)
+    return RowStats(**found), saved["maximum_ptr"], saved["log_sum_ptr"].exp()
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: StatsCall, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        call = replace(call, logits=logits.detach(), outputs={*names, "entropy"})
-        targets = call.targets.contiguous()
-        saved = {name: torch.empty_like(targets, dtype=_accumulator(call)) for name in ("maximum_ptr", "log_sum_ptr")}
-        found = _forward(call, targets, saved=saved)
-        ctx.call, ctx.names = call, names
-        ctx.save_for_backward(logits, targets, found["entropy"], *saved.values())
-        ctx.mark_non_differentiable(*(found[name] for name in names if name not in DIFFERENTIABLE))
-        return tuple(found[name] for name in names)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, entropy, maximum, log_sum = ctx.saved_tensors
-        call = ctx.call
-        given = {name: g for name, g in zip(ctx.names, gradients, strict=True) if name in DIFFERENTIABLE}
-        if torch.is_grad_enabled():  # create_graph=True: what was saved knows no second derivative
-            return reference.differentiable_gradient(call, logits, given), None, None
+def row_stats_backward(
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor], out: Tensor
+) -> None:
+    """Writes the gradient in the logits to ``out``, which has their shape and dtype and may be the logits.
+
+    ``given`` holds the upstream gradient of loss, entropy or both; all of the rows' tensors are contiguous.
+    """
+    call = replace(call, logits=call.logits.detach())
+    gradient = out.detach()
+    if _layout(call, call.logits, gradient) is None:  # the rows of both in two nested loops
+        call = replace(call, logits=call.logits.contiguous())
         gradient = torch.empty_like(call.logits)
-        if _layout(call, call.logits, gradient) is None:  # rows of both in two nested loops
-            gradient = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
-        taken = {name: g.to(maximum.dtype).contiguous() for name, g in given.items()}
-        arguments = {
-            "logits_ptr": call.logits,
-            "gradient_ptr": gradient,
-            "targets_ptr": targets,
-            "maximum_ptr": maximum,
-            "log_sum_ptr": log_sum,
-            "entropy_ptr": entropy,
-            "loss_gradient_ptr": taken.get("loss"),
-            "entropy_gradient_ptr": taken.get("entropy"),
-        }
-        _launch(_kernels().row_stats_backward_kernel, call, [call.logits, gradient], arguments)
-        return gradient, None, None
-
-
-_stats_with_gradient: Callable[[Tensor, StatsCall, tuple[str, ...]], tuple[Tensor, ...]] = _RowStatsFunction.apply
+    arguments = {
+        "logits_ptr": call.logits,
+        "gradient_ptr": gradient,
+        "targets_ptr": call.targets.contiguous(),
+        "maximum_ptr": maximum,
+        "log_sum_ptr": total.log(),
+        "entropy_ptr": entropy,
+        "loss_gradient_ptr": given.get("loss"),
+        "entropy_gradient_ptr": given.get("entropy"),
+    }
+    _launch(_kernels().row_stats_backward_kernel, call, [call.logits, gradient], arguments)
+    if gradient.data_ptr() != out.data_ptr():
+        out.copy_(gradient)
 
 
 def gate_rows(call: GateCall) -> GatedRows:

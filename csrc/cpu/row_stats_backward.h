@@ -51,6 +51,7 @@ inline void backward_row(const RowStatsBackwardArgs& args, int64_t row, int64_t 
                     splat(value_at(args.entropy, row)), splat(g),
                     splat(value_at(args.entropy_gradient, row)));
   const Vec zero = splat(0.0f);
+  const float target_x = to_float(x[y]);  // before the stores, which may be to the logits
   const int64_t whole = args.classes / kLanes * kLanes;
   for (int64_t j = 0; j < whole; j += kLanes) store(gradient + j, slope(load(x + j), zero));
   T some[kLanes];
@@ -59,7 +60,7 @@ inline void backward_row(const RowStatsBackwardArgs& args, int64_t row, int64_t 
     store(some, slope(load_partial(x + whole, tail), zero));
     std::memcpy(gradient + whole, some, sizeof(T) * tail);
   }
-  store(some, slope(splat(to_float(x[y])), splat(g * (1.0f - args.label_smoothing))));
+  store(some, slope(splat(target_x), splat(g * (1.0f - args.label_smoothing))));
   gradient[y] = some[0];
 }
 

@@ -1,0 +1,93 @@
+"""What stands around the kernel in a small call: nearly all of its time is the host's.
+
+"operator" is the same work through the dispatcher, as a compiled program calls it; "kernel" is the backend's own
+function on a call checked beforehand, so its ratio is the share of the public call that is not checks and routing.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_kernels as sk
+from sparse_kernels import cpp_backend
+from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+
+OPS = torch.ops.sparse_kernels
+ROWS, CLASSES = 128, 10
+OUTPUTS = ["loss", "entropy"]
+WEIGHTS = {"loss": 0.7, "entropy": 0.3}
+SETTINGS = (-1, 1.0, 0.0, 0.0, -100)  # dim, temperature, softcap, label_smoothing, ignore_index
+
+
+def sides(op):
+    """The public call, the operator, the backend's function."""
+    logits, targets = torch.randn(ROWS, CLASSES), torch.randint(0, CLASSES, (ROWS,))
+    threshold, mask = torch.tensor([2.0]), torch.rand(ROWS) < 0.1
+    selection, tree = sk.compact(mask), [logits, targets]
+    if op == "row_stats":
+        call = StatsCall(logits, targets, OUTPUTS, *SETTINGS)
+        return (
+            lambda: sk.row_stats(logits, targets),
+            lambda: OPS.row_stats(logits, targets, OUTPUTS, *SETTINGS, False, False, "cpp"),
+            lambda: cpp_backend.row_stats(call),
+        )
+    if op == "gate_rows":
+        call = GateCall(logits, targets, (), *SETTINGS, threshold, WEIGHTS, None, 0.0, 0.0, 0, 0)
+        gate = (threshold, list(WEIGHTS), list(WEIGHTS.values()), None, [])
+        return (
+            lambda: sk.gate_rows(logits, targets, threshold, weights=WEIGHTS),
+            lambda: OPS.gate_rows(logits, targets, *gate, *SETTINGS, 0.0, 0.0, 0, 0, None, "cpp"),
+            lambda: cpp_backend.gate_rows(call),
+        )
+    if op == "compact":
+        call = CompactCall(mask, None, None)
+        return (
+            lambda: sk.compact(mask),
+            lambda: OPS.compact(mask, None, None, "cpp"),
+            lambda: cpp_backend.compact(call),
+        )
+    call = TreeCall(tree, selection, selection.size)
+    return (
+        lambda: sk.gather_rows(tree, selection),
+        lambda: OPS.gather_rows(tree, selection.index, selection.count, selection.size, "cpp"),
+        lambda: cpp_backend.gather_rows(call),
+    )
+
+
+@pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="the C++ backend is not built")
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, id=f"overhead-{op}") for op in ("row_stats", "gate_rows", "compact", "gather_rows")]
+)
+def test_overhead_of_a_small_call(interleaved, op):
+    torch.manual_seed(0)
+    ours, operator, kernel = sides(op)
+    interleaved(ours, {"operator": operator, "kernel": kernel}, targets={"operator": 1.5}, rounds=51, calls=100)
+
+
+@pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="the C++ backend is not built")
+@pytest.mark.parametrize("op", [pytest.param("row_stats", id="overhead-gradient")])
+def test_overhead_of_a_small_gradient(interleaved, op):
+    """Forward and backward of loss and entropy, eager, against the same through the operators."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(ROWS, CLASSES, requires_grad=True), torch.randint(0, CLASSES, (ROWS,))
+
+    def gradient(loss, entropy):
+        return torch.autograd.grad((loss, entropy), logits, (ones, ones))[0]
+
+    def ours():
+        stats = sk.row_stats(logits, targets)
+        return gradient(stats.loss, stats.entropy)
+
+    def operator():
+        return gradient(*OPS.row_stats(logits, targets, OUTPUTS, *SETTINGS, True, False, "cpp")[:2])
+
+    def unfused():
+        log_p = torch.log_softmax(logits, dim=-1)
+        loss = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return gradient(loss, -(log_p.exp() * log_p).sum(dim=-1))
+
+    ones = torch.ones(ROWS)
+    assert torch.equal(ours(), operator())
+    torch.testing.assert_close(ours(), unfused())
+    interleaved(ours, {"operator": operator, "eager": unfused}, rounds=51, calls=50)
