@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparse_kernels import reference
 from sparse_kernels.calls import GateCall, StatsCall
-from sparse_kernels.triton_kernels.launch import BYTES, Launch, choose, of_merge, slices
+from sparse_kernels.triton_kernels.launch import BYTES, Launch, choose, merged, slices
 from sparse_kernels.types import DIFFERENTIABLE, STATISTICS, GatedRows, RowStats
 
 WEIGHABLE = tuple(name for name in STATISTICS if name != "argmax")
@@ -145,7 +145,7 @@ class _Plan:
             (start - (0 if whole else starts[0])) % width == 0
             and all((stride - (0 if whole else stride_0)) % width == 0 for stride, stride_0 in zip(of[:2], strides[0]))
             for start, of in zip(starts, strides, strict=True)
-        )
+        ) and (not whole or classes % width == 0)
         names = ("outer_stride", "inner_stride", "class_stride")
         self.arguments: dict[str, Any] = {
             f"{prefix}{name}": stride
@@ -162,8 +162,9 @@ class _Plan:
             "softcap": float(call.softcap),
             "label_smoothing": float(call.label_smoothing),
             "DOUBLE": itemsize == 8,
-            "ALIGNED": aligned and (not whole or classes % width == 0),
-            "LOOP": not whole,
+            "ALIGNED": aligned,
+            # A row that is one block, but not aligned, is loaded as a loop's last block is: thread by thread.
+            "LOOP": not whole or (self.tile.lanes > 1 and not aligned),
         }
 
     def programs(self, tile: Launch) -> int:
@@ -180,6 +181,7 @@ class _Plan:
                 LANES=tile.lanes,
                 WIDTH=tile.width,
                 num_warps=tile.warps,
+                maxnreg=tile.registers,
                 **self.arguments,
                 **arguments,
             )
@@ -232,14 +234,15 @@ def _forward(
     arguments |= {"rows": rows, "slices": plan.slices}
     if rows == 0:
         return found
-    if plan.slices == 1:
+    merge = merged(plan.tile, plan.slices, rows)
+    if merge is None:
         plan.launch(kernels.row_stats_kernel, plan.tile, 1, arguments | {"PHASE": kernels.WHOLE})
         return found
-    sums = torch.empty((6, plan.slices, rows), dtype=accumulator, device=targets.device)
+    sums = torch.empty((7, plan.slices, rows), dtype=accumulator, device=targets.device)
     lowest = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
     arguments |= {"sums_ptr": sums, "lowest_ptr": lowest}
     plan.launch(kernels.row_stats_kernel, plan.tile, plan.slices, arguments | {"PHASE": kernels.SLICE})
-    plan.launch(kernels.row_stats_kernel, of_merge(plan.slices), 1, arguments | {"PHASE": kernels.MERGE})
+    plan.launch(kernels.row_stats_kernel, merge, 1, arguments | {"PHASE": kernels.MERGE})
     return found
 
 

@@ -63,13 +63,13 @@ NO_COLUMN = tl.constexpr(2**31 - 1)
 @triton.jit
 def across(x):
     """A tile's maximum over the columns of each lane and row."""
-    return tl.max(tl.max(x, 2), 0)
+    return tl.max(tl.max(x, 3), 2)
 
 
 @triton.jit
 def total(x):
     """A tile's sum over the columns of each lane and row."""
-    return tl.sum(tl.sum(x, 2), 0)
+    return tl.sum(tl.sum(x, 3), 2)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def rescale(state, delta, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
 
 @triton.jit
 def absorb(
-    peaks,  # (m, second, lowest), [LANES, ROWS] each
+    peaks,  # (m, second, lowest), [ROWS, LANES] each
     sums,  # (rest, rest_t, rest_sq), the same
     x,  # a tile; -inf for the target and for what is no column
     column,  # int32
@@ -101,9 +101,9 @@ def absorb(
     m, second, lowest = peaks
     block_m = across(x)
     if MARGIN or ARGMAX:
-        at = tl.min(tl.min(tl.where(x == block_m[None, :, None, :], column, NO_COLUMN), 2), 0)
+        at = tl.min(tl.min(tl.where(x == block_m[:, :, None, None], column, NO_COLUMN), 3), 2)
     if MARGIN:
-        block_second = across(tl.where(column == at[None, :, None, :], float("-inf"), x))
+        block_second = across(tl.where(column == at[:, :, None, None], float("-inf"), x))
         second = tl.maximum(tl.minimum(m, block_m), tl.maximum(second, block_second))
     if ARGMAX:
         at = tl.where(block_m == m, tl.minimum(at, lowest), at)
@@ -111,7 +111,7 @@ def absorb(
     new_m = tl.maximum(m, block_m)
     reference = tl.where(new_m == float("-inf"), 0.0, new_m)  # else t = NaN where all is -inf so far
     rest, rest_t, rest_sq = rescale(sums, (reference - m) * scale, ENTROPY, SQUARES)
-    t = (x - reference[None, :, None, :]) * scale
+    t = (x - reference[:, :, None, None]) * scale
     e = tl.exp2(t)
     rest += total(e)
     if ENTROPY:
@@ -123,19 +123,19 @@ def absorb(
 
 @triton.jit
 def join(peaks, sums, scale, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr):
-    """What the lanes (or slices), axis 0, keep together: [ROWS] each."""
+    """What the lanes (or slices), axis 1, keep together: [ROWS] each."""
     m, second, lowest = peaks
-    top = tl.max(m, 0)
+    top = tl.max(m, 1)
     reference = tl.where(top == float("-inf"), 0.0, top)
-    rest, rest_t, rest_sq = rescale(sums, (reference[None, :] - m) * scale, ENTROPY, SQUARES)
+    rest, rest_t, rest_sq = rescale(sums, (reference[:, None] - m) * scale, ENTROPY, SQUARES)
     if MARGIN:
-        lane = tl.arange(0, m.shape[0])[:, None]
-        first = tl.min(tl.where(m == top[None, :], lane, NO_COLUMN), 0)
-        second = tl.maximum(tl.max(second, 0), tl.max(tl.where(lane == first[None, :], float("-inf"), m), 0))
+        lane = tl.arange(0, m.shape[1])[None, :]
+        first = tl.min(tl.where(m == top[:, None], lane, NO_COLUMN), 1)
+        second = tl.maximum(tl.max(second, 1), tl.max(tl.where(lane == first[:, None], float("-inf"), m), 1))
     else:
-        second = tl.max(second, 0)
-    lowest = tl.min(tl.where(m == top[None, :], lowest, NO_COLUMN), 0)
-    return (top, second, lowest), (tl.sum(rest, 0), tl.sum(rest_t, 0), tl.sum(rest_sq, 0))
+        second = tl.max(second, 1)
+    lowest = tl.min(tl.where(m == top[:, None], lowest, NO_COLUMN), 1)
+    return (top, second, lowest), (tl.sum(rest, 1), tl.sum(rest_t, 1), tl.sum(rest_sq, 1))
 
 
 # Values that change from call to call must not compile anew when they are 1, divisible by 16 or above 2^31.
@@ -173,7 +173,7 @@ def row_stats_kernel(
     slice_columns,
     slices,
     rows,
-    sums_ptr,  # [6, slices, rows]: m, second, rest, rest_t, rest_sq, sum_d
+    sums_ptr,  # [7, slices, rows]: m, second, rest, rest_t, rest_sq, sum_d, x_y
     lowest_ptr,  # int32 [slices, rows]
     # Outputs, [rows] each, or None.
     loss_ptr,
@@ -230,6 +230,7 @@ def row_stats_kernel(
     WIDTH: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    UNITS: tl.constexpr = 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
     outer, first, inner, row, inside, target, live = rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS)
     ignored = target == ignore_index
     bad = ((target < 0) | (target >= classes)) & (ignored == 0)
@@ -237,20 +238,27 @@ def row_stats_kernel(
 
     scale = tl.full((), inverse_temperature, ACC) * LOG2E
     cap = tl.full((), softcap, ACC)
+    if ALIGNED and not LOOP:  # no change in value, but Triton sees it, and loads 16 bytes at a time
+        outer_stride = outer_stride // UNITS * UNITS
+        inner_stride = inner_stride // UNITS * UNITS
+        classes = classes // UNITS * UNITS
     base = logits_ptr + outer * outer_stride + inner * inner_stride
-    x_y = load_logits(base + y.to(tl.int64) * class_stride, live, softcap, cap, DOUBLE)
+    if PHASE == MERGE:
+        x_y = tl.load(sums_ptr + 6 * rows.to(tl.int64) * slices + row, mask=inside, other=0.0)
+    else:
+        x_y = load_logits(base + y.to(tl.int64) * class_stride, live, softcap, cap, DOUBLE)
     origin = tl.where(tl.abs(x_y) < float("inf"), x_y, 0.0)  # of sum_d
 
-    low = tl.full((LANES, ROWS), float("-inf"), ACC)
-    zero = tl.zeros((LANES, ROWS), ACC)
-    peaks = (low, low, tl.zeros((LANES, ROWS), tl.int32))
+    low = tl.full((ROWS, LANES), float("-inf"), ACC)
+    zero = tl.zeros((ROWS, LANES), ACC)
+    peaks = (low, low, tl.zeros((ROWS, LANES), tl.int32))
     sums = (zero, zero, zero)
     sum_d = zero
     if PHASE == MERGE:
-        piece = tl.arange(0, LANES)[:, None].to(tl.int64)
-        at = piece * rows + row[None, :]
+        piece = tl.arange(0, LANES)[None, :].to(tl.int64)
+        at = piece * rows + row[:, None]
         part = rows.to(tl.int64) * slices
-        here = (piece < slices) & inside[None, :]
+        here = (piece < slices) & inside[:, None]
         m = tl.load(sums_ptr + at, mask=here, other=float("-inf"))
         second = low
         lowest = peaks[2]
@@ -271,61 +279,70 @@ def row_stats_kernel(
         sums = (rest, rest_t, rest_sq)
     else:
         COLUMNS: tl.constexpr = CHUNKS * LANES * WIDTH
-        begin, columns = slice_of_program(classes, slice_columns, live)
-        place = columns_of_tile(CHUNKS, LANES, WIDTH)
-        y_tile = y[None, None, None, :]
-        origin_tile = origin[None, None, None, :]
-        base = base[None, None, None, :]
-        head = columns * 0
-        full = head
+        ALONE: tl.constexpr = LANES > 1 and CONTIGUOUS
         if LOOP:
-            # Blocks without a mask; where a row is a program's, from the next multiple of 16 bytes on.
-            if LANES > 1 and CONTIGUOUS:
+            begin, columns = slice_of_program(classes, slice_columns, live)
+        else:
+            columns = classes
+        place = columns_of_tile(CHUNKS, LANES, WIDTH)
+        y_tile = y[:, None, None, None]
+        live_tile = live[:, None, None, None]
+        origin_tile = origin[:, None, None, None]
+        base_tile = base[:, None, None, None]
+        if LOOP:
+            # Whole blocks, from the next multiple of 16 bytes on where a row is a program's.
+            head = columns * 0
+            if ALONE:
                 start_of_row = outer * outer_stride + first * inner_stride + begin
                 head = unaligned_columns(start_of_row, misaligned, WIDTH)
                 aligned = logits_ptr + start_of_row + head
             full = tl.maximum(columns - head, 0) // COLUMNS * COLUMNS
+            stop = full
+            if ROWS == 1:  # the block with the target is one of those that are looked at logit by logit
+                y_at = tl.max(y, 0) - begin - head
+                stop = tl.where((y_at >= 0) & (y_at < full), y_at // COLUMNS * COLUMNS, full)
             start = columns * 0
-            while start < full:
-                column = begin + head + start + place
-                if LANES > 1 and CONTIGUOUS:
-                    pointers = tl.multiple_of(aligned + start, 16) + place
-                else:
-                    pointers = base + column.to(tl.int64) * class_stride
-                x = load_logits(pointers, None if ROWS == 1 else live[None, None, None, :], softcap, cap, DOUBLE)
+            left = columns * 0  # of the columns before the first whole block and after the last
+            while (start < full) | (left < columns - full):
+                while start < stop:
+                    column = begin + head + start + place
+                    if ALONE:
+                        pointers = tl.multiple_of(aligned + start, 16) + place
+                    else:
+                        pointers = base_tile + column.to(tl.int64) * class_stride
+                    x = load_logits(pointers, None if ROWS == 1 else live_tile, softcap, cap, DOUBLE)
+                    if LOSS:
+                        if label_smoothing > 0.0:
+                            sum_d += total(x - origin_tile)
+                    if ROWS > 1:
+                        x = tl.where(column == y_tile, float("-inf"), x)
+                    peaks, sums = absorb(peaks, sums, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
+                    start += COLUMNS
+                whole = start < full
+                at = left + place
+                column = begin + tl.where(whole, head + start + place, tl.where(at < head, at, at + full))
+                here = (whole | (at < columns - full)) & live_tile
+                offset = column if CONTIGUOUS else column.to(tl.int64) * class_stride
+                x = load_logits(base_tile + offset, here, softcap, cap, DOUBLE)
                 if LOSS:
                     if label_smoothing > 0.0:
-                        sum_d += total(x - origin_tile)
-                if ROWS > 1:
-                    x = tl.where(column == y_tile, float("-inf"), x)
-                else:  # one block in many holds the target
-                    y_here = tl.max(y, 0) - begin - head - start
-                    if (y_here >= 0) & (y_here < COLUMNS):
-                        x = tl.where(place == y_here, float("-inf"), x)
+                        sum_d += total(tl.where(here, x - origin_tile, 0.0))
+                x = tl.where(here & (column != y_tile), x, float("-inf"))
                 peaks, sums = absorb(peaks, sums, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
-                start += COLUMNS
-        elif ALIGNED:
-            base = tl.multiple_of(base, (16, 16, 16, 16))
-            columns = tl.multiple_of(columns, 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth)
-        # What is left, before the first of those blocks and after the last: hardly ever more than one block.
-        start = columns * 0
-        while start < columns - full:
-            left = start + place
-            if LOOP:
-                column = begin + tl.where(left < head, left, left + full)
-            else:
-                column = left
-            here = (left < columns - full) & live[None, None, None, :]
-            offset = column if CONTIGUOUS else column.to(tl.int64) * class_stride
-            x = load_logits(base + offset, here, softcap, cap, DOUBLE)
+                left += tl.where(whole, 0, COLUMNS)
+                start += tl.where(whole, COLUMNS, 0)
+                stop = full
+        else:
+            here = (place < columns) & live_tile
+            offset = place if CONTIGUOUS else place.to(tl.int64) * class_stride
+            x = load_logits(base_tile + offset, here, softcap, cap, DOUBLE)
             if LOSS:
                 if label_smoothing > 0.0:
                     sum_d += total(tl.where(here, x - origin_tile, 0.0))
-            x = tl.where(here & (column != y_tile), x, float("-inf"))
-            peaks, sums = absorb(peaks, sums, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
-            start += COLUMNS if LOOP else columns
+            x = tl.where(here & (place != y_tile), x, float("-inf"))
+            peaks, sums = absorb(peaks, sums, x, place, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
     peaks, sums = join(peaks, sums, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
-    sum_d = tl.sum(sum_d, 0)
+    sum_d = tl.sum(sum_d, 1)
     top, second, lowest = peaks
 
     if PHASE == SLICE:
@@ -333,6 +350,7 @@ def row_stats_kernel(
         part = rows.to(tl.int64) * slices
         tl.store(sums_ptr + at, top, mask=inside)
         tl.store(sums_ptr + 2 * part + at, sums[0], mask=inside)
+        tl.store(sums_ptr + 6 * part + at, x_y, mask=inside)
         if MARGIN:
             tl.store(sums_ptr + part + at, second, mask=inside)
         if ARGMAX:

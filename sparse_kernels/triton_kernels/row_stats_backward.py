@@ -90,13 +90,23 @@ def row_stats_backward_kernel(
 ):
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     COLUMNS: tl.constexpr = CHUNKS * LANES * WIDTH
+    UNITS: tl.constexpr = 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
     outer, first, inner, row, inside, target, live = rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS)
-    begin, columns = slice_of_program(classes, slice_columns, inside)
+    if LOOP:
+        begin, columns = slice_of_program(classes, slice_columns, inside)
+    else:
+        begin, columns = 0, classes
+        if ALIGNED:  # no change in value, but Triton sees it, and moves 16 bytes at a time
+            outer_stride = outer_stride // UNITS * UNITS
+            inner_stride = inner_stride // UNITS * UNITS
+            gradient_outer_stride = gradient_outer_stride // UNITS * UNITS
+            gradient_inner_stride = gradient_inner_stride // UNITS * UNITS
+            columns = classes // UNITS * UNITS
     place = columns_of_tile(CHUNKS, LANES, WIDTH)
-    base = (logits_ptr + outer * outer_stride + inner * inner_stride)[None, None, None, :]
-    out = (gradient_ptr + outer * gradient_outer_stride + inner * gradient_inner_stride)[None, None, None, :]
-    alive = live[None, None, None, :]
-    y = tl.where(live, target, -1)[None, None, None, :]
+    base = (logits_ptr + outer * outer_stride + inner * inner_stride)[:, None, None, None]
+    out = (gradient_ptr + outer * gradient_outer_stride + inner * gradient_inner_stride)[:, None, None, None]
+    alive = live[:, None, None, None]
+    y = tl.where(live, target, -1)[:, None, None, None]
 
     m = tl.load(maximum_ptr + row, mask=live, other=0.0)
     S = tl.load(total_ptr + row, mask=live, other=1.0)
@@ -117,14 +127,14 @@ def row_stats_backward_kernel(
         a -= g_entropy * (entropy - tl.log(S))
         b -= g_entropy * LN2
     of_row = (
-        m[None, None, None, :],
+        m[:, None, None, None],
         inverse * LOG2E,
         tl.full((), softcap, ACC),
-        a[None, None, None, :],
-        b[None, None, None, :],
-        c[None, None, None, :],
+        a[:, None, None, None],
+        b[:, None, None, None],
+        c[:, None, None, None],
     )
-    d = d[None, None, None, :]
+    d = d[:, None, None, None]
 
     head = columns * 0
     full = head
@@ -154,12 +164,8 @@ def row_stats_backward_kernel(
             if ROWS == 1:
                 tl.store(out_pointers, g)
             else:
-                tl.store(out_pointers, g, mask=inside[None, None, None, :])
+                tl.store(out_pointers, g, mask=inside[:, None, None, None])
             start += COLUMNS
-    elif ALIGNED:
-        base = tl.multiple_of(base, (16, 16, 16, 16))
-        out = tl.multiple_of(out, (16, 16, 16, 16))
-        columns = tl.multiple_of(columns, 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth)
     start = columns * 0
     while start < columns - full:
         left = start + place
@@ -167,7 +173,7 @@ def row_stats_backward_kernel(
             column = begin + tl.where(left < head, left, left + full)
         else:
             column = left
-        here = (left < columns - full) & inside[None, None, None, :]
+        here = (left < columns - full) & inside[:, None, None, None]
         offset = column if CONTIGUOUS else column.to(tl.int64) * class_stride
         out_offset = column if CONTIGUOUS else column.to(tl.int64) * gradient_class_stride
         x = tl.load(base + offset, mask=here & alive, other=0.0).to(ACC)

@@ -2,10 +2,10 @@
 # (Triton has no types, and its compiler reads annotations as its own.)
 """Which rows and columns a program takes, shared by the forward and the backward kernels.
 
-A tile is a block of [CHUNKS, LANES, WIDTH, ROWS]: for each of ROWS rows, CHUNKS * LANES * WIDTH columns,
+A tile is a block of [ROWS, LANES, CHUNKS, WIDTH]: for each of ROWS rows, CHUNKS * LANES * WIDTH columns,
 column = (chunk * LANES + lane) * WIDTH + place. Triton gives a thread 16 bytes along the axis whose addresses
-it knows to be contiguous, and neighbouring threads the next 16 bytes; where it knows none, neighbouring
-threads get neighbouring rows. So
+it knows to be contiguous, and goes on with the next threads along the same axis, then along the
+first axis, and so on to the last, whose share is a thread's own. So
 
     LANES > 1      one row: a lane is a thread, which holds CHUNKS times WIDTH = 16 bytes;
     CONTIGUOUS     several whole rows, a few threads to each;
@@ -37,10 +37,10 @@ def rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS: tl.constexpr):
 
 @triton.jit
 def columns_of_tile(CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """int32 [CHUNKS, LANES, WIDTH, 1]: the column of each place."""
-    chunk = tl.arange(0, CHUNKS)[:, None, None, None]
+    """int32 [1, LANES, CHUNKS, WIDTH]: the column of each place."""
+    chunk = tl.arange(0, CHUNKS)[None, None, :, None]
     lane = tl.arange(0, LANES)[None, :, None, None]
-    return (chunk * LANES + lane) * WIDTH + tl.arange(0, WIDTH)[None, None, :, None]
+    return (chunk * LANES + lane) * WIDTH + tl.arange(0, WIDTH)[None, None, None, :]
 
 
 @triton.jit
