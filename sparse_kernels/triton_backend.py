@@ -129,7 +129,7 @@ class _Plan:
         logits, itemsize, classes = call.logits, call.logits.element_size(), call.classes
         self.logits = logits
         class_stride = 1 if classes == 1 else max(of[2] for of in strides)
-        self.tile = choose(classes, class_stride, itemsize)
+        self.tile = choose(classes, class_stride, itemsize, len(tensors))
         programs = self.programs(self.tile)
         self.slices, slice_columns = 1, classes
         if programs > MAX_PROGRAMS:

@@ -51,14 +51,14 @@ LONG = (
 STRIDED = Launch(NO_LIMIT, 128, 1, 1, 8, 4, "a thread owns a pixel, so nothing is exchanged; a warp reads 32", False)
 
 
-def choose(classes: int, class_stride: int, itemsize: int) -> Launch:
-    """The tile for a batch; ``itemsize`` is a logit's bytes."""
+def choose(classes: int, class_stride: int, itemsize: int, tensors: int = 1) -> Launch:
+    """The tile for a batch; ``itemsize`` is a logit's bytes, ``tensors`` how many tensors of logits are moved."""
     rung = STRIDED
     if class_stride == 1 or classes == 1:
         found = next((rung for rung in SHORT if classes <= rung.classes), None)
         if found is None:
             most, warps, registers, reason = next(rung for rung in LONG if classes <= rung[0])
-            return Launch(most, 1, CHUNKS, 32 * warps, BYTES // itemsize, warps, reason, registers=registers)
+            return Launch(most, 1, CHUNKS // tensors, 32 * warps, BYTES // itemsize, warps, reason, registers=registers)
         rung = found
         if rung.rows == 128 and classes <= 16:
             rung = replace(rung, width=16)
