@@ -143,7 +143,10 @@ class _Plan:
         starts = [tensor.data_ptr() // itemsize for tensor in tensors]
         aligned = all(
             (start - (0 if whole else starts[0])) % width == 0
-            and all((stride - (0 if whole else stride_0)) % width == 0 for stride, stride_0 in zip(of[:2], strides[0]))
+            and all(
+                (stride - (0 if whole else stride_0)) % width == 0
+                for stride, stride_0 in zip(of[:2], strides[0][:2], strict=True)
+            )
             for start, of in zip(starts, strides, strict=True)
         ) and (not whole or classes % width == 0)
         names = ("outer_stride", "inner_stride", "class_stride")

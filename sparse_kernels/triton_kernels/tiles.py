@@ -62,7 +62,7 @@ def unaligned_columns(offset, misaligned, WIDTH: tl.constexpr):
 @triton.jit
 def load_logits(pointers, mask, softcap, cap, DOUBLE: tl.constexpr):
     """Logits after softcap, in the accumulator's type; mask may be None."""
-    if mask is None:
+    if mask is None:  # noqa: SIM108
         x = tl.load(pointers)
     else:
         x = tl.load(pointers, mask=mask, other=0.0)

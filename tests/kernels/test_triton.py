@@ -101,30 +101,33 @@ def test_each_output_alone(name):
 @runs
 @pytest.mark.parametrize("classes", [2, 10, 1000, 151_936])
 def test_error_is_no_larger_than_that_of_plain_pytorch(classes):
-    """Of the forms that people write in float32, and one rounding of the result."""
+    """The largest, over some rows of a kind, of the forms that people write in float32, and two roundings."""
     torch.manual_seed(1)
-    random = torch.randn(classes)
-    confident = torch.zeros(classes)
-    confident[0] = 30.0
-    masked = random.clone()
-    masked[1:-1:2] = -torch.inf
-    lowest = random.clone()
-    lowest[1:] = torch.finfo(torch.float32).min
-    cases = [0.1 * random, random, 10 * random, 100 * random, random + 1e4, random - 1e4, confident, masked, lowest]
-    cases += [torch.full((classes,), value) for value in (0.0, torch.finfo(torch.float32).min)]
-    for outputs in (STATISTICS,):
-        logits = torch.stack(cases if classes < 100_000 else [3 * random, confident]).repeat_interleave(2, 0)
-        targets = torch.tensor([0, classes - 1] * (len(logits) // 2))
-        call = stats_call(logits, targets, outputs)
+    rows = {2: 16, 10: 16, 1000: 4}.get(classes, 2)
+    random = torch.randn(rows, classes)
+    confident, masked, lowest = random.clone(), random.clone(), random.clone()
+    confident[:, 0] = 30.0
+    masked[:, 1:-1:2] = -torch.inf
+    lowest[:, 1:] = torch.finfo(torch.float32).min
+    kinds = {"10": 10 * random, "confident": confident}
+    if classes < 100_000:
+        kinds |= {"0.1": 0.1 * random, "1": random, "100": 100 * random, "+1e4": random + 1e4, "-1e4": random - 1e4}
+        kinds |= {"masked": masked, "lowest": lowest, "equal": torch.zeros(1, classes)}
+        kinds["all lowest"] = torch.full((1, classes), torch.finfo(torch.float32).min)
+    for kind, logits in kinds.items():
+        targets = torch.randint(0, classes, (len(logits),))
+        targets[0], targets[-1] = 0, classes - 1
+        call = stats_call(logits, targets)
         ours, exact = serve(call), reference.row_stats(replace(call, logits=logits.double()))
         for name, plain in plain_statistics(logits, targets).items():
             found, right = getattr(ours, name).double(), getattr(exact, name)
             finite = right.isfinite()
-            assert torch.equal(found[~finite], right[~finite]), name
-            error, theirs = (found - right)[finite].abs(), (plain.double() - right)[finite].abs()
-            excess = error - theirs - 2**-24 * right[finite].abs()
-            assert excess.max() <= 0, f"{name}: {error[excess.argmax()]:.3g} in row {excess.argmax()}"
-        assert torch.equal(ours.argmax, exact.argmax)
+            assert torch.equal(found[~finite], right[~finite]), (kind, name)
+            error = (found - right).abs()[finite].max().item()
+            theirs = (plain.double() - right).abs()[finite].max().item()
+            # A hundredth for where both round the sum of exponentials the same way, and much else after it.
+            assert error <= 1.01 * theirs + 2**-23 * right[finite].abs().max().item(), (kind, name, error, theirs)
+        assert torch.equal(ours.argmax, exact.argmax), kind
 
 
 def plain_statistics(logits, targets):
@@ -430,6 +433,9 @@ CASES = {
     "nchw": lambda: stats((4, 21, 512, 512), torch.float32, 1),
 }
 
+def wide(access, built):
+    return len(re.findall(access + r".global[.\\w]*.v(?:4.b32|2.b64)", built.asm["ptx"]))
+
 def compile_all(arch, names):
     target, found = GPUTarget("cuda", arch, 32), []
     triton_backend.processors = lambda device: 132
@@ -437,7 +443,8 @@ def compile_all(arch, names):
         backend = make_backend(target)
         bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
             **arguments)
-        options, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, options)
+        options, signature, constants, attributes = kernel._pack_args(
+            backend, arguments, bound, specialization, options)
         source = ASTSource(kernel, signature, constants, attributes)
         built = triton.compile(source, target=target, options=options.__dict__)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -447,8 +454,7 @@ def compile_all(arch, names):
                                    text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
         found.append({"case": name, "grid": grid, "registers": int(registers), "stack": int(stack),
-                      "warps": arguments["num_warps"], "wide": len(re.findall(r"ld.global[.\\w]*.v[24].b(?:32|64)", built.asm["ptx"])),
-                      "wide stores": len(re.findall(r"st.global[.\\w]*.v[24].b(?:32|64)", built.asm["ptx"]))})
+                      "warps": arguments["num_warps"], "wide": wide("ld", built), "wide stores": wide("st", built)})
     catch(take)
     for name in names or CASES:
         CASES[name]()
@@ -457,6 +463,7 @@ def compile_all(arch, names):
 def keys():
     # What Triton would look a compilation up by, for calls that differ in values alone.
     found = set()
+    triton_backend.processors = lambda device: 0  # few rows are not cut into slices
     def take(kernel, grid, arguments):
         bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
         found.add(str(bind(**arguments)[1:]))
@@ -502,7 +509,7 @@ REGISTERS = {"long": 128, "all eight": 128, "unaligned": 128, "slices": 128, "ba
 
 @pytest.mark.parametrize("arch", [75, 80, 90, 100])
 def test_compiles_for_gpus_and_fits_registers(arch, compiled):
-    assert len(compiled[arch]) == (13 if arch == 90 else 5)  # "apart" and "slices" are two launches
+    assert len(compiled[arch]) == (12 if arch == 90 else 5)  # "apart" and "slices" are two launches
     for kernel in compiled[arch]:
         assert kernel["registers"] <= REGISTERS.get(kernel["case"], 128), kernel
         # All eight spill a little, outside of the loop over whole blocks; nothing else does.
@@ -534,35 +541,35 @@ def test_values_do_not_compile_anew(tmp_path):
 
 
 @runs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_slices_of_rows(many_processors, monkeypatch, dtype):
+def test_slices_of_rows(many_processors, monkeypatch):
     grids = []
     launched = triton_backend._Plan.launch
     monkeypatch.setattr(
         triton_backend._Plan, "launch", lambda *arguments: (grids.append(arguments[3]), launched(*arguments))
     )
     torch.manual_seed(10)
-    logits = 3 * torch.randn(6, 9001, dtype=dtype)
-    targets = torch.tensor([0, 9000, 4096, -100, 5, 8999])
-    logits[1, 100:] = -torch.inf
-    logits[2, ::2] = torch.finfo(dtype).min
-    logits[4, 7000:7010] = 50.0  # the largest, several times, in one slice
-    logits[5, [10, 8000]] = 60.0  # and in two
+    logits = 3 * torch.randn(6, 2501)
+    targets = torch.tensor([0, 2500, 1024, -100, 5, 2499])
+    logits[1, 100:] = -torch.inf  # whole slices
+    logits[2, ::2] = torch.finfo(torch.float32).min
+    logits[2, 2000:] = torch.finfo(torch.float32).min
+    logits[4, 2000:2010] = 50.0  # the largest, several times, in one slice
+    logits[5, [10, 1800]] = 60.0  # and in two
     targets[1] = 50
     stats = compare(logits, targets)
     assert stats.argmax[5] == 10
-    assert grids[0] > 1
+    assert grids[0] > 2
     assert grids[1] == 1
     again = serve(stats_call(logits, targets))
     assert all(torch.equal(getattr(stats, name), getattr(again, name)) for name in STATISTICS)
-    compare(logits, targets, label_smoothing=0.1, outputs=["loss"])
+    compare(logits[:3], targets[:3], label_smoothing=0.1, outputs=["loss"])
+    compare(torch.randn(2, 701, dtype=torch.float64), targets[:2].clamp(max=700))
     compare(3 * torch.randn(1, 40, 5), torch.randint(0, 40, (1, 5)), dim=1)
-    for column in (0, 4500, 9000):
-        logits = torch.randn(2, 9001, dtype=dtype)
-        logits[1, column] = torch.nan
-        gated, _ = serve_gate(logits, torch.tensor([3, 3]), torch.tensor(-1e30))
-        assert gated.mask.tolist() == [True, False]
-        assert gated.invalid == 1
+    for row, column in enumerate((0, 1300, 2500)):
+        logits[row, column] = torch.nan
+    gated, _ = serve_gate(logits, targets, torch.tensor(-1e30))
+    assert gated.mask.tolist() == [False, False, False, False, True, True]
+    assert gated.invalid == 3
 
 
 @runs
@@ -571,7 +578,9 @@ def test_many_short_rows_are_finished_apart(monkeypatch):
     torch.manual_seed(11)
     logits, targets = 3 * torch.randn(7, 100), torch.randint(0, 100, (7,))
     targets[2] = -100
-    monkeypatch.setattr(triton_backend, "merged", lambda *arguments: merges.append(made := launch.merged(*arguments)) or made)
+    monkeypatch.setattr(
+        triton_backend, "merged", lambda *arguments: merges.append(made := launch.merged(*arguments)) or made
+    )
     merges = []
     compare(logits, targets)
     assert merges[-1] is not None
@@ -601,10 +610,10 @@ def test_any_layout_dtype_and_mask(data):
 @runs
 @pytest.mark.parametrize("classes_first", [False, True])
 def test_offsets_have_64_bits(classes_first):
-    """Rows, or classes, 2^30 logits apart. Where an offset wrapped round, other memory of the mapping is read: zeros."""
+    """Rows, or classes, 2^30 logits apart. A wrapped offset reads other memory of the mapping: zeros."""
     apart, count, middle = 2**30, 4, 2**32
-    if INTERPRETED:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE  # pages that are not touched take no memory
+    if INTERPRETED:  # pages that are not touched take no memory
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
         memory = torch.frombuffer(mmap.mmap(-1, 4 * middle, flags=flags), dtype=torch.bfloat16)
     else:
         memory = torch.zeros(2 * middle, dtype=torch.bfloat16)
@@ -618,7 +627,11 @@ def test_offsets_have_64_bits(classes_first):
         torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
     one = torch.ones(len(logits))
     stats = reference.row_stats(replace(small, outputs=["entropy"]))
-    saved = (logits.float().amax(1), (logits.float() - logits.float().amax(1, keepdim=True)).exp().sum(1), stats.entropy)
+    saved = (
+        logits.float().amax(1),
+        (logits.float() - logits.float().amax(1, keepdim=True)).exp().sum(1),
+        stats.entropy,
+    )
     wanted = triton_backend.row_stats_backward(small, *saved, {"loss": one})
     found = triton_backend.row_stats_backward(call, *saved, {"loss": one}, out=logits)
     assert torch.equal(found, wanted)
@@ -630,7 +643,7 @@ def test_gradient_written_over_the_logits(shape, many_processors):
     torch.manual_seed(13)
     dim = 1 if len(shape) == 3 else -1
     logits, targets = torch.randn(shape), torch.randint(0, shape[dim], shape[:1] + shape[2:])
-    targets[0] = -100
+    targets.view(-1)[0] = -100
     call = stats_call(logits, targets, dim=dim)
     saved = {name: torch.empty_like(targets, dtype=torch.float32) for name in ("maximum_ptr", "total_ptr")}
     entropy = triton_backend._forward(call, targets, saved=saved)["entropy"]
