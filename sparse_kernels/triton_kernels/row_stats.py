@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
-# ruff: noqa: SIM102, SIM108 (what is known at compile time decides by itself whether the rest is compiled)
+# ruff: noqa: SIM102 (what is known at compile time decides by itself whether the rest is compiled)
 """Row statistics and the gate's decision in one pass over the logits.
 
 A program takes the rows and columns of tiles.py, block after block. With x the logits after softcap,

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
-# ruff: noqa: SIM102, SIM108 (what is known at compile time decides by itself whether the rest is compiled)
+# ruff: noqa: SIM108 (what is known at compile time decides by itself whether the rest is compiled)
 """The gradient of loss and entropy in the logits, in one pass over them.
 
 From each row's m, S and entropy H, which the forward saved (a logsumexp, rounded at 1e4 to 1e-3, would not

@@ -125,8 +125,11 @@ def test_error_is_no_larger_than_that_of_plain_pytorch(classes):
             assert torch.equal(found[~finite], right[~finite]), (kind, name)
             error = (found - right).abs()[finite].max().item()
             theirs = (plain.double() - right).abs()[finite].max().item()
-            # A hundredth for where both round the sum of exponentials the same way, and much else after it.
-            assert error <= 1.01 * theirs + 2**-23 * right[finite].abs().max().item(), (kind, name, error, theirs)
+            # A hundredth for where both round the sum of exponentials S the same way, and much else after it;
+            # entropy where the largest logit is not the target's: S, just above 1, rounds before its logarithm.
+            rounded = 2**-24 if name == "entropy" else 0.0
+            largest = right[finite].abs().max().item()
+            assert error <= 1.01 * theirs + rounded + 2**-23 * largest, (kind, name, error, theirs)
         assert torch.equal(ours.argmax, exact.argmax), kind
 
 
