@@ -20,17 +20,23 @@ from torch import Tensor
 from sparse_kernels import reference
 from sparse_kernels.calls import GateCall, StatsCall
 from sparse_kernels.tracing import refuse_tensor
-from sparse_kernels.triton_kernels.launch import choose
+from sparse_kernels.triton_kernels.launch import BYTES, Launch, choose, merged, slices
 from sparse_kernels.types import STATISTICS, GatedRows, RowStats
 
 WEIGHABLE = tuple(name for name in STATISTICS if name != "argmax")
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first dimension
+MAX_CLASSES = 2**30  # a row's columns are counted in 32 bits, a block past its end included
 _NO_WEIGHTS: dict[str, float] = {}
 
 
 @functools.cache
 def _kernels() -> Any:
     return importlib.import_module("sparse_kernels.triton_kernels.row_stats")
+
+
+@functools.cache
+def _backward_kernels() -> Any:
+    return importlib.import_module("sparse_kernels.triton_kernels.row_stats_backward")
 
 
 @functools.cache
@@ -68,6 +74,8 @@ def refuse_row_stats(call: StatsCall) -> str | None:
         return reason
     if _layout(call, logits) is None:
         return f"the rows of strides {logits.stride()} are not two nested loops"
+    if call.classes > MAX_CLASSES:
+        return f"{call.classes} classes; it serves {MAX_CLASSES} at most"
     return None
 
 
@@ -105,34 +113,81 @@ def _signed(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _launch(kernel: Any, call: StatsCall, tensors: Sequence[Tensor], arguments: dict[str, Any]) -> None:
-    found = _layout(call, *tensors)
-    assert found is not None
-    outer, inner, strides = found
-    double = call.logits.dtype is torch.float64
-    tile = choose(call.classes, strides[0][2], double)
-    programs = outer * -(-inner // tile.rows)
-    if programs == 0:
-        return
-    if programs > MAX_PROGRAMS:
-        raise ValueError(f"{outer} x {inner} rows of {call.classes} classes want {programs} programs, above 2^31 - 1")
-    names = ("outer_stride", "inner_stride", "class_stride")
-    for prefix, of in zip(("", "gradient_"), strides, strict=False):
-        arguments |= {f"{prefix}{name}": stride for name, stride in zip(names, of, strict=True)}
-    with torch.cuda.device(call.logits.device) if call.logits.is_cuda else torch.no_grad():
-        kernel[(programs,)](
-            inner_rows=inner,
-            classes=_kernels().scalar(call.classes),
-            ignore_index=call.ignore_index,
-            inverse_temperature=1.0 / call.temperature,
-            softcap=float(call.softcap),
-            label_smoothing=float(call.label_smoothing),
-            DOUBLE=double,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLUMNS=tile.columns,
-            num_warps=tile.warps,
-            **arguments,
-        )
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Of a GPU; a CPU interprets programs one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+class _Plan:
+    """How the kernels see the tensors of a call, the logits first, and the programs for them."""
+
+    def __init__(self, call: StatsCall, tensors: Sequence[Tensor]) -> None:
+        found = _layout(call, *tensors)
+        assert found is not None
+        self.outer, self.inner, strides = found
+        logits, itemsize, classes = call.logits, call.logits.element_size(), call.classes
+        self.logits = logits
+        class_stride = 1 if classes == 1 else max(of[2] for of in strides)
+        self.tile = choose(classes, class_stride, itemsize, len(tensors))
+        programs = self.programs(self.tile)
+        self.slices, slice_columns = 1, classes
+        if programs > MAX_PROGRAMS:
+            raise ValueError(
+                f"{self.outer} x {self.inner} rows of {classes} classes want {programs} programs, above 2^31 - 1"
+            )
+        if programs:
+            self.slices, slice_columns = slices(self.tile, programs, classes, processors(logits.device))
+        width = BYTES // itemsize
+        whole = classes <= self.tile.columns  # in one block: then rows must start on 16 bytes; else as the logits' do
+        starts = [tensor.data_ptr() // itemsize for tensor in tensors]
+        aligned = all(
+            (start - (0 if whole else starts[0])) % width == 0
+            and all(
+                (stride - (0 if whole else stride_0)) % width == 0
+                for stride, stride_0 in zip(of[:2], strides[0][:2], strict=True)
+            )
+            for start, of in zip(starts, strides, strict=True)
+        ) and (not whole or classes % width == 0)
+        names = ("outer_stride", "inner_stride", "class_stride")
+        self.arguments: dict[str, Any] = {
+            f"{prefix}{name}": stride
+            for prefix, of in zip(("", "gradient_"), strides, strict=False)
+            for name, stride in zip(names, of, strict=True)
+        }
+        self.arguments |= {
+            "misaligned": starts[0] % width,
+            "inner_rows": self.inner,
+            "classes": classes,
+            "slice_columns": slice_columns,
+            "ignore_index": call.ignore_index,
+            "inverse_temperature": 1.0 / call.temperature,
+            "softcap": float(call.softcap),
+            "label_smoothing": float(call.label_smoothing),
+            "DOUBLE": itemsize == 8,
+            "ALIGNED": aligned,
+            # A row that is one block, but not aligned, is loaded as a loop's last block is: thread by thread.
+            "LOOP": not whole or (self.tile.lanes > 1 and not aligned),
+        }
+
+    def programs(self, tile: Launch) -> int:
+        """Of one slice."""
+        return self.outer * -(-self.inner // tile.rows)
+
+    def launch(self, kernel: Any, tile: Launch, slices: int, arguments: dict[str, Any]) -> None:
+        """Run the programs of ``tile`` for every row and slice."""
+        with torch.cuda.device(self.logits.device) if self.logits.is_cuda else torch.no_grad():
+            kernel[(self.programs(tile), slices)](
+                CONTIGUOUS=tile.contiguous,
+                ROWS=tile.rows,
+                CHUNKS=tile.chunks,
+                LANES=tile.lanes,
+                WIDTH=tile.width,
+                num_warps=tile.warps,
+                maxnreg=tile.registers,
+                **self.arguments,
+                **arguments,
+            )
 
 
 def flags(outputs: Sequence[str], weights: Sequence[str], backward: bool = False) -> dict[str, bool]:
@@ -165,7 +220,7 @@ def _forward(
         "logits_ptr": call.logits,
         "targets_ptr": targets,
         **{f"{name}_ptr": found.get(name) for name in STATISTICS},
-        **dict.fromkeys(("maximum_ptr", "log_sum_ptr")),
+        **dict.fromkeys(("maximum_ptr", "total_ptr", "sums_ptr", "lowest_ptr")),
         **(saved or {}),
         **dict.fromkeys(("mask_ptr", "significance_ptr", "weight_ptr", "offset_ptr", "threshold_ptr", "invalid_ptr")),
         **{f"w_{name}": float(weights.get(name, 0.0)) for name in WEIGHABLE},
@@ -177,7 +232,20 @@ def _forward(
         **(gate or {}),
         **flags(tuple(found), tuple(weights)),
     }
-    _launch(_kernels().row_stats_kernel, call, [call.logits], arguments)
+    plan, rows = _Plan(call, [call.logits]), targets.numel()
+    kernels = _kernels()
+    arguments |= {"rows": rows, "slices": plan.slices}
+    if rows == 0:
+        return found
+    merge = merged(plan.tile, plan.slices, rows)
+    if merge is None:
+        plan.launch(kernels.row_stats_kernel, plan.tile, 1, arguments | {"PHASE": kernels.WHOLE})
+        return found
+    sums = torch.empty((7, plan.slices, rows), dtype=accumulator, device=targets.device)
+    lowest = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
+    arguments |= {"sums_ptr": sums, "lowest_ptr": lowest}
+    plan.launch(kernels.row_stats_kernel, plan.tile, plan.slices, arguments | {"PHASE": kernels.SLICE})
+    plan.launch(kernels.row_stats_kernel, merge, 1, arguments | {"PHASE": kernels.MERGE})
     return found
 
 
@@ -191,36 +259,48 @@ def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
     sum of exponentials."""
     call = replace(call, logits=call.logits.detach())
     targets = call.targets.contiguous()
-    saved = {name: torch.empty_like(targets, dtype=_accumulator(call)) for name in ("maximum_ptr", "log_sum_ptr")}
+    saved = {name: torch.empty_like(targets, dtype=_accumulator(call)) for name in ("maximum_ptr", "total_ptr")}
     found = _forward(call, targets, saved=saved)
-    return RowStats(**found), saved["maximum_ptr"], saved["log_sum_ptr"].exp()
+    return RowStats(**found), saved["maximum_ptr"], saved["total_ptr"]
 
 
 def row_stats_backward(
-    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor], out: Tensor
-) -> None:
-    """Writes the gradient in the logits to ``out``, which has their shape and dtype and may be the logits.
+    call: StatsCall,
+    maximum: Tensor,
+    total: Tensor,
+    entropy: Tensor | None,
+    given: dict[str, Tensor],
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient in ``call.logits`` of the outputs that ``given`` has upstream gradients of.
 
-    ``given`` holds the upstream gradient of loss, entropy or both; all of the rows' tensors are contiguous.
+    Args:
+        maximum, total: of each row, as the forward saved them: the largest logit after softcap, and the sum of
+            exp((logit - maximum) / temperature).
+        entropy: the forward's; None where ``given`` has none.
+        given: upstream gradients of ``loss`` and ``entropy``, shaped as the targets, any floating dtype.
+        out: where to write; shape, dtype and device of the logits, and may be the logits themselves.
     """
-    call = replace(call, logits=call.logits.detach())
-    gradient = out.detach()
-    if _layout(call, call.logits, gradient) is None:  # the rows of both in two nested loops
-        call = replace(call, logits=call.logits.contiguous())
-        gradient = torch.empty_like(call.logits)
+    logits, targets = call.logits.detach(), call.targets.contiguous()
+    call = replace(call, logits=logits)
+    gradient = torch.empty_like(logits) if out is None else out
+    if _layout(call, logits, gradient) is None:  # rows of both in two nested loops
+        gradient = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    upstream = {name: g.to(maximum.dtype).contiguous() for name, g in given.items()}
+    plan = _Plan(call, [logits, gradient])
     arguments = {
-        "logits_ptr": call.logits,
+        "logits_ptr": logits,
         "gradient_ptr": gradient,
-        "targets_ptr": call.targets.contiguous(),
+        "targets_ptr": targets,
         "maximum_ptr": maximum,
-        "log_sum_ptr": total.log(),
+        "total_ptr": total,
         "entropy_ptr": entropy,
-        "loss_gradient_ptr": given.get("loss"),
-        "entropy_gradient_ptr": given.get("entropy"),
+        "loss_gradient_ptr": upstream.get("loss"),
+        "entropy_gradient_ptr": upstream.get("entropy"),
     }
-    _launch(_kernels().row_stats_backward_kernel, call, [call.logits, gradient], arguments)
-    if gradient.data_ptr() != out.data_ptr():
-        out.copy_(gradient)
+    if targets.numel():
+        plan.launch(_backward_kernels().row_stats_backward_kernel, plan.tile, plan.slices, arguments)
+    return gradient if out is None or gradient is out else out.copy_(gradient)
 
 
 def gate_rows(call: GateCall) -> GatedRows:
