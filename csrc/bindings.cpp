@@ -38,10 +38,10 @@ int64_t integer(const py::tuple& values, py::ssize_t i) {
   if (value == -1) check_error();
   return value;
 }
-float number(const py::tuple& values, py::ssize_t i) {
+double number(const py::tuple& values, py::ssize_t i) {
   const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(values.ptr(), i));
   if (value == -1.0) check_error();
-  return float(value);
+  return value;
 }
 void check_size(const py::tuple& values, py::ssize_t wanted) {
   if (PyTuple_GET_SIZE(values.ptr()) != wanted)
@@ -62,11 +62,9 @@ sk::RowLayout row_layout(const py::tuple& layout) {
   return rows;
 }
 
-sk::RowStatsArgs stats_args(Address logits, int dtype, int64_t rows, int64_t classes,
-                            const py::tuple& layout, Address targets, bool targets_are_int32,
-                            int64_t ignore_index, double temperature, double softcap,
-                            double label_smoothing, const py::tuple& outputs) {
-  sk::RowStatsArgs args{};
+void set_input(sk::RowStatsInput& args, Address logits, int dtype, int64_t rows, int64_t classes,
+               const py::tuple& layout, Address targets, bool targets_are_int32,
+               int64_t ignore_index, double temperature, double softcap, double label_smoothing) {
   args.logits = at<void>(logits);
   args.dtype = sk::DType(dtype);
   args.rows = rows;
@@ -76,17 +74,19 @@ sk::RowStatsArgs stats_args(Address logits, int dtype, int64_t rows, int64_t cla
   args.targets = at<void>(targets);
   args.targets_are_int32 = targets_are_int32;
   args.ignore_index = ignore_index;
-  args.inverse_temperature = float(1.0 / temperature);
-  args.softcap = float(softcap);
-  args.label_smoothing = float(label_smoothing);
-  if (PyTuple_GET_SIZE(outputs.ptr()) == 0) return args;  // none
+  args.inverse_temperature = 1.0 / temperature;
+  args.softcap = softcap;
+  args.label_smoothing = label_smoothing;
+}
+
+void set_outputs(sk::RowStatsArgs& args, const py::tuple& outputs) {
+  if (PyTuple_GET_SIZE(outputs.ptr()) == 0) return;  // none
   check_size(outputs, kOutputs);
   const auto address = [&](int k) { return Address(integer(outputs, k)); };
-  for (int k = 0; k < sk::kStatistics; ++k) args.outputs[k] = at<float>(address(k));
+  for (int k = 0; k < sk::kStatistics; ++k) args.outputs[k] = at<void>(address(k));
   args.argmax = at<int64_t>(address(sk::kStatistics));
-  args.saved_maximum = at<float>(address(sk::kStatistics + 1));
-  args.saved_total = at<float>(address(sk::kStatistics + 2));
-  return args;
+  args.saved_maximum = at<void>(address(sk::kStatistics + 1));
+  args.saved_total = at<void>(address(sk::kStatistics + 2));
 }
 
 // Returns the lowest row with a bad target, or -1.
@@ -106,9 +106,11 @@ PYBIND11_MODULE(_cpp, m) {
         [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
            Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
            double softcap, double label_smoothing, const py::tuple& outputs) {
-          return run(stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,
-                                ignore_index, temperature, softcap, label_smoothing, outputs),
-                     nullptr);
+          sk::RowStatsArgs args{};
+          set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32,
+                    ignore_index, temperature, softcap, label_smoothing);
+          set_outputs(args, outputs);
+          return run(args, nullptr);
         });
 
   m.def("row_stats_backward",
@@ -118,26 +120,16 @@ PYBIND11_MODULE(_cpp, m) {
            const py::tuple& gradient_layout, Address maximum, Address total, Address entropy,
            Address loss_gradient, Address entropy_gradient) {
           sk::RowStatsBackwardArgs args{};
-          args.logits = at<void>(logits);
+          set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32,
+                    ignore_index, temperature, softcap, label_smoothing);
           args.gradient = at<void>(gradient);
-          args.dtype = sk::DType(dtype);
-          args.rows = rows;
-          args.classes = classes;
-          args.class_stride = integer(layout, 0);
-          args.layout = row_layout(layout);
           args.gradient_class_stride = integer(gradient_layout, 0);
           args.gradient_layout = row_layout(gradient_layout);
-          args.targets = at<void>(targets);
-          args.targets_are_int32 = targets_are_int32;
-          args.ignore_index = ignore_index;
-          args.inverse_temperature = float(1.0 / temperature);
-          args.softcap = float(softcap);
-          args.label_smoothing = float(label_smoothing);
-          args.maximum = at<float>(maximum);
-          args.total = at<float>(total);
-          args.entropy = at<float>(entropy);
-          args.loss_gradient = at<float>(loss_gradient);
-          args.entropy_gradient = at<float>(entropy_gradient);
+          args.maximum = at<void>(maximum);
+          args.total = at<void>(total);
+          args.entropy = at<void>(entropy);
+          args.loss_gradient = at<void>(loss_gradient);
+          args.entropy_gradient = at<void>(entropy_gradient);
           py::gil_scoped_release unlocked;
           sk::row_stats_backward(args);
         });
@@ -149,18 +141,20 @@ PYBIND11_MODULE(_cpp, m) {
            Address significance, Address weight, Address offset, const py::tuple& weights,
            Address threshold, double gate_temperature, double p_min, uint64_t seed, uint64_t step,
            Address invalid) {
-          sk::RowStatsArgs args =
-              stats_args(logits, dtype, rows, classes, layout, targets, targets_are_int32,
-                         ignore_index, temperature, softcap, label_smoothing, outputs);
+          sk::RowStatsArgs args{};
+          set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32,
+                    ignore_index, temperature, softcap, label_smoothing);
+          set_outputs(args, outputs);
           args.mask = at<uint8_t>(mask);
-          args.significance = at<float>(significance);
+          args.significance = at<void>(significance);
           args.weight = at<float>(weight);
-          args.offset = at<float>(offset);
+          args.offset = at<void>(offset);
           check_size(weights, sk::kStatistics);
           for (int k = 0; k < sk::kStatistics; ++k) args.weights[k] = number(weights, k);
-          args.threshold = *at<float>(threshold);
-          args.gate_temperature = float(gate_temperature);
-          args.p_min = float(p_min);
+          args.threshold =
+              args.dtype == sk::DType::kFloat64 ? *at<double>(threshold) : *at<float>(threshold);
+          args.gate_temperature = gate_temperature;
+          args.p_min = p_min;
           args.seed = seed;
           args.step = step;
           return run(args, at<int32_t>(invalid));

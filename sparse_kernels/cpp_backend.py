@@ -21,7 +21,7 @@ from sparse_kernels.types import GatedRows, RowStats, Selection
 # The order of csrc/cpu/row_stats.h's Statistic.
 _WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
 SERVED = (*_WEIGHABLE, "argmax")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # What C++ writes: the statistics, and the maximum and the sum of exponentials that a backward needs.
 _WRITTEN = (*SERVED, "saved_maximum", "saved_total")
 _MAX_ROW_DIMENSIONS = 4  # csrc/cpu/row_stats.h's RowLayout
@@ -72,8 +72,6 @@ def refuse_row_stats(call: StatsCall) -> str | None:
     reason = _refuse_tensor(logits)
     if reason is not None:
         return reason
-    if logits.dtype not in _DTYPES:
-        return f"logits are {logits.dtype}; it serves float32, bfloat16 and float16"
     if not logits.is_contiguous() and _layout(logits, call.dim) is None:
         return f"logits of strides {logits.stride()} have too many dimensions that do not collapse"
     return None
@@ -126,11 +124,14 @@ def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
 _COUNT = torch.zeros((), dtype=torch.int32)
 
 
+def _real(call: StatsCall) -> torch.dtype:
+    """What the logits are computed in, and everything that is one a row."""
+    return torch.float64 if call.logits.dtype is torch.float64 else torch.float32
+
+
 def _allocate(call: StatsCall, targets: Tensor) -> dict[str, Tensor]:
-    return {
-        name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else torch.float32)
-        for name in call.outputs
-    }
+    real = _real(call)
+    return {name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else real) for name in call.outputs}
 
 
 def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
@@ -154,7 +155,7 @@ def _forward(call: StatsCall, saved: tuple[str, ...] = ()) -> dict[str, Tensor]:
     targets = call.targets.contiguous()
     found = _allocate(call, targets)
     for name in saved:
-        found[name] = torch.empty_like(targets, dtype=torch.float32)
+        found[name] = torch.empty_like(targets, dtype=_real(call))
     bad_row = _cpp.row_stats(*_inputs(call, targets), _addresses(found))
     if bad_row >= 0:
         call.raise_bad_target(bad_row)
@@ -191,11 +192,12 @@ def row_stats_backward(
 def gate_rows(call: GateCall) -> GatedRows:
     """See ``sparse_kernels.gate_rows``."""
     targets = call.targets.contiguous()
-    threshold = call.threshold if call.threshold.dtype is torch.float32 else call.threshold.float()
-    offset = None if call.offset is None else call.offset.float().contiguous()
+    real = _real(call)
+    threshold = call.threshold if call.threshold.dtype is real else call.threshold.to(real)
+    offset = None if call.offset is None else call.offset.to(real).contiguous()
     mask = torch.empty_like(targets, dtype=torch.bool)
-    significance = torch.empty_like(targets, dtype=torch.float32)
-    weight = torch.empty_like(significance) if call.gate_temperature else None
+    significance = torch.empty_like(targets, dtype=real)
+    weight = torch.empty_like(targets, dtype=torch.float32) if call.gate_temperature else None
     invalid = torch.empty_like(_COUNT)
     found = _allocate(call, targets)
     bad_row = _cpp.gate_rows(

@@ -13,21 +13,16 @@ constexpr int64_t kGrain = 32 * 1024;
 // The longest group of rows that any instruction set handles together.
 constexpr int64_t kGroup = 16;
 
-struct Functions {
-  RowStatsFunction forward;
-  RowStatsBackwardFunction backward;
-};
-
-Functions implementation() {
+const RowStatsFunctions& implementation() {
   switch (instruction_set()) {
 #if defined(SPARSE_KERNELS_X86)
     case InstructionSet::kAvx512:
-      return {avx512::row_stats, avx512::row_stats_backward};
+      return avx512::kRowStats;
     case InstructionSet::kAvx2:
-      return {avx2::row_stats, avx2::row_stats_backward};
+      return avx2::kRowStats;
 #endif
     default:
-      return {portable::row_stats, portable::row_stats_backward};
+      return portable::kRowStats;
   }
 }
 
@@ -42,15 +37,32 @@ int parts_of(int64_t rows, int64_t classes) {
   return parts <= rows ? parts : rows > 0 ? int(rows) : 1;
 }
 
+// Rows that are too few to keep the threads evenly busy are read in parts.
+std::vector<PartSums> sums_of_parts(const RowStatsArgs& args, const RowStatsFunctions& functions) {
+  const int threads = parts_for(args.rows * args.classes, kGrain);
+  const int64_t parts = args.rows * parts_of_row(args.classes);
+  std::vector<PartSums> sums;
+  if (args.class_stride != 1 || threads == 1 || parts == args.rows || args.rows >= 8 * threads)
+    return sums;
+  sums.resize(parts);
+  const int used = parts < threads ? int(parts) : threads;
+  parallel_parts(parts, used, 1, [&](int, int64_t begin, int64_t end) {
+    functions.sum_parts(args, begin, end, sums.data());
+  });
+  return sums;
+}
+
 }  // namespace
 
 RowStatsResult row_stats(const RowStatsArgs& args) {
-  const RowStatsFunction function = implementation().forward;
+  const RowStatsFunctions& functions = implementation();
   const int parts = parts_of(args.rows, args.classes);
-  if (parts == 1) return function(args, 0, args.rows);
+  if (const std::vector<PartSums> sums = sums_of_parts(args, functions); !sums.empty())
+    return functions.forward(args, 0, args.rows, sums.data());
+  if (parts == 1) return functions.forward(args, 0, args.rows, nullptr);
   std::vector<RowStatsResult> results(parts);
   parallel_parts(args.rows, parts, alignment(args.rows), [&](int part, int64_t begin, int64_t end) {
-    results[part] = function(args, begin, end);
+    results[part] = functions.forward(args, begin, end, nullptr);
   });
   RowStatsResult total;
   for (const RowStatsResult& result : results) {
@@ -61,9 +73,9 @@ RowStatsResult row_stats(const RowStatsArgs& args) {
 }
 
 void row_stats_backward(const RowStatsBackwardArgs& args) {
-  const RowStatsBackwardFunction function = implementation().backward;
+  const RowStatsFunctions& functions = implementation();
   parallel_parts(args.rows, parts_of(args.rows, args.classes), alignment(args.rows),
-                 [&](int, int64_t begin, int64_t end) { function(args, begin, end); });
+                 [&](int, int64_t begin, int64_t end) { functions.backward(args, begin, end); });
 }
 
 }  // namespace sparse_kernels

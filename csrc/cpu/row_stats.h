@@ -1,22 +1,24 @@
 // Row statistics and the gate's decision, in one pass over the logits. No PyTorch here: pointers,
 // sizes, strides.
 //
-// Bytes: the logits once (a block of a row is read twice, the second time from L1), and 4 bytes a
-// row for each output.
+// Bytes: the logits once (a block of a row is read twice, the second time from L1), and 4 or 8
+// bytes a row for each output.
 //
-// With m the row's maximum, c = log2(e) / temperature, t_j = (x_j - m) c (base 2, never above 0),
-// e_j = 2^t_j, and y the target, one pass keeps
+// With m the row's maximum, d_j = x_j - m, T the temperature, e_j = exp(d_j / T), and y the target,
+// one pass keeps
 //   rest    = sum_{j != y} e_j
-//   rest_t  = sum_{j != y} e_j t_j
+//   rest_d  = sum_{j != y} e_j d_j
 //   rest_sq = sum_{j != y} e_j^2
-// from which, with e_y = 2^t_y and S = rest + e_y,
-//   loss      = log1p(rest / e_y) where e_y >= rest, else log(S) - t_y ln 2
-//   entropy   = log(S) - ln 2 (rest_t + e_y t_y) / S
+// from which, with S = rest + e_y and log(S) = log1p(rest + (e_y - 1)),
+//   loss      = log(S) - d_y / T
+//   entropy   = log(S) - (rest_d + e_y d_y) / (S T)
 //   grad_norm = sqrt(rest^2 + rest_sq) / S
-// When a block raises the maximum by delta (in base 2, f = 2^-delta), what was kept before becomes
-//   rest_t' = f (rest_t - delta rest),  rest' = f rest,  rest_sq' = f^2 rest_sq.
+// When a block raises the maximum by delta, with f = exp(-delta / T), what was kept before becomes
+//   rest_d' = f (rest_d - delta rest),  rest' = f rest,  rest_sq' = f^2 rest_sq
+// and in the same way two parts of a row become one.
 // The target stays out of the sums because 1 - p_y and 1 - 2 p_y + sum p^2 cancel on a confident
-// row.
+// row; there e_y - 1 is 0, so the logarithm keeps a small rest too. d is kept in the logits' own
+// units, so that a rounded log2(e) / T meets only the exponent, never the result.
 //
 // Hazards: NaN must survive every maximum and clamp (a lost NaN would be a row silently kept);
 // -inf must add 0 and never 0 * -inf; both are said where they are handled.
@@ -26,7 +28,7 @@
 
 namespace sparse_kernels {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 // Statistics that can be weighted into the significance, in the order of RowStatsArgs::weights.
 enum Statistic : int {
@@ -57,7 +59,10 @@ struct RowLayout {
   }
 };
 
-struct RowStatsArgs {
+// What forward and backward are both given. Where a pointer is to void, it is to values of the
+// logits' type, or (outputs and everything that is one a row) to double for float64 and to float
+// for the rest.
+struct RowStatsInput {
   const void* logits;  // [rows, classes] by layout and class_stride
   DType dtype;
   int64_t rows;
@@ -67,48 +72,39 @@ struct RowStatsArgs {
   const void* targets;  // [rows], contiguous int64, or int32
   bool targets_are_int32;
   int64_t ignore_index;
-  float inverse_temperature;
-  float softcap;  // 0: none
-  float label_smoothing;
-  float* outputs[kStatistics];  // [rows] each; null where not wanted
-  int64_t* argmax;              // [rows], or null
-  float* saved_maximum;         // [rows], of the capped logits, for a backward; or null
-  float* saved_total;           // [rows], S
+  double inverse_temperature;
+  double softcap;  // 0: none
+  double label_smoothing;
+};
+
+struct RowStatsArgs : RowStatsInput {
+  void* outputs[kStatistics];  // [rows] each; null where not wanted
+  int64_t* argmax;             // [rows], or null
+  void* saved_maximum;         // [rows], of the capped logits, for a backward; or null
+  void* saved_total;           // [rows], S
 
   // The gate; not applied where mask is null.
-  uint8_t* mask;               // [rows]
-  float* significance;         // [rows]
-  float* weight;               // [rows], 1/p; null for a plain threshold
-  const float* offset;         // [rows] or null
-  float weights[kStatistics];  // 0 where the statistic does not count
-  float threshold;
-  float gate_temperature;
-  float p_min;
+  uint8_t* mask;                // [rows]
+  void* significance;           // [rows]
+  float* weight;                // [rows], 1/p; null for a plain threshold
+  const void* offset;           // [rows] or null
+  double weights[kStatistics];  // 0 where the statistic does not count
+  double threshold;
+  double gate_temperature;
+  double p_min;
   uint64_t seed;
   uint64_t step;
 };
 
-struct RowStatsBackwardArgs {
-  const void* logits;
-  void* gradient;  // written whole; of the logits' type
-  DType dtype;
-  int64_t rows;
-  int64_t classes;
-  int64_t class_stride;
-  RowLayout layout;
+struct RowStatsBackwardArgs : RowStatsInput {  // targets were checked by the forward
+  void* gradient;                              // written whole; of the logits' type
   int64_t gradient_class_stride;
   RowLayout gradient_layout;
-  const void* targets;  // checked by the forward
-  bool targets_are_int32;
-  int64_t ignore_index;
-  float inverse_temperature;
-  float softcap;
-  float label_smoothing;
-  const float* maximum;  // [rows], saved by the forward
-  const float* total;
-  const float* entropy;           // null without entropy_gradient
-  const float* loss_gradient;     // [rows], or null for zeros
-  const float* entropy_gradient;  // [rows], or null for zeros
+  const void* maximum;  // [rows], saved by the forward
+  const void* total;
+  const void* entropy;           // null without entropy_gradient
+  const void* loss_gradient;     // [rows], or null for zeros
+  const void* entropy_gradient;  // [rows], or null for zeros
 };
 
 struct RowStatsResult {
@@ -116,22 +112,42 @@ struct RowStatsResult {
   int64_t invalid = 0;          // rows of NaN
 };
 
-// Reads and writes rows [begin, end). One function for each instruction set.
-using RowStatsFunction = RowStatsResult (*)(const RowStatsArgs&, int64_t begin, int64_t end);
-using RowStatsBackwardFunction = void (*)(const RowStatsBackwardArgs&, int64_t begin, int64_t end);
+// Sums over a part of a row's classes: kPartClasses of them, and in the last part what is left. A
+// row is summed part by part however many threads there are, so its result does not depend on them.
+constexpr int64_t kPartClasses = 8 * 1024;
 
-namespace portable {
-RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
-}  // namespace portable
-namespace avx2 {
-RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
-}  // namespace avx2
-namespace avx512 {
-RowStatsResult row_stats(const RowStatsArgs& args, int64_t begin, int64_t end);
-void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
-}  // namespace avx512
+inline int64_t parts_of_row(int64_t classes) {
+  return classes < 2 * kPartClasses ? 1 : classes / kPartClasses;
+}
+
+struct PartSums {
+  double maximum, rest, rest_d, rest_sq;
+  double largest, second;  // only where the margin is wanted
+  double sum;              // of the logits; only with label smoothing
+  int64_t argmax;          // only where wanted
+};
+
+// One set of functions for each instruction set.
+struct RowStatsFunctions {
+  // Rows [begin, end); with the sums of their parts, of every row of args, the logits of classes
+  // are not read again.
+  RowStatsResult (*forward)(const RowStatsArgs&, int64_t begin, int64_t end, const PartSums*);
+  // Parts [begin, end) of all rows' parts, numbered row by row; for contiguous classes.
+  void (*sum_parts)(const RowStatsArgs&, int64_t begin, int64_t end, PartSums*);
+  void (*backward)(const RowStatsBackwardArgs&, int64_t begin, int64_t end);
+};
+
+#define SPARSE_KERNELS_DECLARE(isa)                                                           \
+  namespace isa {                                                                             \
+  RowStatsResult row_stats(const RowStatsArgs&, int64_t begin, int64_t end, const PartSums*); \
+  void sum_parts(const RowStatsArgs&, int64_t begin, int64_t end, PartSums*);                 \
+  void row_stats_backward(const RowStatsBackwardArgs&, int64_t begin, int64_t end);           \
+  constexpr RowStatsFunctions kRowStats{row_stats, sum_parts, row_stats_backward};            \
+  }
+SPARSE_KERNELS_DECLARE(portable)
+SPARSE_KERNELS_DECLARE(avx2)
+SPARSE_KERNELS_DECLARE(avx512)
+#undef SPARSE_KERNELS_DECLARE
 
 // All rows, in parallel, with the widest instruction set in use.
 RowStatsResult row_stats(const RowStatsArgs& args);

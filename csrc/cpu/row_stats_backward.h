@@ -9,66 +9,70 @@
 // Constants of one row in every lane, or of a row in each lane.
 struct Slope {
   Vec maximum, inverse_total, log_total, entropy, loss_gradient, entropy_gradient;
-  Vec power_scale, inverse_temperature, uniform;
-  float softcap;
+  Vec inverse_temperature, uniform;
+  Exponential exponential;
+  Real softcap;
 
   Slope(const RowStatsBackwardArgs& args, Vec maximum, Vec total, Vec entropy, Vec g, Vec h)
       : maximum(maximum),
-        inverse_total(splat(1.0f) / total),
+        inverse_total(splat(1) / total),
         log_total(log(total)),
         entropy(entropy),
         loss_gradient(g),
         entropy_gradient(h),
-        power_scale(splat(kLog2E * args.inverse_temperature)),
-        inverse_temperature(splat(args.inverse_temperature)),
-        uniform(g * splat(float(double(args.label_smoothing) / double(args.classes)))),
-        softcap(args.softcap) {}
+        inverse_temperature(splat(Real(args.inverse_temperature))),
+        uniform(g * splat(Real(args.label_smoothing / double(args.classes)))),
+        exponential(args.inverse_temperature),
+        softcap(Real(args.softcap)) {}
 
   // ``at_target`` is g (1 - s) in the target's column, else 0.
   Vec operator()(Vec x, Vec at_target) const {
     Vec slope = inverse_temperature;
-    if (softcap != 0.0f) {
+    if (softcap != 0) {
       Vec steepness;
       x = splat(softcap) * tanh(x / splat(softcap), &steepness);
       slope = slope * steepness;
     }
-    const Vec zero = splat(0.0f), t = clamp_power((x - maximum) * power_scale);
-    Vec p = exp2_clamped(t) * inverse_total;
-    p = select_ge(splat(kLowestPower), t, zero, p);  // a masked logit gets exactly 0
-    const Vec log_p = fma(t, splat(kLn2), zero - log_total);
+    const Vec zero = splat(0), d = exponential.clamp(x - maximum);
+    Vec p = exponential(d) * inverse_total;
+    p = select_ge(exponential.lowest, d, zero, p);  // a masked logit gets exactly 0
+    const Vec log_p = fms(d, inverse_temperature, log_total);
     const Vec factor = loss_gradient - entropy_gradient * (log_p + entropy);
     return (fma(p, factor, zero - uniform) - at_target) * slope;
   }
 };
 
-inline float value_at(const float* values, int64_t row) { return values ? values[row] : 0.0f; }
+inline Real value_at(const void* values, int64_t row) {
+  return values ? static_cast<const Real*>(values)[row] : 0;
+}
 
 template <class T>
 inline void backward_row(const RowStatsBackwardArgs& args, int64_t row, int64_t y, const T* x,
                          T* gradient) {
-  const float g = value_at(args.loss_gradient, row);
-  const Slope slope(args, splat(args.maximum[row]), splat(args.total[row]),
+  const Real g = value_at(args.loss_gradient, row);
+  const Slope slope(args, splat(value_at(args.maximum, row)), splat(value_at(args.total, row)),
                     splat(value_at(args.entropy, row)), splat(g),
                     splat(value_at(args.entropy_gradient, row)));
-  const Vec zero = splat(0.0f);
-  const float target_x = to_float(x[y]);  // before the stores, which may be to the logits
+  const Vec zero = splat(0);
+  const Real target_x = widen(x[y]);  // before the stores, which may be to the logits
   const int64_t whole = args.classes / kLanes * kLanes;
   for (int64_t j = 0; j < whole; j += kLanes) store(gradient + j, slope(load(x + j), zero));
-  T some[kLanes];
+  T some[kLanes] = {};
   if (whole < args.classes) {
-    const int tail = int(args.classes - whole);
-    store(some, slope(load_partial(x + whole, tail), zero));
-    std::memcpy(gradient + whole, some, sizeof(T) * tail);
+    const size_t tail = sizeof(T) * size_t(args.classes - whole);
+    std::memcpy(some, x + whole, tail);
+    store(some, slope(load(some), zero));
+    std::memcpy(gradient + whole, some, tail);
   }
-  store(some, slope(splat(target_x), splat(g * (1.0f - args.label_smoothing))));
+  store(some, slope(splat(target_x), splat(g * Real(1.0 - args.label_smoothing))));
   gradient[y] = some[0];
 }
 
 // Rows in lanes, for classes that are not contiguous.
 template <class T>
 inline void backward_group(const RowStatsBackwardArgs& args, int64_t row, int count) {
-  alignas(64) float m[kLanes], total[kLanes], entropy[kLanes], g[kLanes], h[kLanes];
-  alignas(64) float active[kLanes], target_x[kLanes], at_target[kLanes];
+  alignas(64) Real m[kLanes], total[kLanes], entropy[kLanes], g[kLanes], h[kLanes];
+  alignas(64) Real active[kLanes], target_x[kLanes], at_target[kLanes];
   const T* x[kLanes];
   T* out[kLanes];
   int64_t y[kLanes];
@@ -79,18 +83,18 @@ inline void backward_group(const RowStatsBackwardArgs& args, int64_t row, int co
     out[i] = static_cast<T*>(args.gradient) + args.gradient_layout.offset(r);
     adjacent &= x[i] == x[0] + i && out[i] == out[0] + i;
     y[i] = target_of(args, r);
-    active[i] = y[i] == args.ignore_index ? 0.0f : 1.0f;
-    if (active[i] == 0.0f) y[i] = 0;
-    m[i] = args.maximum[r];
-    total[i] = args.total[r];
+    active[i] = y[i] == args.ignore_index ? 0 : 1;
+    if (active[i] == 0) y[i] = 0;
+    m[i] = value_at(args.maximum, r);
+    total[i] = value_at(args.total, r);
     entropy[i] = value_at(args.entropy, r);
     g[i] = value_at(args.loss_gradient, r);
     h[i] = value_at(args.entropy_gradient, r);
-    at_target[i] = g[i] * (1.0f - args.label_smoothing);
-    target_x[i] = to_float(x[i][y[i] * args.class_stride]);
+    at_target[i] = g[i] * Real(1.0 - args.label_smoothing);
+    target_x[i] = widen(x[i][y[i] * args.class_stride]);
   }
   const Slope slope(args, load(m), load(total), load(entropy), load(g), load(h));
-  const Vec zero = splat(0.0f), one = splat(1.0f), is_active = load(active);
+  const Vec zero = splat(0), one = splat(1), is_active = load(active);
   const auto gradient_of = [&](Vec v, Vec hit) {  // an ignored row may hold NaN: selected away
     return select_ge(is_active, one, slope(v, hit), zero);
   };
@@ -124,16 +128,5 @@ void run_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) 
       std::memset(static_cast<void*>(gradient), 0, sizeof(T) * size_t(args.classes));
     else
       backward_row(args, row, y, x, gradient);
-  }
-}
-
-void row_stats_backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kBFloat16:
-      return run_backward<BFloat16>(args, begin, end);
-    case DType::kFloat16:
-      return run_backward<Float16>(args, begin, end);
-    default:
-      return run_backward<float>(args, begin, end);
   }
 }

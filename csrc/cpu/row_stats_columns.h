@@ -1,11 +1,39 @@
-// Columns in lanes: one row at a time, kBlock classes at a time. Included by row_stats_kernel.h.
+// Columns in lanes: a row's classes, kBlock at a time. Included by row_stats_kernel.h.
 
-// Up to kLanes elements, the lanes behind them -inf.
+inline int vectors_of(int columns) { return (columns + kLanes - 1) / kLanes; }
+
+// -inf in the first half: min() with kLanes of these drops the lanes before the second.
+struct TailMask {
+  Real value[2 * kLanes] = {};
+  constexpr TailMask() {
+    for (int i = 0; i < 2 * kLanes; ++i) value[i] = i < kLanes ? -kInfinity : kInfinity;
+  }
+};
+// Constant: what ran when the library is loaded would run on processors without these instructions.
+constexpr TailMask kTailMask;
+
+// A block copied to where it can be changed, capped where there is a softcap, in whole vectors. The
+// last one ends with the last column and begins with -inf (padded at its end, it would be stored in
+// two parts, and reading it would wait for both). There must be kLanes columns.
 template <class T>
-inline Vec load_partial(const T* p, int count, int replaced = -1) {
-  alignas(64) float x[kLanes];
-  for (int i = 0; i < kLanes; ++i) x[i] = i < count && i != replaced ? to_float(p[i]) : -kInfinity;
-  return load(x);
+inline void copy_block(const T* x, int columns, Real softcap, Real* copy) {
+  const auto capped = [&](int i) {
+    const Vec v = load(x + i);
+    return softcap != 0 ? cap(v, softcap) : v;
+  };
+  const int tail = columns % kLanes, whole = columns - tail;
+  for (int i = 0; i < whole; i += kLanes) store(copy + i, capped(i));
+  if (tail) store(copy + whole, min(load(kTailMask.value + tail), capped(columns - kLanes)));
+}
+
+// Where in the copy a column is, and which column is there.
+inline int place_in_copy(int column, int columns) {
+  const int tail = columns % kLanes;
+  return tail && column >= columns - tail ? column + kLanes - tail : column;
+}
+inline int column_in_copy(int place, int columns) {
+  const int tail = columns % kLanes;
+  return tail && place >= columns - tail ? place - (kLanes - tail) : place;
 }
 
 inline void prefetch(const void* p) {
@@ -17,89 +45,52 @@ inline void prefetch(const void* p) {
 }
 
 struct BlockSums {
-  float rest, rest_t, rest_sq;
+  Real rest, rest_d, rest_sq;
 };
 
-// Sums over a block; ``target`` is the target's column in it, or -1.
+// The target is -inf here, so that the loop has no exception to find: where a row is short,
+// branches that go astray would cost as much as its sums.
 template <class T, bool kSquares>
-inline BlockSums sum_block(const T* x, int columns, int target, float maximum, float power_scale) {
-  constexpr int kUnroll = Vec::kUnroll;
-  const Vec m = splat(maximum), scale = splat(power_scale);
-  Vec rest[kUnroll], rest_t[kUnroll], rest_sq[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) rest[u] = rest_t[u] = rest_sq[u] = splat(0.0f);
-  const auto add = [&](Vec v, int u) {
-    const Vec t = clamp_power((v - m) * scale);
-    const Vec e = exp2_clamped(t);
-    rest[u] = rest[u] + e;
-    rest_t[u] = fma(e, t, rest_t[u]);
-    if (kSquares) rest_sq[u] = fma(e, e, rest_sq[u]);
-  };
-  const auto add_vectors = [&](int begin, int end) {
-    int i = begin;
-    for (; i + kUnroll <= end; i += kUnroll)
-      for (int u = 0; u < kUnroll; ++u) {
-        // The next block, while this one keeps the arithmetic busy: otherwise its first read, for
-        // the maximum, would wait for memory. A prefetch past the end of memory does nothing.
-        prefetch(x + (i + u) * kLanes + kBlock);
-        add(load(x + (i + u) * kLanes), u);
-      }
-    for (; i < end; ++i) add(load(x + i * kLanes), 0);
-  };
-  const int vectors = columns / kLanes, tail = columns % kLanes;
-  // The vector that holds the target is left out of the loop and added with -inf in its place.
-  const int hole = target < 0 ? vectors : target / kLanes;
-  add_vectors(0, hole < vectors ? hole : vectors);
-  add_vectors(hole + 1, vectors);
-  if (hole < vectors) add(load_partial(x + hole * kLanes, kLanes, target % kLanes), 0);
-  if (tail)
-    add(load_partial(x + vectors * kLanes, tail,
-                     hole == vectors && target >= 0 ? target % kLanes : -1),
-        0);
-  for (int u = 1; u < kUnroll; ++u) {
-    rest[0] = rest[0] + rest[u];
-    rest_t[0] = rest_t[0] + rest_t[u];
-    rest_sq[0] = rest_sq[0] + rest_sq[u];
+inline BlockSums sum_block(const T* x, int vectors, Real maximum, const Exponential& in_memory) {
+  const Exponential exponential = in_memory;
+  const Vec m = splat(maximum);
+  Sums sums;
+  const auto at = [&](int i) { return load(x + i * kLanes) - m; };
+  int i = 0;
+  for (; i + 4 <= vectors; i += 4) {
+    // The next block, while this one keeps the arithmetic busy: otherwise its first read, for the
+    // maximum, would wait for memory. A prefetch past the end of memory does nothing.
+    for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(x + i * kLanes + kBlock + j);
+    sums.add<kSquares>(at(i), at(i + 1), at(i + 2), at(i + 3), exponential);
   }
-  return {reduce_add(rest[0]), reduce_add(rest_t[0]), kSquares ? reduce_add(rest_sq[0]) : 0.0f};
+  for (; i < vectors; ++i) sums.add<kSquares>(at(i), exponential);
+  return {reduce_add(sums.rest), reduce_add(sums.rest_d), kSquares ? reduce_add(sums.rest_sq) : 0};
 }
 
 // The largest of a block. NaN may be lost here: the sums, which meet every element, keep it.
 template <class T>
-inline float max_block(const T* x, int columns) {
+inline Real max_block(const T* x, int vectors) {
   constexpr int kUnroll = 4;
-  const int vectors = columns / kLanes;
   Vec m[kUnroll];
   for (int u = 0; u < kUnroll; ++u) m[u] = splat(-kInfinity);
   int i = 0;
   for (; i + kUnroll <= vectors; i += kUnroll)
     for (int u = 0; u < kUnroll; ++u) m[u] = max(m[u], load(x + (i + u) * kLanes));
   for (; i < vectors; ++i) m[0] = max(m[0], load(x + i * kLanes));
-  if (columns % kLanes) m[1] = max(m[1], load_partial(x + vectors * kLanes, columns % kLanes));
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
 template <class T>
-inline bool has_nan(const T* x, int columns) {
+inline bool has_nan(const T* x, int vectors) {
   bool found = false;
-  for (int j = 0; j < columns; ++j) found |= to_float(x[j]) != to_float(x[j]);
+  for (int j = 0; j < vectors * kLanes; ++j) found |= widen(x[j]) != widen(x[j]);
   return found;
 }
 
-template <class T>
-inline void cap_block(const T* x, int columns, float softcap, float* capped) {
-  const int vectors = columns / kLanes;
-  for (int i = 0; i < vectors; ++i) store(capped + i * kLanes, cap(load(x + i * kLanes), softcap));
-  for (int j = vectors * kLanes; j < columns; ++j) {
-    alignas(64) float one[kLanes];
-    store(one, cap(splat(to_float(x[j])), softcap));
-    capped[j] = one[0];
-  }
-}
-
 struct TwoLargest {
-  float largest = -kInfinity, second = -kInfinity;
+  Real largest = -kInfinity, second = -kInfinity;
 
-  void add(float x) {
+  void add(Real x) {
     if (x > largest) {
       second = largest;
       largest = x;
@@ -110,16 +101,14 @@ struct TwoLargest {
 };
 
 template <class T>
-inline TwoLargest two_largest(const T* x, int columns) {
+inline TwoLargest two_largest(const T* x, int vectors) {
   Vec largest = splat(-kInfinity), second = largest;
   const auto add = [&](Vec v) {
     second = max(second, min(largest, v));
     largest = max(largest, v);
   };
-  const int vectors = columns / kLanes;
   for (int i = 0; i < vectors; ++i) add(load(x + i * kLanes));
-  if (columns % kLanes) add(load_partial(x + vectors * kLanes, columns % kLanes));
-  alignas(64) float a[kLanes], b[kLanes];
+  alignas(64) Real a[kLanes], b[kLanes];
   store(a, largest);
   store(b, second);
   TwoLargest found;
@@ -132,65 +121,70 @@ inline TwoLargest two_largest(const T* x, int columns) {
 
 // Sum of x - shift.
 template <class T>
-inline float sum_differences(const T* x, int columns, float shift) {
-  Vec sum = splat(0.0f);
+inline Real sum_differences(const T* x, int columns, Real shift) {
+  Vec sum = splat(0);
   const int vectors = columns / kLanes;
   for (int i = 0; i < vectors; ++i) sum = sum + (load(x + i * kLanes) - splat(shift));
-  float total = reduce_add(sum);
-  for (int j = vectors * kLanes; j < columns; ++j) total += to_float(x[j]) - shift;
+  Real total = reduce_add(sum);
+  for (int j = vectors * kLanes; j < columns; ++j)
+    total += widen(x[place_in_copy(j, columns)]) - shift;
   return total;
 }
 
-// One row, block by block, into one lane of the group.
-struct RowSums {
-  float maximum = -kInfinity;
-  double rest = 0.0, rest_t = 0.0, rest_sq = 0.0;  // of a few blocks: double costs nothing here
-  double sum = 0.0;
-  TwoLargest top;
-  int64_t argmax = 0;
-  float target_x = 0.0f;
+// Part of a row, block by block, and parts put together.
+struct RowSums : PartSums {
+  // Of nothing yet. In double, which costs nothing for a few blocks.
+  RowSums() : PartSums{-kInfinity, 0, 0, 0, -kInfinity, -kInfinity, 0, 0} {}
+  explicit RowSums(const PartSums& part) : PartSums(part) {}
 
-  // ``target`` is relative to the block.
-  template <bool kSquares, class T>
-  void add(const RowStatsArgs& args, const Plan& plan, const T* x, int64_t begin, int columns,
-           int64_t target) {
-    const bool has_target = target >= 0 && target < columns;
-    if (has_target) target_x = to_float(x[target]);
-    const float block_maximum = max_block(x, columns);
-    if (plan.extras) add_extras(args, plan, x, begin, columns, block_maximum);
-    if (block_maximum > maximum) {
-      if (rest != 0.0) {
-        const double delta = (double(block_maximum) - maximum) * plan.power_scale;
-        const double f = std::exp2(-delta);
-        rest_t = f > 0.0 ? f * (rest_t - delta * rest) : 0.0 * rest;  // 0 * rest: NaN stays
-        rest *= f;
-        rest_sq *= f * f;
-      }
-      maximum = block_maximum;
+  void raise(double to, double inverse_temperature) {
+    if (!(to > maximum)) return;
+    if (rest != 0.0) {
+      const double delta = to - maximum;
+      const double f = std::exp(-delta * inverse_temperature);
+      rest_d = f > 0.0 ? f * (rest_d - delta * rest) : 0.0 * rest;  // 0 * rest: NaN stays
+      rest *= f;
+      rest_sq *= f * f;
     }
-    if (maximum == -kInfinity) {  // nothing yet but -inf, where t would be NaN, or a lost NaN
-      if (has_nan(x, columns)) rest = kNaN;
+    maximum = to;
+  }
+
+  void add_top(double x) {
+    second = x > largest ? largest : x > second ? x : second;
+    largest = x > largest ? x : largest;
+  }
+
+  // Columns that are whole vectors, or a copy; ``target`` is in the copy, or null.
+  template <bool kSquares, class T>
+  void add_block(const RowStatsArgs& args, const Plan& plan, const T* x, int64_t begin, int columns,
+                 Real* target) {
+    const int vectors = vectors_of(columns);
+    const Real block_maximum = max_block(x, vectors);
+    if (plan.extras) add_extras(args, plan, x, begin, columns, block_maximum);
+    raise(block_maximum, args.inverse_temperature);
+    if (maximum == -kInfinity) {  // nothing yet but -inf, where d would be NaN, or a lost NaN
+      if (has_nan(x, vectors)) rest = kNaN;
       return;
     }
-    const BlockSums block = sum_block<T, kSquares>(x, columns, has_target ? int(target) : -1,
-                                                   maximum, plan.power_scale);
+    if (target) *target = -kInfinity;  // stays out of the sums
+    const BlockSums block = sum_block<T, kSquares>(x, vectors, Real(maximum), plan.exponential);
     rest += block.rest;
-    rest_t += block.rest_t;
+    rest_d += block.rest_d;
     rest_sq += block.rest_sq;
   }
 
   template <class T>
   void add_extras(const RowStatsArgs& args, const Plan& plan, const T* x, int64_t begin,
-                  int columns, float block_maximum) {
+                  int columns, Real block_maximum) {
     if (plan.wanted[kMargin]) {
-      const TwoLargest found = two_largest(x, columns);
-      top.add(found.largest);
-      top.add(found.second);
+      const TwoLargest found = two_largest(x, vectors_of(columns));
+      add_top(found.largest);
+      add_top(found.second);
     }
     if (args.argmax && block_maximum > maximum) {
       int j = 0;
-      while (j < columns - 1 && to_float(x[j]) != block_maximum) ++j;
-      argmax = begin + j;
+      while (widen(x[j]) != block_maximum) ++j;
+      argmax = begin + column_in_copy(j, columns);
     }
     if (plan.smoothed) {
       const bool masked = block_maximum == -kInfinity;
@@ -199,33 +193,140 @@ struct RowSums {
     }
   }
 
-  void finish(const RowStatsArgs& args, const Plan& plan, int lane, Group& group) const {
-    group.maximum[lane] = maximum;
-    group.rest[lane] = maximum == -kInfinity ? kNaN : float(rest);  // all -inf: no distribution
-    group.rest_t[lane] = float(rest_t);
-    group.rest_sq[lane] = float(rest_sq);
-    group.target_t[lane] = (target_x - maximum) * plan.power_scale;
-    group.second[lane] = top.second;
-    group.mean[lane] = float(sum / double(args.classes) - maximum);
-    group.argmax[lane] = argmax;
-    group.ignored[lane] = false;
+  // A part behind this one.
+  void merge(RowSums part, double inverse_temperature) {
+    if (part.maximum > maximum) argmax = part.argmax;
+    raise(part.maximum, inverse_temperature);
+    part.raise(maximum, inverse_temperature);
+    rest += part.rest;
+    rest_d += part.rest_d;
+    rest_sq += part.rest_sq;
+    add_top(part.largest);
+    add_top(part.second);
+    sum += part.sum;
   }
 };
 
+// One part of a row; ``target`` and ``logits`` are the row's.
 template <class T, bool kSquares>
-inline void sum_row(const RowStatsArgs& args, const Plan& plan, const T* logits, int64_t target,
-                    int lane, Group& group) {
+inline RowSums sum_part(const RowStatsArgs& args, const Plan& plan, const T* logits, int64_t target,
+                        int64_t part) {
+  const int64_t first = part * kPartClasses;
+  const int64_t end = part + 1 == parts_of_row(args.classes) ? args.classes : first + kPartClasses;
   RowSums sums;
-  for (int64_t begin = 0; begin < args.classes; begin += kBlock) {
+  for (int64_t begin = first; begin < end;) {
     const T* x = logits + begin;
-    const int columns = int(args.classes - begin < kBlock ? args.classes - begin : kBlock);
-    if (args.softcap != 0.0f) {
-      alignas(64) float capped[kBlock];
-      cap_block(x, columns, args.softcap, capped);
-      sums.add<kSquares>(args, plan, capped, begin, columns, target - begin);
+    // The last block takes what would be less than a vector.
+    const int columns = int(end - begin < kBlock + kLanes ? end - begin : kBlock);
+    const bool has_target = target >= begin && target < begin + columns;
+    if (has_target || args.softcap != 0.0 || columns % kLanes) {
+      alignas(64) Real copy[kBlock + kLanes];
+      copy_block(x, columns, Real(args.softcap), copy);
+      sums.add_block<kSquares>(
+          args, plan, copy, begin, columns,
+          has_target ? copy + place_in_copy(int(target - begin), columns) : nullptr);
     } else {
-      sums.add<kSquares>(args, plan, x, begin, columns, target - begin);
+      sums.add_block<kSquares>(args, plan, x, begin, columns, nullptr);
+    }
+    begin += columns;
+  }
+  return sums;
+}
+
+// Rows of one block, several at a time, so that no row waits for another's reductions.
+template <class T, bool kSquares>
+inline void sum_short_rows(const RowStatsArgs& args, const Plan& plan, const T* const* logits,
+                           const int64_t* target, int count, Group& group) {
+  constexpr int kCopies = kLanes * (kBlock / 4 + kLanes);  // 8 KB of float32: stays in L1
+  alignas(64) Real copies[kCopies];
+  const int columns = int(args.classes), vectors = vectors_of(columns), width = vectors * kLanes;
+  const int step = kCopies / width < kLanes ? kCopies / width : kLanes;
+  for (int first = 0; first < count; first += step) {
+    const int last = first + step < count ? first + step : count;
+    for (int i = first; i < last; ++i) {
+      if (group.ignored[i]) continue;
+      Real* copy = copies + (i - first) * width;
+      copy_block(logits[i], columns, Real(args.softcap), copy);
+      group.maximum[i] = max_block(copy, vectors);
+      Real& target_x = copy[place_in_copy(int(target[i]), columns)];
+      group.target_d[i] = target_x - group.maximum[i];
+      target_x = -kInfinity;
+    }
+    for (int i = first; i < last; ++i) {
+      if (group.ignored[i]) continue;
+      const BlockSums sums = sum_block<Real, kSquares>(copies + (i - first) * width, vectors,
+                                                       group.maximum[i], plan.exponential);
+      group.rest[i] = group.maximum[i] == -kInfinity ? kNaN : sums.rest;
+      group.rest_d[i] = sums.rest_d;
+      group.rest_sq[i] = sums.rest_sq;
     }
   }
-  sums.finish(args, plan, lane, group);
+}
+
+// Rows of several blocks, or with extras; from their parts' sums where these are there.
+template <class T, bool kSquares>
+inline void sum_long_rows(const RowStatsArgs& args, const Plan& plan, const T* const* logits,
+                          const int64_t* target, int64_t row, int count, const PartSums* parts,
+                          Group& group) {
+  const int64_t each = parts_of_row(args.classes);
+  for (int i = 0; i < count; ++i) {
+    if (group.ignored[i]) continue;
+    RowSums sums;
+    for (int64_t part = 0; part < each; ++part) {
+      const RowSums more = parts ? RowSums(parts[(row + i) * each + part])
+                                 : sum_part<T, kSquares>(args, plan, logits[i], target[i], part);
+      if (part == 0)
+        sums = more;
+      else
+        sums.merge(more, args.inverse_temperature);
+    }
+    const bool masked = sums.maximum == -kInfinity;  // every logit: no distribution
+    group.maximum[i] = Real(sums.maximum);
+    group.rest[i] = masked ? kNaN : Real(sums.rest);
+    group.rest_d[i] = Real(sums.rest_d);
+    group.rest_sq[i] = Real(sums.rest_sq);
+    group.second[i] = Real(sums.second);
+    group.mean[i] = Real(sums.sum / double(args.classes) - sums.maximum);
+    group.argmax[i] = sums.argmax;
+    group.target_d[i] = widen(logits[i][target[i]]);
+  }
+  Vec target_x = load(group.target_d);
+  if (args.softcap != 0.0) target_x = cap(target_x, Real(args.softcap));
+  store(group.target_d, target_x - load(group.maximum));
+}
+
+// Rows [row, row + count), up to kLanes of them.
+template <class T, bool kSquares>
+inline void sum_rows(const RowStatsArgs& args, const Plan& plan, int64_t row, int count,
+                     const PartSums* parts, RowStatsResult& result) {
+  Group group;
+  const T* logits[kLanes];
+  int64_t target[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    target[i] = i < count ? target_of(args, row + i) : args.ignore_index;
+    group.ignored[i] = false;
+    if (is_left_out(args, row + i, target[i], result)) {
+      group.ignore(i);
+      continue;
+    }
+    logits[i] = static_cast<const T*>(args.logits) + args.layout.offset(row + i);
+  }
+  if (args.classes <= kBlock && !plan.extras)
+    sum_short_rows<T, kSquares>(args, plan, logits, target, count, group);
+  else
+    sum_long_rows<T, kSquares>(args, plan, logits, target, row, count, parts, group);
+  finish(args, plan, group, row, count, result);
+}
+
+template <class T>
+void run_parts(const RowStatsArgs& args, int64_t begin, int64_t end, PartSums* parts) {
+  const Plan plan(args);
+  const int64_t each = parts_of_row(args.classes);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i / each, target = target_of(args, row);
+    if (target == args.ignore_index) continue;  // its parts are not looked at
+    const T* logits = static_cast<const T*>(args.logits) + args.layout.offset(row);
+    parts[i] = plan.squares ? sum_part<T, true>(args, plan, logits, target, i % each)
+                            : sum_part<T, false>(args, plan, logits, target, i % each);
+  }
 }

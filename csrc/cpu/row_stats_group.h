@@ -1,44 +1,75 @@
-// What either way through the logits leaves of kLanes rows, and what is made of it. Included by
+// What any way through the logits leaves of kLanes rows, and what is made of it. Included by
 // row_stats_kernel.h.
 
 // What one pass leaves of kLanes rows.
-struct Group {
-  float maximum[kLanes];  // of the raw logits
-  float rest[kLanes];
-  float rest_t[kLanes];
-  float rest_sq[kLanes];
-  float target_t[kLanes];
-  float second[kLanes];    // second largest logit; only where the margin is wanted
-  float mean[kLanes];      // of the logits, less the maximum; only with label smoothing
+struct alignas(64) Group {
+  Real maximum[kLanes];  // of the logits
+  Real rest[kLanes];
+  Real rest_d[kLanes];
+  Real rest_sq[kLanes];
+  Real target_d[kLanes];
+  Real second[kLanes];     // second largest logit; only where the margin is wanted
+  Real mean[kLanes];       // of the logits, less the maximum; only with label smoothing
   int64_t argmax[kLanes];  // only where wanted
   bool ignored[kLanes];
 
   void ignore(int lane) {  // any finite values: finish() writes 0
-    maximum[lane] = rest[lane] = rest_t[lane] = rest_sq[lane] = target_t[lane] = 0.0f;
-    second[lane] = mean[lane] = 0.0f;
+    maximum[lane] = rest[lane] = rest_d[lane] = rest_sq[lane] = target_d[lane] = 0;
+    second[lane] = mean[lane] = 0;
     argmax[lane] = 0;
     ignored[lane] = true;
+  }
+};
+
+// Sums of e, e d and e^2, in every lane.
+struct Sums {
+  Vec rest = splat(0), rest_d = splat(0), rest_sq = splat(0);
+
+  template <bool kSquares>
+  void add(Vec d, const Exponential& exponential) {
+    d = exponential.clamp(d);
+    const Vec e = exponential(d);
+    rest = rest + e;
+    rest_d = fma(e, d, rest_d);
+    if (kSquares) rest_sq = fma(e, e, rest_sq);
+  }
+
+  // Four terms as a tree: a quarter of the roundings, which in a row of equal logits all fall the
+  // same way, and a quarter of the wait for one sum after another.
+  template <bool kSquares>
+  void add(Vec d0, Vec d1, Vec d2, Vec d3, const Exponential& exponential) {
+    const Sums a = pair<kSquares>(d0, d1, exponential), b = pair<kSquares>(d2, d3, exponential);
+    rest = rest + (a.rest + b.rest);
+    rest_d = rest_d + (a.rest_d + b.rest_d);
+    if (kSquares) rest_sq = rest_sq + (a.rest_sq + b.rest_sq);
+  }
+
+  template <bool kSquares>
+  static Sums pair(Vec d0, Vec d1, const Exponential& exponential) {
+    d0 = exponential.clamp(d0);
+    d1 = exponential.clamp(d1);
+    const Vec e0 = exponential(d0), e1 = exponential(d1);
+    return {e0 + e1, fma(e0, d0, e1 * d1), kSquares ? fma(e0, e0, e1 * e1) : splat(0)};
   }
 };
 
 struct Plan {
   bool wanted[kStatistics];  // as an output or in the significance
   bool squares;
-  bool smoothed;      // the mean of the logits is needed
-  bool extras;        // the margin, the argmax or the mean
-  float power_scale;  // c = log2(e) / temperature
+  bool smoothed;  // the mean of the logits is needed
+  bool extras;    // the margin, the argmax or the mean
+  Exponential exponential;
 
-  explicit Plan(const RowStatsArgs& args) : power_scale(kLog2E * args.inverse_temperature) {
+  explicit Plan(const RowStatsArgs& args) : exponential(args.inverse_temperature) {
     for (int k = 0; k < kStatistics; ++k)
-      wanted[k] = args.outputs[k] || (args.mask && args.weights[k] != 0.0f);
+      wanted[k] = args.outputs[k] || (args.mask && args.weights[k] != 0.0);
     squares = wanted[kGradNorm] || wanted[kSumSquares];
-    smoothed = wanted[kLoss] && args.label_smoothing != 0.0f;
+    smoothed = wanted[kLoss] && args.label_smoothing != 0.0;
     extras = wanted[kMargin] || args.argmax || smoothed;
   }
 };
 
-template <class Args>
-inline int64_t target_of(const Args& args, int64_t row) {
+inline int64_t target_of(const RowStatsInput& args, int64_t row) {
   return args.targets_are_int32 ? static_cast<const int32_t*>(args.targets)[row]
                                 : static_cast<const int64_t*>(args.targets)[row];
 }
@@ -47,89 +78,110 @@ inline int64_t target_of(const Args& args, int64_t row) {
 // class.
 inline bool is_left_out(const RowStatsArgs& args, int64_t row, int64_t y, RowStatsResult& result) {
   if (y == args.ignore_index) return true;
-  if (y >= 0 && y < args.classes) return false;
+  if (uint64_t(y) < uint64_t(args.classes)) return false;
   if (result.bad_target_row < 0) result.bad_target_row = row;  // rows come in ascending order
   return true;
+}
+
+inline void copy_rows(void* out, int64_t row, const Real* values, int count) {
+  std::memcpy(static_cast<Real*>(out) + row, values, sizeof(Real) * count);
 }
 
 // Turns rows [row, row + count) of the group into outputs and decisions.
 inline void finish(const RowStatsArgs& args, const Plan& plan, const Group& group, int64_t row,
                    int count, RowStatsResult& result) {
-  const Vec zero = splat(0.0f), one = splat(1.0f), ln2 = splat(kLn2);
+  const Vec zero = splat(0), one = splat(1), minus_beta = splat(Real(-args.inverse_temperature));
   const Vec raw_rest = load(group.rest), flush = splat(kFlushBelow);
   const Vec rest = select_ge(flush, raw_rest, zero, raw_rest);
-  const Vec rest_t = select_ge(flush, raw_rest, zero, load(group.rest_t));
+  const Vec rest_d = select_ge(flush, raw_rest, zero, load(group.rest_d));
   const Vec rest_sq = select_ge(flush, raw_rest, zero, load(group.rest_sq));
-  const Vec target_t = load(group.target_t);
-  const Vec target_clamped = clamp_power(target_t);
-  const Vec target_e = exp2_clamped(target_clamped);
+  const Vec target_d = load(group.target_d);
+  const Vec target_clamped = plan.exponential.clamp(target_d);
+  const Vec target_e = plan.exponential(target_clamped);
   const Vec total = rest + target_e;
   const Vec inverse = one / total;
-  // Where the target is the largest, e_y = 1 and this is log(S) too, without losing a small rest.
-  const Vec log_ratio = log1p(rest / target_e);
-  const Vec log_total = select_ge(target_t, zero, log_ratio, log(total));
+  const Vec log_total = log1p(rest + (target_e - one));
 
-  float value[kStatistics][kLanes];
+  Real value[kStatistics][kLanes];
   const auto& wanted = plan.wanted;
   if (wanted[kLoss]) {
-    Vec loss = select_ge(target_e, rest, log_ratio, log_total - target_t * ln2);
+    Vec loss = fma(target_d, minus_beta, log_total);
     if (plan.smoothed) {
-      const Vec uniform = log_total - load(group.mean) * splat(args.inverse_temperature);
-      loss = fma(splat(args.label_smoothing), uniform, splat(1.0f - args.label_smoothing) * loss);
+      const Vec uniform = fma(load(group.mean), minus_beta, log_total);
+      const Real smoothing = Real(args.label_smoothing);
+      loss = fma(splat(smoothing), uniform, splat(Real(1.0 - args.label_smoothing)) * loss);
     }
     store(value[kLoss], loss);
   }
-  if (wanted[kEntropy])
-    store(value[kEntropy], log_total - ln2 * (fma(target_e, target_clamped, rest_t) * inverse));
-  if (wanted[kGradNorm]) store(value[kGradNorm], sqrt(fma(rest, rest, rest_sq)) * inverse);
-  if (wanted[kSumSquares])
-    store(value[kSumSquares], fma(target_e, target_e, rest_sq) * inverse * inverse);
-  if (wanted[kMaxProb]) store(value[kMaxProb], inverse);
+  if (wanted[kEntropy]) {
+    const Vec mean_d = fma(target_e, target_clamped, rest_d) * inverse;
+    store(value[kEntropy], fma(mean_d, minus_beta, log_total));
+  }
+  // The rest in double: a float's roundings would add up to more than PyTorch's own.
+  alignas(64) Real r[kLanes], e[kLanes], sq[kLanes];
+  store(r, rest);
+  store(e, target_e);
+  store(sq, rest_sq);
+  const auto per_lane = [&](Statistic k, const auto& f) {
+    if (!wanted[k]) return;
+    for (int i = 0; i < kLanes; ++i) value[k][i] = Real(f(i, double(r[i]) + double(e[i])));
+  };
+  per_lane(kGradNorm, [&](int i, double s) { return std::sqrt(double(r[i]) * r[i] + sq[i]) / s; });
+  per_lane(kSumSquares, [&](int i, double s) { return (double(e[i]) * e[i] + sq[i]) / (s * s); });
+  per_lane(kMaxProb, [&](int, double s) { return 1.0 / s; });
   if (wanted[kMargin]) {
-    const Vec second_t = (load(group.second) - load(group.maximum)) * splat(plan.power_scale);
-    store(value[kMargin], (one - exp2_clamped(clamp_power(second_t))) * inverse);
+    const Vec second_d = plan.exponential.clamp(load(group.second) - load(group.maximum));
+    alignas(64) Real second[kLanes];
+    store(second, plan.exponential(second_d));
+    per_lane(kMargin, [&](int i, double s) { return (1.0 - second[i]) / s; });
   }
   if (wanted[kLogSumExp])
-    store(value[kLogSumExp], fma(load(group.maximum), splat(args.inverse_temperature), log_total));
+    store(value[kLogSumExp],
+          fma(load(group.maximum), splat(Real(args.inverse_temperature)), log_total));
 
   bool any_ignored = false;
   for (int i = 0; i < count; ++i) any_ignored |= group.ignored[i];
   if (any_ignored)
     for (int k = 0; k < kStatistics; ++k)
       for (int i = 0; wanted[k] && i < count; ++i)
-        if (group.ignored[i]) value[k][i] = 0.0f;
+        if (group.ignored[i]) value[k][i] = 0;
 
-  float totals[kLanes];
+  Real totals[kLanes];
   store(totals, total);
   if (args.argmax)
     for (int i = 0; i < count; ++i)
       args.argmax[row + i] = group.ignored[i] ? 0 : totals[i] != totals[i] ? -1 : group.argmax[i];
   if (args.saved_maximum) {
-    std::memcpy(args.saved_maximum + row, group.maximum, sizeof(float) * count);
-    std::memcpy(args.saved_total + row, totals, sizeof(float) * count);
+    copy_rows(args.saved_maximum, row, group.maximum, count);
+    copy_rows(args.saved_total, row, totals, count);
   }
   for (int k = 0; k < kStatistics; ++k)
-    if (args.outputs[k]) std::memcpy(args.outputs[k] + row, value[k], sizeof(float) * count);
+    if (args.outputs[k]) copy_rows(args.outputs[k], row, value[k], count);
   if (!args.mask) return;
 
   Vec sum = zero;
   for (int k = 0; k < kStatistics; ++k)
-    if (args.weights[k] != 0.0f) sum = fma(splat(args.weights[k]), load(value[k]), sum);
-  float significance[kLanes];
+    if (args.weights[k] != 0.0) sum = fma(splat(Real(args.weights[k])), load(value[k]), sum);
+  Real significance[kLanes];
   store(significance, sum);
+  if (args.offset)
+    for (int i = 0; i < count; ++i)
+      if (!group.ignored[i]) significance[i] += static_cast<const Real*>(args.offset)[row + i];
+  // Without branches, since which rows are kept cannot be foreseen. Not above the threshold is NaN.
   for (int i = 0; i < count; ++i) {
-    if (args.offset && !group.ignored[i]) significance[i] += args.offset[row + i];
-    const float s = significance[i];
-    result.invalid += s != s;
-    bool keep = s > args.threshold;  // false for NaN
-    if (args.weight) {
-      // In double, so that the probability agrees with the reference's to the last bit or nearly.
-      double p = 1.0 / (1.0 + std::exp(-(double(s) - args.threshold) / args.gate_temperature));
-      p = p < args.p_min ? args.p_min : p;
-      keep = philox_uniform(args.seed, args.step, uint64_t(row + i)) < p;  // false for NaN
-      args.weight[row + i] = keep && !group.ignored[i] ? float(1.0 / p) : 0.0f;
-    }
-    args.mask[row + i] = keep && !group.ignored[i];
+    result.invalid += significance[i] != significance[i];
+    args.mask[row + i] = (significance[i] > Real(args.threshold)) & !group.ignored[i];
   }
-  std::memcpy(args.significance + row, significance, sizeof(float) * count);
+  if (args.weight)
+    for (int i = 0; i < count; ++i) {
+      // In double, so that the probability agrees with the reference's to the last bit or nearly.
+      const double above = double(significance[i]) - args.threshold;
+      double p = 1.0 / (1.0 + std::exp(-above / args.gate_temperature));
+      p = p < args.p_min ? args.p_min : p;
+      const bool keep = philox_uniform(args.seed, args.step, uint64_t(row + i)) < p &&  // not NaN
+                        !group.ignored[i];
+      args.mask[row + i] = keep;
+      args.weight[row + i] = keep ? float(1.0 / p) : 0.0f;
+    }
+  copy_rows(args.significance, row, significance, count);
 }

@@ -1,51 +1,14 @@
-// Rows in lanes: up to kLanes rows, kTransposeClasses classes at a time. Included by
-// row_stats_kernel.h.
-
-// The logits of kLanes rows.
-template <class T, bool kPlain>
-struct Lanes {
-  const T* logits[kLanes];
-  int64_t target[kLanes];
-  bool adjacent;  // each lane's logits lie beside the last lane's
-
-  // Lanes past the last row repeat it: finite work whose result is dropped.
-  Lanes(const RowStatsArgs& args, int64_t row, int count, Group& group, RowStatsResult& result) {
-    adjacent = !kPlain && count == kLanes;
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t r = row + (i < count ? i : count - 1);
-      logits[i] = static_cast<const T*>(args.logits) + args.layout.offset(r);
-      if (!kPlain) adjacent &= logits[i] == logits[0] + i;
-      target[i] = target_of(args, r);
-      group.ignored[i] = is_left_out(args, r, target[i], result);
-      if (group.ignored[i]) target[i] = 0;
-    }
-  }
-
-  // Classes [begin, begin + columns); zeros for an ignored row, which may hold anything.
-  void read(const Group& group, int64_t class_stride, int64_t begin, int columns,
-            float (*x)[kLanes]) const {
-    if (!kPlain && adjacent) {
-      const T* p = logits[0] + begin * class_stride;
-      for (int j = 0; j < columns; ++j) store(x[j], load(p + j * class_stride));
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      const T* p = logits[i] + begin * class_stride;
-      if (group.ignored[i])
-        for (int j = 0; j < columns; ++j) x[j][i] = 0.0f;
-      else if (kPlain || !adjacent)
-        for (int j = 0; j < columns; ++j, p += class_stride) x[j][i] = to_float(*p);
-    }
-  }
-};
+// Rows in lanes: every sum is vertical. Included by row_stats_kernel.h.
 
 // The two largest logits, the lowest index of the largest, and the sum, over blocks.
 struct Extras {
-  alignas(64) float best[kLanes];
+  alignas(64) Real best[kLanes];
   double sum[kLanes];
   int64_t argmax[kLanes];
-  Vec largest = splat(-kInfinity), second = splat(-kInfinity);
+  Vec largest, second;
 
-  Extras() {
+  void start() {
+    largest = second = splat(-kInfinity);
     for (int i = 0; i < kLanes; ++i) {
       best[i] = -kInfinity;
       sum[i] = 0.0;
@@ -54,19 +17,19 @@ struct Extras {
   }
 
   void add(const RowStatsArgs& args, const Plan& plan, int64_t begin, int columns, Vec shift,
-           const float (*x)[kLanes]) {
-    alignas(64) float a[kLanes], b[kLanes];
+           const Real* x, int stride) {
+    alignas(64) Real a[kLanes], b[kLanes];
+    const auto at = [&](int j) { return load(x + j * stride); };
     if (plan.wanted[kMargin])
       for (int j = 0; j < columns; ++j) {
-        const Vec v = load(x[j]);
+        const Vec v = at(j);
         second = max(second, min(largest, v));
         largest = max(largest, v);
       }
     if (args.argmax) {
-      Vec top = load(x[0]), index = splat(0.0f);
-      for (int j = 1; j < columns; ++j) top = max(top, load(x[j]));
-      for (int j = columns - 1; j >= 0; --j)
-        index = select_ge(load(x[j]), top, splat(float(j)), index);
+      Vec top = at(0), index = splat(0);
+      for (int j = 1; j < columns; ++j) top = max(top, at(j));
+      for (int j = columns - 1; j >= 0; --j) index = select_ge(at(j), top, splat(Real(j)), index);
       store(a, top);
       store(b, index);
       for (int i = 0; i < kLanes; ++i)
@@ -76,8 +39,8 @@ struct Extras {
         }
     }
     if (plan.smoothed) {
-      Vec difference = splat(0.0f);
-      for (int j = 0; j < columns; ++j) difference = difference + (load(x[j]) - shift);
+      Vec difference = splat(0);
+      for (int j = 0; j < columns; ++j) difference = difference + (at(j) - shift);
       store(a, difference);
       store(b, shift);
       for (int i = 0; i < kLanes; ++i) sum[i] += double(a[i]) + double(b[i]) * columns;
@@ -88,75 +51,156 @@ struct Extras {
     store(group.second, second);
     std::memcpy(group.argmax, argmax, sizeof argmax);
     for (int i = 0; i < kLanes; ++i)
-      group.mean[i] = float(sum[i] / double(args.classes) - group.maximum[i]);
+      group.mean[i] = Real(sum[i] / double(args.classes) - group.maximum[i]);
   }
 };
 
-// kPlain: one block, of contiguous classes, without softcap and extras; most calls, so that they
-// pay for none of these.
-template <class T, bool kPlain>
-inline void gather_group(const RowStatsArgs& args, const Plan& plan, int64_t row, int count,
-                         Group& group, RowStatsResult& result) {
-  const int64_t class_stride = kPlain ? 1 : args.class_stride;
-  const float softcap = kPlain ? 0.0f : args.softcap;
-  const bool with_extras = !kPlain && plan.extras;
-  alignas(64) float x[kTransposeClasses][kLanes];
-  alignas(64) float target_x[kLanes];
-  const Lanes<T, kPlain> lanes(args, row, count, group, result);
-  for (int i = 0; i < kLanes; ++i)
-    target_x[i] =
-        group.ignored[i] ? 0.0f : to_float(lanes.logits[i][lanes.target[i] * class_stride]);
-  if (softcap != 0.0f) store(target_x, cap(load(target_x), softcap));
-  Extras extras;
+// kLanes rows, block by block. Rows that are left out are computed too, whatever they hold: each
+// lane is by itself, and finish() drops them.
+struct LaneSums {
+  alignas(64) Real target_x[kLanes];
+  int64_t target[kLanes];
+  Vec maximum, shift;
+  Sums sums;
 
-  const Vec target = load(target_x), zero = splat(0.0f), scale = splat(plan.power_scale);
-  Vec maximum = target, shift = zero, rest = zero, rest_t = zero, rest_sq = zero;
-  for (int64_t begin = 0; begin < args.classes && !(kPlain && begin > 0);
-       begin += kTransposeClasses) {
-    const int64_t left = args.classes - begin;
-    const int columns = int(left < kTransposeClasses ? left : kTransposeClasses);
-    lanes.read(group, class_stride, begin, columns, x);
-    if (softcap != 0.0f)
-      for (int j = 0; j < columns; ++j) store(x[j], cap(load(x[j]), softcap));
-    const auto set_targets = [&](const auto& value) {
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t y = lanes.target[i] - begin;
-        if (!group.ignored[i] && y >= 0 && y < columns) x[y][i] = value(i);
-      }
-    };
-    set_targets([](int) { return -kInfinity; });  // the target stays out of the sums
-
-    for (int j = 0; j < columns; ++j) maximum = max(maximum, load(x[j]));
-    // Nothing yet but -inf: any finite shift will do.
-    const Vec next = select_ge(splat(-kLargest), maximum, zero, maximum);
-    if (!kPlain && begin > 0) {
-      const Vec t = clamp_power(min(zero, (shift - next) * scale));
-      const Vec f = exp2_clamped(t);
-      rest_t = f * fma(t, rest, rest_t);
-      rest = f * rest;
-      rest_sq = f * f * rest_sq;
-    }
-    shift = next;
-    Vec block = zero, block_t = zero, block_sq = zero;
-    for (int j = 0; j < columns; ++j) {
-      const Vec t = clamp_power((load(x[j]) - shift) * scale);
-      const Vec e = exp2_clamped(t);
-      block = block + e;
-      block_t = fma(e, t, block_t);
-      block_sq = fma(e, e, block_sq);
-    }
-    rest = rest + block;
-    rest_t = rest_t + block_t;
-    rest_sq = rest_sq + block_sq;
-    if (with_extras) {
-      set_targets([&](int i) { return target_x[i]; });
-      extras.add(args, plan, begin, columns, shift, x);
+  // Lanes past the last row repeat it.
+  void start(const RowStatsArgs& args, int64_t row, int count, Group& group,
+             RowStatsResult& result) {
+    maximum = splat(-kInfinity);
+    shift = splat(0);
+    sums = Sums();
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t r = row + (i < count ? i : count - 1);
+      target[i] = target_of(args, r);
+      group.ignored[i] = is_left_out(args, r, target[i], result);
+      if (group.ignored[i]) target[i] = 0;
+      target_x[i] = 0;
     }
   }
-  store(group.maximum, maximum);
-  store(group.rest, rest);
-  store(group.rest_t, rest_t);
-  store(group.rest_sq, rest_sq);
-  store(group.target_t, (target - maximum) * scale);  // NaN where every logit is -inf
-  if (with_extras) extras.finish(args, group);
+
+  // Classes [begin, begin + columns): that of column j in lane i is x[j * stride + i], and is
+  // changed where it is the target, which stays out of the sums.
+  template <bool kSquares>
+  void add(const RowStatsArgs& args, const Plan& plan, int64_t begin, int columns, Real* x,
+           int stride, Extras* extras) {
+    const Exponential exponential = plan.exponential;
+    const Vec zero = splat(0);
+    for (int j = 0; j < columns; ++j) maximum = max(maximum, load(x + j * stride));
+    // Nothing yet but -inf: any finite shift will do.
+    const Vec next = select_ge(splat(-kLargest), maximum, zero, maximum);
+    if (begin > 0) {
+      const Vec delta = exponential.clamp(min(zero, shift - next));
+      const Vec f = exponential(delta);
+      sums = Sums{f * sums.rest, f * fma(delta, sums.rest, sums.rest_d), f * f * sums.rest_sq};
+    }
+    shift = next;
+    if (extras) extras->add(args, plan, begin, columns, shift, x, stride);
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t y = target[i] - begin;
+      if (uint64_t(y) >= uint64_t(columns)) continue;
+      Real* at = x + y * stride + i;
+      target_x[i] = *at;
+      *at = -kInfinity;
+    }
+    const auto at = [&](int j) { return load(x + j * stride) - shift; };
+    // In runs of 16, or a long column of equal logits would round every sum the same way.
+    for (int first = 0; first < columns; first += 16) {
+      const int last = columns - first < 16 ? columns : first + 16;
+      Sums run;
+      int j = first;
+      for (; j + 4 <= last; j += 4)
+        run.add<kSquares>(at(j), at(j + 1), at(j + 2), at(j + 3), exponential);
+      for (; j < last; ++j) run.add<kSquares>(at(j), exponential);
+      sums = Sums{sums.rest + run.rest, sums.rest_d + run.rest_d, sums.rest_sq + run.rest_sq};
+    }
+  }
+
+  void finish(Group& group) const {
+    store(group.maximum, maximum);
+    store(group.rest, sums.rest);
+    store(group.rest_d, sums.rest_d);
+    store(group.rest_sq, sums.rest_sq);
+    store(group.target_d, load(target_x) - maximum);  // NaN where every logit is -inf
+  }
+};
+
+// Up to kLanes rows. kPlain: one block, of contiguous classes, without softcap and extras; most
+// calls, so that they pay for none of these.
+template <class T, bool kPlain, bool kSquares>
+inline void transpose_rows(const RowStatsArgs& args, const Plan& plan, int64_t row, int count,
+                           RowStatsResult& result) {
+  const int64_t class_stride = kPlain ? 1 : args.class_stride;
+  alignas(64) Real x[kTransposeClasses * kLanes];
+  const T* logits[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    logits[i] =
+        static_cast<const T*>(args.logits) + args.layout.offset(row + (i < count ? i : count - 1));
+  Group group;
+  LaneSums sums;
+  sums.start(args, row, count, group, result);
+  Extras extras;
+  if (!kPlain) extras.start();
+  for (int64_t begin = 0; begin < args.classes; begin += kTransposeClasses) {
+    const int64_t left = args.classes - begin;
+    const int columns = int(left < kTransposeClasses ? left : kTransposeClasses);
+    for (int i = 0; i < kLanes; ++i) {
+      const T* p = logits[i] + begin * class_stride;
+      for (int j = 0; j < columns; ++j, p += class_stride) x[j * kLanes + i] = widen(*p);
+    }
+    if (!kPlain && args.softcap != 0.0) copy_block(x, columns * kLanes, Real(args.softcap), x);
+    sums.add<kSquares>(args, plan, begin, columns, x, kLanes,
+                       !kPlain && plan.extras ? &extras : nullptr);
+    if (kPlain) break;
+  }
+  sums.finish(group);
+  if (!kPlain && plan.extras) extras.finish(args, group);
+  finish(args, plan, group, row, count, result);
+}
+
+// A tile of logits is 16 KB, half of L1.
+constexpr int kTileGroups = 16;
+constexpr int kTileSize = 16 * 1024 / sizeof(Real);
+
+// How many groups of kLanes rows from ``row`` lie in one run of memory, up to kTileGroups.
+inline int adjacent_groups(const RowLayout& layout, int64_t row, int64_t end) {
+  const int inner = layout.dimensions - 1;
+  if (layout.stride[inner] != 1) return 0;
+  const int64_t left = inner > 0 ? layout.size[inner] - row % layout.size[inner] : end - row;
+  const int64_t groups = (left < end - row ? left : end - row) / kLanes;
+  return int(groups < kTileGroups ? groups : kTileGroups);
+}
+
+// groups x kLanes rows that are adjacent in memory. A tile is copied from the classes' planes
+// first: planes are often a power of two apart, and would fight for the same few lines of the
+// cache.
+template <class T, bool kSquares>
+inline void sum_tile(const RowStatsArgs& args, const Plan& plan, int64_t row, int groups,
+                     RowStatsResult& result) {
+  alignas(64) Real x[kTileSize];
+  Group group[kTileGroups];
+  LaneSums sums[kTileGroups];
+  Extras extras[kTileGroups];
+  const int width = groups * kLanes;
+  const T* logits = static_cast<const T*>(args.logits) + args.layout.offset(row);
+  for (int g = 0; g < groups; ++g) {
+    sums[g].start(args, row + g * kLanes, kLanes, group[g], result);
+    if (plan.extras) extras[g].start();
+  }
+  const int64_t most = kTileSize / width;
+  for (int64_t begin = 0; begin < args.classes; begin += most) {
+    const int columns = int(args.classes - begin < most ? args.classes - begin : most);
+    for (int j = 0; j < columns; ++j) {
+      const T* plane = logits + (begin + j) * args.class_stride;
+      for (int i = 0; i < width; i += kLanes) store(x + j * width + i, load(plane + i));
+    }
+    if (args.softcap != 0.0) copy_block(x, columns * width, Real(args.softcap), x);
+    for (int g = 0; g < groups; ++g)
+      sums[g].add<kSquares>(args, plan, begin, columns, x + g * kLanes, width,
+                            plan.extras ? &extras[g] : nullptr);
+  }
+  for (int g = 0; g < groups; ++g) {
+    sums[g].finish(group[g]);
+    if (plan.extras) extras[g].finish(args, group[g]);
+    finish(args, plan, group[g], row + g * kLanes, kLanes, result);
+  }
 }

@@ -1,4 +1,5 @@
-// bfloat16 and float16 as their bits, with the conversions to float that the portable code needs.
+// bfloat16 and float16 as their bits, and what the portable code needs to compute in float or
+// double: widen() to the type that a logit is computed in, narrow() back.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +25,21 @@ inline uint32_t bits_from_float(float value) {
   return bits;
 }
 
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
-inline float to_float(Float16 value) {
+inline double double_from_bits(uint64_t bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint64_t bits_from_double(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
+inline float widen(Float16 value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
   if (magnitude >= 0x7c00)  // inf and NaN keep their mantissa
@@ -36,13 +49,14 @@ inline float to_float(Float16 value) {
 }
 
 // To the nearest, ties to even; NaN stays NaN.
-inline void from_float(float value, float* out) { *out = value; }
-inline void from_float(float value, BFloat16* out) {
+inline void narrow(float value, float* out) { *out = value; }
+inline void narrow(double value, double* out) { *out = value; }
+inline void narrow(float value, BFloat16* out) {
   const uint32_t bits = bits_from_float(value);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   out->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
-inline void from_float(float value, Float16* out) {
+inline void narrow(float value, Float16* out) {
   const uint32_t bits = bits_from_float(value);
   const uint32_t magnitude = bits & 0x7fffffff;
   uint32_t half;

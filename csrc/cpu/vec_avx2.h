@@ -1,4 +1,5 @@
-// Eight floats in AVX2 with FMA and F16C. vec_portable.h says what each function means.
+// Eight floats, or four doubles, in AVX2 with FMA and F16C. vec_portable.h says what each function
+// means.
 #pragma once
 
 #include <immintrin.h>
@@ -8,9 +9,12 @@
 namespace sparse_kernels {
 namespace avx2 {
 
+namespace f32 {
+
+using Real = float;
+
 struct Vec {
   static constexpr int kLanes = 8;
-  static constexpr int kUnroll = 2;  // 16 registers: two sets of three sums, and the constants
   __m256 v;
 };
 
@@ -45,6 +49,7 @@ inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -66,7 +71,7 @@ inline float reduce_max(Vec a) {
 template <class Polynomial>
 inline Vec scale_by_power(Vec t, Polynomial polynomial) {
   const __m256i n = _mm256_cvtps_epi32(t.v);  // NaN gives 2^31, which the shift drops
-  const Vec p = polynomial(t - Vec{_mm256_cvtepi32_ps(n)});
+  const Vec p = polynomial(Vec{_mm256_cvtepi32_ps(n)});
   return {
       _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(n, 23)))};
 }
@@ -77,6 +82,64 @@ inline void split_exponent(Vec x, Vec& m, Vec& k) {
   m = {_mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)))};
   k = {_mm256_cvtepi32_ps(e)};
 }
+
+}  // namespace f32
+
+namespace f64 {
+
+using Real = double;
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  __m256d v;
+};
+
+inline Vec splat(double x) { return {_mm256_set1_pd(x)}; }
+inline Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+inline void store(double* p, Vec a) { _mm256_storeu_pd(p, a.v); }
+
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_pd(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_pd(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
+inline Vec sqrt(Vec a) { return {_mm256_sqrt_pd(a.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_pd(a.v, b.v)}; }
+inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_GE_OQ))};
+}
+
+inline double reduce_add(Vec a) {
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+inline double reduce_max(Vec a) {
+  const __m128d s = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+template <class Polynomial>
+inline Vec scale_by_power(Vec t, Polynomial polynomial) {
+  const Vec magic = splat(0x1.8p52);  // leaves round(t) in the low bits
+  const Vec shifted = t + magic;
+  const Vec p = polynomial(shifted - magic);
+  const __m256i biased = _mm256_add_epi64(_mm256_castpd_si256(shifted.v), _mm256_set1_epi64x(1023));
+  return p * Vec{_mm256_castsi256_pd(_mm256_slli_epi64(biased, 52))};  // a product keeps NaN
+}
+
+inline void split_exponent(Vec x, Vec& m, Vec& k) {
+  const __m256i bits = _mm256_castpd_si256(x.v);
+  const __m256i e =
+      _mm256_srli_epi64(_mm256_sub_epi64(bits, _mm256_set1_epi64x(0x3fe6a09e667f3bcd)), 52);
+  m = {_mm256_castsi256_pd(_mm256_sub_epi64(bits, _mm256_slli_epi64(e, 52)))};
+  // An integer below 2^52 in the mantissa of 2^52.
+  const Vec two52 = splat(0x1p52);
+  k = Vec{_mm256_castsi256_pd(_mm256_or_si256(e, _mm256_castpd_si256(two52.v)))} - two52;
+}
+
+}  // namespace f64
 
 }  // namespace avx2
 }  // namespace sparse_kernels

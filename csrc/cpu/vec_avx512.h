@@ -1,4 +1,4 @@
-// Sixteen floats in AVX-512F. vec_portable.h says what each function means.
+// Sixteen floats, or eight doubles, in AVX-512. vec_portable.h says what each function means.
 #pragma once
 
 #include <immintrin.h>
@@ -8,9 +8,12 @@
 namespace sparse_kernels {
 namespace avx512 {
 
+namespace f32 {
+
+using Real = float;
+
 struct Vec {
   static constexpr int kLanes = 16;
-  static constexpr int kUnroll = 4;
   __m512 v;
 };
 
@@ -43,6 +46,7 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -56,7 +60,7 @@ inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 template <class Polynomial>
 inline Vec scale_by_power(Vec t, Polynomial polynomial) {
   const __m512 n = _mm512_roundscale_ps(t.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return {_mm512_scalef_ps(polynomial(t - Vec{n}).v, n)};
+  return {_mm512_scalef_ps(polynomial(Vec{n}).v, n)};
 }
 
 inline void split_exponent(Vec x, Vec& m, Vec& k) {
@@ -65,6 +69,53 @@ inline void split_exponent(Vec x, Vec& m, Vec& k) {
   m = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)))};
   k = {_mm512_cvtepi32_ps(e)};
 }
+
+}  // namespace f32
+
+namespace f64 {
+
+using Real = double;
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m512d v;
+};
+
+inline Vec splat(double x) { return {_mm512_set1_pd(x)}; }
+inline Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline void store(double* p, Vec a) { _mm512_storeu_pd(p, a.v); }
+
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_pd(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_pd(a.v, b.v, c.v)}; }
+inline Vec sqrt(Vec a) { return {_mm512_sqrt_pd(a.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
+inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_GE_OQ), y.v, x.v)};
+}
+
+inline double reduce_add(Vec a) { return _mm512_reduce_add_pd(a.v); }
+inline double reduce_max(Vec a) { return _mm512_reduce_max_pd(a.v); }
+
+template <class Polynomial>
+inline Vec scale_by_power(Vec t, Polynomial polynomial) {
+  const __m512d n = _mm512_roundscale_pd(t.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return {_mm512_scalef_pd(polynomial(Vec{n}).v, n)};
+}
+
+inline void split_exponent(Vec x, Vec& m, Vec& k) {
+  const __m512i bits = _mm512_castpd_si512(x.v);
+  const __m512i e =
+      _mm512_srli_epi64(_mm512_sub_epi64(bits, _mm512_set1_epi64(0x3fe6a09e667f3bcd)), 52);
+  m = {_mm512_castsi512_pd(_mm512_sub_epi64(bits, _mm512_slli_epi64(e, 52)))};
+  k = {_mm512_cvtepi64_pd(e)};
+}
+
+}  // namespace f64
 
 }  // namespace avx512
 }  // namespace sparse_kernels

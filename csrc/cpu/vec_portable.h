@@ -1,5 +1,6 @@
-// Eight floats in plain C++: the definition that the other vec_*.h implement, and what serves where
-// neither AVX2 nor AVX-512 is there. Compilers turn most loops here into whatever the target has.
+// Eight floats, or eight doubles, in plain C++: the definition that the other vec_*.h implement,
+// and what serves where neither AVX2 nor AVX-512 is there. Compilers turn most loops here into
+// whatever the target has.
 #pragma once
 
 #include <cmath>
@@ -9,92 +10,151 @@
 namespace sparse_kernels {
 namespace portable {
 
-struct Vec {
+template <class Real>
+struct Lanes8 {
   static constexpr int kLanes = 8;
-  static constexpr int kUnroll = 2;  // independent accumulators in a loop over columns
-  float lane[kLanes];
+  Real lane[kLanes];
 };
 
-template <class F>
-inline Vec map(F f) {
-  Vec out;
-  for (int i = 0; i < Vec::kLanes; ++i) out.lane[i] = f(i);
+// f(i) in lane i.
+template <class Real, class F>
+inline Lanes8<Real> map(F f) {
+  Lanes8<Real> out;
+  for (int i = 0; i < Lanes8<Real>::kLanes; ++i) out.lane[i] = f(i);
   return out;
 }
 
-inline Vec splat(float x) {
-  return map([&](int) { return x; });
-}
 template <class T>
-inline Vec load(const T* p) {
-  return map([&](int i) { return to_float(p[i]); });
+inline auto load(const T* p) {
+  return map<decltype(widen(*p))>([&](int i) { return widen(p[i]); });
 }
-template <class T>
-inline void store(T* p, Vec a) {
-  for (int i = 0; i < Vec::kLanes; ++i) from_float(a.lane[i], p + i);
+template <class T, class Real>
+inline void store(T* p, Lanes8<Real> a) {
+  for (int i = 0; i < Lanes8<Real>::kLanes; ++i) narrow(a.lane[i], p + i);
 }
 
-inline Vec operator+(Vec a, Vec b) {
-  return map([&](int i) { return a.lane[i] + b.lane[i]; });
+template <class Real>
+inline Lanes8<Real> operator+(Lanes8<Real> a, Lanes8<Real> b) {
+  return map<Real>([&](int i) { return a.lane[i] + b.lane[i]; });
 }
-inline Vec operator-(Vec a, Vec b) {
-  return map([&](int i) { return a.lane[i] - b.lane[i]; });
+template <class Real>
+inline Lanes8<Real> operator-(Lanes8<Real> a, Lanes8<Real> b) {
+  return map<Real>([&](int i) { return a.lane[i] - b.lane[i]; });
 }
-inline Vec operator*(Vec a, Vec b) {
-  return map([&](int i) { return a.lane[i] * b.lane[i]; });
+template <class Real>
+inline Lanes8<Real> operator*(Lanes8<Real> a, Lanes8<Real> b) {
+  return map<Real>([&](int i) { return a.lane[i] * b.lane[i]; });
 }
-inline Vec operator/(Vec a, Vec b) {
-  return map([&](int i) { return a.lane[i] / b.lane[i]; });
+template <class Real>
+inline Lanes8<Real> operator/(Lanes8<Real> a, Lanes8<Real> b) {
+  return map<Real>([&](int i) { return a.lane[i] / b.lane[i]; });
 }
-inline Vec fma(Vec a, Vec b, Vec c) {
-  return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+// a b + c; here rounded twice.
+template <class Real>
+inline Lanes8<Real> fma(Lanes8<Real> a, Lanes8<Real> b, Lanes8<Real> c) {
+  return map<Real>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
 }
-inline Vec sqrt(Vec a) {
-  return map([&](int i) { return std::sqrt(a.lane[i]); });
+// a b - c, rounded once (or nearly), so that nothing is lost where the two cancel.
+inline Lanes8<float> fms(Lanes8<float> a, Lanes8<float> b, Lanes8<float> c) {
+  return map<float>([&](int i) { return float(double(a.lane[i]) * b.lane[i] - c.lane[i]); });
+}
+inline Lanes8<double> fms(Lanes8<double> a, Lanes8<double> b, Lanes8<double> c) {
+  return map<double>([&](int i) { return std::fma(a.lane[i], b.lane[i], -c.lane[i]); });
+}
+template <class Real>
+inline Lanes8<Real> sqrt(Lanes8<Real> a) {
+  return map<Real>([&](int i) { return std::sqrt(a.lane[i]); });
 }
 // The larger (the smaller); the second where either is NaN (as on x86).
-inline Vec max(Vec a, Vec b) {
-  return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+template <class Real>
+inline Lanes8<Real> max(Lanes8<Real> a, Lanes8<Real> b) {
+  return map<Real>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
-inline Vec min(Vec a, Vec b) {
-  return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+template <class Real>
+inline Lanes8<Real> min(Lanes8<Real> a, Lanes8<Real> b) {
+  return map<Real>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
 // a >= b ? x : y; y where either is NaN.
-inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
-  return map([&](int i) { return a.lane[i] >= b.lane[i] ? x.lane[i] : y.lane[i]; });
+template <class Real>
+inline Lanes8<Real> select_ge(Lanes8<Real> a, Lanes8<Real> b, Lanes8<Real> x, Lanes8<Real> y) {
+  return map<Real>([&](int i) { return a.lane[i] >= b.lane[i] ? x.lane[i] : y.lane[i]; });
 }
 
-inline float reduce_add(Vec a) {
+template <class Real>
+inline Real reduce_add(Lanes8<Real> a) {
   return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) +
          ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
 }
-inline float reduce_max(Vec a) {
-  float m = a.lane[0];
-  for (int i = 1; i < Vec::kLanes; ++i) m = m > a.lane[i] ? m : a.lane[i];
+template <class Real>
+inline Real reduce_max(Lanes8<Real> a) {
+  Real m = a.lane[0];
+  for (int i = 1; i < Lanes8<Real>::kLanes; ++i) m = m > a.lane[i] ? m : a.lane[i];
   return m;
 }
 
-// p(t - n) 2^n with n = round(t), for t in [-126, 0] or NaN: the caller clamps.
+// f32 and f64 hold what is different for the two; the kernel is compiled in each.
+namespace f32 {
+
+using Real = float;
+using Vec = Lanes8<float>;
+
+inline Vec splat(float x) {
+  return map<float>([&](int) { return x; });
+}
+
+// p(n) 2^n with n = round(t), for t in [-126, 0] or NaN: the caller clamps.
 template <class Polynomial>
 inline Vec scale_by_power(Vec t, Polynomial polynomial) {
   // Adding 1.5 * 2^23 leaves round(t) in the low bits: no float-to-int conversion, which would be
-  // undefined for NaN.
+  // undefined for NaN. A product, not a sum of exponents, which could make a number of a NaN.
   const Vec magic = splat(12582912.0f);
   const Vec shifted = t + magic;
-  const Vec p = polynomial(t - (shifted - magic));
-  return map([&](int i) {
-    return float_from_bits(bits_from_float(p.lane[i]) + (bits_from_float(shifted.lane[i]) << 23));
+  const Vec p = polynomial(shifted - magic);
+  return map<float>([&](int i) {
+    return p.lane[i] * float_from_bits((bits_from_float(shifted.lane[i]) + 127) << 23);
   });
 }
 
-// x = m 2^k with m in [sqrt(1/2), sqrt(2)), for normal x > 0; anything for other x.
+// x = m 2^k with m in [sqrt(1/2), sqrt(2)), for x >= sqrt(1/2); anything for infinity and NaN.
 inline void split_exponent(Vec x, Vec& m, Vec& k) {
-  m = map([&](int i) {
+  m = map<float>([&](int i) {
     const uint32_t bits = bits_from_float(x.lane[i]);
     return float_from_bits(bits - ((bits - 0x3f3504f3u) & 0xff800000u));
   });
-  k = map([&](int i) { return float(int32_t(bits_from_float(x.lane[i]) - 0x3f3504f3u) >> 23); });
+  k = map<float>([&](int i) { return float((bits_from_float(x.lane[i]) - 0x3f3504f3u) >> 23); });
 }
+
+}  // namespace f32
+
+namespace f64 {
+
+using Real = double;
+using Vec = Lanes8<double>;
+
+inline Vec splat(double x) {
+  return map<double>([&](int) { return x; });
+}
+
+template <class Polynomial>
+inline Vec scale_by_power(Vec t, Polynomial polynomial) {  // t in [-1022, 0]
+  const Vec magic = splat(0x1.8p52);
+  const Vec shifted = t + magic;
+  const Vec p = polynomial(shifted - magic);
+  return map<double>([&](int i) {
+    return p.lane[i] * double_from_bits((bits_from_double(shifted.lane[i]) + 1023) << 52);
+  });
+}
+
+inline void split_exponent(Vec x, Vec& m, Vec& k) {
+  constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd;
+  m = map<double>([&](int i) {
+    const uint64_t bits = bits_from_double(x.lane[i]);
+    return double_from_bits(bits - ((bits - kRootHalf) & 0xfff0000000000000));
+  });
+  k = map<double>([&](int i) { return double((bits_from_double(x.lane[i]) - kRootHalf) >> 52); });
+}
+
+}  // namespace f64
 
 }  // namespace portable
 }  // namespace sparse_kernels
