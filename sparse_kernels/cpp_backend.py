@@ -6,6 +6,7 @@ comparisons); without it the widest that the processor has is used.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -255,12 +256,17 @@ def refuse_compact(call: CompactCall) -> str | None:
 
 def compact(call: CompactCall) -> Selection:
     """See ``sparse_kernels.compact``."""
-    mask = call.mask.contiguous()
-    weight_in = None if call.weight is None else call.weight.detach().contiguous()
+    return _compact(call.mask, call.weight, call.capacity)
+
+
+def _compact(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> Selection:
+    mask = mask.contiguous()
+    weight_in = None if weight_in is None else weight_in.detach().contiguous()
     rows = mask.numel()
-    slots = call.capacity
+    counts: list[int] = []
     if slots is None:
-        slots = _cpp.count_flags(mask.data_ptr(), rows)
+        counts = _cpp.count_flags(mask.data_ptr(), rows)
+        slots = sum(counts)
     index = torch.empty(slots, dtype=torch.int64)
     weight = torch.empty_like(index, dtype=torch.float32)
     count, overflow = torch.empty_like(_COUNT), torch.empty_like(_COUNT)
@@ -268,6 +274,7 @@ def compact(call: CompactCall) -> Selection:
         mask.data_ptr(),
         0 if weight_in is None else weight_in.data_ptr(),
         rows,
+        counts,
         slots,
         index.data_ptr(),
         weight.data_ptr(),
@@ -289,18 +296,24 @@ refuse_gather_rows = refuse_scatter_rows = _refuse_tree
 
 def gather_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.gather_rows``."""
-    return call.rebuild([_with_gradient(tensor, call.selection, False) for tensor in call.tensors])
+    return call.rebuild(_move(call, scatter=False))
 
 
 def scatter_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.scatter_rows``."""
-    return call.rebuild([_with_gradient(rows, call.selection, True) for rows in call.tensors])
+    return call.rebuild(_move(call, scatter=True))
+
+
+def _move(call: TreeCall, scatter: bool) -> list[Tensor]:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
+        return [_with_gradient(tensor, call.selection, scatter) for tensor in call.tensors]
+    return (_scatter if scatter else _gather)(call.tensors, call.selection)
 
 
 def _with_gradient(tensor: Tensor, selection: Selection, scatter: bool) -> Tensor:
     if tensor.requires_grad and torch.is_grad_enabled():
         return _apply_move(tensor, selection, scatter)
-    return (_scatter if scatter else _gather)(tensor, selection)
+    return (_scatter if scatter else _gather)([tensor], selection)[0]
 
 
 class _MoveRows(torch.autograd.Function):
@@ -309,7 +322,7 @@ class _MoveRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, selection: Selection, scatter: bool) -> Tensor:
         ctx.selection, ctx.scatter = selection, scatter
-        return (_scatter if scatter else _gather)(tensor.detach(), selection)
+        return (_scatter if scatter else _gather)([tensor.detach()], selection)[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -322,35 +335,65 @@ class _MoveRows(torch.autograd.Function):
 _apply_move: Callable[[Tensor, Selection, bool], Tensor] = _MoveRows.apply
 
 
-def _gather(tensor: Tensor, selection: Selection) -> Tensor:
-    slots = selection.index.numel()
-    packed = tensor.is_contiguous()
-    channels_last = not packed and tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    if selection.size == 0 or not (packed or channels_last):
-        return reference.gather_tensor(tensor, selection)
-    # Bytes are bytes: rows of images keep their layout.
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((slots, *tensor.shape[1:]), dtype=tensor.dtype, memory_format=memory_format)
+def _gather(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
+    """The selected rows of each tensor, padding included, in one call of C++."""
     index = selection.index.contiguous()
-    bad = _cpp.gather_rows(
-        tensor.data_ptr(), selection.size, _row_bytes(tensor), index.data_ptr(), slots, out.data_ptr()
-    )
-    if bad >= 0:
-        raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {selection.size} rows")
-    return out
+    if selection.size == 0:  # nothing to read, not even for padding
+        return [tensor.new_zeros((index.numel(), *tensor.shape[1:])) for tensor in tensors]
+    slots = index.numel()
+    packed = [tensor for tensor in tensors if _rows_are_packed(tensor)]
+    moved = iter(_move_rows(_cpp.gather_rows, packed, index, slots, slots, selection.size))
+    # Elements with gaps between them are not bytes to copy. C++ has looked at the index by now.
+    return [next(moved) if _rows_are_packed(tensor) else tensor.index_select(0, index) for tensor in tensors]
 
 
-def _scatter(rows: Tensor, selection: Selection) -> Tensor:
-    rows, index, kept = rows.contiguous(), selection.index.contiguous(), int(selection.count)
+def _scatter(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
+    """Each tensor's rows in their places and zeros elsewhere, padding dropped, in one call of C++."""
+    index, kept = selection.index.contiguous(), int(selection.count)
     if not 0 <= kept <= index.numel():
         raise ValueError(f"selection count {kept} does not fit its {index.numel()} slots")
-    out = torch.zeros((selection.size, *rows.shape[1:]), dtype=rows.dtype)
-    bad = _cpp.scatter_rows(rows.data_ptr(), _row_bytes(rows), index.data_ptr(), kept, out.data_ptr(), selection.size)
+    packed = [tensor if _rows_are_packed(tensor) else tensor.contiguous() for tensor in tensors]
+    return _move_rows(_cpp.scatter_rows, packed, index, kept, selection.size, selection.size)
+
+
+def _move_rows(
+    function: Callable[..., int], tensors: list[Tensor], index: Tensor, slots: int, out_rows: int, rows: int
+) -> list[Tensor]:
+    tensors = [_materialised(tensor) for tensor in tensors]  # kept until C++ has read them
+    moved = [empty_rows(tensor, out_rows) for tensor in tensors]
+    moves: list[int] = []
+    for tensor, out in zip(tensors, moved, strict=True):
+        item = tensor.element_size()
+        row_bytes = item * (out.numel() // out_rows) if out_rows else 0
+        moves += tensor.data_ptr(), item * tensor.stride(0), out.data_ptr(), row_bytes
+    bad = function((*moves,), index.data_ptr(), slots, rows)
     if bad >= 0:
-        raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {selection.size} rows")
-    return out
+        raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {rows} rows")
+    return moved
 
 
-def _row_bytes(tensor: Tensor) -> int:
-    rows = tensor.size(0)
-    return tensor.element_size() * (tensor.numel() // rows) if rows else 0
+def empty_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Unwritten memory for ``rows`` rows like those of ``tensor``, in the layout that gather and scatter give:
+    rows one after the other, each laid out as the tensor's are where these have no gaps, else contiguous."""
+    shape = (rows, *tensor.shape[1:])
+    if tensor.is_contiguous() or not _rows_are_packed(tensor):
+        return torch.empty(shape, dtype=tensor.dtype)
+    return torch.empty_strided(shape, (math.prod(shape[1:]), *tensor.stride()[1:]), dtype=tensor.dtype)
+
+
+def _rows_are_packed(tensor: Tensor) -> bool:
+    """Whether each row's elements lie together, in any order of its dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _materialised(tensor: Tensor) -> Tensor:
+    """Without a conjugation or a sign that is only noted: its bytes are not its values."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
