@@ -16,8 +16,8 @@ import torch  # before the extension, so that it shares PyTorch's OpenMP runtime
 from torch import Tensor
 
 from sparse_kernels import reference
-from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
-from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selection
+from sparse_kernels.calls import CompactCall, GateCall, SelectCall, StatsCall, TreeCall
+from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selected, Selection
 
 # The order of csrc/cpu/row_stats.h's Statistic.
 _WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
@@ -284,11 +284,35 @@ def _compact(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> Selec
     return Selection(index, weight, count, overflow, rows)
 
 
+def refuse_select(call: SelectCall) -> str | None:
+    """Why this call is not served as one, or None."""
+    return refuse_gate_rows(call) or (None if call.packing is None else _refuse_tensors(call.packing.tensors))
+
+
+def select(call: SelectCall) -> Selected:
+    """See ``sparse_kernels.select``: the mask is packed while it is in the cache."""
+    gated = gate_rows(call)
+    mask, weight = gated.mask, gated.weight
+    if mask.dim() != 1:
+        mask, weight = mask.flatten(), None if weight is None else weight.flatten()
+    selection = _compact(mask, weight, call.capacity)
+    if call.packing is None:
+        return Selected(gated, selection, None)
+    return Selected(gated, selection, call.packing.rebuild(_move(call.packing.tensors, selection, scatter=False)))
+
+
+def _refuse_tensors(tensors: list[Tensor]) -> str | None:
+    for tensor in tensors:
+        reason = _refuse_tensor(tensor)
+        if reason is not None:
+            return reason
+        if tensor.layout is not torch.strided:
+            return f"a {tensor.layout} tensor has no rows of bytes"
+    return None
+
+
 def _refuse_tree(call: TreeCall) -> str | None:
-    reason = _refuse_tensor(call.selection.index)
-    for tensor in call.tensors:
-        reason = reason or _refuse_tensor(tensor)
-    return reason
+    return _refuse_tensor(call.selection.index) or _refuse_tensors(call.tensors)
 
 
 refuse_gather_rows = refuse_scatter_rows = _refuse_tree
@@ -296,18 +320,20 @@ refuse_gather_rows = refuse_scatter_rows = _refuse_tree
 
 def gather_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.gather_rows``."""
-    return call.rebuild(_move(call, scatter=False))
+    return call.rebuild(_move(call.tensors, call.selection, scatter=False))
 
 
 def scatter_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.scatter_rows``."""
-    return call.rebuild(_move(call, scatter=True))
+    return call.rebuild(_move(call.tensors, call.selection, scatter=True))
 
 
-def _move(call: TreeCall, scatter: bool) -> list[Tensor]:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
-        return [_with_gradient(tensor, call.selection, scatter) for tensor in call.tensors]
-    return (_scatter if scatter else _gather)(call.tensors, call.selection)
+def _move(tensors: list[Tensor], selection: Selection, scatter: bool) -> list[Tensor]:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return [_with_gradient(tensor, selection, scatter) for tensor in tensors]
+    return (_scatter if scatter else _gather)(tensors, selection)
 
 
 def _with_gradient(tensor: Tensor, selection: Selection, scatter: bool) -> Tensor:
@@ -341,10 +367,13 @@ def _gather(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
     if selection.size == 0:  # nothing to read, not even for padding
         return [tensor.new_zeros((index.numel(), *tensor.shape[1:])) for tensor in tensors]
     slots = index.numel()
-    packed = [tensor for tensor in tensors if _rows_are_packed(tensor)]
-    moved = iter(_move_rows(_cpp.gather_rows, packed, index, slots, slots, selection.size))
+    packed = [tensor for tensor in tensors if tensor.is_contiguous() or _rows_are_packed(tensor)]
+    moved = _move_rows(_cpp.gather_rows, packed, index, slots, slots, selection.size)
+    if len(packed) == len(tensors):
+        return moved
     # Elements with gaps between them are not bytes to copy. C++ has looked at the index by now.
-    return [next(moved) if _rows_are_packed(tensor) else tensor.index_select(0, index) for tensor in tensors]
+    left = iter(moved)
+    return [next(left) if _rows_are_packed(tensor) else tensor.index_select(0, index) for tensor in tensors]
 
 
 def _scatter(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
@@ -359,13 +388,22 @@ def _scatter(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
 def _move_rows(
     function: Callable[..., int], tensors: list[Tensor], index: Tensor, slots: int, out_rows: int, rows: int
 ) -> list[Tensor]:
-    tensors = [_materialised(tensor) for tensor in tensors]  # kept until C++ has read them
-    moved = [empty_rows(tensor, out_rows) for tensor in tensors]
+    """``function`` over tensors whose rows are packed."""
+    moved: list[Tensor] = []
     moves: list[int] = []
-    for tensor, out in zip(tensors, moved, strict=True):
-        item = tensor.element_size()
-        row_bytes = item * (out.numel() // out_rows) if out_rows else 0
-        moves += tensor.data_ptr(), item * tensor.stride(0), out.data_ptr(), row_bytes
+    read: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.is_conj() or tensor.is_neg():  # only noted: its bytes are not its values
+            tensor = tensor.resolve_conj().resolve_neg()
+            read.append(tensor)  # kept until C++ has read it
+        out = empty_rows(tensor, out_rows)
+        moved.append(out)
+        moves += (
+            tensor.data_ptr(),
+            tensor.element_size() * tensor.stride(0),
+            out.data_ptr(),
+            out.nbytes // out_rows if out_rows else 0,
+        )
     bad = function((*moves,), index.data_ptr(), slots, rows)
     if bad >= 0:
         raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {rows} rows")
@@ -375,7 +413,7 @@ def _move_rows(
 def empty_rows(tensor: Tensor, rows: int) -> Tensor:
     """Unwritten memory for ``rows`` rows like those of ``tensor``, in the layout that gather and scatter give:
     rows one after the other, each laid out as the tensor's are where these have no gaps, else contiguous."""
-    shape = (rows, *tensor.shape[1:])
+    shape = rows, *tensor.shape[1:]
     if tensor.is_contiguous() or not _rows_are_packed(tensor):
         return torch.empty(shape, dtype=tensor.dtype)
     return torch.empty_strided(shape, (math.prod(shape[1:]), *tensor.stride()[1:]), dtype=tensor.dtype)
@@ -383,8 +421,6 @@ def empty_rows(tensor: Tensor, rows: int) -> Tensor:
 
 def _rows_are_packed(tensor: Tensor) -> bool:
     """Whether each row's elements lie together, in any order of its dimensions."""
-    if tensor.is_contiguous():
-        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
         if size != 1:
@@ -392,8 +428,3 @@ def _rows_are_packed(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def _materialised(tensor: Tensor) -> Tensor:
-    """Without a conjugation or a sign that is only noted: its bytes are not its values."""
-    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor

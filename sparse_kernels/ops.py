@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_kernels.backends import dispatch
-from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
-from sparse_kernels.types import GatedRows, RowStats, Selection
+from sparse_kernels.backends import dispatch, fused
+from sparse_kernels.calls import CompactCall, GateCall, SelectCall, StatsCall, TreeCall
+from sparse_kernels.types import GatedRows, RowStats, Selected, Selection
 
 
 def row_stats(
@@ -116,6 +116,58 @@ def compact(
     """
     selection: Selection = dispatch("compact", CompactCall(mask, weight, capacity), backend)
     return selection
+
+
+def select(
+    logits: Tensor,
+    targets: Tensor,
+    threshold: Tensor,
+    *,
+    weights: Mapping[str, float],
+    tree: Any = None,
+    capacity: int | None = None,
+    offset: Tensor | None = None,
+    outputs: Collection[str] = (),
+    dim: int = -1,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    gate_temperature: float = 0.0,
+    p_min: float = 0.0,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    backend: str | None = None,
+) -> Selected:
+    """From logits to packed rows: ``gate_rows``, ``compact`` of its mask, and ``gather_rows`` of a tree, as one call.
+
+        kept = select(logits, targets, threshold, weights={"loss": 1.0}, tree=(inputs, targets), capacity=64)
+        inputs, targets = kept.packed
+
+    Args:
+        tree: nested structure of tensors with a row in dim 0 for each target, in the order of the targets
+            flattened; None packs nothing.
+        capacity: as in ``compact``: with one nothing waits for the device.
+        Others as in ``gate_rows``; its 1/p are the selection's weights.
+
+    Returns:
+        Selected: ``gated``, ``selection`` and ``packed``, which is differentiable in the tree.
+
+    Raises:
+        As ``gate_rows``, ``compact`` and ``gather_rows``, all before anything is computed.
+    """
+    call = SelectCall(
+        logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
+        threshold, weights, offset, gate_temperature, p_min, seed, step, tree, capacity,
+    )  # fmt: skip
+    served: Selected | None = fused("select", call, backend)
+    if served is not None:
+        return served
+    gated = dispatch("gate_rows", call, backend)
+    weight = None if gated.weight is None else gated.weight.flatten()
+    selection = dispatch("compact", CompactCall(gated.mask.flatten(), weight, capacity), backend)
+    packed = None if tree is None else dispatch("gather_rows", TreeCall(tree, selection, selection.size), backend)
+    return Selected(gated, selection, packed)
 
 
 def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) -> Any:

@@ -5,6 +5,7 @@
 #include <functional>
 #include <numeric>
 
+#include "large_pages.h"
 #include "parallel.h"
 #include "wide_copy.h"
 
@@ -34,7 +35,10 @@ int64_t cut(int64_t at, int64_t row_bytes) {
 template <class Body>
 void for_each_share(const std::vector<RowMove>& moves, int64_t out_rows, const Body& body) {
   int64_t total = 0;
-  for (const RowMove& move : moves) total += out_rows * move.row_bytes;
+  for (const RowMove& move : moves) {
+    total += out_rows * move.row_bytes;
+    ask_for_large_pages(move.out, out_rows * move.row_bytes);
+  }
   const bool streaming = total >= kStreamed;
   parallel_parts(total, parts_for(total, kGrain), 1, [&](int, int64_t begin, int64_t end) {
     for (const RowMove& move : moves) {

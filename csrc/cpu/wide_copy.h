@@ -11,7 +11,9 @@
 
 namespace sparse_kernels {
 
-constexpr int64_t kStreamed = 32 << 20;  // bytes of a call from which its stores are streamed
+// Bytes that a call writes from which on the stores are streamed: less may still lie in the cache
+// when it is next read.
+constexpr int64_t kStreamed = 16 << 20;
 
 #if defined(SPARSE_KERNELS_X86)
 
