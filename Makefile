@@ -1,13 +1,14 @@
-# make demo | test | bench | lint | format      one environment for all of them, made when needed, in .venv
+# make demo | test | bench | sanitize | fuzz | lint | format      one environment for all of them, made when needed, in .venv
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp)
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench sanitize fuzz lint format clean
 
 demo: $(READY)  ## train dense, random and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -18,16 +19,38 @@ test: $(READY)  ## the whole suite
 bench: $(READY)  ## speed, as ratios; wants an idle machine
 	$(BIN)/pytest benchmarks --benchmark-only --record
 
+# Everything below build/sanitize is built with the address and undefined-behaviour sanitizers.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
+SANITIZED := build/sanitize
+SANITIZED_SUITE ?= tests/kernels --ignore tests/kernels/test_build.py --ignore tests/kernels/test_triton.py
+FUZZ_SECONDS ?= 60
+
+sanitize: $(SANITIZED)/.built  ## the C++ suite under the sanitizers: any step out of bounds ends it
+	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_SUITE)
+
+fuzz: $(SANITIZED)/fuzz_kernels  ## random inputs to every CPU kernel, under the sanitizers
+	ASAN_OPTIONS=detect_leaks=0 $< $(FUZZ_SECONDS)
+
+$(SANITIZED)/.built: $(READY)
+	SPARSE_KERNELS_BUILD=cpu CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build \
+	  --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	touch $@
+
+$(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
+	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build *.egg-info sparse_kernels/_build_info.py sparse_kernels/*.so
