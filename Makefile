@@ -25,13 +25,16 @@ SANITIZED := build/sanitize
 SANITIZED_SUITE ?= tests/kernels --ignore tests/kernels/test_build.py --ignore tests/kernels/test_triton.py
 FUZZ_SECONDS ?= 60
 
+sanitize: export PYTHONPATH := $(abspath $(SANITIZED))/lib
+sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize: $(SANITIZED)/.built  ## the C++ suite under the sanitizers: any step out of bounds ends it
-	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_SUITE)
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"; \
+	(cd $(SANITIZED) && $(abspath $(BIN))/python -c 'import sparse_kernels as sk; assert "sanitize" in sk.__file__') && \
+	SPARSE_KERNELS_EXPECT=cpp $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_SUITE)
 
 fuzz: $(SANITIZED)/fuzz_kernels  ## random inputs to every CPU kernel, under the sanitizers
-	ASAN_OPTIONS=detect_leaks=0 $< $(FUZZ_SECONDS)
+	OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 $< $(FUZZ_SECONDS)
 
 $(SANITIZED)/.built: $(READY)
 	SPARSE_KERNELS_BUILD=cpu CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build \

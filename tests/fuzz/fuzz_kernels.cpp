@@ -77,7 +77,7 @@ class Block {
 };
 
 void fuzz_compact(Bytes& bytes) {
-  const int64_t rows = bytes.below(64) ? bytes.size(5000) : 256 * 1024 + bytes.size(5000);
+  const int64_t rows = bytes.below(300) ? bytes.size(5000) : 256 * 1024 + bytes.size(5000);
   const int64_t density = bytes.below(11);
   std::vector<uint8_t> mask(static_cast<size_t>(rows));
   for (uint8_t& flag : mask) flag = bytes.below(10) < density ? uint8_t(1 + bytes.below(255)) : 0;
@@ -109,8 +109,9 @@ void fuzz_compact(Bytes& bytes) {
 }
 
 void fuzz_move(Bytes& bytes, bool scatter) {
-  const int64_t rows = 1 + bytes.size(300);
-  const int64_t slots = bytes.size(300);
+  const bool long_rows = bytes.below(30) == 0;  // cut between threads
+  const int64_t rows = 1 + bytes.size(long_rows ? 5 : 300);
+  const int64_t slots = bytes.size(long_rows ? 5 : 300);
   std::vector<int64_t> index(static_cast<size_t>(slots));
   for (int64_t& row : index) row = bytes.below(rows);
   if (bytes.coin()) {
@@ -133,7 +134,7 @@ void fuzz_move(Bytes& bytes, bool scatter) {
   const int64_t in_rows = scatter ? count : rows;
   const int64_t out_rows = scatter ? rows : count;
   for (int64_t i = bytes.below(4); i >= 0; --i) {
-    const int64_t row_bytes = bytes.below(50) ? bytes.size(700) : 60'000 + bytes.below(10'000);
+    const int64_t row_bytes = long_rows ? 60'000 + bytes.below(10'000) : bytes.size(700);
     const int64_t stride = bytes.below(4) ? row_bytes
                            : bytes.coin() ? 0
                                           : row_bytes + bytes.size(70);
@@ -141,7 +142,7 @@ void fuzz_move(Bytes& bytes, bool scatter) {
     tensors.push_back({row_bytes, stride, Block(span, bytes.below(64)),
                        Block(out_rows * row_bytes, bytes.below(64))});
     for (int64_t at = 0; at < span; ++at) tensors.back().in.begin()[at] = char(at * 31 + i);
-    std::memset(tensors.back().out.begin(), 0x55, size_t(out_rows * row_bytes));
+    std::fill_n(tensors.back().out.begin(), out_rows * row_bytes, char(0x55));
   }
   for (Tensor& tensor : tensors)
     moves.push_back({tensor.in.begin(), tensor.stride, tensor.out.begin(), tensor.row_bytes});
