@@ -36,7 +36,7 @@ sanitize: $(SANITIZED)/.built  ## the C++ suite under the sanitizers: any step o
 fuzz: $(SANITIZED)/fuzz_kernels  ## random inputs to every CPU kernel, under the sanitizers
 	OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 $< $(FUZZ_SECONDS)
 
-$(SANITIZED)/.built: $(READY)
+$(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.py)
 	SPARSE_KERNELS_BUILD=cpu CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build \
 	  --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
 	touch $@
