@@ -1,15 +1,16 @@
-# make demo | test | bench | lint | format      one environment for all of them, made when needed, in .venv
-# make gpu                                      where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
+# make demo | test | bench | sanitize | fuzz | lint | format      one environment for all of them, made when needed, in .venv
+# make gpu      where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp)
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo test bench gpu sanitize fuzz lint format clean
 
 demo: $(READY)  ## train dense, random and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -23,16 +24,41 @@ bench: $(READY) $(PEERS)  ## speed, as ratios; wants an idle machine
 gpu:  ## PARTS="build check bench:300" for some, WHEELS=folder for packages to compare with; see benchmarks/gpu.py
 	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(PARTS)
 
+# Everything below build/sanitize is built with the address and undefined-behaviour sanitizers.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
+SANITIZED := build/sanitize
+SANITIZED_SUITE ?= tests/kernels --ignore tests/kernels/test_build.py --ignore tests/kernels/test_triton.py
+FUZZ_SECONDS ?= 60
+
+sanitize: export PYTHONPATH := $(abspath $(SANITIZED))/lib
+sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export UBSAN_OPTIONS := print_stacktrace=1
+sanitize: $(SANITIZED)/.built  ## the C++ suite under the sanitizers: any step out of bounds ends it
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"; \
+	(cd $(SANITIZED) && $(abspath $(BIN))/python -c 'import sparse_kernels as sk; assert "sanitize" in sk.__file__') && \
+	SPARSE_KERNELS_EXPECT=cpp $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_SUITE)
+
+fuzz: $(SANITIZED)/fuzz_kernels  ## random inputs to every CPU kernel, under the sanitizers
+	OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 $< $(FUZZ_SECONDS)
+
+$(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.py)
+	SPARSE_KERNELS_BUILD=cpu CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build \
+	  --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	touch $@
+
+$(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
+	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build *.egg-info sparse_kernels/_build_info.py sparse_kernels/*.so

@@ -31,6 +31,8 @@ MODES = ("auto", "cpu", "cuda", "none")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 # One file for each instruction set, so that no instruction can leak into code that runs everywhere.
 FILE_FLAGS = {
+    "compact_avx2.cpp": "-mavx2 -mbmi -mpopcnt",
+    "compact_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mpopcnt",
     "row_stats_avx2.cpp": "-mavx2 -mfma -mf16c",
     # GCC 12's own avx512fintrin.h trips the warning.
     "row_stats_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cpu/compact.h"
@@ -97,6 +98,22 @@ int64_t run(const sk::RowStatsArgs& args, int32_t* invalid) {
   return result.bad_target_row;
 }
 
+// The tensors' moves one after the other: input, its row stride in bytes, output, bytes of a row.
+template <class Function>
+int64_t move_rows(const Function& function, const py::tuple& numbers, Address index, int64_t slots,
+                  int64_t rows) {
+  std::vector<sk::RowMove> moves(numbers.size() / 4);
+  py::ssize_t i = 0;
+  for (sk::RowMove& move : moves) {
+    move.in = at<char>(Address(integer(numbers, i++)));
+    move.in_stride = integer(numbers, i++);
+    move.out = at<char>(Address(integer(numbers, i++)));
+    move.row_bytes = integer(numbers, i++);
+  }
+  py::gil_scoped_release unlocked;
+  return function(moves, at<int64_t>(index), slots, rows);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
@@ -163,27 +180,22 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("count_flags",
         [](Address mask, int64_t rows) { return sk::count_flags(at<uint8_t>(mask), rows); });
 
-  m.def("compact", [](Address mask, Address weight_in, int64_t rows, int64_t capacity,
-                      Address index, Address weight, Address count, Address overflow) {
-    const int64_t total = sk::compact(at<uint8_t>(mask), at<float>(weight_in), rows, capacity,
-                                      at<int64_t>(index), at<float>(weight));
-    const int64_t kept = total < capacity ? total : capacity;
-    *at<int32_t>(count) = int32_t(kept);
-    *at<int32_t>(overflow) = int32_t(total - kept);
-  });
+  m.def("compact",
+        [](Address mask, Address weight_in, int64_t rows, std::vector<int64_t> counts,
+           int64_t capacity, Address index, Address weight, Address count, Address overflow) {
+          const int64_t total =
+              sk::compact(at<uint8_t>(mask), at<float>(weight_in), rows, std::move(counts),
+                          capacity, at<int64_t>(index), at<float>(weight));
+          const int64_t kept = total < capacity ? total : capacity;
+          *at<int32_t>(count) = int32_t(kept);
+          *at<int32_t>(overflow) = int32_t(total - kept);
+        });
 
-  m.def("gather_rows", [](Address in, int64_t in_rows, int64_t row_bytes, Address index,
-                          int64_t count, Address out) {
-    py::gil_scoped_release unlocked;
-    return sk::gather_rows(at<void>(in), in_rows, row_bytes, at<int64_t>(index), count,
-                           at<void>(out));
+  m.def("gather_rows", [](const py::tuple& moves, Address index, int64_t slots, int64_t rows) {
+    return move_rows(sk::gather_rows, moves, index, slots, rows);
   });
-
-  m.def("scatter_rows", [](Address in, int64_t row_bytes, Address index, int64_t count, Address out,
-                           int64_t out_rows) {
-    py::gil_scoped_release unlocked;
-    return sk::scatter_rows(at<void>(in), row_bytes, at<int64_t>(index), count, at<void>(out),
-                            out_rows);
+  m.def("scatter_rows", [](const py::tuple& moves, Address index, int64_t slots, int64_t rows) {
+    return move_rows(sk::scatter_rows, moves, index, slots, rows);
   });
 
   m.def("instruction_set", [] { return sk::name_of(sk::instruction_set()); });

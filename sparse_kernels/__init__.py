@@ -3,18 +3,20 @@
 stats = row_stats(logits, targets, outputs=("loss", "entropy"))
 gated = gate_rows(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3})
 kept = compact(gated.mask).take((inputs, targets))
+kept = select(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3}, tree=(inputs, targets)).packed
 """
 
 from sparse_kernels._version import __version__
 from sparse_kernels.backends import BackendUnavailable, backend_info
-from sparse_kernels.ops import compact, gate_rows, gather_rows, row_stats, scatter_rows
-from sparse_kernels.types import STATISTICS, GatedRows, RowStats, Selection
+from sparse_kernels.ops import compact, gate_rows, gather_rows, row_stats, scatter_rows, select
+from sparse_kernels.types import STATISTICS, GatedRows, RowStats, Selected, Selection
 
 __all__ = [
     "STATISTICS",
     "BackendUnavailable",
     "GatedRows",
     "RowStats",
+    "Selected",
     "Selection",
     "__version__",
     "backend_info",
@@ -23,4 +25,5 @@ __all__ = [
     "gather_rows",
     "row_stats",
     "scatter_rows",
+    "select",
 ]

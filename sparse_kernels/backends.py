@@ -28,6 +28,8 @@ ORDER: dict[str, tuple[str, ...]] = dict.fromkeys(OPS, ("cpp", "torch"))
 # Served only when asked for by name: the Triton kernels are tested interpreted and compiled ahead of time, but
 # until they have been run and measured on a GPU, the reference serves there by default.
 BY_NAME: dict[str, tuple[str, ...]] = {"row_stats": ("triton",), "gate_rows": ("triton",)}
+# Operations made of others, which these backends have as one call.
+FUSED: dict[str, tuple[str, ...]] = {"select": ("cpp",)}
 _logged: set[str] = set()
 
 
@@ -42,6 +44,7 @@ def _functions(op: str, name: str) -> tuple[Callable[[Any], str | None], Callabl
 # Looked up once: a call of a few rows is over in microseconds.
 _TABLE = {op: {name: _functions(op, name) for name in (*ORDER[op], *BY_NAME.get(op, ()))} for op in OPS}
 _DEFAULT = {op: [(name, *_TABLE[op][name]) for name in ORDER[op]] for op in OPS}
+_FUSED = {op: [(name, *_functions(op, name)) for name in names] for op, names in FUSED.items()}
 _forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
 
 
@@ -65,6 +68,15 @@ def choose(op: str, call: Any, name: str | None) -> tuple[str, Callable[[Any], A
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot serve this {op}: {reason}")
     return name, serve
+
+
+def fused(op: str, call: Any, name: str | None) -> Any | None:
+    """The result of the first backend that has ``op`` as one call and serves it; None where the caller must compose."""
+    name = name or _forced
+    for candidate, refuse, serve in _FUSED[op]:
+        if name in (None, candidate) and refuse(call) is None:
+            return serve(call)
+    return None
 
 
 def _log_once(message: str) -> None:

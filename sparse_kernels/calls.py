@@ -141,41 +141,99 @@ class CompactCall:
                 )
             if weight.device != mask.device:
                 raise ValueError(f"weight is on {weight.device}, mask on {mask.device}")
-        if capacity is not None and not (isinstance(capacity, int) and 0 <= capacity <= 2**31 - 1):
-            raise ValueError(f"capacity={capacity!r}; wanted None or an int in [0, 2^31)")
+        if capacity is not None:
+            _check_capacity(capacity)
+
+
+def _check_capacity(capacity: int) -> None:
+    if not (isinstance(capacity, int) and 0 <= capacity <= 2**31 - 1):
+        raise ValueError(f"capacity={capacity!r}; wanted None or an int in [0, 2^31)")
 
 
 @dataclass(slots=True)
-class TreeCall:
-    """A ``gather_rows`` or ``scatter_rows`` request; ``rows`` is what dim 0 of every tensor must be."""
+class Tree:
+    """The tensors of a nested structure, and the way back to it."""
 
     tree: Any
-    selection: Selection
-    rows: int
-    tensors: list[Tensor] = field(init=False)  # of the tree, in its order
+    tensors: list[Tensor] = field(init=False)  # in the tree's order
     _leaves: list[Any] = field(init=False)
-    _spec: pytree.TreeSpec | None = field(init=False)  # None: the tree is one tensor
+    _spec: pytree.TreeSpec | None = field(init=False)  # None: the tree has one level
 
     def __post_init__(self) -> None:
-        if isinstance(self.tree, Tensor):  # most calls; a flatten would cost more than the gather
-            self.tensors, self._spec = [self.tree], None
+        tensors = _of_one_level(self.tree)
+        if tensors is not None:
+            self.tensors, self._spec = tensors, None
         else:
             self._leaves, self._spec = pytree.tree_flatten(self.tree)
             self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-        device = self.selection.index.device
+
+    def check(self, rows: int, device: torch.device) -> None:
+        """Every tensor has ``rows`` rows on ``device``."""
+        on_cpu = device.type == "cpu"
         for tensor in self.tensors:
-            if tensor.dim() == 0 or tensor.shape[0] != self.rows:
+            if tensor.dim() == 0 or tensor.shape[0] != rows:
                 raise ValueError(
-                    f"a tensor of shape {tuple(tensor.shape)} does not fit the selection: "
-                    f"it wants {self.rows} rows in dim 0"
+                    f"a tensor of shape {tuple(tensor.shape)} does not fit the selection: it wants {rows} rows in dim 0"
                 )
-            if tensor.device != device:
+            if not (on_cpu and tensor.is_cpu) and tensor.device != device:  # is_cpu costs a fifth
                 raise ValueError(f"a tensor is on {tensor.device}, the selection on {device}")
 
     def rebuild(self, tensors: list[Tensor]) -> Any:
         """The tree with its tensors replaced, in order; what is not a tensor stays."""
         if self._spec is None:
-            return tensors[0]
+            kind = type(self.tree)
+            if kind is dict:
+                return dict(zip(self.tree, tensors, strict=True))
+            return tensors[0] if isinstance(self.tree, Tensor) else kind(tensors)
         replaced = iter(tensors)
         leaves = [next(replaced) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return pytree.tree_unflatten(leaves, self._spec)
+
+
+@dataclass(slots=True)
+class TreeCall(Tree):
+    """A ``gather_rows`` or ``scatter_rows`` request; ``rows`` is what dim 0 of every tensor must be."""
+
+    selection: Selection
+    rows: int
+
+    def __post_init__(self) -> None:
+        Tree.__post_init__(self)
+        self.check(self.rows, self.selection.index.device)
+
+
+@dataclass(slots=True)
+class SelectCall(GateCall):
+    """A ``select`` request."""
+
+    tree: Any  # rows as the targets flattened; None for nothing
+    capacity: int | None
+    packing: Tree | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        GateCall.__post_init__(self)
+        if self.capacity is not None:
+            _check_capacity(self.capacity)
+        self.packing = None if self.tree is None else Tree(self.tree)
+        if self.packing is not None:
+            self.packing.check(self.targets.numel(), self.targets.device)
+
+
+def _of_one_level(tree: Any) -> list[Tensor] | None:
+    """The tensors of a tree that is one, or a plain tuple, list or dict of nothing else; None for any other.
+
+    Most batches are, and the general flatten takes longer than a small gather.
+    """
+    if isinstance(tree, Tensor):
+        return [tree]
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        leaves = list(tree)
+    elif kind is dict:
+        leaves = list(tree.values())
+    else:
+        return None
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            return None
+    return leaves

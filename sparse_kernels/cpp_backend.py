@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
 from torch import Tensor
 
-from sparse_kernels import reference
-from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels.calls import CompactCall, GateCall, SelectCall, StatsCall, TreeCall
+from sparse_kernels.rows import empty_rows, rows_are_packed
 from sparse_kernels.tracing import refuse_tensor
-from sparse_kernels.types import GatedRows, RowStats, Selection
+from sparse_kernels.types import GatedRows, RowStats, Selected, Selection
 
 # The order of csrc/cpu/row_stats.h's Statistic.
 _WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
@@ -227,19 +228,25 @@ def refuse_compact(call: CompactCall) -> str | None:
 
 def compact(call: CompactCall) -> Selection:
     """See ``sparse_kernels.compact``."""
-    mask = call.mask.contiguous()
-    weight_in = None if call.weight is None else call.weight.detach().contiguous()
+    return _compact(call.mask, call.weight, call.capacity)
+
+
+def _compact(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> Selection:
+    mask = mask.contiguous()
+    weight_in = None if weight_in is None else weight_in.detach().contiguous()
     rows = mask.numel()
-    slots = call.capacity
+    counts: list[int] = []
     if slots is None:
-        slots = _cpp.count_flags(mask.data_ptr(), rows)
-    index = torch.empty(slots, dtype=torch.int64)
+        counts = _cpp.count_flags(mask.data_ptr(), rows)
+        slots = sum(counts)
+    index = torch.empty(slots, dtype=torch.int64, device=mask.device)
     weight = torch.empty_like(index, dtype=torch.float32)
     count, overflow = torch.empty_like(_COUNT), torch.empty_like(_COUNT)
     _cpp.compact(
         mask.data_ptr(),
         0 if weight_in is None else weight_in.data_ptr(),
         rows,
+        counts,
         slots,
         index.data_ptr(),
         weight.data_ptr(),
@@ -249,11 +256,35 @@ def compact(call: CompactCall) -> Selection:
     return Selection(index, weight, count, overflow, rows)
 
 
+def refuse_select(call: SelectCall) -> str | None:
+    """Why this call is not served as one, or None."""
+    return refuse_gate_rows(call) or (None if call.packing is None else _refuse_tensors(call.packing.tensors))
+
+
+def select(call: SelectCall) -> Selected:
+    """See ``sparse_kernels.select``: the mask is packed while it is in the cache."""
+    gated = gate_rows(call)
+    mask, weight = gated.mask, gated.weight
+    if mask.dim() != 1:
+        mask, weight = mask.flatten(), None if weight is None else weight.flatten()
+    selection = _compact(mask, weight, call.capacity)
+    if call.packing is None:
+        return Selected(gated, selection, None)
+    return Selected(gated, selection, call.packing.rebuild(_gather(call.packing.tensors, selection)))
+
+
+def _refuse_tensors(tensors: list[Tensor]) -> str | None:
+    for tensor in tensors:
+        reason = _refuse_tensor(tensor)
+        if reason is not None:
+            return reason
+        if tensor.layout is not torch.strided:
+            return f"a {tensor.layout} tensor has no rows of bytes"
+    return None
+
+
 def _refuse_tree(call: TreeCall) -> str | None:
-    reason = _refuse_tensor(call.selection.index)
-    for tensor in call.tensors:
-        reason = reason or _refuse_tensor(tensor)
-    return reason
+    return _refuse_tensor(call.selection.index) or _refuse_tensors(call.tensors)
 
 
 refuse_gather_rows = refuse_scatter_rows = _refuse_tree
@@ -261,43 +292,58 @@ refuse_gather_rows = refuse_scatter_rows = _refuse_tree
 
 def gather_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.gather_rows``."""
-    return call.rebuild([_gather(tensor, call.selection) for tensor in call.tensors])
+    return call.rebuild(_gather(call.tensors, call.selection))
 
 
 def scatter_rows(call: TreeCall) -> Any:
     """See ``sparse_kernels.scatter_rows``."""
-    return call.rebuild([_scatter(rows, call.selection) for rows in call.tensors])
+    return call.rebuild(_scatter(call.tensors, call.selection))
 
 
-def _gather(tensor: Tensor, selection: Selection) -> Tensor:
-    slots = selection.index.numel()
-    packed = tensor.is_contiguous()
-    channels_last = not packed and tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    if selection.size == 0 or not (packed or channels_last):
-        return reference.gather_tensor(tensor, selection)
-    # Bytes are bytes: rows of images keep their layout.
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((slots, *tensor.shape[1:]), dtype=tensor.dtype, memory_format=memory_format)
+def _gather(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
+    """The selected rows of each tensor, padding included, in one call of C++."""
     index = selection.index.contiguous()
-    bad = _cpp.gather_rows(
-        tensor.data_ptr(), selection.size, _row_bytes(tensor), index.data_ptr(), slots, out.data_ptr()
-    )
-    if bad >= 0:
-        raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {selection.size} rows")
-    return out
+    if selection.size == 0:  # nothing to read, not even for padding
+        return [empty_rows(tensor, index.numel()).zero_() for tensor in tensors]
+    slots = index.numel()
+    packed = [tensor for tensor in tensors if tensor.is_contiguous() or rows_are_packed(tensor)]
+    moved = _move_rows(_cpp.gather_rows, packed, index, slots, slots, selection.size)
+    if len(packed) == len(tensors):
+        return moved
+    # Elements with gaps between them are not bytes to copy. C++ has looked at the index by now.
+    left = iter(moved)
+    return [next(left) if rows_are_packed(tensor) else tensor.index_select(0, index) for tensor in tensors]
 
 
-def _scatter(rows: Tensor, selection: Selection) -> Tensor:
-    rows, index, kept = rows.contiguous(), selection.index.contiguous(), int(selection.count)
+def _scatter(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
+    """Each tensor's rows in their places and zeros elsewhere, padding dropped, in one call of C++."""
+    index, kept = selection.index.contiguous(), int(selection.count)
     if not 0 <= kept <= index.numel():
         raise ValueError(f"selection count {kept} does not fit its {index.numel()} slots")
-    out = torch.zeros((selection.size, *rows.shape[1:]), dtype=rows.dtype)
-    bad = _cpp.scatter_rows(rows.data_ptr(), _row_bytes(rows), index.data_ptr(), kept, out.data_ptr(), selection.size)
+    packed = [tensor if rows_are_packed(tensor) else tensor.contiguous() for tensor in tensors]
+    return _move_rows(_cpp.scatter_rows, packed, index, kept, selection.size, selection.size)
+
+
+def _move_rows(
+    function: Callable[..., int], tensors: list[Tensor], index: Tensor, slots: int, out_rows: int, rows: int
+) -> list[Tensor]:
+    """``function`` over tensors whose rows are packed."""
+    moved: list[Tensor] = []
+    moves: list[int] = []
+    read: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.is_conj() or tensor.is_neg():  # only noted: its bytes are not its values
+            tensor = tensor.resolve_conj().resolve_neg()
+            read.append(tensor)  # kept until C++ has read it
+        out = empty_rows(tensor, out_rows)
+        moved.append(out)
+        moves += (
+            tensor.data_ptr(),
+            tensor.element_size() * tensor.stride(0),
+            out.data_ptr(),
+            out.nbytes // out_rows if out_rows else 0,
+        )
+    bad = function((*moves,), index.data_ptr(), slots, rows)
     if bad >= 0:
-        raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {selection.size} rows")
-    return out
-
-
-def _row_bytes(tensor: Tensor) -> int:
-    rows = tensor.size(0)
-    return tensor.element_size() * (tensor.numel() // rows) if rows else 0
+        raise ValueError(f"selection index {int(index[bad])} in slot {bad} is outside {rows} rows")
+    return moved

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from sparse_kernels import reference
 from sparse_kernels.backends import BACKENDS, choose
 from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels.rows import empty_rows
 from sparse_kernels.tracing import observed
 from sparse_kernels.types import DIFFERENTIABLE, STATISTICS, GatedRows, RowStats, Selection
 
@@ -375,22 +376,11 @@ def _scatter_rows(tensors: list[Tensor], index: Tensor, count: Tensor, size: int
 
 
 def _gather_rows_fake(tensors: list[Tensor], index: Tensor, count: Tensor, size: int, backend: str) -> list[Tensor]:
-    return [_rows_like(tensor, index.shape[0], keep_format=True) for tensor in tensors]
+    return [empty_rows(tensor, index.shape[0]) for tensor in tensors]
 
 
 def _scatter_rows_fake(tensors: list[Tensor], index: Tensor, count: Tensor, size: int, backend: str) -> list[Tensor]:
-    return [_rows_like(tensor, size, keep_format=False) for tensor in tensors]
-
-
-def _rows_like(tensor: Tensor, rows: int, keep_format: bool) -> Tensor:
-    images = keep_format and tensor.dim() == 4 and not tensor.is_contiguous()
-    channels_last = images and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty(
-        (rows, *tensor.shape[1:]),
-        dtype=tensor.dtype,
-        device=tensor.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    return [empty_rows(tensor, size) for tensor in tensors]
 
 
 def _save_selection(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

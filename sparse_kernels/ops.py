@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sparse_kernels import library
-from sparse_kernels.backends import choose
-from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels.backends import choose, fused
+from sparse_kernels.calls import CompactCall, GateCall, SelectCall, StatsCall, Tree, TreeCall
 from sparse_kernels.tracing import observed
-from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selection
+from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selected, Selection
 
 
 def row_stats(
@@ -131,8 +131,12 @@ def gate_rows(
         logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
         threshold, weights, offset, gate_temperature, p_min, seed, step,
     )  # fmt: skip
+    return _gate_rows(call, backend)
+
+
+def _gate_rows(call: GateCall, backend: str | None) -> GatedRows:
     name, serve = choose("gate_rows", call, backend)
-    if name == "torch" or not observed(logits):
+    if name == "torch" or not observed(call.logits):
         result: GatedRows = serve(call)
         return result
     return library.gate_rows(call, name)
@@ -154,12 +158,68 @@ def compact(
     Raises:
         ValueError: mask not bool or not 1-D, weight of another shape or dtype, bad capacity.
     """
-    call = CompactCall(mask, weight, capacity)
+    return _compact(CompactCall(mask, weight, capacity), backend)
+
+
+def _compact(call: CompactCall, backend: str | None) -> Selection:
     name, serve = choose("compact", call, backend)
-    if name == "torch" or not observed(mask):
+    if name == "torch" or not observed(call.mask):
         selection: Selection = serve(call)
         return selection
     return library.compact(call, name)
+
+
+def select(
+    logits: Tensor,
+    targets: Tensor,
+    threshold: Tensor,
+    *,
+    weights: Mapping[str, float],
+    tree: Any = None,
+    capacity: int | None = None,
+    offset: Tensor | None = None,
+    outputs: Collection[str] = (),
+    dim: int = -1,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    gate_temperature: float = 0.0,
+    p_min: float = 0.0,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    backend: str | None = None,
+) -> Selected:
+    """From logits to packed rows: ``gate_rows``, ``compact`` of its mask, and ``gather_rows`` of a tree, as one call.
+
+        kept = select(logits, targets, threshold, weights={"loss": 1.0}, tree=(inputs, targets), capacity=64)
+        inputs, targets = kept.packed
+
+    Args:
+        tree: nested structure of tensors with a row in dim 0 for each target, in the order of the targets
+            flattened; None packs nothing.
+        capacity: as in ``compact``: with one nothing waits for the device.
+        Others as in ``gate_rows``; its 1/p are the selection's weights.
+
+    Returns:
+        Selected: ``gated``, ``selection`` and ``packed``, which is differentiable in the tree.
+
+    Raises:
+        As ``gate_rows``, ``compact`` and ``gather_rows``, all before anything is computed.
+    """
+    call = SelectCall(
+        logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
+        threshold, weights, offset, gate_temperature, p_min, seed, step, tree, capacity,
+    )  # fmt: skip
+    if not (observed(logits) or (call.packing is not None and _move_is_seen(call.packing))):
+        served: Selected | None = fused("select", call, backend)
+        if served is not None:
+            return served
+    gated = _gate_rows(call, backend)
+    weight = None if gated.weight is None else gated.weight.flatten()
+    selection = _compact(CompactCall(gated.mask.flatten(), weight, capacity), backend)
+    packed = None if tree is None else gather_rows(tree, selection, backend=backend)
+    return Selected(gated, selection, packed)
 
 
 def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) -> Any:
@@ -172,7 +232,7 @@ def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) 
     """
     call = TreeCall(tree, selection, selection.size)
     name, serve = choose("gather_rows", call, backend)
-    if name == "torch" or not _move_is_seen(call):
+    if name == "torch" or not _move_is_seen(call, selection.index):
         return serve(call)
     return library.gather_rows(call, name)
 
@@ -188,14 +248,14 @@ def scatter_rows(tree: Any, selection: Selection, *, backend: str | None = None)
     """
     call = TreeCall(tree, selection, selection.index.shape[0])
     name, serve = choose("scatter_rows", call, backend)
-    if name == "torch" or not _move_is_seen(call):
+    if name == "torch" or not _move_is_seen(call, selection.index):
         return serve(call)
     return library.scatter_rows(call, name)
 
 
-def _move_is_seen(call: TreeCall) -> bool:
+def _move_is_seen(tree: Tree, *others: Tensor) -> bool:
     if torch.is_grad_enabled():
-        for tensor in call.tensors:
+        for tensor in tree.tensors:
             if tensor.requires_grad:
                 return True
-    return observed(call.selection.index, *call.tensors)
+    return observed(*others, *tree.tensors)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import sparse_kernels  # for what it holds by the time of a call: the operations import these types
+
 STATISTICS = (
     "loss",
     "entropy",
@@ -61,10 +63,16 @@ class Selection(NamedTuple):
 
     def take(self, tree: Any) -> Any:
         """The selected rows of every tensor in ``tree``: see ``gather_rows``."""
-        from sparse_kernels.ops import gather_rows
-
-        return gather_rows(tree, self)
+        return sparse_kernels.gather_rows(tree, self)
 
     def valid(self) -> Tensor:
         """bool, shape of ``index``: False on padding."""
         return torch.arange(self.index.shape[0], device=self.index.device) < self.count
+
+
+class Selected(NamedTuple):
+    """What ``select`` decided, and what it packed."""
+
+    gated: GatedRows
+    selection: Selection  # of the rows of ``gated.mask``, flattened
+    packed: Any  # the tree that was given, with its selected rows; None without one

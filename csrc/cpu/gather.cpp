@@ -1,61 +1,159 @@
 #include "gather.h"
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
+#include <numeric>
 
+#include "large_pages.h"
 #include "parallel.h"
+#include "wide_copy.h"
 
 namespace sparse_kernels {
 namespace {
 
-constexpr int64_t kGrain = 64 * 1024;  // bytes a thread must have to be worth waking
+constexpr int64_t kGrain = 128 * 1024;  // bytes a thread must have to be worth waking
+constexpr int64_t kWhole = 64 * 1024;   // rows up to this size are not split between threads
+constexpr int64_t kCut = 64;            // larger ones are, at a multiple of this
+constexpr int64_t kPrefetch =
+    1024;  // bytes of the next row asked for early; hardware does the rest
 
-int64_t first_out_of_range(const int64_t* index, int64_t count, int64_t rows) {
-  for (int64_t i = 0; i < count; ++i)
+int64_t first_out_of_range(const int64_t* index, int64_t slots, int64_t rows) {
+  for (int64_t i = 0; i < slots; ++i)
     if (index[i] < 0 || index[i] >= rows) return i;
   return -1;
 }
 
-// copy(i) for each slot; kBytes is the row's size where it is known, for a call of memcpy for each
-// label would cost more than the label.
-template <class Copy>
-void for_each_slot(int64_t count, int64_t row_bytes, const Copy& copy) {
-  parallel_parts(count, parts_for(count * row_bytes, kGrain), 1,
-                 [&](int, int64_t begin, int64_t end) {
-                   switch (row_bytes) {
-                     case 4:
-                       for (int64_t i = begin; i < end; ++i) copy(i, 4);
-                       break;
-                     case 8:
-                       for (int64_t i = begin; i < end; ++i) copy(i, 8);
-                       break;
-                     default:
-                       for (int64_t i = begin; i < end; ++i) copy(i, row_bytes);
-                   }
-                 });
+// Where a thread's share that begins at byte ``at`` of packed rows really begins.
+int64_t cut(int64_t at, int64_t row_bytes) {
+  const int64_t offset = at % row_bytes;
+  return row_bytes <= kWhole ? at - offset : at - offset % kCut;
+}
+
+// body(move, begin, end, streaming) for ranges of bytes that together cover each output of
+// ``out_rows`` rows.
+template <class Body>
+void for_each_share(const std::vector<RowMove>& moves, int64_t out_rows, const Body& body) {
+  int64_t total = 0;
+  for (const RowMove& move : moves) {
+    total += out_rows * move.row_bytes;
+    ask_for_large_pages(move.out, out_rows * move.row_bytes);
+  }
+  const bool streaming = total >= kStreamed;
+  parallel_parts(total, parts_for(total, kGrain), 1, [&](int, int64_t begin, int64_t end) {
+    for (const RowMove& move : moves) {
+      const int64_t bytes = out_rows * move.row_bytes;
+      if (bytes > 0 && begin < bytes && end > 0)
+        body(move, begin <= 0 ? 0 : cut(begin, move.row_bytes),
+             end >= bytes ? bytes : cut(end, move.row_bytes), streaming);
+      begin -= bytes;
+      end -= bytes;
+    }
+    if (streaming) finish_streaming();
+  });
+}
+
+template <class Word>
+void gather_words(const RowMove& move, const int64_t* index, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end; at += int64_t(sizeof(Word)))
+    std::memcpy(move.out + at, move.in + *index++ * move.in_stride, sizeof(Word));
+}
+
+// Bytes [begin, end) of the packed rows. A call of memcpy for each label would cost more than the
+// label, so the commonest small rows have their own loops.
+void gather_share(const RowMove& move, const int64_t* index, int64_t slots, int64_t begin,
+                  int64_t end, bool streaming) {
+  const int64_t row_bytes = move.row_bytes;
+  int64_t slot = begin / row_bytes;
+  switch (row_bytes) {
+    case 1:
+      return gather_words<uint8_t>(move, index + slot, begin, end);
+    case 2:
+      return gather_words<uint16_t>(move, index + slot, begin, end);
+    case 4:
+      return gather_words<uint32_t>(move, index + slot, begin, end);
+    case 8:
+      return gather_words<uint64_t>(move, index + slot, begin, end);
+  }
+  const int64_t early = std::min(row_bytes, kPrefetch);
+  for (int64_t offset = begin % row_bytes; begin < end; ++slot, offset = 0) {
+    const int64_t bytes = std::min(row_bytes - offset, end - begin);
+    if (slot + 1 < slots) {
+      const char* next = move.in + index[slot + 1] * move.in_stride;
+      for (int64_t i = 0; i < early; i += 64) __builtin_prefetch(next + i);
+    }
+    copy_bytes(move.out + begin, move.in + index[slot] * move.in_stride + offset, bytes, streaming);
+    begin += bytes;
+  }
+}
+
+// Where the rows of an output come from: ``slot[i]`` (i itself where empty) goes to row index[i],
+// ascending and without equals.
+struct Sources {
+  const int64_t* index;
+  int64_t count;
+  std::vector<int64_t> sorted;
+  std::vector<int64_t> slot;
+
+  Sources(const int64_t* given, int64_t slots) : index(given), count(slots) {
+    if (std::adjacent_find(given, given + slots, std::greater_equal<int64_t>()) == given + slots)
+      return;
+    slot.resize(slots);
+    std::iota(slot.begin(), slot.end(), int64_t(0));
+    std::stable_sort(slot.begin(), slot.end(),
+                     [&](int64_t a, int64_t b) { return given[a] < given[b]; });
+    // Of equals the last: the first from behind.
+    const auto end = std::unique(slot.rbegin(), slot.rend(),
+                                 [&](int64_t a, int64_t b) { return given[a] == given[b]; });
+    slot.erase(slot.begin(), end.base());
+    for (int64_t i : slot) sorted.push_back(given[i]);
+    index = sorted.data();
+    count = int64_t(slot.size());
+  }
+  int64_t slot_of(int64_t i) const { return slot.empty() ? i : slot[i]; }
+};
+
+void scatter_share(const RowMove& move, const Sources& sources, int64_t begin, int64_t end,
+                   bool streaming) {
+  const int64_t row_bytes = move.row_bytes;
+  int64_t i = std::lower_bound(sources.index, sources.index + sources.count, begin / row_bytes) -
+              sources.index;
+  while (begin < end) {
+    const int64_t from = i < sources.count ? sources.index[i] * row_bytes : end;  // the next row
+    if (begin < from) {
+      const int64_t until = std::min(from, end);
+      zero_bytes(move.out + begin, until - begin, streaming);
+      begin = until;
+    } else {
+      const int64_t offset = begin - from;
+      const int64_t bytes = std::min(row_bytes - offset, end - begin);
+      copy_bytes(move.out + begin, move.in + sources.slot_of(i) * move.in_stride + offset, bytes,
+                 streaming);
+      begin += bytes;
+      ++i;
+    }
+  }
 }
 
 }  // namespace
 
-int64_t gather_rows(const void* in, int64_t in_rows, int64_t row_bytes, const int64_t* index,
-                    int64_t count, void* out) {
-  const int64_t bad = first_out_of_range(index, count, in_rows);
+int64_t gather_rows(const std::vector<RowMove>& moves, const int64_t* index, int64_t slots,
+                    int64_t rows) {
+  const int64_t bad = first_out_of_range(index, slots, rows);
   if (bad >= 0) return bad;
-  const char* from = static_cast<const char*>(in);
-  char* to = static_cast<char*>(out);
-  for_each_slot(count, row_bytes, [=](int64_t i, int64_t bytes) {
-    std::memcpy(to + i * bytes, from + index[i] * bytes, size_t(bytes));
+  for_each_share(moves, slots, [&](const RowMove& move, int64_t begin, int64_t end, bool stream) {
+    gather_share(move, index, slots, begin, end, stream);
   });
   return -1;
 }
 
-int64_t scatter_rows(const void* in, int64_t row_bytes, const int64_t* index, int64_t count,
-                     void* out, int64_t out_rows) {
-  const int64_t bad = first_out_of_range(index, count, out_rows);
+int64_t scatter_rows(const std::vector<RowMove>& moves, const int64_t* index, int64_t slots,
+                     int64_t rows) {
+  const int64_t bad = first_out_of_range(index, slots, rows);
   if (bad >= 0) return bad;
-  const char* from = static_cast<const char*>(in);
-  char* to = static_cast<char*>(out);
-  for_each_slot(count, row_bytes, [=](int64_t i, int64_t bytes) {
-    std::memcpy(to + index[i] * bytes, from + i * bytes, size_t(bytes));
+  const Sources sources(index, slots);
+  for_each_share(moves, rows, [&](const RowMove& move, int64_t begin, int64_t end, bool stream) {
+    scatter_share(move, sources, begin, end, stream);
   });
   return -1;
 }

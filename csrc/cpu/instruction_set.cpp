@@ -15,7 +15,7 @@ bool processor_has(InstructionSet value) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     case InstructionSet::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
+             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi");
     default:
       return true;
   }

@@ -58,7 +58,8 @@ def test_environment_forces_a_backend():
 
 def test_fallback_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_logged", set())
-    logits, targets = torch.randn(2, 3).double(), torch.tensor([0, 1])
+    logits = torch.randn(2, 2, 2, 2, 2, 3).permute(4, 3, 2, 1, 0, 5)  # more dimensions than C++ walks
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64)
     with caplog.at_level(logging.INFO, logger="sparse_kernels"):
         for _ in range(3):
             sk.row_stats(logits, targets)

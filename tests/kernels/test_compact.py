@@ -1,5 +1,7 @@
 """compact, gather_rows and scatter_rows: every backend, against the definitions."""
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -79,6 +81,40 @@ def test_gather_takes_rows(backend, dtype, shape):
     assert taken.dtype == dtype
 
 
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.1, 0.3, 0.9, 1.0])
+def test_every_instruction_set_packs_the_same(instruction_set, density):
+    """Sparse and dense words, the last words one by one, and several threads from 256K flags on."""
+    for rows, capacity in itertools.product([1, 64, 191, 4096, 300_000], [None, 0, 5, 63, 64, 65, 700, 5000]):
+        mask, weight = masks(rows, density), torch.rand(rows)
+        ours = sk.compact(mask, weight=weight, capacity=capacity, backend="cpp")
+        wanted = sk.compact(mask, weight=weight, capacity=capacity, backend="torch")
+        for a, b in zip(ours, wanted, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_slots_behind_the_capacity_stay_as_they_are(instruction_set):
+    """Kernels that write whole vectors must not write past the slots that they were given."""
+    from sparse_kernels import cpp_backend
+
+    mask = masks(1000, 0.5)
+    wanted = mask.nonzero().squeeze(-1)
+    count, overflow = torch.zeros(2, dtype=torch.int32)
+    for capacity in (0, 1, 63, 64, 100, 400):
+        index, weight = torch.full((600,), -7), torch.full((600,), -7.0)
+        cpp_backend._cpp.compact(
+            mask.data_ptr(), 0, 1000, [], capacity,
+            index.data_ptr(), weight.data_ptr(), count.data_ptr(), overflow.data_ptr(),
+        )  # fmt: skip
+        assert torch.equal(index[:capacity], wanted[:capacity])
+        assert (index[capacity:] == -7).all()
+        assert (weight[capacity:] == -7).all()
+
+
+def test_a_flag_is_set_where_its_byte_is_not_zero(instruction_set):
+    flags = torch.tensor([0, 1, 2, 0, 128, 255, 0] * 30, dtype=torch.uint8)
+    assert torch.equal(sk.compact(flags.view(torch.bool)).index, flags.nonzero().squeeze(-1))
+
+
 def test_gather_of_other_memory_formats(backend):
     selection = sk.compact(masks(20, 0.5), capacity=15, backend=backend)
     images = torch.randn(20, 3, 5, 6).to(memory_format=torch.channels_last)
@@ -100,10 +136,82 @@ def test_gather_of_a_tree_keeps_its_structure(backend):
     assert taken["meta"][1][0].shape == (len(selection.index), 2, 2)
 
 
-def test_gather_of_large_rows_with_several_threads(backend):
-    tensor = torch.randn(500, 3000)
-    selection = sk.compact(masks(500, 0.5), backend=backend)
+@pytest.mark.parametrize("shape", [(500, 3000), (3, 100_003), (20, 1_600_001), (40_000, 3), (3, 0)])
+def test_large_tensors_by_several_threads(backend, shape):
+    """Shares of whole rows, rows cut between threads, and from 16 MB on streaming stores and large pages."""
+    tree = torch.randint(0, 255, shape, dtype=torch.uint8), torch.arange(shape[0])
+    selection = sk.compact(masks(shape[0], 0.6), backend=backend)
+    for before in (torch.get_num_threads(), 3):
+        torch.set_num_threads(before)
+        taken = sk.gather_rows(tree, selection, backend=backend)
+        back = sk.scatter_rows(taken, selection, backend=backend)
+        for tensor, some, full in zip(tree, taken, back, strict=True):
+            assert torch.equal(some, tensor[selection.index])
+            assert torch.equal(full, torch.zeros_like(tensor).index_copy(0, selection.index, some))
+
+
+def views():
+    """Tensors of 24 rows whose rows do not follow one another, or whose elements do not."""
+    images = torch.randn(24, 4, 5, 6)
+    return {
+        "every second row": torch.randn(48, 7)[::2],
+        "part of each row": torch.randn(24, 9)[:, 2:7],
+        "part of each inner row": torch.randn(24, 5, 9)[:, :, 2:7],
+        "part of the channels": images[:, :2],
+        "transposed": torch.randn(7, 24).t(),
+        "permuted inside": torch.randn(24, 5, 7).transpose(1, 2),
+        "one row, repeated": torch.randn(7).expand(24, 7),
+        "one number, repeated": torch.ones(()).expand(24, 7),
+        "channels last": images.to(memory_format=torch.channels_last),
+        "every second, channels last": torch.randn(48, 4, 5, 6).to(memory_format=torch.channels_last)[::2],
+        "columns": torch.randn(24, 2)[:, 1],
+        "not aligned": torch.randn(24 * 7 + 1)[1:].reshape(24, 7),
+        "conjugate": torch.randn(24, 3, dtype=torch.complex64).conj(),
+        "negative": torch.randn(24, 3, dtype=torch.complex64).conj().imag,
+    }
+
+
+@pytest.mark.parametrize("name", views())
+def test_gather_and_scatter_of_views(backend, name):
+    tensor = views()[name]
+    selection = sk.compact(masks(24, 0.4), capacity=12, backend=backend)
+    kept = selection.index[: selection.count]
     assert torch.equal(sk.gather_rows(tensor, selection, backend=backend), tensor[selection.index])
+    packed = sk.compact(torch.ones(24, dtype=torch.bool), backend=backend)  # the view itself as packed rows
+    assert torch.equal(sk.scatter_rows(tensor, packed, backend=backend), tensor)
+    first = sk.Selection(kept, torch.ones(len(kept)), torch.tensor(len(kept)), torch.tensor(0), 24)
+    back = sk.scatter_rows(tensor[: len(kept)], first, backend=backend)
+    assert torch.equal(back, torch.zeros_like(tensor).index_copy(0, kept, tensor[: len(kept)]))
+
+
+def test_rows_without_gaps_are_moved_as_they_lie():
+    selection = sk.compact(masks(24, 0.4))
+    for name in ("channels last", "every second, channels last", "permuted inside"):
+        tensor = views()[name]
+        taken = sk.gather_rows(tensor, selection)
+        assert taken.stride()[1:] == tensor.stride()[1:], name
+        assert sk.scatter_rows(taken, selection).stride()[1:] == tensor.stride()[1:], name
+
+
+@pytest.mark.parametrize("order", [[3, 0, 7], [3, 3, 0, 9, 3], [0, 1, 2], []])
+def test_scatter_of_an_index_in_any_order(order):
+    """compact gives ascending indices; a selection made by hand need not have them. The last of equals wins."""
+    index, rows = torch.tensor(order, dtype=torch.int64), torch.randn(len(order), 4)
+    made = sk.Selection(index, torch.ones(len(order)), torch.tensor(len(order)), torch.tensor(0), 10)
+    wanted = torch.zeros(10, 4)
+    for slot, row in enumerate(order):
+        wanted[row] = rows[slot]
+    assert torch.equal(sk.scatter_rows(rows, made, backend="cpp"), wanted)
+
+
+def test_a_tree_is_moved_in_one_call(monkeypatch):
+    from sparse_kernels import cpp_backend
+
+    calls = []
+    monkeypatch.setattr(cpp_backend, "_move_rows", lambda *a: calls.append(len(a[1])) or a[1])
+    tree = {"x": torch.randn(10, 3), "y": torch.arange(10), "z": torch.ones(10, dtype=torch.bool)}
+    sk.gather_rows(tree, sk.compact(masks(10, 0.5)), backend="cpp")
+    assert calls == [3]
 
 
 @pytest.mark.parametrize("capacity", [None, 4, 30])
@@ -138,8 +246,9 @@ def test_scatter_is_differentiable(backend):
 
 def test_selection_from_elsewhere_cannot_read_out_of_bounds():
     wild = sk.Selection(torch.tensor([0, 99]), torch.ones(2), torch.tensor(2), torch.tensor(0), 10)
-    with pytest.raises(ValueError, match="99"):
-        sk.gather_rows(torch.randn(10, 2), wild, backend="cpp")
+    for tensor in (torch.randn(10, 2), torch.randn(2, 10).t()):  # bytes, and what PyTorch gathers
+        with pytest.raises(ValueError, match="index 99 in slot 1 is outside 10 rows"):
+            sk.gather_rows((torch.ones(10), tensor), wild, backend="cpp")
     for bad in (-1, 10):
         with pytest.raises(ValueError, match="outside 10 rows"):
             sk.gather_rows(torch.randn(10), wild._replace(index=torch.tensor([0, bad])), backend="cpp")
@@ -168,4 +277,71 @@ def test_selection_from_elsewhere_cannot_read_out_of_bounds():
 def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
+    assert "\n" not in str(error.value)
+
+
+def select_arguments(**changes):
+    torch.manual_seed(0)
+    return {
+        "logits": torch.randn(50, 6), "targets": torch.arange(50) % 6, "threshold": torch.tensor(1.5),
+        "weights": {"loss": 1.0}, "outputs": ("entropy",), **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("capacity", [None, 10, 40])
+@pytest.mark.parametrize("gate_temperature", [0.0, 0.5])
+def test_select_is_its_three_parts(backend, capacity, gate_temperature):
+    arguments = select_arguments(gate_temperature=gate_temperature, p_min=0.1, seed=3, step=5, backend=backend)
+    tree = {"x": torch.randn(50, 3), "deep": (torch.arange(50), "name")}
+    found = sk.select(**arguments, tree=tree, capacity=capacity)
+    gated = sk.gate_rows(**arguments)
+    selection = sk.compact(gated.mask, weight=gated.weight, capacity=capacity, backend=backend)
+    assert 0 < int(selection.count) < 50
+    assert torch.equal(found.gated.mask, gated.mask)
+    assert torch.equal(found.gated.significance, gated.significance)
+    assert torch.equal(found.gated.stats.entropy, gated.stats.entropy)
+    for a, b in zip(found.selection, selection, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert torch.equal(found.packed["x"], tree["x"][selection.index])
+    assert torch.equal(found.packed["deep"][0], selection.index)
+    assert found.packed["deep"][1] == "name"
+
+
+def test_select_of_pixels_packs_their_rows_in_the_targets_order(backend):
+    logits, targets = torch.randn(2, 5, 4, 3), torch.randint(0, 5, (2, 4, 3))
+    features = torch.randn(24, 2, requires_grad=True)
+    found = sk.select(logits, targets, torch.tensor(1.5), weights={"loss": 1.0}, tree=features, dim=1, backend=backend)
+    flags = found.gated.mask.flatten()
+    assert found.gated.mask.shape == targets.shape
+    assert torch.equal(found.selection.index, flags.nonzero().squeeze(-1))
+    assert torch.equal(found.packed, features[flags])
+    found.packed.sum().backward()
+    assert torch.equal(features.grad, flags[:, None].float().expand(24, 2))
+
+
+def test_select_without_a_tree_packs_nothing(backend):
+    assert sk.select(**select_arguments(), backend=backend).packed is None
+
+
+def test_select_is_made_of_the_other_operations_where_no_backend_has_it_as_one():
+    found = sk.select(**select_arguments(logits=torch.randn(50, 6, dtype=torch.float64)), tree=torch.arange(50))
+    assert torch.equal(found.packed, found.selection.index)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capacity": -1}, "capacity=-1"),
+        ({"capacity": 2**31}, "capacity="),
+        ({"tree": torch.ones(49)}, "wants 50 rows"),
+        ({"tree": [torch.ones(50), (torch.ones(51), "name")]}, "wants 50 rows"),
+        ({"tree": torch.ones(50, device="meta")}, "meta"),
+        ({"weights": {}}, "wanted one or more"),
+        ({"backend": "tpu"}, "unknown backend"),
+    ],
+)
+def test_select_refuses_bad_input_before_it_computes(changes, message):
+    # A target out of range is only found while computing: a message about it would say that it came to that.
+    with pytest.raises(ValueError, match=message) as error:
+        sk.select(**select_arguments(targets=torch.full((50,), 99), **changes))
     assert "\n" not in str(error.value)

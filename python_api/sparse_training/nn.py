@@ -1,0 +1,145 @@
+"""Compaction in the middle of a network: the layers between `Compact` and `Expand` run, forwards and backwards, on
+the rows kept alone.
+
+    compact, expand = Compact(), Expand()
+    rows, selection = compact(x, mask)               # x [N, ...], mask bool [N]
+    x = expand(rows + block(rows), selection, skip=x)  # rows left out pass by the block
+
+Two forms, as in `sparse_kernels.compact`:
+
+- without a capacity (the default) the packed batch holds the rows kept and nothing else, so every layer is right as
+  it is; its size depends on the data, which costs one synchronisation a call on an accelerator;
+- with a capacity its size is fixed and nothing waits, but the slots behind the rows kept are padding: copies of
+  row 0. `Expand` drops them and no gradient comes from them. Layers that treat each row by itself (linear,
+  convolution, LayerNorm, GroupNorm, dropout) are right; a layer that mixes rows is not: `torch.nn.BatchNorm*` would
+  count the padding in its statistics. `BatchNorm` here does not.
+
+In both forms batch statistics are those of the rows kept, not of the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_kernels import Selection, compact, gather_rows, scatter_rows
+
+
+class Compact(nn.Module):
+    """Packs the rows that a mask keeps.
+
+    Args:
+        capacity: slots of the packed batch, whatever the mask holds; None for as many as it keeps.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def forward(self, tree: Any, mask: Tensor, weight: Tensor | None = None) -> tuple[Any, Selection]:
+        """
+        Args:
+            tree: nested structure of tensors with N rows in dim 0.
+            mask: bool [N]. weight: optional float32 [N], packed into the selection.
+
+        Returns:
+            The tree with the rows kept, in their order, and the selection, which `Expand` and `BatchNorm` need.
+
+        Raises:
+            ValueError: as `sparse_kernels.compact` and `sparse_kernels.gather_rows`.
+        """
+        selection = compact(mask, weight=weight, capacity=self.capacity)
+        return gather_rows(tree, selection), selection
+
+    def extra_repr(self) -> str:
+        return f"capacity={self.capacity}"
+
+
+class Expand(nn.Module):
+    """Puts packed rows back in their places: the way back from `Compact`."""
+
+    def forward(self, rows: Tensor, selection: Selection, skip: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            rows: [slots, ...], one for each slot of the selection; padding is dropped.
+            skip: [N, ...], what the rows left out are; zeros without it. Of a row kept nothing is taken
+                from `skip`: for a residual add it before, as in `expand(rows + block(rows), selection, skip=x)`.
+
+        Returns:
+            [N, ...], N being the rows of the batch that the selection was made for. Rows that did not fit a
+            capacity count as left out.
+
+        Raises:
+            ValueError: `rows` or `skip` does not fit the selection.
+        """
+        if skip is None:
+            full: Tensor = scatter_rows(rows, selection)
+            return full
+        wanted = (selection.size, *rows.shape[1:])
+        if skip.shape != wanted or skip.dtype != rows.dtype or skip.device != rows.device:
+            raise ValueError(
+                f"skip is {skip.dtype} of shape {tuple(skip.shape)} on {skip.device}; rows of shape "
+                f"{tuple(rows.shape)} want {rows.dtype} of shape {wanted} on {rows.device}"
+            )
+        full, kept = scatter_rows((rows, selection.valid()), selection)
+        return torch.where(kept.reshape(-1, *[1] * (rows.dim() - 1)), full, skip)
+
+
+class BatchNorm(nn.modules.batchnorm._NormBase):
+    """Batch normalisation of packed rows that leaves padding out of the statistics; for any number of dimensions.
+
+    The same parameters, buffers and results as `torch.nn.BatchNorm1d`, `2d` and `3d` on the rows kept alone, so a
+    `state_dict` fits both; nothing waits for the device. Padding is normalised as the other rows are. Where no
+    row, or one of a single value a channel, is kept, the running statistics stay as they are.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm1d`.
+    """
+
+    def forward(self, rows: Tensor, selection: Selection) -> Tensor:
+        """rows: [slots, channels, ...]. Returns the same shape and dtype.
+
+        Raises:
+            ValueError: rows that fit neither the selection nor the channels.
+        """
+        slots = selection.index.shape[0]
+        if rows.dim() < 2 or rows.shape[:2] != (slots, self.num_features):
+            raise ValueError(
+                f"rows have shape {tuple(rows.shape)}; wanted {slots} slots of the selection and "
+                f"{self.num_features} channels first"
+            )
+        channels = (1, -1, *[1] * (rows.dim() - 2))
+        x = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        if self.training or self.running_mean is None or self.running_var is None:
+            mean, var = self._statistics(x, selection)
+        else:
+            mean, var = self.running_mean, self.running_var
+        scale = torch.rsqrt(var + self.eps)
+        x = (x - mean.reshape(channels)) * scale.reshape(channels)
+        if self.affine:
+            x = x * self.weight.reshape(channels) + self.bias.reshape(channels)
+        return x.to(rows.dtype)
+
+    def _statistics(self, x: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of the rows kept, [channels]; moves the running ones in training."""
+        dims = [0, *range(2, x.dim())]
+        valid = selection.valid().reshape(-1, *[1] * (x.dim() - 1))
+        values = selection.count * (x[0, 0].numel() if x.shape[0] else 0)  # a channel's
+        total = values.clamp(min=1).to(x.dtype)
+        # where, not a product: padding may be NaN or infinite, and 0 * inf is NaN.
+        mean = torch.where(valid, x, 0.0).sum(dims) / total
+        centred = x - mean.reshape(1, -1, *[1] * (x.dim() - 2))
+        var = torch.where(valid, centred, 0.0).square().sum(dims) / total
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                enough = values > 1
+                self.num_batches_tracked += enough
+                share = 1.0 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
+                share = torch.where(enough, share, 0.0)
+                unbiased = var * (total / (total - 1).clamp(min=1))
+                for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    running += share * (new - running)
+        return mean, var
