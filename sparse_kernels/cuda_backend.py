@@ -135,7 +135,9 @@ def gather_rows(call: TreeCall) -> Any:
         if row_format is None:
             outputs.append(reference.gather_tensor(tensor, call.selection))
             continue
-        out = torch.empty((slots, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, memory_format=row_format)
+        out = torch.empty(
+            (slots, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, memory_format=row_format
+        )
         outputs.append(out)
         moves.append(_move(tensor, out))
         kept.append(tensor)

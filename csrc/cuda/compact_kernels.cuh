@@ -69,7 +69,7 @@ __device__ inline void finish(const CompactArgs& args, int total) {
 
 // A block for each tile; rows are at most kOneLaunch. A warp ranks its flags by ballots; its first
 // slot is what is set before the tile plus what the warps before it have.
-__global__ void __launch_bounds__(kThreads) compact_tiles(CompactArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) compact_tiles(CompactArgs args) {
   __shared__ int in_warp[kWarps], before_tile[kWarps], from_tile[kWarps];
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int tile = int(blockIdx.x) * kTile;
