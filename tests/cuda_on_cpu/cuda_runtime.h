@@ -8,7 +8,6 @@
 
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -95,12 +94,12 @@ inline void run_thread() {
   block->moved = true;
 }
 
-inline void run_block(Block& state, std::vector<char>& stacks) {
+inline void run_block(Block& state, char* stacks) {
   block = &state;
   for (unsigned i = 0; i < state.size; ++i) {
     ucontext_t& context = state.threads[i].context;
     getcontext(&context);
-    context.uc_stack.ss_sp = &stacks[i * kStack];
+    context.uc_stack.ss_sp = stacks + i * kStack;
     context.uc_stack.ss_size = kStack;
     context.uc_link = &state.scheduler;
     makecontext(&context, run_thread, 0);
@@ -124,7 +123,7 @@ inline void run_block(Block& state, std::vector<char>& stacks) {
 
 inline void run(dim3 grid, dim3 threads, const std::function<void()>& body) {
   if (threads.x % kWarp || threads.x > 1024) die("a block that is not whole warps, or over 1,024");
-  std::vector<char> stacks(threads.x * kStack);
+  static const std::unique_ptr<char[]> stacks(new char[1024 * kStack]);  // untouched until used
   gridDim = grid;
   blockDim = threads;
   for (unsigned b = 0; b < grid.x; ++b) {
@@ -136,7 +135,7 @@ inline void run(dim3 grid, dim3 threads, const std::function<void()>& body) {
     state.warps.assign(threads.x / kWarp, Barrier{kWarp});
     state.all.expected = threads.x;
     state.body = &body;
-    run_block(state, stacks);
+    run_block(state, stacks.get());
   }
 }
 
