@@ -354,7 +354,17 @@ def test_under_sanitizers():
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "PYTHONMALLOC": "malloc",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qxs",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "cpu",
+        __file__,
+    ]  # -s: their report
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert " passed" in done.stdout
