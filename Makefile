@@ -5,8 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
-FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp)
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 

@@ -1,19 +1,24 @@
-"""Builds the compiled extension with ninja: C++ for the CPU, each instruction set with its own flags.
+"""Builds the compiled extensions with ninja: C++ for the CPU, each instruction set with its own flags, and CUDA.
 
 SPARSE_KERNELS_BUILD chooses what is built:
-    auto  (default) what the tools at hand allow; with no C++ compiler the install still succeeds,
-          says so, and the pure-PyTorch reference serves
+    auto  (default) what the tools at hand allow: CUDA where nvcc is found (CUDA_HOME, then PATH). With no C++
+          compiler the install still succeeds, says so, and the pure-PyTorch reference serves
     cpu   the CPU part, or an error
-    cuda  the CUDA part too, or an error; this version has no CUDA sources, so an error
+    cuda  the CUDA part too, or an error
     none  nothing: pure Python
 
-No PyTorch takes part, so one build serves every PyTorch.
+TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX") chooses the CUDA architectures; by default the first of every major from 7.5 to
+12.0 that this nvcc knows (its machine code runs on the later ones of that major), and PTX of the newest.
+
+No PyTorch takes part, so one build serves every PyTorch. Nor does a GPU or a driver: the CUDA runtime is linked
+statically, into a module of its own, so that the C++ one needs nothing of it.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = "_build_info.py"
+CPP, CUDA = "sparse_kernels._cpp", "sparse_kernels._cuda"
 MODES = ("auto", "cpu", "cuda", "none")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 # One file for each instruction set, so that no instruction can leak into code that runs everywhere.
@@ -87,27 +93,86 @@ def openmp_flag(compiler: str) -> str:
     return ""
 
 
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+    if found is None:
+        raise NoCompiler(f"nvcc was not found ({'in ' + home + '/bin: CUDA_HOME' if home else 'CUDA_HOME, PATH'})")
+    return found
+
+
+def known_architectures(nvcc: str) -> list[tuple[int, int]]:
+    """(major, minor) of each that this nvcc compiles for, ascending; at the same time the proof that it runs."""
+    try:
+        command = [nvcc, "--list-gpu-arch"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoCompiler(f"{nvcc} does not run: {error}") from error
+    return sorted((int(major), int(minor)) for major, minor in re.findall(r"compute_(\d+)(\d)\b", listed))
+
+
+def architectures(nvcc: str) -> list[str]:
+    """As TORCH_CUDA_ARCH_LIST writes them, such as 8.0 or 9.0a or 12.0+PTX."""
+    asked = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    known = known_architectures(nvcc)
+    if asked != [""]:
+        for name in asked:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+                raise NoCompiler(f"TORCH_CUDA_ARCH_LIST has {name!r}; wanted numbers, such as 8.0 or 9.0+PTX")
+        return asked
+    wanted = [arch for arch in known if (7, 5) <= arch <= (12, 0)]
+    first = sorted({major: (major, minor) for major, minor in reversed(wanted)}.values())
+    if not first:
+        raise NoCompiler(f"{nvcc} knows no architecture from 7.5 to 12.0")
+    names = [f"{major}.{minor}" for major, minor in first]
+    return [*names[:-1], names[-1] + "+PTX"]
+
+
+def gencode(names: list[str]) -> str:
+    """nvcc's options for these architectures."""
+    options = []
+    for name in names:
+        number = name.removesuffix("+PTX").replace(".", "")
+        options.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            options.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    return " ".join(options)
+
+
 class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
-    """Writes a build.ninja, runs it, and records beside the package what was built and why not."""
+    """Writes a build.ninja for each extension, runs it, and records beside the package what was not built and why."""
+
+    def build_extensions(self) -> None:
+        self.missing = {CPP: "", CUDA: f"SPARSE_KERNELS_BUILD={mode()}"}
+        super().build_extensions()
+        folder = Path(self.get_ext_fullpath(CPP)).resolve().parent
+        (folder / BUILD_INFO).write_text(
+            '"""Written by setup.py: why an extension is not there; empty where it is."""\n\n'
+            f"CPP_MISSING = {self.missing[CPP]!r}\nCUDA_MISSING = {self.missing[CUDA]!r}\n"
+        )
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         reason = ""
         try:
-            self.compile(ext, target)
+            (self.compile_cuda if ext.name == CUDA else self.compile)(ext, target)
         except (NoCompiler, subprocess.CalledProcessError) as error:
             if mode() != "auto":
                 raise SystemExit(f"error: SPARSE_KERNELS_BUILD={mode()}: {error}") from error
             reason = str(error) if isinstance(error, NoCompiler) else "compilation failed"
-            print(
-                f"\n{'*' * 78}\nWARNING: the C++ backend was not built: {reason}.\n"
-                f"sparse-kernels will run on its pure-PyTorch reference, which is slower.\n{'*' * 78}\n",
-                file=sys.stderr,
-            )
-        (target.parent / BUILD_INFO).write_text(
-            '"""Written by setup.py: why the C++ backend is not there; empty where it is."""\n\n'
-            f"CPP_MISSING = {reason!r}\n"
+            self.warn_of(ext, reason, not isinstance(error, NoCompiler))
+        self.missing[ext.name] = reason
+
+    def warn_of(self, ext: Extension, reason: str, failed: bool) -> None:
+        if ext.name == CUDA and not failed:  # most machines have no nvcc
+            print(f"The CUDA backend is not built: {reason}.", file=sys.stderr)
+            return
+        name = "CUDA" if ext.name == CUDA else "C++"
+        print(
+            f"\n{'*' * 78}\nWARNING: the {name} backend was not built: {reason}.\n"
+            f"sparse-kernels will run on its pure-PyTorch reference, which is slower.\n{'*' * 78}\n",
+            file=sys.stderr,
         )
 
     def copy_extensions_to_source(self) -> None:
@@ -119,8 +184,6 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
     def compile(self, ext: Extension, target: Path) -> None:
         import pybind11
 
-        if mode() == "cuda":
-            raise NoCompiler("this version has no CUDA sources")
         compiler, ninja = find_compiler(), find_ninja()
         openmp = openmp_flag(compiler)
         folder = Path(self.build_temp).resolve()
@@ -151,16 +214,60 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
             objects.append(escape(obj))
             lines += [f"build {escape(obj)}: cxx {escape(path)}", f"  isa = {isa}"]
         lines += [f"build {escape(target)}: link {' '.join(objects)}", ""]
-        (folder / "build.ninja").write_text("\n".join(lines))
-        subprocess.run([ninja, "-C", str(folder)], check=True)
+        run_ninja(ninja, folder, lines)
+
+    def compile_cuda(self, ext: Extension, target: Path) -> None:
+        import pybind11
+
+        compiler, ninja, nvcc = find_compiler(), find_ninja(), find_nvcc()
+        names = architectures(nvcc)
+        folder = Path(self.build_temp).resolve() / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+        flags += f" {os.environ.get('CXXFLAGS', '')} '-DSPARSE_KERNELS_ARCHITECTURES=\"{' '.join(names)}\"'"
+        flags += "".join(f" -isystem {shlex.quote(p)}" for p in (sysconfig.get_path("include"), pybind11.get_include()))
+        host = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(shlex.split(compiler)[0])}"
+        lines = [
+            "ninja_required_version = 1.5",
+            f"flags = {flags}",
+            "rule cxx",
+            f"  command = {compiler} -MD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule nvcc",
+            f"  command = {host} -std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+            f" {gencode(names)} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            # PyTorch's own runtime is in the global scope: exported, ours would be bound to its functions.
+            "rule link",
+            f"  command = {host} -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out",
+        ]
+        objects = []
+        for source in ext.sources:
+            obj = folder / (source.replace("/", "_") + ".o")
+            objects.append(escape(obj))
+            lines.append(f"build {escape(obj)}: {'nvcc' if source.endswith('.cu') else 'cxx'} {escape(ROOT / source)}")
+        lines += [f"build {escape(target)}: link {' '.join(objects)}", ""]
+        run_ninja(ninja, folder, lines)
+
+
+def run_ninja(ninja: str, folder: Path, lines: list[str]) -> None:
+    (folder / "build.ninja").write_text("\n".join(lines))
+    subprocess.run([ninja, "-C", str(folder)], check=True)
 
 
 def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-setup(
-    ext_modules=[] if mode() == "none" else [Extension("sparse_kernels._cpp", sources, optional=True)],
-    cmdclass={"build_ext": NinjaBuild},
-)
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+extensions = {
+    CPP: Extension(CPP, sources("*.cpp", "cpu/*.cpp"), optional=True),
+    CUDA: Extension(CUDA, sources("cuda/*.cpp", "cuda/*.cu"), optional=True),
+}
+built = {"auto": (CPP, CUDA), "cuda": (CPP, CUDA), "cpu": (CPP,), "none": ()}
+setup(ext_modules=[extensions[name] for name in built[mode()]], cmdclass={"build_ext": NinjaBuild})

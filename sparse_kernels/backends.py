@@ -17,17 +17,20 @@ from typing import Any
 
 import torch
 
-from sparse_kernels import cpp_backend, reference, triton_backend
+from sparse_kernels import cpp_backend, cuda_backend, reference, triton_backend
 
 logger = logging.getLogger("sparse_kernels")
 
-BACKENDS: dict[str, Any] = {"cpp": cpp_backend, "triton": triton_backend, "torch": reference}
+BACKENDS: dict[str, Any] = {"cpp": cpp_backend, "triton": triton_backend, "torch": reference, "cuda": cuda_backend}
 # The compiled extension first, the reference last: it serves everything.
 OPS = ("row_stats", "gate_rows", "compact", "gather_rows", "scatter_rows")
 ORDER: dict[str, tuple[str, ...]] = dict.fromkeys(OPS, ("cpp", "torch"))
-# Served only when asked for by name: the Triton kernels are tested interpreted and compiled ahead of time, but
-# until they have been run and measured on a GPU, the reference serves there by default.
-BY_NAME: dict[str, tuple[str, ...]] = {"row_stats": ("triton",), "gate_rows": ("triton",)}
+# Served only when asked for by name: the Triton kernels are tested interpreted and compiled ahead of time, the CUDA
+# kernels run on a CPU, but until they have been run and measured on a GPU, the reference serves there by default.
+BY_NAME: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("row_stats", "gate_rows"), ("triton",)),
+    **dict.fromkeys(("compact", "gather_rows", "scatter_rows"), ("cuda",)),
+}
 # Operations made of others, which these backends have as one call.
 FUSED: dict[str, tuple[str, ...]] = {"select": ("cpp",)}
 _logged: set[str] = set()

@@ -1,6 +1,7 @@
 """setup.py's modes, built into a temporary folder."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -40,10 +41,81 @@ def test_none_builds_nothing(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def tool(folder, name, *lines):
+    """A program that stands for a compiler; this one makes the file that it is asked for, and nothing in it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    make = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done'
+    path.write_text("\n".join(["#!/bin/sh", *lines, make, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def build_cuda(folder, *nvcc, **environment):
+    """A build whose C++ compiler does nothing and whose nvcc starts with these lines; what it says, and the record."""
+    if nvcc:
+        tool(folder / "bin", "nvcc", f'echo "$@" >> {folder}/commands', *nvcc)
+    done = build(folder, CXX=tool(folder, "cxx"), CUDA_HOME=str(folder), **environment)
+    written = folder / "lib" / "sparse_kernels" / "_build_info.py"
+    return done, runpy.run_path(str(written)) if written.exists() else None
+
+
+# What CUDA 12.4's nvcc answers to --list-gpu-arch.
+NVCC_12_4 = 'if [ "$1" = --list-gpu-arch ]; then printf "compute_%s\\n" 50 60 70 72 75 80 86 87 89 90; exit; fi'
+
+
 def test_cuda_asked_for_by_name_is_never_left_out_silently(tmp_path):
-    done = build(tmp_path, SPARSE_KERNELS_BUILD="cuda")
+    done, _ = build_cuda(tmp_path, SPARSE_KERNELS_BUILD="cuda")
     assert done.returncode != 0
-    assert "no CUDA sources" in done.stderr
+    assert "nvcc was not found" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [
+        ([], "nvcc was not found"),
+        (["exit 3"], "does not run"),
+        ([NVCC_12_4, "exit 3"], "compilation failed"),
+        (["echo nothing known; exit 0"], "no architecture"),
+    ],
+)
+def test_a_broken_nvcc_leaves_the_rest_as_it_is(tmp_path, nvcc, reason):
+    done, written = build_cuda(tmp_path, *nvcc, SPARSE_KERNELS_BUILD="auto")
+    assert done.returncode == 0, done.stderr
+    assert written["CPP_MISSING"] == ""
+    assert reason in written["CUDA_MISSING"]
+    assert ("WARNING: the CUDA backend" in done.stderr) == (reason == "compilation failed")
+    assert list(tmp_path.glob("lib/sparse_kernels/_cpp*"))
+    assert not list(tmp_path.glob("lib/sparse_kernels/_cuda*"))
+
+
+def test_cuda_is_left_out_of_a_cpu_build(tmp_path):
+    done, written = build_cuda(tmp_path, NVCC_12_4, SPARSE_KERNELS_BUILD="cpu")
+    assert done.returncode == 0, done.stderr
+    assert written["CUDA_MISSING"] == "SPARSE_KERNELS_BUILD=cpu"
+    assert not (tmp_path / "commands").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ("", {"75,code=sm_75", "80,code=sm_80", "90,code=sm_90", "90,code=compute_90"}),
+        ("8.6;9.0a+PTX", {"86,code=sm_86", "90a,code=sm_90a", "90a,code=compute_90a"}),
+    ],
+)
+def test_architectures_are_those_asked_for_or_the_first_of_every_major(tmp_path, asked, wanted):
+    done, written = build_cuda(tmp_path, NVCC_12_4, TORCH_CUDA_ARCH_LIST=asked, SPARSE_KERNELS_BUILD="cuda")
+    assert done.returncode == 0, done.stderr
+    assert written == {**written, "CPP_MISSING": "", "CUDA_MISSING": ""}
+    compiled = [line for line in (tmp_path / "commands").read_text().splitlines() if "compact.cu" in line]
+    assert set(re.findall(r"arch=compute_(\S+)", compiled[0])) == wanted
+    assert list(tmp_path.glob("lib/sparse_kernels/_cuda*"))
+
+
+def test_a_list_of_architectures_that_is_none_is_refused(tmp_path):
+    done, _ = build_cuda(tmp_path, NVCC_12_4, TORCH_CUDA_ARCH_LIST="Hopper", SPARSE_KERNELS_BUILD="cuda")
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST has 'Hopper'" in done.stderr
 
 
 def test_unknown_mode_is_refused(tmp_path):

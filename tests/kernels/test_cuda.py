@@ -1,0 +1,448 @@
+"""The CUDA kernels: run on a CPU by tests/cuda_on_cpu in every run, and on a GPU where there is one.
+
+Both run the same host and device code of csrc/cuda and the same sparse_kernels/cuda_backend.py, against the reference.
+"""
+
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+import sparse_kernels as sk
+from sparse_kernels import cuda_backend, reference
+from sparse_kernels.calls import CompactCall, TreeCall
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc" / "cuda"
+SANITIZE = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+# How the kernels are built for a CPU: the last test but the GPU's sets it.
+FLAGS = os.environ.get("CUDA_ON_CPU_FLAGS", "-O1")
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu(tmp_path_factory):
+    """The extension with tests/cuda_on_cpu in place of CUDA and CUB."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    options = f"-std=c++17 {FLAGS} -g -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()
+    options += ["-Wno-unknown-pragmas", "-Wno-clobbered"]  # unroll; getcontext returns once here
+    includes = [ROOT / "tests" / "cuda_on_cpu", sysconfig.get_path("include"), pybind11.get_include()]
+    options += [f"-I{path}" for path in includes]
+    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*.cu")]
+    objects = [str(folder / f"{source.name}.o") for source in sources]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not the compiler
+    running = [
+        subprocess.Popen([compiler, *options, "-c", "-x", "c++", str(source), "-o", to], env=environment)
+        for source, to in zip(sources, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(sources)
+    library = str(folder / "_cuda.so")
+    subprocess.run([compiler, *FLAGS.split(), "-shared", *objects, "-o", library], env=environment, check=True)
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", library)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_gpu)])
+def device(request, monkeypatch):
+    """Where the kernels run: cuda_backend itself is the same."""
+    if request.param == "cpu":
+        monkeypatch.setattr(cuda_backend, "_cuda", request.getfixturevalue("cuda_on_cpu"), raising=False)
+        monkeypatch.setattr(cuda_backend, "_enqueue", lambda function, device, *arguments: function(*arguments, 0, 0))
+        cuda_backend._storage_bytes.cache_clear()
+    else:
+        reason = cuda_backend.unavailable()
+        assert reason is None, reason
+    return request.param
+
+
+def masks(rows, density, seed=0):
+    return torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def assert_same(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype
+            assert torch.equal(a.cpu(), b.cpu())
+        else:
+            assert a == b
+
+
+def compact_both(mask, weight, capacity):
+    call = CompactCall(mask, weight, capacity)
+    assert_same(cuda_backend.compact(call), reference.compact(call))
+
+
+# A lane, a warp's flags, a tile, the last of the one-launch kernel, and what CUB takes.
+@pytest.mark.parametrize(
+    ("rows", "density"),
+    [(rows, density) for rows in (0, 1, 31, 33, 127, 129, 4095, 4096, 4097) for density in (0.0, 0.1, 1.0)]
+    + [(30_000, 0.1), (65_536, 0.3), (65_536, 1.0), (65_537, 0.3), (200_000, 0.1)],
+)
+def test_compact_is_the_reference(device, rows, density):
+    # Misaligned by what the seed says: the mask is counted 16 bytes at a time.
+    mask = masks(rows + 16, density, rows).to(device)[rows % 17 :][:rows]
+    kept = int(mask.sum())
+    compact_both(mask, None, None)
+    compact_both(mask, torch.rand(rows, device=device), kept // 2)
+    compact_both(mask, torch.rand(rows, device=device), kept + 3000)
+
+
+@hypothesis.settings(
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    flags=st.lists(st.booleans(), max_size=300),
+    capacity=st.none() | st.integers(0, 320),
+    stride=st.sampled_from([1, 3]),
+)
+def test_compact_of_any_mask(device, flags, capacity, stride):
+    mask = torch.tensor([f for f in flags for _ in range(stride)], dtype=torch.bool, device=device)[::stride]
+    compact_both(mask, None, capacity)
+
+
+def test_any_byte_but_zero_is_a_set_flag(device):
+    """A bool tensor may be a view of other bytes: the count and the ranks agree about them."""
+    values = torch.tensor([0, 1, 2, 128, 255, 0, 127] * 900, dtype=torch.uint8, device=device)
+    found = cuda_backend.compact(CompactCall(values.view(torch.bool), None, 6000))
+    wanted = values.cpu().nonzero().squeeze(-1)
+    assert found.count == len(wanted)
+    assert torch.equal(found.index[: len(wanted)].cpu(), wanted)
+
+
+def select(mask, capacity=None, device="cpu"):
+    return reference.compact(CompactCall(mask.to(device), None, capacity))
+
+
+def gather(tree, selection):
+    return cuda_backend.gather_rows(TreeCall(tree, selection, selection.size))
+
+
+def scatter(tree, selection):
+    return cuda_backend.scatter_rows(TreeCall(tree, selection, selection.index.shape[0]))
+
+
+SIZES = [1, 2, 3, 4, 8, 12, 15, 16, 17, 24, 33, 60, 64, 100, 511, 512, 513, 4095, 4096, 4097, 9000, 12_288]
+
+
+@pytest.mark.parametrize("row_bytes", SIZES)
+def test_rows_of_any_size_and_alignment(device, row_bytes):
+    rows = 40
+    selection = select(masks(rows, 0.4, row_bytes), 20, device)
+    for offset in (0, 1, 2, 4, 8, 12, 16):
+        buffer = torch.randint(0, 256, (rows * row_bytes + 16,), dtype=torch.uint8, device=device)
+        tensor = buffer[offset:][: rows * row_bytes].view(rows, row_bytes)
+        assert torch.equal(gather(tensor, selection), tensor[selection.index])
+        packed = buffer[offset:][: 20 * row_bytes].view(20, row_bytes)
+        assert torch.equal(scatter(packed, selection), reference.scatter_tensor(packed, selection))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (3, 5, 7), (0,), (2, 0)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
+)
+def test_types_and_shapes(device, dtype, shape):
+    tensor = (100 * torch.rand(30, *shape)).to(dtype).to(device)
+    selection = select(masks(30, 0.3), 12, device)
+    taken = gather(tensor, selection)
+    assert taken.dtype == dtype
+    assert torch.equal(taken, tensor[selection.index])
+    placed = scatter(taken, selection)
+    assert placed.dtype == dtype
+    assert torch.equal(placed, reference.scatter_tensor(taken, selection))
+
+
+def test_many_tensors_of_a_tree(device):
+    selection = select(masks(50, 0.5), 30, device)
+    tree = {"name": "batch", **{i: torch.randn(50, i % 7, device=device) for i in range(70)}}  # three launches
+    taken = gather(tree, selection)
+    assert taken.pop("name") == "batch"
+    placed = scatter(taken, selection)
+    for i, rows in taken.items():
+        assert torch.equal(rows, tree[i][selection.index])
+        assert torch.equal(placed[i], reference.scatter_tensor(rows, selection))
+
+
+def test_rows_that_lie_anywhere_are_not_copied_first(device):
+    wide = torch.randn(40, 9, 6, device=device)
+    images = torch.randn(40, 3, 4, 5, device=device)
+    views = [
+        wide[::2], wide[:20, 3:6], wide[:20, 4], wide[:1].expand(20, 9, 6), wide[:20].transpose(1, 2), wide[:20, :, 0],
+        images[:20].to(memory_format=torch.channels_last), images[::2], images[:20].flip(0),
+    ]  # fmt: skip
+    selection = select(masks(20, 0.5), 15, device)
+    taken = gather(views, selection)
+    for view, rows in zip(views, taken, strict=True):
+        assert torch.equal(rows, view[selection.index])
+    assert taken[6].is_contiguous(memory_format=torch.channels_last)
+    turned = [rows.movedim(-1, 1) for rows in taken]
+    for rows, found in zip(turned, scatter(turned, selection), strict=True):
+        assert torch.equal(found, reference.scatter_tensor(rows, selection))
+
+
+def test_conjugated_and_negated_views_are_their_values(device):
+    tensor = torch.randn(10, 3, dtype=torch.complex64, device=device)
+    selection = select(masks(10, 0.5), device=device)
+    for view in (tensor.conj(), tensor.conj().imag):
+        assert torch.equal(gather(view, selection), view[selection.index])
+        assert torch.equal(scatter(gather(view, selection), selection)[selection.index], view[selection.index])
+
+
+def test_a_bad_index_reads_and_writes_nothing_out_of_bounds(device):
+    tensor = torch.arange(1, 11, device=device).float().repeat(3, 1).t().contiguous()
+    index = torch.tensor([3, -1, 10, 2**62, -(2**63), 9], device=device)
+    selection = sk.Selection(index, torch.ones(6), torch.tensor(6, device=device), torch.tensor(0), 10)
+    assert gather(tensor, selection)[:, 0].tolist() == [4, 0, 0, 0, 0, 10]
+    assert scatter(tensor[:6], selection)[:, 0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 6]
+    # Counts that no compaction gives, of a type that it does not give.
+    for count, wanted in ((-5, []), (1, [3]), (100, [3, 9])):
+        other = selection._replace(count=torch.tensor(count, device=device))
+        assert scatter(tensor[:6], other)[:, 0].nonzero().flatten().tolist() == wanted
+    narrow = selection._replace(index=torch.tensor([1, 2], dtype=torch.int32, device=device))
+    assert gather(tensor, narrow)[:, 0].tolist() == [2, 3]
+
+
+def test_no_rows_at_all(device):
+    empty = select(torch.zeros(0, dtype=torch.bool), 4, device)
+    assert torch.equal(gather(torch.ones(0, 3, device=device), empty), torch.zeros(4, 3, device=device))
+    assert scatter(torch.ones(4, 3, device=device), empty).shape == (0, 3)
+    none = select(masks(5, 0.0), device=device)
+    assert gather(torch.ones(5, 3, device=device), none).shape == (0, 3)
+    assert gather(("no", "tensors"), none) == ("no", "tensors")
+
+
+def test_offsets_beyond_32_bits(device):
+    row_bytes = 1 << 20
+    rows = 4200 if device == "cuda" else 2**31 // row_bytes + 60
+    if device == "cuda":
+        tensor = torch.zeros(rows, row_bytes, dtype=torch.uint8, device=device)
+    else:
+        tensor = torch.from_numpy(np.zeros((rows, row_bytes), np.uint8))  # of this, only what is touched is there
+    last = torch.tensor([0, rows - 3, rows - 1], device=device)
+    tensor[last] = torch.tensor([[1], [2], [3]], dtype=torch.uint8, device=device)
+    selection = sk.Selection(last, torch.ones(3), torch.tensor(3), torch.tensor(0), rows)
+    assert torch.equal(gather(tensor, selection), tensor[last])
+
+
+def test_a_selected_batch_goes_back_where_it_came_from(device):
+    mask, tensor = masks(70_000, 0.1).to(device), torch.randn(70_000, 5, device=device)
+    selection = cuda_backend.compact(CompactCall(mask, None, 8000))
+    assert 0 < int(selection.count) < 8000
+    placed = scatter(gather(tensor, selection), selection)
+    assert torch.equal(placed, torch.where(mask[:, None], tensor, 0.0))
+
+
+# What is compiled.
+
+
+def built():
+    if not hasattr(cuda_backend, "_cuda"):
+        pytest.skip(str(cuda_backend._missing))
+    return cuda_backend._cuda.__file__
+
+
+def test_nvcc_at_hand_means_that_the_extension_is_there():
+    nvcc = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin") if "CUDA_HOME" in os.environ else None)
+    if nvcc is None or "SPARSE_KERNELS_BUILD" in str(cuda_backend._missing):
+        pytest.skip("no nvcc, or a build without CUDA was asked for")
+    assert cuda_backend._missing is None
+
+
+def test_extension_imports_alone_without_a_driver():
+    script = (
+        "import importlib.util, sys; "
+        f"spec = importlib.util.spec_from_file_location('sparse_kernels._cuda', {built()!r}); "
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
+        "assert 'torch' not in sys.modules; print(module.architectures)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == cuda_backend._cuda.architectures
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_runtime_within_is_not_exported():
+    """Exported, it would be bound to PyTorch's own, of another version; and nothing links to a driver."""
+    symbols = subprocess.run(["nm", "-D", built()], capture_output=True, text=True, check=True).stdout
+    assert "PyInit__cuda" in symbols
+    assert not [line for line in symbols.splitlines() if line.split()[-1].lstrip("_").startswith(("cuda", "cu"))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_every_call_by_name_says_why():
+    mask, reason = masks(9, 0.5), cuda_backend.unavailable()
+    assert reason is not None
+    with pytest.raises(sk.BackendUnavailable, match="cannot serve this compact"):
+        sk.compact(mask, backend="cuda")
+    for op in (sk.gather_rows, sk.scatter_rows):
+        with pytest.raises(sk.BackendUnavailable, match="'cuda' cannot serve"):
+            op(torch.ones(9), sk.compact(torch.ones(9, dtype=torch.bool)), backend="cuda")
+    assert sk.backend_info()["compact"]["others"]["cuda"] == reason
+    if cuda_backend._missing is None:
+        with pytest.raises(RuntimeError, match="CUDA: cudaSetDevice"):
+            cuda_backend._cuda.compact_storage_bytes(100_000, 0, 0)
+
+
+def cuobjdump(*arguments):
+    tool = shutil.which("cuobjdump")
+    found = importlib.util.find_spec("triton")
+    if tool is None and found is not None:
+        tool = str(Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    if tool is None or not Path(tool).exists():
+        pytest.skip("no cuobjdump")
+    return subprocess.run([tool, *arguments, built()], capture_output=True, text=True, check=True).stdout
+
+
+def test_own_kernels_spill_nothing():
+    lines = cuobjdump("-res-usage").splitlines()
+    found = 0
+    for name, usage in itertools.pairwise(lines):
+        if "Function" in name and any(own in name for own in ("move_rows", "compact_tiles", "finish_select")):
+            assert " STACK:0 " in usage, (name, usage)
+            assert " LOCAL:0 " in usage, (name, usage)
+            found += 1
+    assert found >= 4
+
+
+def test_rows_move_16_bytes_at_a_time():
+    """Eight loads under way before the first store, in the gather and in the scatter."""
+    architecture = cuda_backend._cuda.architectures.split()[0].removesuffix("+PTX").replace(".", "")
+    code = cuobjdump("-sass", "-arch", f"sm_{architecture}")
+    kernels = [part for part in code.split("Function : ") if part.split("\n", 1)[0].find("move_rows") >= 0]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        accesses = [word for word in kernel.split() if word.startswith(("LDG", "STG"))]
+        wide = [word[:3] for word in accesses if ".128" in word]
+        assert "LDG " * 8 in " ".join(wide) + " "
+        assert wide.count("STG") >= 8
+
+
+@pytest.mark.skipif("sanitize" in FLAGS, reason="running under them")
+@pytest.mark.timeout(900)
+def test_under_sanitizers():
+    """The tests above on a CPU, with every access to memory checked."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("no sanitizers")
+    environment = {
+        **os.environ,
+        "CUDA_ON_CPU_FLAGS": SANITIZE,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONMALLOC": "malloc",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qxs",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "cpu",
+        __file__,
+    ]  # -s: their report
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout
+
+
+# What only a GPU can tell.
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    def test_public_calls_by_name(self):
+        mask, tree = masks(5000, 0.2).cuda(), (torch.randn(5000, 7).cuda(), torch.arange(5000).cuda())
+        selection = sk.compact(mask, capacity=1500, backend="cuda")
+        assert_same(selection, sk.compact(mask, capacity=1500, backend="torch"))
+        taken = sk.gather_rows(tree, selection, backend="cuda")
+        assert_same(taken, sk.gather_rows(tree, selection, backend="torch"))
+        assert_same(
+            sk.scatter_rows(taken, selection, backend="cuda"), sk.scatter_rows(taken, selection, backend="torch")
+        )
+
+    @pytest.mark.parametrize("rows", [10_000, 16_000_000])
+    def test_captured_in_a_graph(self, rows):
+        mask, tensor = masks(rows, 0.1).cuda(), torch.randn(rows, 3).cuda()
+
+        def step():
+            selection = cuda_backend.compact(CompactCall(mask, None, rows // 5))
+            taken = gather(tensor, selection)
+            return selection, taken, scatter(taken, selection)
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            selection, taken, placed = step()
+        for seed in (1, 2):
+            mask.copy_(masks(rows, 0.15, seed))
+            tensor.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            wanted = reference.compact(CompactCall(mask, None, rows // 5))
+            assert_same(selection, wanted)
+            assert torch.equal(taken, tensor[wanted.index])
+            assert torch.equal(placed, torch.where(mask[:, None], tensor, 0.0))
+
+    def test_runs_on_the_current_stream_without_waiting(self):
+        mask, tensor = masks(100_000, 0.1).cuda(), torch.randn(100_000, 64).cuda()
+        gather(tensor, cuda_backend.compact(CompactCall(mask, None, 20_000)))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()) as stream:
+                stream = torch.cuda.current_stream()
+                torch.cuda._sleep(200_000_000)  # what does not wait for this stream reads the old values
+                tensor.fill_(3.0)
+                taken = gather(tensor, cuda_backend.compact(CompactCall(mask, None, 20_000)))
+                assert not stream.query()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert (taken == 3.0).all()
+
+    def test_on_another_device(self):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one GPU")
+        mask, tensor = masks(100_000, 0.1).to("cuda:1"), torch.randn(100_000, 3, device="cuda:1")
+        assert torch.cuda.current_device() == 0
+        selection = cuda_backend.compact(CompactCall(mask, None, 20_000))
+        taken = gather(tensor, selection)
+        assert torch.cuda.current_device() == 0
+        assert torch.ones(3, device="cuda").sum() == 3
+        assert selection.index.device == taken.device == mask.device
+        assert torch.equal(taken, tensor[selection.index])
+
+    def test_the_same_run_after_run(self):
+        mask = masks(3_000_000, 0.3).cuda()
+        first = cuda_backend.compact(CompactCall(mask, None, 1_000_000))
+        for _ in range(10):
+            assert_same(cuda_backend.compact(CompactCall(mask, None, 1_000_000)), first)
