@@ -7,18 +7,20 @@ kept = compact(gated.mask).take((inputs, targets))
 
 from sparse_kernels._version import __version__
 from sparse_kernels.backends import BackendUnavailable, backend_info
-from sparse_kernels.ops import compact, gate_rows, gather_rows, row_stats, scatter_rows
-from sparse_kernels.types import STATISTICS, GatedRows, RowStats, Selection
+from sparse_kernels.ops import compact, control, gate_rows, gather_rows, row_stats, scatter_rows
+from sparse_kernels.types import STATISTICS, ControlState, GatedRows, RowStats, Selection
 
 __all__ = [
     "STATISTICS",
     "BackendUnavailable",
+    "ControlState",
     "GatedRows",
     "RowStats",
     "Selection",
     "__version__",
     "backend_info",
     "compact",
+    "control",
     "gate_rows",
     "gather_rows",
     "row_stats",

@@ -43,17 +43,15 @@ class Gate(nn.Module):
         ignore_index, label_smoothing, dim: as in ``sparse_kernels.gate_rows``.
 
     Attributes:
-        step: int64 buffer, calls made. invalid, overflow: int64 buffers, rows counted since the start:
-            with NaN or +inf logits; selected beyond the capacity.
+        step: int64, calls made. invalid, overflow: int64, rows counted since the start: with NaN or +inf
+            logits; selected beyond the capacity. Views of the controller's state.
         last: the ``GatedRows`` of the last call (its mask before the floor); not in the state.
 
     Raises:
         UserError: a setting out of its range.
     """
 
-    step: Tensor
-    invalid: Tensor
-    overflow: Tensor
+    _version = 2
 
     def __init__(
         self,
@@ -99,14 +97,28 @@ class Gate(nn.Module):
         elif not isinstance(significance, Significance):
             raise UserError(f"significance={significance!r}; wanted a Significance, such as Significance(loss=1.0)")
         self.significance = significance
-        for name in ("step", "invalid", "overflow"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self._weights = significance.weights
         self.last: GatedRows | None = None
 
     @property
     def threshold(self) -> Tensor:
         """float32, one element: the threshold of the next call."""
         return self.controller.threshold
+
+    @property
+    def step(self) -> Tensor:
+        """int64, one element: calls made."""
+        return self.controller.steps
+
+    @property
+    def invalid(self) -> Tensor:
+        """int64, one element: rows with NaN or +inf logits."""
+        return self.controller.state().counter("invalid")
+
+    @property
+    def overflow(self) -> Tensor:
+        """int64, one element: rows selected beyond the capacity."""
+        return self.controller.state().counter("overflow")
 
     @property
     def rate_observed(self) -> Tensor:
@@ -139,27 +151,31 @@ class Gate(nn.Module):
         """
         if index is not None and index.shape != targets.shape[:1]:
             raise UserError(f"index has shape {tuple(index.shape)}; wanted {tuple(targets.shape[:1])}, one a sample")
+        controller = self.controller
         gated = gate_rows(
-            logits.detach(), targets, self.threshold,
-            weights=self.significance.weights, offset=offset, dim=self.dim,
+            logits.detach(), targets, controller.threshold,
+            weights=self._weights, offset=offset, dim=self.dim,
             label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
-            gate_temperature=self.temperature, p_min=self.p_min, seed=self.seed, step=self.step,
+            gate_temperature=self.temperature, p_min=self.p_min, seed=self.seed, step=controller.steps,
         )  # fmt: skip
-        significance = gated.significance.flatten()
-        valid = (targets.flatten() != self.ignore_index) & ~significance.isnan()
-        mask = gated.mask.flatten()
+        significance, labels, mask = gated.significance, targets, gated.mask
+        if targets.dim() != 1:
+            significance, labels, mask = significance.flatten(), labels.flatten(), mask.flatten()
         if self.floor:
-            mask = self._at_least(mask, significance, valid)
+            mask = self._at_least(mask, significance, (labels != self.ignore_index) & ~significance.isnan())
         weight = None if gated.weight is None else gated.weight.flatten()
         selection = compact(mask, weight=weight, capacity=self.capacity)
-        self.step += 1
-        self.invalid += gated.invalid
-        # The batch that an automatic start keeps whole says nothing about the capacity.
-        self.overflow += torch.where(self.controller.starting(), 0, selection.overflow)
         # The controller counts significance above the threshold itself, so a floor cannot reach it.
-        self.controller.update(significance, valid)
+        controller.update(significance, labels, ignore_index=self.ignore_index, overflow=selection.overflow)
         self.last = gated
         return selection
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Version 1 kept its own counters; the controller's were there before its packed ones.
+        for old, new in (("step", "steps"), ("invalid", "invalid"), ("overflow", "overflow")):
+            if f"{prefix}{old}" in state_dict:
+                state_dict[f"{prefix}controller.{new}"] = state_dict.pop(f"{prefix}{old}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _at_least(self, mask: Tensor, significance: Tensor, valid: Tensor) -> Tensor:
         """``mask``, or the floor's share of the valid rows where it keeps fewer."""

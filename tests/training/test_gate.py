@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import row_stats
+from sparse_kernels import backends, cpp_backend, row_stats
+from sparse_kernels.types import CONTROL_VALUES
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.significance import Significance
@@ -218,13 +219,80 @@ def test_resumes_bit_exactly_in_the_middle_of_a_run(options: dict[str, Any]) -> 
         assert torch.equal(x, y), name
 
 
+VERSION_1 = {  # saved by it after 20 batches of 64 rows
+    "step": 20,
+    "invalid": 21,
+    "overflow": 22,
+    "controller.threshold": "0x1.b75de4p+2",
+    "controller.drift": "-0x1.e284d4p-8",
+    "controller.position_variance": "0x1.91e7a0p-6",
+    "controller.covariance": "0x1.8eeca2p-10",
+    "controller.drift_variance": "0x1.3ede70p-13",
+    "controller.unit": "0x1.05cabap+0",
+    "controller.error": "-0x1.e16cf0p-5",
+    "controller.error_variance": "0x1.af9408p-8",
+    "controller.surprise": "0x0.0p+0",
+    "controller.misses": "0x1.7f395ep-4",
+    "controller.rate": "0x1.0d8cfap-3",
+    "controller.steps": 20,
+    "controller.saturated": 3,
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "policy.gate."])
+def test_a_state_of_version_1_loads_bit_exactly(prefix: str) -> None:
+    saved = {
+        prefix + name: torch.tensor(value if isinstance(value, int) else float.fromhex(value))
+        for name, value in VERSION_1.items()
+    }
+    gate = Gate(0.1, capacity=16, temperature=0.25)
+    module = gate
+    for name in reversed(prefix.split(".")[:-1]):
+        module = torch.nn.ModuleDict({name: module})  # type: ignore[assignment,dict-item]
+    module.load_state_dict(saved)
+    state = gate.controller.state()
+    for name in CONTROL_VALUES:
+        assert torch.equal(state.value(name), saved[f"{prefix}controller.{name}"]), name
+    assert state.counters.tolist() == [20, 3, 21, 22]
+    assert gate.step == 20
+    gate(*batches(1)[0])
+
+
+def test_a_state_of_version_1_that_is_not_whole_is_refused() -> None:
+    saved = {name: torch.tensor(0.0) for name in VERSION_1 if name != "controller.drift"}
+    with pytest.raises(RuntimeError, match=r"controller\.drift"):
+        Gate(0.1).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("before", ["torch", "cpp"])
+def test_a_run_goes_on_with_another_backend(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is loaded to the bit; from there each backend's arithmetic is its own, to rounding."""
+    after = {"torch": "cpp", "cpp": "torch"}[before]
+    if cpp_backend.unavailable():
+        pytest.skip(str(cpp_backend.unavailable()))
+    data = batches(40)
+    whole, resumed = Gate(0.1), Gate(0.1)
+    monkeypatch.setattr(backends, "_forced", before)
+    for batch in data[:20]:
+        whole(*batch)
+    resumed.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for batch in data[20:]:
+        monkeypatch.setattr(backends, "_forced", before)
+        whole(*batch)
+        monkeypatch.setattr(backends, "_forced", after)
+        resumed(*batch)
+    torch.testing.assert_close(whole.threshold, resumed.threshold, rtol=1e-3, atol=0)
+
+
 def test_state_is_named_and_last_is_no_part_of_it() -> None:
     gate = Gate(0.1)
     gate(*batches(1)[0])
     assert gate.last is not None
     assert gate.last.significance.shape == (512,)
     names = set(gate.state_dict())
-    assert {"step", "invalid", "overflow", "controller.threshold", "controller.saturated"} <= names
+    assert names == {"controller.values", "controller.counters"}
     assert not any("last" in name for name in names)
     assert gate.threshold.dtype is torch.float32
     assert gate.threshold.numel() == 1
