@@ -163,7 +163,7 @@ def summarise(
     )
     if significance.dtype != torch.float64:
         found = tuple(x.float() for x in found)
-    return Summary(*found, nan.sum(-1))
+    return Summary._make((*found, nan.sum(-1)))
 
 
 def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Tensor | None = None) -> ControlState:

@@ -69,7 +69,7 @@ def assert_same_step(before: ControlState, ours: ControlState, reference: Contro
             size = torch.maximum(size, exact.values[..., 0].double().abs().nan_to_num(0.0, 0.0, 0.0))
         size = size + (1e-9 if "variance" in name else 1e-3)
         error, own = ((a - c).abs() / size).nan_to_num(0.0), ((b - c).abs() / size).nan_to_num(0.0)
-        assert error.max() <= 2 * own.max() + 2e-6, (name, int(error.argmax()), error.max(), own.max())
+        assert error.max() <= 8 * own.max() + 2e-6, (name, int(error.argmax()), error.max(), own.max())
 
 
 def step_everywhere(
