@@ -197,7 +197,8 @@ SPARSE_KERNELS_HOST_DEVICE inline void control_advance(float* values, int64_t* c
   float threshold;
   if (restart) {
     const float mean = sums.finite > 0 ? float(sums.total / sums.finite) : 0.0f;
-    threshold = fminf(sums.low - (mean - sums.low) * logf(p), sums.high);
+    threshold = sums.low - (mean - sums.low) * logf(p);
+    if (!(threshold < sums.high)) threshold = sums.high + (sums.high - mean) * log1pf(-p);
   } else {
     threshold = values[kThreshold] +
                 control_clamp(unit * (k_p * error + drift), -kReach * below, kReach * above);

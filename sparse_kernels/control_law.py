@@ -18,7 +18,8 @@ Three guards, each with its test. Jump: when the smoothed error is beyond noise 
 it explains it. Reach: a step goes at most 0.8 of the way to the mean row on that side, so a gap between two
 modes is crossed, not leapt. Restart: when "none" or "all" selected runs on with odds below about e^-11,
 the feedback is dead: drift is dropped (conditional integration, no windup) and the threshold starts again
-inside the batch, at the p-quantile of an exponential law that begins at its smallest row.
+inside the batch, at the p-quantile of an exponential law that begins at its smallest row or, where that lies
+beyond the greatest, of one that ends there.
 
 A set-point may be a share of mass instead: rows then count by their mass (the norm of their gradient, say)
 in every sum, n/B is the share of it above the threshold, and B is (sum m)^2 / sum m^2, the number of equal
@@ -214,7 +215,9 @@ def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Ten
     unit = torch.where(edge, unit, torch.where(first, measured, followed))
     drift = (drift + k_i * error).clamp(-DRIFT_LIMIT, DRIFT_LIMIT)
     move = (unit * (k_p * error + drift)).clamp(-REACH * batch.below, REACH * batch.above)
-    quantile = torch.minimum(batch.low - (batch.mean - batch.low) * torch.log(p), batch.high)
+    from_low = batch.low - (batch.mean - batch.low) * torch.log(p)
+    from_high = batch.high + (batch.high - batch.mean) * torch.log1p(-p)  # nothing is above the greatest row itself
+    quantile = torch.where(from_low < batch.high, from_low, from_high)
     threshold = torch.where(restart, quantile, before + move)
     threshold = torch.where(threshold.isfinite(), threshold, before)
 

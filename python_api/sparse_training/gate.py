@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import GatedRows, Selection, compact, gate_rows
+from sparse_kernels import ControlState, GatedRows, Selection, compact, control, gate_rows
 from sparse_kernels.philox import uniform
 from sparse_training.controller import PIController
 from sparse_training.errors import UserError
@@ -202,7 +202,6 @@ class Gate(nn.Module):
         """int64, one element: calls at which the rate was out of reach; see ``PIController.saturation``."""
         return self.controller.saturated
 
-    @torch.no_grad()
     def forward(
         self, logits: Tensor, targets: Tensor, *, index: Tensor | None = None, offset: Tensor | None = None
     ) -> Selection:
@@ -223,26 +222,33 @@ class Gate(nn.Module):
         """
         if index is not None and index.shape != targets.shape[:1]:
             raise UserError(f"index has shape {tuple(index.shape)}; wanted {tuple(targets.shape[:1])}, one a sample")
-        gated, selection = self._select(logits.detach(), targets, offset)
+        controller = self.controller
+        state = controller.state()  # looked up once: each look-up in a module takes as long as 16 rows
+        gated, selection = self._select(logits.detach(), targets, offset, state)
         significance = gated.significance
         mass = gated.stats.grad_norm if self.by_mass else None
         if targets.dim() != 1:
             significance, targets = significance.flatten(), targets.flatten()
             mass = None if mass is None else mass.flatten()
         # The controller counts significance above the threshold itself, so a floor cannot reach it.
-        self.controller.update(
-            significance, targets, ignore_index=self.ignore_index, mass=mass, overflow=selection.overflow
-        )
-        self.last = gated
+        control(
+            state, significance, controller.target,
+            labels=targets, ignore_index=self.ignore_index, mass=mass, overflow=selection.overflow,
+            gate_temperature=self.temperature, p_min=self.p_min,
+        )  # fmt: skip
+        object.__setattr__(self, "last", gated)  # Module's own looks for parameters first
         return selection
 
-    def _select(self, logits: Tensor, targets: Tensor, offset: Tensor | None) -> tuple[GatedRows, Selection]:
+    def _select(
+        self, logits: Tensor, targets: Tensor, offset: Tensor | None, state: ControlState
+    ) -> tuple[GatedRows, Selection]:
         """Score, decide, pack."""
-        controller = self.controller
-        threshold, step = controller.threshold, controller.steps
+        threshold = state.values[0]
+        step = state.counters[0] if self.temperature or self._ranks else 0  # of the draws
         gated = gate_rows(
             logits, targets, threshold,
-            weights=self._weights, offset=offset, outputs=("grad_norm",) if self.by_mass else (), dim=self.dim,
+            weights=self._weights, offset=None if offset is None else offset.detach(),
+            outputs=("grad_norm",) if self.by_mass else (), dim=self.dim,
             label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
             gate_temperature=self.temperature, p_min=self.p_min, seed=self.seed, step=step,
         )  # fmt: skip
@@ -253,7 +259,7 @@ class Gate(nn.Module):
             mask, weight = mask.flatten(), None if weight is None else weight.flatten()
         return gated, compact(mask, weight=weight, capacity=self.capacity)
 
-    def _rank(self, gated: GatedRows, valid: Tensor, threshold: Tensor, step: Tensor) -> GatedRows:
+    def _rank(self, gated: GatedRows, valid: Tensor, threshold: Tensor, step: int | Tensor) -> GatedRows:
         """The decisions that the comparison with a threshold is not all of."""
         mask, significance = gated.mask, gated.significance
         valid = valid & ~significance.isnan()

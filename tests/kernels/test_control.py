@@ -241,6 +241,21 @@ def test_equal_masses_are_a_rate_whatever_they_are(backend: str) -> None:
     torch.testing.assert_close(plain.values, weighted.values, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("again", [False, True], ids=["fresh", "the same"])
+def test_an_automatic_start_lands_below_a_bound_that_rows_reach(backend: str, again: bool) -> None:
+    """A hundredth of the rows is at the greatest value, and no threshold there has a row above it."""
+    g = torch.Generator().manual_seed(0)
+    batch = 10 + torch.rand((1, 1024), generator=g)
+    state, rates = initial_state(torch.full((1,), -math.inf)), []
+    for _ in range(60):
+        batch = batch if again else 10 + torch.rand((1, 1024), generator=g)
+        batch[:, 0], batch[:, 1:12] = 0.0, 11.0
+        rates.append((batch > state.value("threshold")[:, None]).float().mean().item())
+        control(state, batch, torch.tensor(0.1), backend=backend)
+    assert sum(rates[30:]) / 30 == pytest.approx(0.1, abs=0.01)
+
+
 def test_rows_of_minus_infinity_do_not_hold_an_automatic_start_up() -> None:
     state = initial_state(torch.tensor(-math.inf))
     for backend in backends():
