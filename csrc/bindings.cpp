@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/compact.h"
+#include "cpu/control.h"
 #include "cpu/gather.h"
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
@@ -189,6 +190,26 @@ PYBIND11_MODULE(_cpp, m) {
           const int64_t kept = total < capacity ? total : capacity;
           *at<int32_t>(count) = int32_t(kept);
           *at<int32_t>(overflow) = int32_t(total - kept);
+        });
+
+  m.def("control",
+        [](Address values, Address counters, Address significance, Address labels, int label_bytes,
+           int64_t ignore_index, Address mass, Address setpoint, Address overflow, int64_t states,
+           int64_t rows, double gate_temperature, double p_min) {
+          const sk::ControlArgs args{at<float>(values),
+                                     at<int64_t>(counters),
+                                     at<float>(significance),
+                                     at<void>(labels),
+                                     label_bytes,
+                                     ignore_index,
+                                     at<float>(mass),
+                                     at<float>(setpoint),
+                                     at<int32_t>(overflow),
+                                     states,
+                                     rows,
+                                     {float(gate_temperature), float(p_min)}};
+          py::gil_scoped_release unlocked;
+          sk::control(args);
         });
 
   m.def("gather_rows", [](const py::tuple& moves, Address index, int64_t slots, int64_t rows) {

@@ -8,12 +8,13 @@ kept = select(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3},
 
 from sparse_kernels._version import __version__
 from sparse_kernels.backends import BackendUnavailable, backend_info
-from sparse_kernels.ops import compact, gate_rows, gather_rows, row_stats, scatter_rows, select
-from sparse_kernels.types import STATISTICS, GatedRows, RowStats, Selected, Selection
+from sparse_kernels.ops import compact, control, gate_rows, gather_rows, row_stats, scatter_rows, select
+from sparse_kernels.types import STATISTICS, ControlState, GatedRows, RowStats, Selected, Selection
 
 __all__ = [
     "STATISTICS",
     "BackendUnavailable",
+    "ControlState",
     "GatedRows",
     "RowStats",
     "Selected",
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "backend_info",
     "compact",
+    "control",
     "gate_rows",
     "gather_rows",
     "row_stats",

@@ -23,7 +23,7 @@ logger = logging.getLogger("sparse_kernels")
 
 BACKENDS: dict[str, Any] = {"cpp": cpp_backend, "triton": triton_backend, "torch": reference, "cuda": cuda_backend}
 # The compiled extension first, the reference last: it serves everything.
-OPS = ("row_stats", "gate_rows", "compact", "gather_rows", "scatter_rows")
+OPS = ("row_stats", "gate_rows", "compact", "control", "gather_rows", "scatter_rows")
 ORDER: dict[str, tuple[str, ...]] = dict.fromkeys(OPS, ("cpp", "torch"))
 # Served only when asked for by name: the Triton kernels are tested interpreted and compiled ahead of time, the CUDA
 # kernels run on a CPU, but until they have been run and measured on a GPU, the reference serves there by default.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparse_kernels.types import STATISTICS, Selection
+from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, STATISTICS, ControlState, Selection
 
 FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _STATISTICS = frozenset(STATISTICS)
@@ -148,6 +148,60 @@ class CompactCall:
 def _check_capacity(capacity: int) -> None:
     if not (isinstance(capacity, int) and 0 <= capacity <= 2**31 - 1):
         raise ValueError(f"capacity={capacity!r}; wanted None or an int in [0, 2^31)")
+
+
+_LABELS = frozenset((torch.int64, torch.int32, torch.bool))
+
+
+@dataclass(slots=True)
+class ControlCall:
+    """A ``control`` request."""
+
+    state: ControlState
+    significance: Tensor  # floating [..., rows], the state's shape before rows
+    setpoint: Tensor  # float32, one element a state
+    labels: Tensor | None  # int64, int32 or bool, significance's shape
+    ignore_index: int
+    mass: Tensor | None  # floating, significance's shape
+    overflow: Tensor | None  # int32, one element a state
+    gate_temperature: float
+    p_min: float
+
+    def __post_init__(self) -> None:
+        (values, counters), significance, setpoint = self.state, self.significance, self.setpoint
+        shape = significance.shape
+        if not significance.dtype.is_floating_point or not shape:
+            raise ValueError(
+                f"significance is {significance.dtype} of shape {tuple(shape)}; wanted floating [..., rows]"
+            )
+        for name, tensor, dtype, size in (
+            ("values", values, torch.float32, len(CONTROL_VALUES)),
+            ("counters", counters, torch.int64, len(CONTROL_COUNTERS)),
+        ):
+            if tensor.dtype is not dtype or tensor.shape != (*shape[:-1], size):
+                raise ValueError(
+                    f"state's {name} are {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                    f"wanted {dtype} of shape {(*shape[:-1], size)}"
+                )
+        states = counters.numel() // len(CONTROL_COUNTERS)
+        if setpoint.dtype is not torch.float32 or setpoint.numel() != states:
+            raise ValueError(
+                f"setpoint is {setpoint.dtype} of shape {tuple(setpoint.shape)}; wanted float32, {states} in number"
+            )
+        labels, mass, overflow = self.labels, self.mass, self.overflow
+        if labels is not None and (labels.shape != shape or labels.dtype not in _LABELS):
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+                f"wanted int64, int32 or bool of shape {tuple(shape)}"
+            )
+        if mass is not None and (mass.shape != shape or not mass.dtype.is_floating_point):
+            raise ValueError(f"mass is {mass.dtype} of shape {tuple(mass.shape)}; wanted floating of {tuple(shape)}")
+        if overflow is not None and (overflow.dtype is not torch.int32 or overflow.numel() != states):
+            raise ValueError(f"overflow is {overflow.dtype} of shape {tuple(overflow.shape)}; wanted int32")
+        device = significance.device
+        for other in (values, counters, setpoint, labels, mass, overflow):
+            if other is not None and other.device != device:
+                raise ValueError(f"a tensor is on {other.device}, significance on {device}")
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
 from torch import Tensor
 
-from sparse_kernels.calls import CompactCall, GateCall, SelectCall, StatsCall, TreeCall
+from sparse_kernels.calls import CompactCall, ControlCall, GateCall, SelectCall, StatsCall, TreeCall
 from sparse_kernels.rows import empty_rows, rows_are_packed
 from sparse_kernels.tracing import refuse_tensor
 from sparse_kernels.types import GatedRows, RowStats, Selected, Selection
@@ -254,6 +254,39 @@ def _compact(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> Selec
         overflow.data_ptr(),
     )
     return Selection(index, weight, count, overflow, rows)
+
+
+def refuse_control(call: ControlCall) -> str | None:
+    """Why this call is not served, or None."""
+    reason = _refuse_tensor(call.significance) or _refuse_tensor(call.state.values)
+    if reason is None and call.significance.dtype is not torch.float32:
+        reason = f"significance is {call.significance.dtype}; it serves float32"
+    if reason is None and not (call.state.values.is_contiguous() and call.state.counters.is_contiguous()):
+        reason = "a state that is not contiguous cannot be moved in place"
+    return reason
+
+
+def control(call: ControlCall) -> None:
+    """See ``sparse_kernels.control``."""
+    significance, setpoint = call.significance.detach().contiguous(), call.setpoint.contiguous()
+    labels = None if call.labels is None else call.labels.contiguous()
+    mass = None if call.mass is None else call.mass.detach().float().contiguous()
+    overflow = None if call.overflow is None else call.overflow.contiguous()
+    _cpp.control(
+        call.state.values.data_ptr(),
+        call.state.counters.data_ptr(),
+        significance.data_ptr(),
+        0 if labels is None else labels.data_ptr(),
+        0 if labels is None else labels.element_size(),
+        call.ignore_index,
+        0 if mass is None else mass.data_ptr(),
+        setpoint.data_ptr(),
+        0 if overflow is None else overflow.data_ptr(),
+        setpoint.numel(),
+        significance.shape[-1],
+        call.gate_temperature,
+        call.p_min,
+    )
 
 
 def refuse_select(call: SelectCall) -> str | None:

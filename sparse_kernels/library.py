@@ -23,10 +23,10 @@ from torch.utils import _pytree as pytree
 
 from sparse_kernels import reference
 from sparse_kernels.backends import BACKENDS, choose
-from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels.calls import CompactCall, ControlCall, GateCall, StatsCall, TreeCall
 from sparse_kernels.rows import empty_rows
 from sparse_kernels.tracing import observed
-from sparse_kernels.types import DIFFERENTIABLE, STATISTICS, GatedRows, RowStats, Selection
+from sparse_kernels.types import DIFFERENTIABLE, STATISTICS, ControlState, GatedRows, RowStats, Selection
 
 _library: Any = torch.library.Library("sparse_kernels", "DEF")  # type: ignore[no-untyped-call, unused-ignore]
 _ops = torch.ops.sparse_kernels
@@ -337,6 +337,30 @@ _define(
     _compact_fake,
 )
 _library.impl("compact", torch.library.fallthrough_kernel, "Autograd")
+
+
+# control
+
+
+def control(call: ControlCall, backend: str) -> None:
+    """``call`` through the operator."""
+    _ops.control(
+        *call.state, call.significance, call.setpoint, call.labels, call.ignore_index, call.mass, call.overflow,
+        call.gate_temperature, call.p_min, backend,
+    )  # fmt: skip
+
+
+def _control(values: Tensor, counters: Tensor, *arguments: Any) -> None:
+    *others, backend = arguments
+    _serve("control", ControlCall(ControlState(values, counters), *others), backend)
+
+
+_define(
+    "control(Tensor(a!) values, Tensor(b!) counters, Tensor significance, Tensor setpoint, Tensor? labels, "
+    "int ignore_index, Tensor? mass, Tensor? overflow, float gate_temperature, float p_min, str backend) -> ()",
+    _control,
+    lambda *_: None,
+)
 
 
 # gather_rows and scatter_rows

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sparse_kernels import library
 from sparse_kernels.backends import choose, fused
-from sparse_kernels.calls import CompactCall, GateCall, SelectCall, StatsCall, Tree, TreeCall
+from sparse_kernels.calls import CompactCall, ControlCall, GateCall, SelectCall, StatsCall, Tree, TreeCall
 from sparse_kernels.tracing import observed
-from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selected, Selection
+from sparse_kernels.types import DIFFERENTIABLE, ControlState, GatedRows, RowStats, Selected, Selection
 
 
 def row_stats(
@@ -220,6 +220,50 @@ def select(
     selection = _compact(CompactCall(gated.mask.flatten(), weight, capacity), backend)
     packed = None if tree is None else gather_rows(tree, selection, backend=backend)
     return Selected(gated, selection, packed)
+
+
+def control(
+    state: ControlState,
+    significance: Tensor,
+    setpoint: Tensor,
+    *,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    mass: Tensor | None = None,
+    overflow: Tensor | None = None,
+    gate_temperature: float = 0.0,
+    p_min: float = 0.0,
+    backend: str | None = None,
+) -> None:
+    """Moves a gate's threshold by one batch, in place, so that the fraction of rows above it meets a set-point.
+
+    The threshold that ``gate_rows`` takes is ``state.value("threshold")``. Nothing waits for a device. What
+    the law is, and why: ``sparse_kernels/control_law.py``.
+
+    Args:
+        state: from ``control_law.initial_state``. NaN rows are counted in it.
+        significance: floating [rows], or [..., rows] for states of shape [...]. NaN rows do not count for
+            the rate. A batch without a valid row moves nothing but the counters.
+        setpoint: float32, one element a state, in (0, 1]: the rate wanted. 1 fixes the threshold at -inf.
+        labels: optional int64, int32 or bool of significance's shape: rows equal to ``ignore_index`` (for a
+            bool of valid rows: 0) do not count.
+        mass: optional floating of that shape, 0 or above: the set-point is then a share of its sum.
+        overflow: optional int32, one element a state, a selection's: added to the counter, but for
+            the batch that an automatic start keeps whole.
+        gate_temperature, p_min: of the gate that uses the threshold, as in ``gate_rows``.
+
+    Raises:
+        ValueError: a wrong dtype, shape or device.
+        BackendUnavailable: the backend named cannot serve this call.
+    """
+    call = ControlCall(
+        state, significance, setpoint, labels, ignore_index, mass, overflow, gate_temperature, p_min
+    )  # fmt: skip
+    name, serve = choose("control", call, backend)
+    if name == "torch" or not observed(significance):
+        serve(call)
+    else:
+        library.control(call, name)
 
 
 def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) -> Any:

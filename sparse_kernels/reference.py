@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sparse_kernels import philox
 from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels.control_law import control as control  # the one operation that has a file of its own
 from sparse_kernels.tracing import values_readable
 from sparse_kernels.types import GatedRows, RowStats, Selection
 
@@ -46,6 +47,7 @@ def serves(call: object) -> None:
 
 
 refuse_row_stats = refuse_gate_rows = refuse_compact = refuse_gather_rows = refuse_scatter_rows = serves
+refuse_control = serves
 
 
 def transform_logits(logits: Tensor, temperature: float, softcap: float) -> Tensor:

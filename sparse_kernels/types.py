@@ -51,6 +51,43 @@ class GatedRows(NamedTuple):
     invalid: Tensor  # int32, 0-d: rows with NaN, +inf or nothing but -inf
 
 
+# A controller's memory, packed so that a kernel finds it at two addresses; csrc/control_law.h has the same order.
+CONTROL_VALUES = (  # float32
+    "threshold",
+    "drift",  # the integral: units a batch
+    "position_variance",  # of the threshold, logits of the rate squared
+    "covariance",  # of position and drift
+    "drift_variance",
+    "unit",  # significance per logit of the rate; 0 before the first measurement
+    "error",  # smoothed
+    "error_variance",  # what noise alone would give it
+    "surprise",  # nats of evidence that the feedback is dead
+    "misses",  # smoothed share of batches off target
+    "rate",  # smoothed rate (or share of mass) observed; NaN before the first batch
+)
+CONTROL_COUNTERS = (  # int64
+    "steps",  # batches seen
+    "saturated",  # batches in which the set-point was out of reach
+    "invalid",  # rows of NaN
+    "overflow",  # rows selected beyond the capacity
+)
+
+
+class ControlState(NamedTuple):
+    """A threshold's controller: what ``control`` moves, in place. States of any shape [...] move side by side."""
+
+    values: Tensor  # float32 [..., len(CONTROL_VALUES)]
+    counters: Tensor  # int64 [..., len(CONTROL_COUNTERS)]
+
+    def value(self, name: str) -> Tensor:
+        """float32 [...]: a view of one of CONTROL_VALUES."""
+        return self.values.select(-1, CONTROL_VALUES.index(name))
+
+    def counter(self, name: str) -> Tensor:
+        """int64 [...]: a view of one of CONTROL_COUNTERS."""
+        return self.counters.select(-1, CONTROL_COUNTERS.index(name))
+
+
 class Selection(NamedTuple):
     """Packed rows: ``index[:count]`` ascending; what lies behind ``count`` is padding (index 0, weight 0)."""
 

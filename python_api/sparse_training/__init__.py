@@ -12,21 +12,25 @@ or, inside a loop of one's own:
 
 from sparse_kernels import __version__
 from sparse_training import nn
+from sparse_training.budget import Budget
 from sparse_training.controller import PIController
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.nn import Compact, Expand
 from sparse_training.policies import POLICIES, Policy
+from sparse_training.schedules import Ramp
 from sparse_training.significance import Significance
 from sparse_training.trainer import SparseTrainer
 
 __all__ = [
     "POLICIES",
+    "Budget",
     "Compact",
     "Expand",
     "Gate",
     "PIController",
     "Policy",
+    "Ramp",
     "Significance",
     "SparseTrainer",
     "UserError",

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import GatedRows, Selection, compact, gate_rows
+from sparse_kernels import ControlState, GatedRows, Selection, compact, control, gate_rows
+from sparse_kernels.philox import uniform
 from sparse_training.controller import PIController
 from sparse_training.errors import UserError
 from sparse_training.significance import Significance
 
+SetPoint = Callable[[float], float]  # of the run's progress, 0 to 1
+
 
 class Gate(nn.Module):
-    """Selects the rows that are worth training on, about ``rate`` of them, from a model's logits.
+    """Selects the rows that are worth training on from a model's logits: about ``rate`` of them, or the
+    fewest that hold a share ``mass`` of the batch's gradient norm.
 
         gate = Gate(rate=0.1, capacity=128)
         kept = gate(logits, targets)
@@ -27,14 +31,25 @@ class Gate(nn.Module):
     resumes exactly from ``state_dict()``.
 
     Args:
-        rate: fraction of the valid rows to keep, in (0, 1]; 1 keeps all of them.
-        significance: what ranks the rows; ``Significance(loss=0.7, entropy=0.3)`` by default.
+        rate: fraction of the valid rows to keep, in (0, 1], 0.1 by default; 1 keeps all of them. A callable
+            of the run's progress, such as ``Ramp(1.0, 0.1)``, is followed by calls of ``at``.
+        mass: instead of a rate, the share, in (0, 1], of the sum of the rows' grad_norm that the rows kept
+            are to hold; or such a callable. They are the fewest where significance is grad_norm alone.
+        significance: what ranks the rows; ``Significance(loss=0.7, entropy=0.3)`` by default, with a mass
+            ``Significance(grad_norm=1.0)``.
+        decision: "threshold" keeps the rows above the controller's threshold, or draws them where there is a
+            temperature. "topk" keeps the ceil(rate * valid rows) most significant of each batch, an exact
+            count; its controller runs beside it and decides nothing. Both are biased towards significant
+            rows, but for the draws with their weights.
+        ties: "equal" treats equal rows alike: above the threshold or not, together. "random" puts them in
+            an order drawn for this seed and step, so that a rate is held though all are equal: each row
+            gains up to 2^-14 of the batch's mean significance. It costs some 100 small operations.
         capacity: slots of a selection, whatever the batch holds; rows beyond it are dropped and counted
             in the selection's ``overflow`` and, but for the batch an automatic start keeps whole, in the
             gate's. None: as many slots as rows kept, which waits for an accelerator.
         temperature: 0 keeps what is above the threshold. Above 0, in units of significance, a row is
             drawn with probability p = sigmoid((significance - threshold) / temperature) and weighs 1/p:
-            weighted sums over the kept rows are unbiased estimates of sums over all.
+            weighted sums over the kept rows are unbiased estimates of sums over all, and ties break.
         p_min: least such p, so that no weight exceeds 1/p_min; below ``rate``.
         floor: least fraction of the valid rows kept: where the threshold passes fewer, the most
             significant make up the number. At most ``rate``. The controller never sees these rows.
@@ -43,23 +58,24 @@ class Gate(nn.Module):
         ignore_index, label_smoothing, dim: as in ``sparse_kernels.gate_rows``.
 
     Attributes:
-        step: int64 buffer, calls made. invalid, overflow: int64 buffers, rows counted since the start:
-            with NaN or +inf logits; selected beyond the capacity.
-        last: the ``GatedRows`` of the last call (its mask before the floor); not in the state.
+        step: int64, calls made. invalid, overflow: int64, rows counted since the start: with NaN or +inf
+            logits; selected beyond the capacity. Views of the controller's state.
+        last: the ``GatedRows`` of the last call, as decided; not in the state.
 
     Raises:
         UserError: a setting out of its range.
     """
 
-    step: Tensor
-    invalid: Tensor
-    overflow: Tensor
+    _version = 2
 
     def __init__(
         self,
-        rate: float = 0.1,
+        rate: float | SetPoint | None = None,
         *,
+        mass: float | SetPoint | None = None,
         significance: Significance | None = None,
+        decision: str = "threshold",
+        ties: str = "equal",
         capacity: int | None = None,
         temperature: float = 0.0,
         p_min: float = 0.0,
@@ -75,33 +91,85 @@ class Gate(nn.Module):
         self.p_min = _number("p_min", p_min, "a probability, at least 0 and below 1", lambda x: 0 <= x < 1)
         self.floor = _number("floor", floor, "a fraction, at least 0 and at most 1", lambda x: 0 <= x <= 1)
         self.label_smoothing = _number("label_smoothing", label_smoothing, "in [0, 1]", lambda x: 0 <= x <= 1)
-        self.controller = PIController(rate, threshold=threshold, temperature=self.temperature, p_min=self.p_min)
-        self.rate = float(rate)
+        if rate is not None and mass is not None:
+            raise UserError(f"rate={rate} and mass={mass}; wanted one of them")
+        self.by_mass = mass is not None
+        wanted = mass if mass is not None else 0.1 if rate is None else rate
+        self.schedule = wanted if callable(wanted) else None
+        first = wanted(0.0) if callable(wanted) else wanted
+        if self.by_mass:
+            _number("mass", first, "a share above 0 and at most 1", lambda x: 0 < x <= 1)
+        self.controller = PIController(first, threshold=threshold, temperature=self.temperature, p_min=self.p_min)
+        self.setpoint = float(first)
         self.seed = _integer("seed", seed)
         self.ignore_index = _integer("ignore_index", ignore_index)
         self.dim = _integer("dim", dim)
         self.capacity = None if capacity is None else _integer("capacity", capacity)
         if self.capacity is not None and self.capacity < 1:
             raise UserError(f"capacity={capacity}; wanted None or a number of rows, at least 1")
-        if self.floor > self.rate:
-            raise UserError(f"floor={floor} is above rate={rate}; wanted at most the rate, or it could never be met")
+        self._check_setpoint()
         if self.p_min and not self.temperature:
             raise UserError(f"p_min={p_min} without a temperature; wanted p_min=0, or a temperature above 0")
-        if self.p_min >= self.rate:
-            raise UserError(f"p_min={p_min} is not below rate={rate}; wanted less, or the rate could never be met")
         if self.floor and self.temperature:
             raise UserError(
                 f"floor={floor} with temperature={temperature}; wanted one of them (rows put in by a floor have "
                 "no probability to be weighted by; p_min is the floor of a drawn selection)"
             )
+        self.decision = _one_of("decision", decision, ("threshold", "topk"))
+        self.ties = _one_of("ties", ties, ("equal", "random"))
+        if self.temperature and (decision == "topk" or ties == "random"):
+            raise UserError(
+                f"temperature={temperature} with decision={decision!r}, ties={ties!r}; wanted temperature=0, for what "
+                "is drawn is not ranked; or neither of them"
+            )
+        if self.by_mass and (decision == "topk" or self.floor):
+            raise UserError(f"mass={mass} with decision={decision!r}, floor={floor}; wanted a rate: those count rows")
         if significance is None:
-            significance = Significance(loss=0.7, entropy=0.3)
+            significance = Significance(grad_norm=1.0) if self.by_mass else Significance(loss=0.7, entropy=0.3)
         elif not isinstance(significance, Significance):
             raise UserError(f"significance={significance!r}; wanted a Significance, such as Significance(loss=1.0)")
         self.significance = significance
-        for name in ("step", "invalid", "overflow"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self._weights = significance.weights
+        self._ranks = bool(self.floor) or decision == "topk" or ties == "random"
         self.last: GatedRows | None = None
+
+    def _check_setpoint(self) -> None:
+        name = "mass" if self.by_mass else "rate"
+        if self.floor > self.setpoint:
+            raise UserError(
+                f"floor={self.floor} is above {name}={self.setpoint}; "
+                f"wanted at most the {name}, or it could never be met"
+            )
+        if self.p_min >= self.setpoint:
+            raise UserError(
+                f"p_min={self.p_min} is not below {name}={self.setpoint}; wanted less, or the {name} could never be met"
+            )
+
+    def aim(self, setpoint: float) -> None:
+        """Another rate (or share of mass) from the next call on: a ``Budget``'s, say. Waits for no device.
+
+        Raises:
+            UserError: out of range, or not above the floor or p_min.
+        """
+        if setpoint == self.setpoint:
+            return
+        before, self.setpoint = self.setpoint, setpoint
+        try:
+            self._check_setpoint()
+            self.controller.set_target(setpoint)
+        except UserError:
+            self.setpoint = before
+            raise
+
+    def at(self, progress: float) -> None:
+        """Aims where the schedule says, ``progress`` in [0, 1] of the run; nothing without a schedule."""
+        if self.schedule is not None:
+            self.aim(self.schedule(progress))
+
+    @property
+    def rate(self) -> float:
+        """The rate wanted now; with a mass, which wants none, 1: as many rows as it takes."""
+        return 1.0 if self.by_mass else self.setpoint
 
     @property
     def threshold(self) -> Tensor:
@@ -109,8 +177,24 @@ class Gate(nn.Module):
         return self.controller.threshold
 
     @property
+    def step(self) -> Tensor:
+        """int64, one element: calls made."""
+        return self.controller.steps
+
+    @property
+    def invalid(self) -> Tensor:
+        """int64, one element: rows with NaN or +inf logits."""
+        return self.controller.state().counter("invalid")
+
+    @property
+    def overflow(self) -> Tensor:
+        """int64, one element: rows selected beyond the capacity."""
+        return self.controller.state().counter("overflow")
+
+    @property
     def rate_observed(self) -> Tensor:
-        """float32, one element: smoothed fraction above the threshold, before floor and capacity; NaN before a call."""
+        """float32, one element: smoothed fraction (with a mass, its share) above the threshold, before floor
+        and capacity; NaN before a call."""
         return self.controller.rate
 
     @property
@@ -118,7 +202,6 @@ class Gate(nn.Module):
         """int64, one element: calls at which the rate was out of reach; see ``PIController.saturation``."""
         return self.controller.saturated
 
-    @torch.no_grad()
     def forward(
         self, logits: Tensor, targets: Tensor, *, index: Tensor | None = None, offset: Tensor | None = None
     ) -> Selection:
@@ -139,41 +222,81 @@ class Gate(nn.Module):
         """
         if index is not None and index.shape != targets.shape[:1]:
             raise UserError(f"index has shape {tuple(index.shape)}; wanted {tuple(targets.shape[:1])}, one a sample")
-        gated = gate_rows(
-            logits.detach(), targets, self.threshold,
-            weights=self.significance.weights, offset=offset, dim=self.dim,
-            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
-            gate_temperature=self.temperature, p_min=self.p_min, seed=self.seed, step=self.step,
-        )  # fmt: skip
-        significance = gated.significance.flatten()
-        valid = (targets.flatten() != self.ignore_index) & ~significance.isnan()
-        mask = gated.mask.flatten()
-        if self.floor:
-            mask = self._at_least(mask, significance, valid)
-        weight = None if gated.weight is None else gated.weight.flatten()
-        selection = compact(mask, weight=weight, capacity=self.capacity)
-        self.step += 1
-        self.invalid += gated.invalid
-        # The batch that an automatic start keeps whole says nothing about the capacity.
-        self.overflow += torch.where(self.controller.starting(), 0, selection.overflow)
+        controller = self.controller
+        state = controller.state()  # looked up once: each look-up in a module takes as long as 16 rows
+        gated, selection = self._select(logits.detach(), targets, offset, state)
+        significance = gated.significance
+        mass = gated.stats.grad_norm if self.by_mass else None
+        if targets.dim() != 1:
+            significance, targets = significance.flatten(), targets.flatten()
+            mass = None if mass is None else mass.flatten()
         # The controller counts significance above the threshold itself, so a floor cannot reach it.
-        self.controller.update(significance, valid)
-        self.last = gated
+        control(
+            state, significance, controller.target,
+            labels=targets, ignore_index=self.ignore_index, mass=mass, overflow=selection.overflow,
+            gate_temperature=self.temperature, p_min=self.p_min,
+        )  # fmt: skip
+        object.__setattr__(self, "last", gated)  # Module's own looks for parameters first
         return selection
 
-    def _at_least(self, mask: Tensor, significance: Tensor, valid: Tensor) -> Tensor:
-        """``mask``, or the floor's share of the valid rows where it keeps fewer."""
+    def _select(
+        self, logits: Tensor, targets: Tensor, offset: Tensor | None, state: ControlState
+    ) -> tuple[GatedRows, Selection]:
+        """Score, decide, pack."""
+        threshold = state.values[0]
+        step = state.counters[0] if self.temperature or self._ranks else 0  # of the draws
+        gated = gate_rows(
+            logits, targets, threshold,
+            weights=self._weights, offset=None if offset is None else offset.detach(),
+            outputs=("grad_norm",) if self.by_mass else (), dim=self.dim,
+            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
+            gate_temperature=self.temperature, p_min=self.p_min, seed=self.seed, step=step,
+        )  # fmt: skip
+        if self._ranks:
+            gated = self._rank(gated, targets != self.ignore_index, threshold, step)
+        mask, weight = gated.mask, gated.weight
+        if mask.dim() != 1:
+            mask, weight = mask.flatten(), None if weight is None else weight.flatten()
+        return gated, compact(mask, weight=weight, capacity=self.capacity)
+
+    def _rank(self, gated: GatedRows, valid: Tensor, threshold: Tensor, step: int | Tensor) -> GatedRows:
+        """The decisions that the comparison with a threshold is not all of."""
+        mask, significance = gated.mask, gated.significance
+        valid = valid & ~significance.isnan()
+        if self.ties == "random":
+            size = torch.where(valid & significance.isfinite(), significance, 0).abs().sum() / valid.sum().clamp(min=1)
+            u = uniform(mask.numel(), seed=self.seed, step=step, device=mask.device).reshape(mask.shape)
+            # Equal rows of 0 have no size of their own.
+            significance = torch.where(valid, significance + u * (2.0**-14 * size.clamp(min=1e-20)), significance)
+            mask = (significance > threshold) & valid
+        if self.decision == "topk":
+            mask = self._at_least(self.rate, torch.zeros_like(mask), significance, valid)
+        elif self.floor:
+            mask = self._at_least(self.floor, mask, significance, valid)
+        return gated._replace(mask=mask, significance=significance)
+
+    @staticmethod
+    def _at_least(share: float, mask: Tensor, significance: Tensor, valid: Tensor) -> Tensor:
+        """``mask``, or the most significant ``share`` of the valid rows where it keeps fewer."""
         # 1e-4 of a row: 0.1 of 30 rows is 3, not the 4 of a rounded-up product.
-        wanted = torch.ceil(self.floor * valid.sum() - 1e-4)
-        most = math.ceil(self.floor * mask.numel() - 1e-4)
-        ranked = torch.topk(significance.masked_fill(~valid, -math.inf), most).indices
+        wanted = torch.ceil(share * valid.sum() - 1e-4)
+        most = math.ceil(share * mask.numel() - 1e-4)
+        ranked = torch.topk(significance.masked_fill(~valid, -math.inf).flatten(), most).indices
         taken = torch.arange(most, device=mask.device) < wanted
-        top = torch.zeros_like(mask).scatter(0, ranked, taken) & valid
+        top = torch.zeros_like(mask).flatten().scatter(0, ranked, taken).reshape(mask.shape) & valid
         return mask | top  # where enough is kept, the top rows are among them
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Version 1 kept its own counters; the controller's were there before its packed ones.
+        for old, new in (("step", "steps"), ("invalid", "invalid"), ("overflow", "overflow")):
+            if f"{prefix}{old}" in state_dict:
+                state_dict[f"{prefix}controller.{new}"] = state_dict.pop(f"{prefix}{old}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.significance.weights.items())
-        return f"rate={self.rate:g}, significance=({weights}), capacity={self.capacity}"
+        name = "mass" if self.by_mass else "rate"
+        return f"{name}={self.setpoint:g}, significance=({weights}), capacity={self.capacity}"
 
 
 def _number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> float:
@@ -186,3 +309,9 @@ def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise UserError(f"{name}={value!r}; wanted an integer")
     return int(value)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise UserError(f"{name}={value!r}; wanted one of {', '.join(known)}")
+    return str(value)

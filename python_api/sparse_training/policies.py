@@ -59,6 +59,9 @@ class Policy(nn.Module):
         """The rows of a loaded batch to train on."""
         return Kept(batch.inputs, batch.targets, batch.rows)
 
+    def at(self, progress: float) -> None:
+        """Told before each gated step how far the run is, 0 to 1, for what follows a schedule."""
+
     def likely_rows(self, rows: int) -> range:
         """How many of a loaded batch's rows this policy may well keep, for the clock to time."""
         return range(rows, rows + 1)
@@ -129,6 +132,10 @@ class GatePolicy(Policy):
             return Kept(inputs, targets, count, selection.index, selection.weight, divisor)
         return Kept(inputs, targets, count, selection.index)
 
+    def at(self, progress: float) -> None:
+        self.gate.at(progress)
+        self.rate = self.gate.rate
+
     def likely_rows(self, rows: int) -> range:
         if self.gate.capacity is not None:
             return super().likely_rows(min(self.gate.capacity, rows))
@@ -145,7 +152,8 @@ class GatePolicy(Policy):
             found.append(
                 f"the gate's controller was saturated in {saturated} of {steps} steps: its rate is not the target's"
             )
-        if rate is not None and abs(rate - self.rate) > max(0.02, 0.2 * self.rate):
+        steered = self.gate.schedule is None and not self.gate.by_mass  # to one rate, all the time
+        if steered and rate is not None and abs(rate - self.rate) > max(0.02, 0.2 * self.rate):
             found.append(f"the gate kept {rate:.1%} of the rows it was offered; the target was {self.rate:.1%}")
         if invalid := int(self.gate.invalid):
             found.append(f"{invalid} rows were not finite and left out")

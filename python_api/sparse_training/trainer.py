@@ -340,6 +340,7 @@ class SparseTrainer:
             phase = self.schedule.phase(fraction)
             self.set_learning_rate(self.schedule.factor(fraction))
             policy = self.policy if phase == "sparse" else self.dense
+            policy.at(fraction)
             batch, kept = self.step(policy, loader, next(items))
             clock.charge(policy.name, batch.rows, kept.targets.shape[0])
             self._record(history, phase, loader, batch, kept)

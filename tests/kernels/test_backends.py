@@ -14,7 +14,7 @@ from sparse_kernels import backends
 
 def test_info_names_the_active_backend_and_why_not_the_others():
     info = sk.backend_info()
-    assert set(info) == {"row_stats", "gate_rows", "compact", "gather_rows", "scatter_rows"}
+    assert set(info) == {"row_stats", "gate_rows", "compact", "control", "gather_rows", "scatter_rows"}
     for entry in info.values():
         assert entry["active"] in backends.BACKENDS
         assert set(entry["others"]) | {entry["active"]} >= {"torch"}

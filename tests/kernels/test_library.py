@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_kernels as sk
 from sparse_kernels import backends, cpp_backend, library
+from sparse_kernels.control_law import initial_state
 
 pytestmark = pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="the C++ backend is not built")
 OPS = torch.ops.sparse_kernels
@@ -115,6 +116,15 @@ def test_opcheck_compact(capacity, gradient):
     weight = torch.rand(12, requires_grad=gradient)
     torch.library.opcheck(OPS.compact.default, (masks(12), weight, capacity, "cpp"))
     assert not OPS.compact(masks(12), weight, capacity, "cpp")[1].requires_grad
+
+
+def test_opcheck_control():
+    significance, targets = torch.rand(12), torch.randint(0, 3, (12,))
+    overflow = torch.tensor(2, dtype=torch.int32)
+    for labels, mass, spilt in ((None, None, None), (targets, torch.rand(12), overflow)):
+        state = initial_state(torch.tensor(0.5))
+        arguments = (*state, significance, torch.tensor(0.1), labels, -100, mass, spilt, 0.0, 0.0, "cpp")
+        torch.library.opcheck(OPS.control.default, arguments)
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import row_stats
+from sparse_kernels import backends, cpp_backend, row_stats
+from sparse_kernels.types import CONTROL_VALUES
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
+from sparse_training.schedules import Ramp
 from sparse_training.significance import Significance
 
 CLASSES = 10
@@ -199,6 +201,192 @@ def test_draws_follow_the_seed_and_the_step() -> None:
     assert first != second
 
 
+# Set-points
+
+
+def grad_norm_of(logits: Tensor, targets: Tensor) -> Tensor:
+    norm = row_stats(logits, targets, outputs=("grad_norm",)).grad_norm
+    assert norm is not None
+    return norm
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.8, 0.95])
+@pytest.mark.parametrize("significance", [None, Significance(loss=0.7, entropy=0.3)])
+def test_keeps_the_share_of_mass_asked_for(mass: float, significance: Significance | None) -> None:
+    gate = Gate(mass=mass, significance=significance)
+    shares, fewest = [], []
+    for logits, targets in batches(120):
+        kept = gate(logits, targets)
+        norm = grad_norm_of(logits, targets)
+        shares.append((norm[kept.index].sum() / norm.sum()).item())
+        order = norm.sort(descending=True).values.cumsum(0) / norm.sum()
+        fewest.append(kept.count.item() / (1 + int((order < shares[-1] - 1e-6).sum())))
+    assert sum(shares[50:]) / 70 == pytest.approx(mass, abs=0.01)
+    assert gate.rate_observed.item() == pytest.approx(mass, abs=0.03)
+    if significance is None:  # no smaller set of rows holds as much
+        assert max(fewest[50:]) == 1.0
+    assert gate.saturated < 10  # a start above every row of a narrow band may count
+
+
+def test_mass_counts_neither_ignored_nor_invalid_rows() -> None:
+    gate = Gate(mass=0.7)
+    for logits, targets in batches(80):
+        targets[:100] = -100
+        logits[100:110, 3] = math.nan
+        kept = gate(logits, targets)
+    assert gate.rate_observed.item() == pytest.approx(0.7, abs=0.03)
+    assert gate.invalid == 80 * 10
+    assert kept.index.min() >= 110
+
+
+@pytest.mark.parametrize("name", ["rate", "mass"])
+def test_a_ramp_is_followed_over_the_run(name: str) -> None:
+    ramp = Ramp(0.8, 0.2, begin=0.25, finish=0.75)
+    gate = Gate(**{name: ramp})  # type: ignore[arg-type]
+    observed = []
+    for t, (logits, targets) in enumerate(batches(300)):
+        gate.at(t / 300)
+        kept = gate(logits, targets)
+        norm = torch.ones(512) if name == "rate" else grad_norm_of(logits, targets)
+        observed.append((norm[kept.index].sum() / norm.sum()).item())
+    for start, end in ((50, 75), (140, 160), (250, 300)):
+        wanted = sum(ramp(t / 300) for t in range(start, end)) / (end - start)
+        # A set-point that moves by 0.004 a batch is followed with a lag of a few batches.
+        assert sum(observed[start:end]) / (end - start) == pytest.approx(wanted, abs=0.03)
+
+
+def test_a_run_that_starts_with_every_row() -> None:
+    gate = Gate(Ramp(1.0, 0.1, finish=0.1))
+    counts = []
+    for t, batch in enumerate(batches(200)):
+        gate.at(t / 200)
+        counts.append(int(gate(*batch).count))
+    assert counts[0] == 512
+    assert sum(counts[60:]) / 140 / 512 == pytest.approx(0.1, abs=0.01)
+
+
+def test_aim_out_of_range_is_refused_and_changes_nothing() -> None:
+    gate = Gate(0.3, floor=0.1)
+    for setpoint in (0.0, 1.5, math.nan, 0.05):
+        with pytest.raises(UserError, match="wanted"):
+            gate.aim(setpoint)
+        assert gate.rate == 0.3
+        assert gate.controller.target.item() == pytest.approx(0.3)
+    gate.aim(0.2)
+    assert gate.controller.target.item() == pytest.approx(0.2)
+
+
+# Other decisions
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.33, 1.0])
+@pytest.mark.parametrize("capacity", [None, 200])
+def test_topk_keeps_an_exact_count_of_the_most_significant(rate: float, capacity: int | None) -> None:
+    gate = Gate(rate, decision="topk", capacity=capacity, significance=Significance(loss=1.0))
+    for logits, targets in batches(3):
+        targets[:12], logits[12:22, 0] = -100, math.nan
+        kept = gate(logits, targets)
+        wanted = math.ceil(rate * 490 - 1e-4)
+        loss = loss_of(logits, targets).masked_fill(torch.arange(512) < 22, -1.0)
+        top = loss.topk(wanted).indices.sort().values
+        assert torch.equal(kept.index[: kept.count], top[:capacity])
+        assert kept.overflow == max(0, wanted - (capacity or 512))
+
+
+def equal_batches(count: int, value: float) -> list[tuple[Tensor, Tensor]]:
+    logits, targets = batches(1)[0]
+    logits = value * torch.nn.functional.one_hot(targets, CLASSES).float()
+    return [(logits, targets)] * count
+
+
+@pytest.mark.parametrize("value", [-3.0, 0.0, 3.0])
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
+def test_random_ties_hold_a_rate_when_all_rows_are_equal(rate: float, value: float) -> None:
+    gate, plain = Gate(rate, ties="random"), Gate(rate)
+    counts, chosen = [], []
+    for batch in equal_batches(120, value):
+        kept = gate(*batch)
+        counts.append(kept.count.item() / 512)
+        chosen.append(kept.index)
+        plain(*batch)
+    assert sum(counts[60:]) / 60 == pytest.approx(rate, abs=0.015)
+    assert gate.saturated == 0
+    assert plain.saturated > 50  # a threshold alone keeps all or none
+    if rate < 0.9:
+        assert not torch.equal(chosen[-1][:10], chosen[-2][:10])
+
+
+def test_random_ties_hold_a_rate_within_the_rows_that_are_nought() -> None:
+    """Half of the rows have significance 0 exactly; 70% are wanted."""
+    gate = Gate(0.7, ties="random", significance=Significance(max_prob=1.0))
+    rates = []
+    for logits, targets in batches(150):
+        probability = row_stats(logits, targets, outputs=("max_prob",)).max_prob
+        assert probability is not None
+        gone = torch.where(torch.arange(512) < 256, -probability, 0.0)
+        kept = gate(logits, targets, offset=gone)
+        assert kept.index.max() > 500
+        rates.append(kept.count.item() / 512)
+        nought = (kept.index < 256).float().mean()
+    assert sum(rates[80:]) / 70 == pytest.approx(0.7, abs=0.015)
+    assert nought == pytest.approx(0.2 / 0.7, abs=0.1)
+
+
+def test_random_ties_leave_the_order_of_rows_that_differ() -> None:
+    logits, targets = batches(1)[0]
+    ordered = Gate(0.2, decision="topk")(logits, targets)
+    drawn = Gate(0.2, decision="topk", ties="random")(logits, targets)
+    assert torch.equal(ordered.index, drawn.index)
+
+
+def test_topk_draws_among_equal_rows() -> None:
+    gate = Gate(0.1, decision="topk", ties="random")
+    picks = [gate(*batch).index for batch in equal_batches(100, 2.0)]
+    assert all(len(pick) == 52 for pick in picks)
+    times = torch.cat(picks).bincount(minlength=512)
+    assert times.max() < 30  # 10 each on average: no row is favoured
+    assert (times == 0).sum() < 5
+
+
+# Bad batches
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 0.2},
+        {"rate": 0.2, "capacity": 64},
+        {"mass": 0.5},
+        {"rate": 0.2, "decision": "topk"},
+        {"rate": 0.2, "ties": "random"},
+        {"rate": 0.2, "temperature": 0.5},
+        {"rate": 0.2, "floor": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["NaN", "ignored", "empty", "one row"])
+def test_a_bad_batch_selects_what_it_can_and_leaves_the_threshold(options: dict[str, Any], kind: str) -> None:
+    gate = Gate(**options)
+    for batch in batches(10):
+        gate(*batch)
+    logits, targets = batches(1, rows={"empty": 0, "one row": 1}.get(kind, 32))[0]
+    if kind == "NaN":
+        logits = torch.full_like(logits, math.nan)
+    elif kind == "ignored":
+        targets = torch.full_like(targets, -100)
+    before = gate.threshold.clone()
+    kept = gate(logits, targets)
+    assert gate.step == 11
+    assert gate.threshold.isfinite()
+    assert gate.controller.values.isfinite().all()
+    assert kept.index.shape == ((64,) if "capacity" in options else (int(kept.count),))
+    assert gate.invalid == (32 if kind == "NaN" else 0)
+    if kind != "one row":
+        assert kept.count == 0
+        assert torch.equal(gate.threshold, before)
+    kept.take((logits, targets))
+
+
 # State
 
 
@@ -218,13 +406,80 @@ def test_resumes_bit_exactly_in_the_middle_of_a_run(options: dict[str, Any]) -> 
         assert torch.equal(x, y), name
 
 
+VERSION_1 = {  # saved by it after 20 batches of 64 rows
+    "step": 20,
+    "invalid": 21,
+    "overflow": 22,
+    "controller.threshold": "0x1.b75de4p+2",
+    "controller.drift": "-0x1.e284d4p-8",
+    "controller.position_variance": "0x1.91e7a0p-6",
+    "controller.covariance": "0x1.8eeca2p-10",
+    "controller.drift_variance": "0x1.3ede70p-13",
+    "controller.unit": "0x1.05cabap+0",
+    "controller.error": "-0x1.e16cf0p-5",
+    "controller.error_variance": "0x1.af9408p-8",
+    "controller.surprise": "0x0.0p+0",
+    "controller.misses": "0x1.7f395ep-4",
+    "controller.rate": "0x1.0d8cfap-3",
+    "controller.steps": 20,
+    "controller.saturated": 3,
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "policy.gate."])
+def test_a_state_of_version_1_loads_bit_exactly(prefix: str) -> None:
+    saved = {
+        prefix + name: torch.tensor(value if isinstance(value, int) else float.fromhex(value))
+        for name, value in VERSION_1.items()
+    }
+    gate = Gate(0.1, capacity=16, temperature=0.25)
+    module = gate
+    for name in reversed(prefix.split(".")[:-1]):
+        module = torch.nn.ModuleDict({name: module})  # type: ignore[assignment,dict-item]
+    module.load_state_dict(saved)
+    state = gate.controller.state()
+    for name in CONTROL_VALUES:
+        assert torch.equal(state.value(name), saved[f"{prefix}controller.{name}"]), name
+    assert state.counters.tolist() == [20, 3, 21, 22]
+    assert gate.step == 20
+    gate(*batches(1)[0])
+
+
+def test_a_state_of_version_1_that_is_not_whole_is_refused() -> None:
+    saved = {name: torch.tensor(0.0) for name in VERSION_1 if name != "controller.drift"}
+    with pytest.raises(RuntimeError, match=r"controller\.drift"):
+        Gate(0.1).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("before", ["torch", "cpp"])
+def test_a_run_goes_on_with_another_backend(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is loaded to the bit; from there each backend's arithmetic is its own, to rounding."""
+    after = {"torch": "cpp", "cpp": "torch"}[before]
+    if cpp_backend.unavailable():
+        pytest.skip(str(cpp_backend.unavailable()))
+    data = batches(40)
+    whole, resumed = Gate(0.1), Gate(0.1)
+    monkeypatch.setattr(backends, "_forced", before)
+    for batch in data[:20]:
+        whole(*batch)
+    resumed.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for batch in data[20:]:
+        monkeypatch.setattr(backends, "_forced", before)
+        whole(*batch)
+        monkeypatch.setattr(backends, "_forced", after)
+        resumed(*batch)
+    torch.testing.assert_close(whole.threshold, resumed.threshold, rtol=1e-3, atol=0)
+
+
 def test_state_is_named_and_last_is_no_part_of_it() -> None:
     gate = Gate(0.1)
     gate(*batches(1)[0])
     assert gate.last is not None
     assert gate.last.significance.shape == (512,)
     names = set(gate.state_dict())
-    assert {"step", "invalid", "overflow", "controller.threshold", "controller.saturated"} <= names
+    assert names == {"controller.values", "controller.counters"}
     assert not any("last" in name for name in names)
     assert gate.threshold.dtype is torch.float32
     assert gate.threshold.numel() == 1
@@ -290,6 +545,16 @@ def test_label_smoothing_and_reduced_precision() -> None:
         ({"label_smoothing": 1.1}, "label_smoothing=1.1"),
         ({"threshold": math.inf}, "threshold=inf"),
         ({"significance": {"loss": 1.0}}, "wanted a Significance"),
+        ({"rate": None, "mass": 0.0}, "mass=0.0"),
+        ({"rate": None, "mass": 1.1}, "mass=1.1"),
+        ({"mass": 0.5}, "rate=0.1 and mass=0.5"),
+        ({"rate": None, "mass": 0.5, "decision": "topk"}, "wanted a rate"),
+        ({"rate": None, "mass": 0.5, "floor": 0.1}, "wanted a rate"),
+        ({"rate": None, "mass": 0.05, "temperature": 1.0, "p_min": 0.1}, "p_min=0.1 is not below mass=0.05"),
+        ({"decision": "best"}, "decision='best'; wanted one of threshold, topk"),
+        ({"ties": "keep"}, "ties='keep'; wanted one of equal, random"),
+        ({"temperature": 1.0, "decision": "topk"}, "wanted temperature=0"),
+        ({"temperature": 1.0, "ties": "random"}, "wanted temperature=0"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
