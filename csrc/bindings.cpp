@@ -12,6 +12,7 @@
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
 #include "cpu/row_stats.h"
+#include "cpu/sum_tree.h"
 
 namespace py = pybind11;
 namespace sk = sparse_kernels;
@@ -87,6 +88,15 @@ sk::RowStatsArgs stats_args(Address logits, int dtype, int64_t rows, int64_t cla
   args.saved_maximum = at<float>(address(sk::kStatistics + 1));
   args.saved_total = at<float>(address(sk::kStatistics + 2));
   return args;
+}
+
+// The levels' addresses come as a tuple.
+sk::SumTree sum_tree(Address leaves, int64_t size, const py::tuple& levels) {
+  sk::SumTree tree{at<float>(leaves), size, {}, int(levels.size())};
+  if (tree.depth > sk::SumTree::kLevels) throw std::invalid_argument("a tree of too many levels");
+  for (int level = 0; level < tree.depth; ++level)
+    tree.levels[level] = at<double>(Address(integer(levels, level)));
+  return tree;
 }
 
 // Returns the lowest row with a bad target, or -1.
@@ -190,6 +200,29 @@ PYBIND11_MODULE(_cpp, m) {
     py::gil_scoped_release unlocked;
     return sk::scatter_rows(at<void>(in), row_bytes, at<int64_t>(index), count, at<void>(out),
                             out_rows);
+  });
+
+  m.def("philox_uniform",
+        [](uint64_t seed, uint64_t step, Address rows, int64_t count, Address out) {
+          py::gil_scoped_release unlocked;
+          sk::philox_uniform(seed, step, at<int64_t>(rows), count, at<double>(out));
+        });
+  m.def("sum_tree_build", [](Address leaves, int64_t size, const py::tuple& levels) {
+    const sk::SumTree tree = sum_tree(leaves, size, levels);
+    py::gil_scoped_release unlocked;
+    sk::sum_tree_build(tree);
+  });
+  m.def("sum_tree_update",
+        [](Address leaves, int64_t size, const py::tuple& levels, Address index, int64_t count) {
+          const sk::SumTree tree = sum_tree(leaves, size, levels);
+          py::gil_scoped_release unlocked;
+          sk::sum_tree_update(tree, at<int64_t>(index), count);
+        });
+  m.def("sum_tree_find", [](Address leaves, int64_t size, const py::tuple& levels, Address targets,
+                            int64_t count, Address out) {
+    const sk::SumTree tree = sum_tree(leaves, size, levels);
+    py::gil_scoped_release unlocked;
+    sk::sum_tree_find(tree, at<double>(targets), count, at<int64_t>(out));
   });
 
   m.def("instruction_set", [] { return sk::name_of(sk::instruction_set()); });
