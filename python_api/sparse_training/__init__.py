@@ -15,12 +15,15 @@ from sparse_training.controller import PIController
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.policies import POLICIES, Policy
+from sparse_training.sampler import HistorySampler, Indexed
 from sparse_training.significance import Significance
 from sparse_training.trainer import SparseTrainer
 
 __all__ = [
     "POLICIES",
     "Gate",
+    "HistorySampler",
+    "Indexed",
     "PIController",
     "Policy",
     "Significance",

@@ -6,7 +6,7 @@ from torch import nn
 
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
-from sparse_training.loader import Batch
+from sparse_training.loader import Batch, Offer
 from sparse_training.policies import POLICIES, GatePolicy, Policy, RandomPolicy, make_policy
 
 
@@ -15,6 +15,10 @@ def batch(rows=64, classes=5):
     inputs = torch.randn(rows, classes, generator=generator) * 3
     targets = torch.randint(0, classes, (rows,), generator=generator)
     return Batch(inputs, targets, torch.arange(rows), rows)
+
+
+def offer(rows, epoch=0):
+    return Offer(torch.arange(rows), epoch)
 
 
 def scored(policy, some):
@@ -31,23 +35,23 @@ def test_dense_keeps_the_batch_as_it_is():
 @pytest.mark.parametrize(("rate", "rows", "count"), [(0.1, 512, 51), (0.1, 96, 10), (1.0, 7, 7), (0.3, 5, 2)])
 def test_random_draws_exactly_its_share_without_repeats(rate, rows, count):
     policy = RandomPolicy(rate)
-    drawn = [policy.choose(rows) for _ in range(20)]
+    drawn = [policy.choose(offer(rows)).ids for _ in range(20)]
     assert all(len(set(rows_.tolist())) == len(rows_) == count for rows_ in drawn)
     assert len({tuple(sorted(rows_.tolist())) for rows_ in drawn}) > 1 or rate == 1.0
 
 
 def test_random_reaches_its_rate_where_it_rounds_to_nothing():
     policy = RandomPolicy(0.1)
-    assert sum(len(policy.choose(1)) for _ in range(3000)) == pytest.approx(300, abs=70)
+    assert sum(len(policy.choose(offer(1)).ids) for _ in range(3000)) == pytest.approx(300, abs=70)
 
 
 def test_random_goes_on_from_its_state_and_leaves_the_global_generator():
     policy = RandomPolicy(0.1, seed=5)
     rng = torch.get_rng_state()
-    policy.choose(100)
+    policy.choose(offer(100))
     other = RandomPolicy(0.1, seed=6)
     other.load_state_dict(policy.state_dict())
-    assert torch.equal(policy.choose(100), other.choose(100))
+    assert torch.equal(policy.choose(offer(100)).ids, other.choose(offer(100)).ids)
     assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -133,12 +137,12 @@ def test_names_gates_and_policies_are_taken():
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, float("nan")])
-@pytest.mark.parametrize("policy", ["dense", "random", "gate"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_rates_out_of_range_are_refused(policy, rate):
     with pytest.raises(UserError, match=r"rate .* wanted"):
         make_policy(policy, rate=rate, seed=0)
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate"):
+    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, importance, infobatch"):
         make_policy("best", rate=0.1, seed=0)
