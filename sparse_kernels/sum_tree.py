@@ -8,6 +8,8 @@ that stands in where it was not built find the same rows from the same numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from sparse_kernels import cpp_backend
 from sparse_kernels.philox import philox
 
 FAN = 64
+_cpp: Any = getattr(cpp_backend, "_cpp", None)
 _MASK = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -30,7 +33,7 @@ def uniform_double(rows: Tensor, *, seed: int, step: int, cpp: bool | None = Non
     rows = rows.contiguous()
     if _use_cpp(cpp):
         out = torch.empty_like(rows, dtype=torch.float64)
-        cpp_backend._cpp.philox_uniform(seed & _MASK64, step & _MASK64, rows.data_ptr(), rows.numel(), out.data_ptr())
+        _cpp.philox_uniform(seed & _MASK64, step & _MASK64, rows.data_ptr(), rows.numel(), out.data_ptr())
         return out
     zero = torch.zeros_like(rows)
     counter = (rows & _MASK, rows >> 32, zero + (step & _MASK), zero + (step >> 32 & _MASK))
@@ -66,7 +69,7 @@ class SumTree:
     def build(self) -> None:
         """All sums again, from the leaves."""
         if self.cpp:
-            cpp_backend._cpp.sum_tree_build(*self._addresses())
+            _cpp.sum_tree_build(*self._addresses())
             return
         below = self.leaves
         for level in self.levels:
@@ -88,7 +91,7 @@ class SumTree:
             raise IndexError(f"index {int(low)} to {int(high)}: wanted 0 to {self.leaves.numel() - 1}")
         if self.cpp:
             index = index.contiguous()
-            cpp_backend._cpp.sum_tree_update(*self._addresses(), index.data_ptr(), index.numel())
+            _cpp.sum_tree_update(*self._addresses(), index.data_ptr(), index.numel())
             return
         below, nodes = self.leaves, index
         for level in self.levels:
@@ -101,7 +104,7 @@ class SumTree:
         if self.cpp:
             targets = targets.contiguous()
             out = torch.empty_like(targets, dtype=torch.int64)
-            cpp_backend._cpp.sum_tree_find(*self._addresses(), targets.data_ptr(), targets.numel(), out.data_ptr())
+            _cpp.sum_tree_find(*self._addresses(), targets.data_ptr(), targets.numel(), out.data_ptr())
             return out
         node = torch.zeros_like(targets, dtype=torch.int64)
         for below in (*reversed(self.levels[:-1]), self.leaves):

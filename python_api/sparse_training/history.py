@@ -36,7 +36,7 @@ _BLOCK = 1 << 14
 class Drawn(NamedTuple):
     """Rows to train on."""
 
-    index: Tensor  # int64 [n], on the CPU
+    ids: Tensor  # int64 [n], on the CPU
     weight: Tensor  # float32 [n]: 1/p, in units that make 1 the weight of a row of a plain epoch
 
 
@@ -96,7 +96,7 @@ class ScoreTable:
             index, scores = index[finite], scores[finite]
         new = self.scores[index].isnan()
         if new.any():
-            self.seen += len(index[new].unique())
+            self.seen += len(torch.unique(index[new]))
         assign(self.scores, index, scores)
         self._tree.update(index)
 
@@ -241,7 +241,7 @@ class Shuffle:
         self.left = max(1, round(rows**0.5))
         self.right = -(-rows // self.left)  # left * right is at least rows, by less than left
         keys = uniform_double(torch.arange(self.ROUNDS), seed=seed, step=epoch + _SHUFFLE)
-        self.keys = (keys * 2.0**32).long().tolist()
+        self.keys: list[int] = (keys * 2.0**32).long().tolist()
         self._block = torch.empty(0, dtype=torch.int64)
         self._begin = 0
 
@@ -276,4 +276,5 @@ def _mix(values: Tensor, key: int) -> Tensor:
     x = values ^ key
     x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return x ^ x >> 16
+    mixed: Tensor = x ^ x >> 16
+    return mixed

@@ -1,11 +1,11 @@
 """Draws by past scores for a plain ``DataLoader``: what is not drawn is neither read nor decoded.
 
-    sampler = HistorySampler(len(dataset), batch_size=128, rate=0.3)
-    loader = DataLoader(Indexed(dataset), batch_sampler=sampler, num_workers=2)
-    for index, (inputs, targets) in loader:
-        losses = criterion(model(inputs), targets)  # one a row
-        (losses * sampler.weights(index)).mean().backward()
-        sampler.update(index, losses)
+sampler = HistorySampler(len(dataset), batch_size=128, rate=0.3)
+loader = DataLoader(Indexed(dataset), batch_sampler=sampler, num_workers=2)
+for index, (inputs, targets) in loader:
+    losses = criterion(model(inputs), targets)  # one a row
+    (losses * sampler.weights(index)).mean().backward()
+    sampler.update(index, losses)
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class HistorySampler(Sampler[list[int]]):
         self.replicas = num_replicas if num_replicas is not None else dist.get_world_size() if connected else 1
         self.rank = rank if rank is not None else dist.get_rank() if connected else 0
         if not 0 <= self.rank < self.replicas <= self.size:
-            raise UserError(f"rank {self.rank} of {self.replicas} over {self.size} rows: wanted a row a process at least")
+            raise UserError(f"rank {self.rank} of {self.replicas} over {self.size} rows: wanted a row a process")
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: wanted at least 1")
         if law not in LAWS:
@@ -153,16 +153,16 @@ class HistorySampler(Sampler[list[int]]):
         if self._restored:
             self._restored = False
             for drawn in tuple(self._pending):
-                yield drawn.index.tolist()
+                yield drawn.ids.tolist()
         else:
             finished = self._total is not None and self._drawn >= self._total
             self._begin(self.epoch + 1 if finished else self.epoch)
         while self._drawn < len(self):
             local = self._draw()
-            drawn = Drawn(local.index * self.replicas + self.rank, local.weight * self._share)
+            drawn = Drawn(local.ids * self.replicas + self.rank, local.weight * self._share)
             self._drawn += 1
             self._pending.append(drawn)
-            yield drawn.index.tolist()
+            yield drawn.ids.tolist()
 
     def _draw(self) -> Drawn:
         """The next batch, of rows of the table."""
@@ -178,7 +178,7 @@ class HistorySampler(Sampler[list[int]]):
                 self._order.position = 0  # rows again, as DistributedSampler: no process may end early
             self._order.position += len(ahead)
             parts.append(self._kept(ahead))
-            missing -= len(parts[-1].index)
+            missing -= len(parts[-1].ids)
         index, weight = (torch.cat(found) for found in zip(*parts, strict=True))
         return Drawn(index, weight)
 
@@ -199,7 +199,7 @@ class HistorySampler(Sampler[list[int]]):
         else:
             begins = range(0, self.table.rows, _BLOCK)
             blocks = (torch.arange(begin, min(begin + _BLOCK, self.table.rows)) for begin in begins)
-            rows = sum(len(self._kept(block).index) for block in blocks)
+            rows = sum(len(self._kept(block).ids) for block in blocks)
         whole = self.drop_last and self.replicas == 1 and rows >= self.batch_size
         batches = rows // self.batch_size if whole else -(-rows // self.batch_size)
         if isinstance(self.law, InfoBatch) and self.replicas > 1:
@@ -219,7 +219,7 @@ class HistorySampler(Sampler[list[int]]):
         """
         rows = index.cpu()
         for drawn in self._pending:
-            if torch.equal(drawn.index, rows):
+            if torch.equal(drawn.ids, rows):
                 return drawn.weight.to(index.device)
         raise UserError("weights of a batch that is not under way: wanted the index of one, before its update")
 
@@ -235,7 +235,7 @@ class HistorySampler(Sampler[list[int]]):
             raise UserError(f"rows of another process: wanted those that are {self.rank} modulo {self.replicas}")
         self.table.update((rows - self.rank) // self.replicas, scores)
         for place, drawn in enumerate(self._pending):
-            if torch.equal(drawn.index, rows):
+            if torch.equal(drawn.ids, rows):
                 del self._pending[place]
                 break
 

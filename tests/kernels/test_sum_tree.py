@@ -95,7 +95,7 @@ def test_numbers_are_uniform_and_each_its_own(cpp):
     rows = torch.arange(100_000)
     numbers = uniform_double(rows, seed=1, step=2, cpp=cpp)
     ordered = numbers.sort().values
-    assert 0.0 <= ordered[0]
+    assert ordered[0] >= 0.0
     assert ordered[-1] < 1.0
     # Kolmogorov and Smirnov: 1.95 / sqrt(n) is passed once in a thousand seeds.
     assert (ordered - (rows + 0.5) / len(rows)).abs().max() < 1.95 / len(rows) ** 0.5

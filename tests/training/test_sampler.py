@@ -167,7 +167,8 @@ def infobatch_of_a_process(rank, folder, results):
     for epoch in range(3):
         sampler.set_epoch(epoch)
         batches = list(sampler)
-        counts.append((len(batches), {len(batch) for batch in batches}, {row % 2 for batch in batches for row in batch}))
+        sizes, owners = {len(batch) for batch in batches}, {row % 2 for batch in batches for row in batch}
+        counts.append((len(batches), sizes, owners))
         own = torch.arange(rank, 101, 2)
         # Rank 0 has one hard row and so few kept ones, rank 1 few easy rows.
         sampler.update(own, (own == 50).float() if rank == 0 else 1.0 - (own == 51).float())
@@ -202,7 +203,7 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize("make", [Indexed, lambda data: HistorySampler(data, 4)])
 def test_an_iterable_data_set_is_refused_with_the_reason(make):
-    with pytest.raises(UserError, match="Stream is an IterableDataset: its rows .* cannot be asked for by number"):
+    with pytest.raises(UserError, match=r"Stream is an IterableDataset: its rows .* cannot be asked for by number"):
         make(Stream())
     with pytest.raises(UserError, match="wanted a map-style data set"):
         make(iter([1, 2]))
