@@ -122,7 +122,7 @@ class ScoreTable:
         if state["scores"].shape != self.scores.shape:
             raise UserError(f"a table of {len(state['scores'])} rows: wanted one of {self.rows}")
         self.scores.copy_(state["scores"])
-        self.seen = self.rows - int(self.scores.isnan().sum())
+        self.seen = self.rows - int(self.scores.isnan().count_nonzero())
         self.invalid = int(state["invalid"])
         self._tree.build()
 
@@ -268,7 +268,8 @@ class Shuffle:
                 b = (b + _mix(a, key)) % self.right
             else:
                 a = (a + _mix(b, key)) % self.left
-        return a * self.right + b
+        enciphered: Tensor = a * self.right + b
+        return enciphered
 
 
 def _mix(values: Tensor, key: int) -> Tensor:
