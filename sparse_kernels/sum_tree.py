@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_kernels import cpp_backend
 from sparse_kernels.philox import philox
 
-FAN = 64
+FAN, GROUP = 64, 8
 _cpp: Any = getattr(cpp_backend, "_cpp", None)
 _MASK = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -108,15 +108,10 @@ class SumTree:
             return out
         node = torch.zeros_like(targets, dtype=torch.int64)
         for below in (*reversed(self.levels[:-1]), self.leaves):
-            children = _children(below, node)
-            after = children.cumsum(1)
-            above = after > targets[:, None]
-            # Rounding may leave no child above: then the last that weighs anything.
-            last = (FAN - 1) - (children > 0.0).flip(1).to(torch.uint8).argmax(1)
-            child = torch.where(above.any(1), above.to(torch.uint8).argmax(1), last)[:, None]
-            before = torch.where(child > 0, after.gather(1, (child - 1).clamp(min=0)), 0.0)
-            targets = targets - before.squeeze(1)
-            node = node * FAN + child.squeeze(1)
+            groups = _children(below, node).reshape(-1, GROUP, GROUP)
+            group, targets = _pick(_sum_by_halving(groups), targets)
+            child, targets = _pick(groups[torch.arange(len(group)), group], targets)
+            node = node * FAN + group * GROUP + child
         return node
 
     def _addresses(self) -> tuple[int, int, tuple[int, ...]]:
@@ -139,12 +134,23 @@ def _children(below: Tensor, nodes: Tensor) -> Tensor:
 
 
 def _sum_by_halving(children: Tensor) -> Tensor:
-    """Sums over dim 1 in the order that C++ adds them in."""
-    half = FAN
+    """Sums over the last dim, a power of two long, in the order that C++ adds them in."""
+    half = children.shape[-1]
     while half > 1:
         half //= 2
-        children = children[:, :half] + children[:, half : 2 * half]
-    return children[:, 0]
+        children = children[..., :half] + children[..., half : 2 * half]
+    return children[..., 0]
+
+
+def _pick(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first in each row of ``weights`` at which the running sum is above the target, made relative to it."""
+    after = weights.cumsum(1)
+    above = after > targets[:, None]
+    # Rounding may leave none above: then the last that weighs anything.
+    last = weights.shape[1] - 1 - (weights > 0.0).flip(1).to(torch.uint8).argmax(1)
+    place = torch.where(above.any(1), above.to(torch.uint8).argmax(1), last)
+    before = torch.where(place > 0, after.gather(1, (place - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
+    return place, targets - before
 
 
 def assign(leaves: Tensor, index: Tensor, values: Tensor) -> None:

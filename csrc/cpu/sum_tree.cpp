@@ -10,6 +10,8 @@ namespace sparse_kernels {
 namespace {
 
 constexpr int64_t kFan = SumTree::kFan;
+constexpr int64_t kGroup = 8;     // kGroup * kGroup is kFan
+constexpr int64_t kAbreast = 16;  // draws whose nodes fit the first cache together
 constexpr int64_t kGrain = 1024;  // nodes or draws a thread must have to be worth waking
 
 double value(float leaf) { return leaf == leaf ? double(leaf) : 0.0; }
@@ -34,25 +36,41 @@ void sum_node(const SumTree& tree, int level, int64_t below, int64_t node) {
                                         : sum_children(tree.levels[level - 1] + begin, count);
 }
 
-// The child that holds ``target``, made relative to it.
+// The first of eight at which their running sum is above ``target``, which is made relative to it;
+// where rounding leaves none, the last that weighs anything.
+int pick(const double* weight, double& target) {
+  double after[kGroup + 1] = {0.0};  // and before: after[i] is the sum of those in front of i
+  int place = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    after[i + 1] = after[i] + weight[i];
+    place += after[i + 1] <= target;
+  }
+  if (place == kGroup) {
+    place = kGroup - 1;
+    while (place > 0 && weight[place] == 0.0) --place;
+  }
+  target -= after[place];
+  return place;
+}
+
+// The child that holds ``target``: first the group of eight, for a running sum over 64 is one long
+// chain of additions.
 template <class T>
 int64_t find_child(const T* child, int64_t count, double& target) {
-  double before = 0.0, before_last = 0.0;
-  int64_t last = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double weight = value(child[i]), after = before + weight;
-    if (after > target) {
-      target -= before;
-      return i;
-    }
-    if (weight > 0.0) {
-      last = i;
-      before_last = before;
-    }
-    before = after;
+  double weight[kFan], groups[kGroup];
+  for (int64_t i = 0; i < count; ++i) weight[i] = value(child[i]);
+  for (int64_t i = count; i < kFan; ++i) weight[i] = 0.0;
+  for (int64_t g = 0; g < kGroup; ++g) {
+    const double* w = weight + g * kGroup;
+    groups[g] = ((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7]));
   }
-  target -= before_last;
-  return last;
+  const int64_t first = int64_t(pick(groups, target)) * kGroup;
+  return first + pick(weight + first, target);
+}
+
+template <class T>
+void prefetch(const T* children) {
+  for (int64_t i = 0; i < kFan; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(children + i);
 }
 
 }  // namespace
@@ -88,15 +106,29 @@ void sum_tree_find(const SumTree& tree, const double* targets, int64_t count, in
   for (int level = 0; level < tree.depth; ++level)
     sizes[level] = parents_of(level == 0 ? tree.size : sizes[level - 1]);
   parallel_parts(count, parts_for(count, kGrain), 1, [&](int, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double target = targets[i];
-      int64_t node = 0;
-      for (int level = tree.depth - 1; level > 0; --level) {
-        const int64_t first = node * kFan, nodes = std::min(kFan, sizes[level - 1] - first);
-        node = first + find_child(tree.levels[level - 1] + first, nodes, target);
-      }
-      const int64_t first = node * kFan, leaves = std::min(kFan, tree.size - first);
-      out[i] = first + find_child(tree.leaves + first, leaves, target);
+    // A few draws go down side by side: each node is fetched while the others are searched.
+    for (int64_t i = begin; i < end; i += kAbreast) {
+      const int64_t abreast = std::min(kAbreast, end - i);
+      double target[kAbreast];
+      std::copy(targets + i, targets + i + abreast, target);
+      std::fill(out + i, out + i + abreast, 0);
+      for (int level = tree.depth - 1; level >= 0; --level)
+        for (int64_t k = 0; k < abreast; ++k) {
+          const int64_t first = out[i + k] * kFan;
+          if (level > 0) {
+            const int64_t nodes = std::min(kFan, sizes[level - 1] - first);
+            const double* below = tree.levels[level - 1];
+            const int64_t node = first + find_child(below + first, nodes, target[k]);
+            out[i + k] = node;
+            if (level > 1)
+              prefetch(tree.levels[level - 2] + node * kFan);
+            else
+              prefetch(tree.leaves + node * kFan);
+          } else {
+            const int64_t leaves = std::min(kFan, tree.size - first);
+            out[i + k] = first + find_child(tree.leaves + first, leaves, target[k]);
+          }
+        }
     }
   });
 }
