@@ -145,6 +145,10 @@ def test_processes_share_the_rows_out_and_stay_unbiased_together(replicas):
     for rank, found in enumerate(batches):
         assert {row % replicas for batch in found for row in batch} == {rank}
     assert sorted({row for found in batches for batch in found for row in batch}) == list(range(ROWS))
+    # A mean of means counts a row of a smaller shard more: the weights take it back.
+    for sampler, found in zip(samplers, batches, strict=True):
+        shard = len(range(sampler.rank, ROWS, replicas))
+        assert sampler.weights(torch.tensor(found[0]))[0].item() == pytest.approx(shard * replicas / ROWS)
     value = score(torch.arange(ROWS), 5)
     for sampler in samplers:
         own = torch.arange(sampler.rank, ROWS, replicas)
