@@ -14,6 +14,7 @@
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
 #include "cpu/row_stats.h"
+#include "cpu/sum_tree.h"
 
 namespace py = pybind11;
 namespace sk = sparse_kernels;
@@ -89,6 +90,15 @@ void set_outputs(sk::RowStatsArgs& args, const py::tuple& outputs) {
   args.argmax = at<int64_t>(address(sk::kStatistics));
   args.saved_maximum = at<void>(address(sk::kStatistics + 1));
   args.saved_total = at<void>(address(sk::kStatistics + 2));
+}
+
+// The levels' addresses come as a tuple.
+sk::SumTree sum_tree(Address leaves, int64_t size, const py::tuple& levels) {
+  sk::SumTree tree{at<float>(leaves), size, {}, int(levels.size())};
+  if (tree.depth > sk::SumTree::kLevels) throw std::invalid_argument("a tree of too many levels");
+  for (int level = 0; level < tree.depth; ++level)
+    tree.levels[level] = at<double>(Address(integer(levels, level)));
+  return tree;
 }
 
 // Returns the lowest row with a bad target, or -1.
@@ -217,6 +227,29 @@ PYBIND11_MODULE(_cpp, m) {
   });
   m.def("scatter_rows", [](const py::tuple& moves, Address index, int64_t slots, int64_t rows) {
     return move_rows(sk::scatter_rows, moves, index, slots, rows);
+  });
+
+  m.def("philox_uniform",
+        [](uint64_t seed, uint64_t step, Address rows, int64_t count, Address out) {
+          py::gil_scoped_release unlocked;
+          sk::philox_uniform(seed, step, at<int64_t>(rows), count, at<double>(out));
+        });
+  m.def("sum_tree_build", [](Address leaves, int64_t size, const py::tuple& levels) {
+    const sk::SumTree tree = sum_tree(leaves, size, levels);
+    py::gil_scoped_release unlocked;
+    sk::sum_tree_build(tree);
+  });
+  m.def("sum_tree_update",
+        [](Address leaves, int64_t size, const py::tuple& levels, Address index, int64_t count) {
+          const sk::SumTree tree = sum_tree(leaves, size, levels);
+          py::gil_scoped_release unlocked;
+          sk::sum_tree_update(tree, at<int64_t>(index), count);
+        });
+  m.def("sum_tree_find", [](Address leaves, int64_t size, const py::tuple& levels, Address targets,
+                            int64_t count, Address out) {
+    const sk::SumTree tree = sum_tree(leaves, size, levels);
+    py::gil_scoped_release unlocked;
+    sk::sum_tree_find(tree, at<double>(targets), count, at<int64_t>(out));
   });
 
   m.def("instruction_set", [] { return sk::name_of(sk::instruction_set()); });

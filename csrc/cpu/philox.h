@@ -5,8 +5,12 @@
 
 namespace sparse_kernels {
 
-// In [0, 1), a multiple of 2^-24, from (seed, step, row) alone.
-inline float philox_uniform(uint64_t seed, uint64_t step, uint64_t row) {
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+// The four words of (seed, step, row).
+inline PhiloxWords philox(uint64_t seed, uint64_t step, uint64_t row) {
   uint32_t c0 = uint32_t(row), c1 = uint32_t(row >> 32), c2 = uint32_t(step),
            c3 = uint32_t(step >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -20,7 +24,19 @@ inline float philox_uniform(uint64_t seed, uint64_t step, uint64_t row) {
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
   }
-  return float(c0 >> 8) * 0x1p-24f;
+  return {{c0, c1, c2, c3}};
+}
+
+// In [0, 1), a multiple of 2^-24, from (seed, step, row) alone.
+inline float philox_uniform(uint64_t seed, uint64_t step, uint64_t row) {
+  return float(philox(seed, step, row).word[0] >> 8) * 0x1p-24f;
+}
+
+// In [0, 1), a multiple of 2^-53: 24 bits cannot tell 100 million rows apart.
+inline double philox_uniform_double(uint64_t seed, uint64_t step, uint64_t row) {
+  const PhiloxWords words = philox(seed, step, row);
+  const uint64_t bits = uint64_t(words.word[0] >> 5) << 26 | words.word[1] >> 6;
+  return double(bits) * 0x1p-53;
 }
 
 }  // namespace sparse_kernels

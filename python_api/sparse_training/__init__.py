@@ -18,6 +18,7 @@ from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.nn import Compact, Expand
 from sparse_training.policies import POLICIES, Policy
+from sparse_training.sampler import HistorySampler, Indexed
 from sparse_training.schedules import Ramp
 from sparse_training.significance import Significance
 from sparse_training.trainer import SparseTrainer
@@ -28,6 +29,8 @@ __all__ = [
     "Compact",
     "Expand",
     "Gate",
+    "HistorySampler",
+    "Indexed",
     "PIController",
     "Policy",
     "Ramp",

@@ -15,22 +15,27 @@ import pickle
 import random
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from sparse_training.errors import UserError
 
 MAGIC = b"sparse-training checkpoint 1 "
+_HEADER = len(MAGIC) + 64 + 1  # the digest in hexadecimal, a line's end
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    _write(path, lambda file: file.write(data))
+
+
+def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        fill(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -69,14 +74,38 @@ def read_json(path: Path) -> Any:
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the one it replaces is kept beside it as ``<name>.prev``."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    payload = buffer.getvalue()
-    digest = hashlib.sha256(payload).hexdigest().encode()
+    """Write a checkpoint; the one it replaces is kept beside it as ``<name>.prev``.
+
+    It goes straight to the disk: a table of 100 million scores is not held in memory twice.
+    """
+
+    def fill(file: BinaryIO) -> None:
+        hashed = _Hashed(file)
+        file.write(MAGIC + hashed.hexdigest() + b"\n")
+        torch.save(dict(state), hashed)  # type: ignore[arg-type]  # it writes and flushes, no more
+        file.seek(len(MAGIC))
+        file.write(hashed.hexdigest())
+
     if path.exists():
         os.replace(path, previous_of(path))  # a crash before the next line leaves this for ``load``
-    write_atomic(path, MAGIC + digest + b"\n" + payload)
+    _write(path, fill)
+
+
+class _Hashed:
+    """A file to write to that keeps the digest of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def hexdigest(self) -> bytes:
+        return self.digest.hexdigest().encode()
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -103,17 +132,21 @@ def previous_of(path: Path) -> Path:
 
 def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            header = file.read(_HEADER)
+            digest = hashlib.sha256()
+            while part := file.read(1 << 20):
+                digest.update(part)
+            if header != MAGIC + digest.hexdigest().encode() + b"\n":
+                ours = header.startswith(MAGIC[:24])
+                wanted = "all of what was written" if ours else "a checkpoint of this format"
+                raise UserError(f"{path} is damaged or not a checkpoint: wanted {wanted}")
+            file.seek(_HEADER)
+            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint there") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    header, _, payload = data.partition(b"\n")
-    if header != MAGIC + hashlib.sha256(payload).hexdigest().encode():
-        wanted = "a checkpoint of this format" if not data.startswith(MAGIC[:24]) else "all of what was written"
-        raise UserError(f"{path} is damaged or not a checkpoint: wanted {wanted}")
-    try:
-        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain containers: it is not read") from None
     return state

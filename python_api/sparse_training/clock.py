@@ -41,25 +41,37 @@ class Costs:
     """
 
     shared: dict[str, Curve]  # "load" and "train"
-    own: dict[str, dict[str, Curve]]  # arm -> "score" and "select"
+    own: dict[str, dict[str, Curve]]  # arm -> "score", "select" and, where there is anything, "observe"
     rounds: int
-    _known: dict[tuple[str, int, int], dict[str, float]] = field(default_factory=dict, compare=False, repr=False)
+    _known: dict[Any, dict[str, float]] = field(default_factory=dict, compare=False, repr=False)
 
-    def step(self, arm: str, loaded: int, trained: int) -> dict[str, float]:
+    def step(
+        self, arm: str, loaded: int, trained: int, offered: int | None = None, observer: str | None = None
+    ) -> dict[str, float]:
         """Seconds of each stage, and their "total", of a step of that arm.
 
+        Args:
+            offered: rows before the arm chose which to load, for choosing goes through all of them; by
+                default as many as were loaded.
+            observer: the arm that keeps the losses (in "select"), also of the steps that are not its own, such
+                as those of a warm-up; by default the step's arm.
+
         Raises:
-            UserError: the arm was not calibrated.
+            UserError: an arm was not calibrated.
         """
-        key = (arm, loaded, trained)
+        offered, observer = loaded if offered is None else offered, observer or arm
+        key = (arm, loaded, trained, offered, observer)
         if key not in self._known:
-            if arm not in self.own:
-                raise UserError(
-                    f"the clock has no costs for the policy {arm!r}: it was calibrated for {', '.join(self.own)}"
-                )
-            rows = {"load": loaded, "score": loaded, "select": loaded, "train": trained}
+            for name in (arm, observer):
+                if name not in self.own:
+                    raise UserError(
+                        f"the clock has no costs for the policy {name!r}: it was calibrated for {', '.join(self.own)}"
+                    )
+            rows = {"load": loaded, "score": loaded, "select": offered, "train": trained}
             curves = {**self.shared, **self.own[arm]}
             cost = {stage: _interpolate(curves[stage], rows[stage]) for stage in STAGES}
+            if "observe" in self.own[observer]:
+                cost["select"] += _interpolate(self.own[observer]["observe"], trained)
             self._known[key] = {**cost, "total": sum(cost.values())}
         return self._known[key]
 
@@ -95,10 +107,12 @@ class Clock:
         running = time.perf_counter() - self._started if self._started is not None else 0.0
         return self.raw_seconds + running
 
-    def charge(self, arm: str, loaded: int, trained: int) -> None:
-        """Advance by one step of that arm which loaded (and scored) and trained on so many rows."""
+    def charge(
+        self, arm: str, loaded: int, trained: int, offered: int | None = None, observer: str | None = None
+    ) -> None:
+        """Advance by one step of that arm which loaded (and scored) and trained on so many rows: ``Costs.step``."""
         if self.costs is not None:
-            self._charged += self.costs.step(arm, loaded, trained)["total"]
+            self._charged += self.costs.step(arm, loaded, trained, offered, observer)["total"]
 
     def start(self) -> None:
         self._started = time.perf_counter()
@@ -139,6 +153,10 @@ def calibrate(
     twin = copy.deepcopy(trainer)
     arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()))]
     arms = list({policy.name: policy.to(twin.device) for policy in arms}.values())
+    for policy in arms:
+        policy.prepare(loader.size)
+        if loader.size is not None:  # as in the midst of a run: choosing by past losses takes its usual path
+            policy.observe(torch.arange(loader.size), torch.linspace(0.0, 1.0, loader.size))
     samples: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     kinds = 2 if (loader.batches() or 0) > 1 else 1  # full and last batches
     devices = [twin.device] if twin.device.type == "cuda" else []
@@ -152,7 +170,8 @@ def calibrate(
                 _time_arms(twin, loader, arms, next(items), samples)
             done += 1
     shared = {stage: _curve(samples, "", stage) for stage in ("load", "train")}
-    own = {arm.name: {stage: _curve(samples, arm.name, stage) for stage in ("score", "select")} for arm in arms}
+    stages = ("score", "select", "observe")
+    own = {arm.name: {stage: _curve(samples, arm.name, stage) for stage in stages} for arm in arms}
     return Costs(shared, own, done)
 
 
@@ -172,7 +191,9 @@ def _time_arms(
         watch = Stopwatch(twin.device)
         for repeat in range(STEPS_A_ROUND):
             watch.lap()
-            batch = loader.load(item, policy.choose)
+            choice = policy.choose(loader.offer(item))
+            choose = watch.lap()
+            batch = loader.load(item, choice)
             load = watch.lap()
             scores = policy.score(twin.scorer, batch)
             score = watch.lap()
@@ -182,14 +203,18 @@ def _time_arms(
             usual = ladder[len(ladder) // 3]
             kept = twin.head(batch, usual)
             watch.lap()
-            twin.learn(kept)
+            losses = twin.learn(kept)
             train = watch.lap()
+            twin.report(policy, batch, kept, losses)
+            observe = watch.lap()
             if repeat:
-                samples["", "load", batch.rows].append(load)
+                samples[policy.name, "select", batch.offered].append(choose + select)
                 samples[policy.name, "score", batch.rows].append(score)
-                samples[policy.name, "select", batch.rows].append(select)
-                samples["", "train", usual].append(train)
-        for rows in ladder:
+                samples[policy.name, "observe", usual].append(observe)
+                if batch.rows:  # a policy may let a batch go by
+                    samples["", "load", batch.rows].append(load)
+                    samples["", "train", usual].append(train)
+        for rows in ladder if batch.rows else ():
             kept = twin.head(batch, rows)
             twin.learn(kept)
             watch.lap()
@@ -211,7 +236,7 @@ def _warm_up(twin: SparseTrainer, loader: Loader, arms: list[Policy], item: Any)
     """
     began = time.perf_counter()
     for policy in arms:
-        batch = loader.load(item, policy.choose)
+        batch = loader.load(item, policy.choose(loader.offer(item)))
         likely = policy.likely_rows(batch.rows)
         middle = likely[len(likely) // 3]
         for rows in sorted(likely, key=lambda rows: abs(rows - middle)):

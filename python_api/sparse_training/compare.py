@@ -23,7 +23,7 @@ from sparse_training.data import ImageData
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
 from sparse_training.models import build_model
-from sparse_training.policies import make_policy
+from sparse_training.policies import Policy, make_policy
 from sparse_training.trainer import History, SparseTrainer, Status
 
 FORMAT, VERSION = "sparse-training-compare", 1
@@ -166,11 +166,14 @@ def compare(
                 )
                 if history.interrupted:
                     raise Interrupted
-                found = store.keep_run(name, seed, _run(history, seed, None if name == "dense" else rate), history)
+                found = store.keep_run(name, seed, _run(history, seed, trainer.policy.target), history)
             run, selected, seen = found
             runs[name].append(run)
             if name == "gate" and selected is not None and seen is not None:
                 counts += torch.stack((selected, seen)).cpu()
+    summaries = {name: _summary(found) for name, found in runs.items()}
+    shares = {name: arm.target or summaries[name]["rate_mean"] or 1.0 for name, arm in arms.items()}
+    steps = _stage_costs(costs, arms, shares, batch_size)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -180,10 +183,10 @@ def compare(
         "settings": settings,
         "calibration": {
             "rounds": costs.rounds,
-            "arms": _stage_costs(costs, policies, rate, batch_size),
+            "arms": steps,
         },
-        "speedup": _speedup(costs, policies, rate, batch_size),
-        "arms": {name: {"runs": found, "summary": _summary(found)} for name, found in runs.items()},
+        "speedup": _speedup(steps, arms, shares),
+        "arms": {name: {"runs": found, "summary": summaries[name]} for name, found in runs.items()},
         "gallery": _gallery(data, *counts),
     }
 
@@ -273,13 +276,10 @@ def _about(progress: Progress, arm: str, seed: int) -> Callable[[Status], None]:
 
 
 def _run(history: History, seed: int, target: float | None) -> dict[str, Any]:
-    found = history.to_dict()
-    rate = None if target is None else found["rate"]
     return {
         "seed": seed,
         "accuracy": history.evals[-1]["accuracy"],
-        **found,
-        "rate": rate,
+        **history.to_dict(),
         "target": target,
     }
 
@@ -300,28 +300,37 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _stage_costs(costs: Costs, policies: Sequence[str], rate: float, batch_size: int) -> dict[str, dict[str, float]]:
-    """Seconds of each stage of a step of each arm that keeps exactly rate * batch_size rows."""
-    kept = max(1, round(rate * batch_size))
-    rows = {"dense": (batch_size, batch_size), "random": (kept, kept)}  # loaded, trained
-    names = dict.fromkeys(("dense", *policies))
-    return {name: costs.step(name, *rows.get(name, (batch_size, kept))) for name in names}
+def _stage_costs(
+    costs: Costs, arms: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
+) -> dict[str, dict[str, float]]:
+    """Seconds of each stage of a step, dense and of each arm, that keeps exactly the arm's share of the batch.
+
+    A policy that lets some batches go by and takes whole ones in between is charged the average.
+    """
+    steps = {"dense": costs.step("dense", batch_size, batch_size)}
+    for name, arm in arms.items():
+        kept = max(1, round(shares[name] * batch_size))
+        steps[name] = costs.step(name, kept if arm.before_loading else batch_size, kept, batch_size)
+    return steps
 
 
-def _speedup(costs: Costs, policies: Sequence[str], rate: float, batch_size: int) -> dict[str, dict[str, float]]:
+def _speedup(
+    steps: Mapping[str, Mapping[str, float]], arms: Mapping[str, Policy], shares: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
     """Measured speed-up of a step beside its ceiling.
 
-    A dense step is taken as three forward passes, so a policy that scores with the model's own
-    forward cannot exceed 3/(1+3r); with its scoring at s forward passes, 3/(s+3r) is its own ceiling.
+    A policy that chooses before loading could at best be 1/r times as fast. A dense step is taken as three
+    forward passes, so one that scores with the model's own forward cannot exceed 3/(1+3r); with its
+    scoring at s forward passes, 3/(s+3r) is its own ceiling.
     """
-    steps = _stage_costs(costs, policies, rate, batch_size)
     dense = steps["dense"]
     found = {}
-    for name in policies:
+    for name, arm in arms.items():
         if name == "dense":
             continue
+        rate = shares[name]
         found[name] = {"measured": dense["total"] / steps[name]["total"], "ceiling": 1.0 / rate}
-        if name != "random":
+        if not arm.before_loading:
             scorer = 3.0 * steps[name]["score"] / dense["train"]
             found[name] |= {
                 "ceiling": 3.0 / (1.0 + 3.0 * rate),

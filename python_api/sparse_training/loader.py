@@ -1,8 +1,9 @@
 """Batches in two stages, so that a policy can choose rows before they are loaded.
 
-A loader yields *items*, one a batch, and ``load`` turns an item into a ``Batch`` on the device. For
-data resident on the device an item is a list of row numbers: rows not chosen are never touched. For
-any other iterable an item is the batch itself, and choosing happens after loading.
+A loader yields *items*, one a batch. ``offer`` names an item's rows, a policy chooses among them, and
+``load`` turns the item and the choice into a ``Batch`` on the device. For data resident on the device an
+item is a list of row numbers: any row may be chosen, of this item or not, and the others are never
+touched. For any other iterable an item is the batch itself, and choosing happens after loading.
 """
 
 from __future__ import annotations
@@ -17,9 +18,21 @@ from torch.utils import _pytree as pytree
 
 from sparse_training.errors import UserError
 
-Choose = Callable[[int], "Tensor | None"]  # rows offered -> int64 positions to load, None for all
-
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+class Offer(NamedTuple):
+    """The rows of an item, for a policy to choose from before they are loaded."""
+
+    ids: Tensor  # int64 [B], on the CPU: row numbers in the data set; of a stream, positions in the batch
+    epoch: int
+
+
+class Choice(NamedTuple):
+    """The rows to load in place of the ones offered."""
+
+    ids: Tensor  # int64 [n], on the CPU
+    weight: Tensor | None = None  # float32 [n], on the CPU: what each counts in the loss, None for 1
 
 
 class Batch(NamedTuple):
@@ -29,6 +42,7 @@ class Batch(NamedTuple):
     targets: Tensor
     ids: Tensor | None  # int64 row numbers in the data set, where the loader knows them
     offered: int  # rows there were before the policy chose
+    weight: Tensor | None = None  # float32 [rows], the choice's
 
     @property
     def rows(self) -> int:
@@ -45,10 +59,6 @@ class ArraySplit(Protocol):
     def labels(self) -> Tensor: ...
 
 
-def load_everything(rows: int) -> None:
-    """The choice that is none: every row."""
-
-
 class Loader(ABC):
     """An epoch of items from where the last one stopped; ``epoch`` and ``position`` say where."""
 
@@ -63,8 +73,12 @@ class Loader(ABC):
         """The rest of the current epoch."""
 
     @abstractmethod
-    def load(self, item: Any, choose: Choose = load_everything) -> Batch:
-        """The batch of an item, reduced to the rows that ``choose`` names."""
+    def offer(self, item: Any) -> Offer:
+        """The rows of an item."""
+
+    @abstractmethod
+    def load(self, item: Any, choice: Choice | None = None) -> Batch:
+        """The batch of an item, or of the rows chosen in its place."""
 
     @abstractmethod
     def probe(self) -> Iterator[Any]:
@@ -149,11 +163,15 @@ class ResidentLoader(Loader):
         images = self.images.index_select(0, index).float().mul_(self.scale).add_(self.shift)
         return images, self.labels.index_select(0, index)
 
-    def load(self, item: Tensor, choose: Choose = load_everything) -> Batch:
-        chosen = choose(len(item))
-        index = item if chosen is None else item[chosen]
+    def offer(self, item: Tensor) -> Offer:
+        return Offer(item, self.epoch)
+
+    def load(self, item: Tensor, choice: Choice | None = None) -> Batch:
+        index, weight = (item, None) if choice is None else choice
         index = index.to(self.device, non_blocking=True)
-        return Batch(*self.fetch(index), index, len(item))
+        if weight is not None:
+            weight = weight.to(self.device, non_blocking=True)
+        return Batch(*self.fetch(index), index, len(item), weight)
 
     def probe(self) -> Iterator[Tensor]:
         """A full batch and the short last one in turn (only full ones where none is short)."""
@@ -219,17 +237,20 @@ class StreamLoader(Loader):
             raise UserError("the training data gave no batch: wanted an iterable that can be gone through again")
         self.epoch, self.position = self.epoch + 1, 0
 
-    def load(self, item: Any, choose: Choose = load_everything) -> Batch:
+    def offer(self, item: Any) -> Offer:
+        return Offer(torch.arange(self.targets(item).shape[0]), self.epoch)
+
+    def load(self, item: Any, choice: Choice | None = None) -> Batch:
         def to_device(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
 
         parts = (self.inputs(item), self.targets(item))
         offered = parts[1].shape[0]
-        chosen = choose(offered)
-        if chosen is not None:
-            parts = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, chosen.to(t.device)), parts)
-        inputs, targets = pytree.tree_map_only(Tensor, to_device, parts)
-        return Batch(inputs, targets, None, offered)
+        if choice is not None:
+            parts = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, choice.ids.to(t.device)), parts)
+        weight = None if choice is None else choice.weight
+        inputs, targets, weight = pytree.tree_map_only(Tensor, to_device, (*parts, weight))
+        return Batch(inputs, targets, None, offered, weight)
 
     def probe(self) -> Iterator[Any]:
         if isinstance(self.source, Iterator):

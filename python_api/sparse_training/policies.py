@@ -1,13 +1,14 @@
 """Policies: which rows of a batch are trained on.
 
 A policy may choose before loading (``choose``: the rows left out cost nothing), after scoring
-(``select``: rows are taken by what the model says of them), or not at all. To add one, subclass
-``Policy``, override what differs, and enter it in POLICIES.
+(``select``: rows are taken by what the model says of them), or not at all. What training makes of its
+rows comes back (``observe``), so that it can choose by past losses. To add one, subclass ``Policy``,
+override what differs, and enter it in POLICIES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from sparse_kernels import Selection
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
-from sparse_training.loader import Batch
+from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable
+from sparse_training.loader import Batch, Choice, Offer
 
 Scorer = Callable[[Any], Tensor]  # inputs -> logits, without gradient
 
@@ -36,6 +38,7 @@ class Policy(nn.Module):
     """Every row; the base of the others. State belongs in buffers or in the extra state."""
 
     name = "dense"
+    before_loading = False  # whether what it leaves out is never loaded
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -47,8 +50,16 @@ class Policy(nn.Module):
         self.rate = check_rate(rate)
         self.seed = seed
 
-    def choose(self, rows: int) -> Tensor | None:
-        """int64 positions to load out of ``rows``, on the CPU; None for all of them."""
+    @property
+    def target(self) -> float | None:
+        """The fraction of rows that it aims to keep; None where it aims at none."""
+        return None
+
+    def prepare(self, rows: int | None) -> None:
+        """Told before a run how many rows the data set has; None where none can be had by its number."""
+
+    def choose(self, offer: Offer) -> Choice | None:
+        """The rows to load in place of those offered; None for just these."""
         return None
 
     def score(self, scorer: Scorer, batch: Batch) -> Tensor | None:
@@ -57,7 +68,10 @@ class Policy(nn.Module):
 
     def select(self, scores: Tensor | None, batch: Batch) -> Kept:
         """The rows of a loaded batch to train on."""
-        return Kept(batch.inputs, batch.targets, batch.rows)
+        return Kept(batch.inputs, batch.targets, batch.rows, None, batch.weight, batch.rows)
+
+    def observe(self, ids: Tensor, losses: Tensor) -> None:
+        """The losses, [n], of the rows just trained on, of the dense phases too; where rows have numbers."""
 
     def at(self, progress: float) -> None:
         """Told before each gated step how far the run is, 0 to 1, for what follows a schedule."""
@@ -82,16 +96,24 @@ class RandomPolicy(Policy):
     """
 
     name = "random"
+    before_loading = True
 
     def __init__(self, rate: float = 0.1, seed: int = 0) -> None:
         super().__init__(rate, seed)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def choose(self, rows: int) -> Tensor:
+    @property
+    def target(self) -> float:
+        return self.rate
+
+    def choose(self, offer: Offer) -> Choice:
+        rows = len(offer.ids)
+        return Choice(offer.ids[torch.randperm(rows, generator=self.generator)[: self.count(rows)]])
+
+    def count(self, rows: int) -> int:
+        """How many of so many rows to keep this time."""
         count = round(self.rate * rows)
-        if not count:
-            count = int(torch.rand((), generator=self.generator).item() < self.rate * rows)
-        return torch.randperm(rows, generator=self.generator)[:count]
+        return count or int(torch.rand((), generator=self.generator).item() < self.rate * rows)
 
     def get_extra_state(self) -> Tensor:
         return self.generator.get_state()
@@ -109,6 +131,10 @@ class GatePolicy(Policy):
     """
 
     name = "gate"
+
+    @property
+    def target(self) -> float:
+        return self.rate
 
     def __init__(self, rate: float = 0.1, seed: int = 0, gate: Gate | None = None, **options: Any) -> None:
         super().__init__(gate.rate if gate is not None else rate, seed)
@@ -162,7 +188,143 @@ class GatePolicy(Policy):
         return found
 
 
-POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Policy, RandomPolicy, GatePolicy)}
+class HistoryPolicy(Policy):
+    """Chooses by each row's loss when it was last trained on: nothing is scored, nothing left out is loaded.
+
+    The next choice hangs on the last losses, so on an accelerator it waits for the step before it.
+    """
+
+    before_loading = True
+    table: ScoreTable | None = None
+    _observed: tuple[Tensor, Tensor] | None = None  # not yet in the table
+
+    def prepare(self, rows: int | None) -> None:
+        if rows is None:
+            raise UserError(
+                f"the policy {self.name} asks for rows by their number: wanted data held in memory (ResidentLoader); "
+                "for a DataLoader there is HistorySampler"
+            )
+        if self.table is None:
+            self.table = ScoreTable(rows)
+            self.set_law(self.table)
+        elif self.table.rows != rows:
+            raise UserError(f"the policy {self.name} has a table of {self.table.rows} rows: wanted one of {rows}")
+
+    def set_law(self, table: ScoreTable) -> None:
+        """Make what draws from the table."""
+        raise NotImplementedError
+
+    def observe(self, ids: Tensor, losses: Tensor) -> None:
+        self.up_to_date()
+        self._observed = ids, losses
+
+    def up_to_date(self) -> ScoreTable:
+        """The table, with the last losses in it."""
+        assert self.table is not None, "prepare was not called"
+        if self._observed is not None:
+            self.table.update(*self._observed)
+            self._observed = None
+        return self.table
+
+    def warnings(self, rate: float | None) -> list[str]:
+        table, found = self.up_to_date(), []
+        if table.seen < table.rows:
+            found.append(
+                f"{table.rows - table.seen} of {table.rows} rows were never trained on: the run was too short for "
+                "their past to matter"
+            )
+        if table.invalid:
+            found.append(f"{table.invalid} losses were not finite and left out of the table")
+        return found
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {} if self.table is None else {"table": self.up_to_date().state_dict()}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._observed = None
+        if state:
+            self.prepare(len(state["table"]["scores"]))
+            assert self.table is not None
+            self.table.load_state_dict(state["table"])
+
+
+class ImportancePolicy(HistoryPolicy):
+    """As many rows as ``random`` keeps, drawn from the whole data set by their last losses, weighted 1/p.
+
+    See ``history.Importance``; rows never trained on come first.
+    """
+
+    name = "importance"
+
+    def __init__(self, rate: float = 0.1, seed: int = 0, uniform: float = 0.1) -> None:
+        super().__init__(rate, seed)
+        self.uniform = uniform
+        self.law: Importance | None = None
+
+    @property
+    def target(self) -> float:
+        return self.rate
+
+    def set_law(self, table: ScoreTable) -> None:
+        self.law = Importance(table, seed=self.seed, uniform=self.uniform)
+
+    def choose(self, offer: Offer) -> Choice:
+        self.up_to_date()
+        assert self.law is not None
+        return Choice(*self.law.draw(max(1, round(self.rate * len(offer.ids)))))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        state = super().get_extra_state()
+        return {**state, "law": self.law.state_dict()} if self.law is not None else state
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().set_extra_state(state)
+        if self.law is not None and state:
+            self.law.load_state_dict(state["law"])
+
+
+class InfoBatchPolicy(HistoryPolicy):
+    """Every row but some of the well-learned ones; see ``history.InfoBatch``.
+
+    As published, steps are as large as without it and fewer: rows that one batch has too few of wait for
+    the next one, and in the meantime a step does nothing. The rate follows from the losses; ``rate`` is
+    not used. The trainer's anneal, an eighth of the run by default, is the published delta = 0.875.
+    """
+
+    name = "infobatch"
+
+    def __init__(self, rate: float = 1.0, seed: int = 0, prune: float = 0.5) -> None:
+        super().__init__(rate, seed)
+        self.prune = prune
+        self.law: InfoBatch | None = None
+        self.waiting = Drawn(torch.empty(0, dtype=torch.int64), torch.empty(0))
+
+    def set_law(self, table: ScoreTable) -> None:
+        self.law = InfoBatch(table, seed=self.seed, prune=self.prune)
+
+    def choose(self, offer: Offer) -> Choice:
+        self.up_to_date()
+        assert self.law is not None
+        kept = self.law.prune(offer.ids, offer.epoch)
+        index, weight = (torch.cat(parts) for parts in zip(self.waiting, kept, strict=True))
+        size = len(offer.ids) if len(index) >= len(offer.ids) else 0
+        self.waiting = Drawn(index[size:], weight[size:])
+        return Choice(index[:size], weight[:size])
+
+    def get_extra_state(self) -> dict[str, Any]:
+        state = {**super().get_extra_state(), "waiting": tuple(self.waiting)}
+        return {**state, "law": self.law.state_dict()} if self.law is not None else {}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().set_extra_state(state)
+        if self.law is not None and state:
+            self.law.load_state_dict(state["law"])
+            self.waiting = Drawn(*(part.cpu() for part in state["waiting"]))
+
+
+POLICIES: dict[str, type[Policy]] = {
+    kind.name: kind for kind in (Policy, RandomPolicy, GatePolicy, ImportancePolicy, InfoBatchPolicy)
+}
 
 
 def make_policy(policy: str | Policy | Gate, *, rate: float, seed: int, loss: Any = None) -> Policy:

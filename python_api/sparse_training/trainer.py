@@ -175,24 +175,30 @@ class SparseTrainer:
 
     def step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, Kept]:
         """Load, score, select and train on one item of the loader."""
-        batch = loader.load(item, policy.choose)
+        batch = loader.load(item, policy.choose(loader.offer(item)))
         if not self._checked:
             self.check(batch)
         kept = policy.select(policy.score(self.scorer, batch), batch)
-        self.learn(kept)
+        self.report(self.policy, batch, kept, self.learn(kept))
         return batch, kept
 
-    def learn(self, kept: Kept) -> None:
-        """One optimiser step on the kept rows; none if there are none."""
+    @staticmethod
+    def report(policy: Policy, batch: Batch, kept: Kept, losses: Tensor | None) -> None:
+        """Tell a policy what training made of the rows, where they have numbers."""
+        if losses is not None and batch.ids is not None:
+            policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], losses)
+
+    def learn(self, kept: Kept) -> Tensor | None:
+        """One optimiser step on the kept rows, and their losses; none and None if there are none."""
         rows = kept.targets.shape[0]
         if rows == 0:
-            return
+            return None
         empty: Tensor | None = None
         if isinstance(kept.rows, Tensor):
             if self._can_skip_on_device():
                 empty = (kept.rows == 0).float().reshape(())
             elif int(kept.rows) == 0:  # waits for the device
-                return
+                return None
         self.optimizer.zero_grad(set_to_none=True)
         # The variance of one row is 0, or an error: BatchNorm uses its running statistics for it.
         frozen = evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
@@ -209,6 +215,7 @@ class SparseTrainer:
         self.scaler.update()
         if empty is not None:
             del self.optimizer.found_inf  # type: ignore[attr-defined]
+        return losses.detach()
 
     def _can_skip_on_device(self) -> bool:
         """Fused optimisers leave everything as it is where ``found_inf`` is 1, without a host sync."""
@@ -239,8 +246,9 @@ class SparseTrainer:
 
     def head(self, batch: Batch, rows: int) -> Kept:
         """The first rows of a batch, to train on."""
-        inputs, targets = pytree.tree_map_only(Tensor, lambda tensor: tensor[:rows], (batch.inputs, batch.targets))
-        return Kept(inputs, targets, rows)
+        parts = (batch.inputs, batch.targets, batch.weight)
+        inputs, targets, weight = pytree.tree_map_only(Tensor, lambda tensor: tensor[:rows], parts)
+        return Kept(inputs, targets, rows, None, weight, rows)
 
     def set_learning_rate(self, factor: float) -> None:
         """Each group's learning rate as a multiple of its first one."""
@@ -318,6 +326,7 @@ class SparseTrainer:
         if previous and not resume:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history = History()
+        self.policy.prepare(loader.size)
         if path is not None and previous:
             clock = clock or Clock()
             self._restore(files.load(path, self.device), settings, loader, history, clock)
@@ -342,7 +351,7 @@ class SparseTrainer:
             policy = self.policy if phase == "sparse" else self.dense
             policy.at(fraction)
             batch, kept = self.step(policy, loader, next(items))
-            clock.charge(policy.name, batch.rows, kept.targets.shape[0])
+            clock.charge(policy.name, batch.rows, kept.targets.shape[0], batch.offered, observer=self.policy.name)
             self._record(history, phase, loader, batch, kept)
             fraction = done()
             due = phase == "sparse" and fraction * TRACE_POINTS >= len(history.trace)

@@ -29,7 +29,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("policy", ["dense", "random", "gate"])
+@pytest.mark.parametrize("policy", ["dense", "random", "gate", "importance", "infobatch"])
 def test_train_writes_a_model_a_result_and_a_checkpoint(here, capsys, policy):
     assert main([*TRAIN, "--epochs", "20", "--lr", "0.02", "--policy", policy, "--out", "out"]) == 0
     assert sorted(os.listdir("out")) == ["checkpoint.pt", "model.pt", "options.json", "result.json"]
@@ -120,7 +120,7 @@ def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeyp
         ("train --steps 3 --rate nan", "rate"),
         ("train --steps 3 --lr nan", "lr"),
         ("train --seconds nan", "seconds"),
-        ("train --steps 3 --policy best", "'best' is not one of 'dense', 'random', 'gate'"),
+        ("train --steps 3 --policy best", "'best' is not one of 'dense', 'random', 'gate', 'importance', 'infobatch'"),
         ("train --steps 3 --data mnist", "'mnist' is not one of 'digits'"),
         ("train --steps 3 --model vgg", "'vgg'"),
         ("train --steps 3 --model nowhere:model", "nowhere"),
@@ -133,7 +133,7 @@ def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeyp
         ("compare --out used", "used exists and is not empty"),
         ("compare --seconds 0", "--seconds"),
         ("compare --seconds nan", "seconds"),
-        ("compare --policies dense,best", "'best': wanted some of dense, random, gate"),
+        ("compare --policies dense,best", "'best': wanted some of dense, random, gate, importance, infobatch"),
         ("compare --policies gate,gate", "wanted each policy once"),
         ("compare --seeds some", "'some': wanted how many"),
         ("compare --seeds 1,1", "'1,1': wanted how many"),

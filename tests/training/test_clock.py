@@ -12,7 +12,7 @@ from torch import nn
 from sparse_training.clock import Clock, Costs, calibrate
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
-from sparse_training.policies import Policy, RandomPolicy
+from sparse_training.policies import ImportancePolicy, InfoBatchPolicy, Policy, RandomPolicy
 from sparse_training.trainer import SparseTrainer
 
 COSTS = Costs(
@@ -38,6 +38,23 @@ def test_a_step_without_rows_does_not_train():
 def test_an_arm_that_was_not_calibrated_is_refused():
     with pytest.raises(UserError, match="no costs for the policy 'random': it was calibrated for dense, gate"):
         COSTS.step("random", 10, 10)
+
+
+def test_choosing_goes_by_the_rows_offered_and_keeping_losses_is_charged_in_every_phase():
+    own = {
+        "dense": {"score": ((1,), (0.0,)), "select": ((1,), (0.0,)), "observe": ((1,), (0.0,))},
+        "past": {"score": ((1,), (0.0,)), "select": ((100,), (4.0,)), "observe": ((10, 100), (1.0, 10.0))},
+    }
+    costs = Costs(COSTS.shared, own, 1)
+    assert costs.step("past", 10, 10, 100)["select"] == 5.0
+    assert costs.step("past", 0, 0, 100) == {"load": 0.0, "score": 0.0, "select": 4.0, "train": 0.0, "total": 4.0}
+    assert costs.step("dense", 100, 100, 100)["select"] == 0.0
+    assert costs.step("dense", 100, 100, 100, observer="past")["total"] == 72.0
+    clock = Clock(costs)
+    clock.charge("dense", 100, 100, 100, observer="past")
+    assert clock.seconds == 72.0
+    with pytest.raises(UserError, match="no costs for the policy 'gate'"):
+        costs.step("dense", 1, 1, observer="gate")
 
 
 def test_costs_survive_json_bit_for_bit():
@@ -112,6 +129,31 @@ def test_each_stage_is_timed_apart_for_full_and_short_batches():
         assert costs.step("dense", rows, rows)["total"] < step["total"]
     assert costs.shared["load"][0] == (2, 4, 8, 16)
     assert costs.shared["train"][0] == (2, 4, 8, 16)
+
+
+def test_choosing_and_keeping_losses_are_timed_as_an_arms_own_in_the_midst_of_a_run():
+    chosen = []
+
+    class Past(ImportancePolicy):
+        name = "past"
+
+        def choose(self, offer):
+            time.sleep(0.02)
+            chosen.append(super().choose(offer))
+            return chosen[-1]
+
+        def observe(self, ids, losses):
+            super().observe(ids, losses)
+            time.sleep(0.01 if len(ids) < self.table.rows else 0.0)
+
+    trainer, loader = trainer_and_loader()
+    costs = calibrate(trainer, loader, {"past": Past(0.5), "infobatch": InfoBatchPolicy()}, rounds=5)
+    step, random = costs.step("past", 8, 8, 16), costs.step("dense", 8, 8)
+    assert step["select"] >= 0.03
+    assert step["load"] == random["load"] < 0.02  # shared: what choosing costs is not in it
+    assert any((choice.weight != 1.0).any() for choice in chosen)  # drawn by losses, not in the first pass
+    assert costs.step("infobatch", 0, 0, 16)["total"] == costs.step("infobatch", 0, 0, 16)["select"] > 0.0
+    assert costs.step("infobatch", 16, 16)["train"] == costs.step("dense", 16, 16)["train"]
 
 
 def test_a_budget_in_seconds_ends_by_the_clock():

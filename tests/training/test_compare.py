@@ -18,7 +18,9 @@ from sparse_training.report import load_result, write_report
 FLAT = {"score": ((1,), (0.5,)), "select": ((1,), (0.1,))}
 FREE = {"score": ((1,), (0.0,)), "select": ((1,), (0.0,))}
 COSTS = Costs(
-    {"load": ((1, 64), (0.01, 0.2)), "train": ((1, 64), (0.1, 3.0))}, {"dense": FREE, "random": FREE, "gate": FLAT}, 5
+    {"load": ((1, 64), (0.01, 0.2)), "train": ((1, 64), (0.1, 3.0))},
+    {"dense": FREE, "random": FREE, "gate": FLAT, "importance": FREE, "infobatch": FREE},
+    5,
 )
 
 
@@ -55,6 +57,22 @@ def test_the_result_is_what_the_report_draws(tmp_path):
     assert loaded["settings"]["parameters"] == 64 * 3 + 3
     assert loaded["settings"]["train_rows"] == 100
     assert set(loaded["environment"]["backends"]) >= {"gate_rows", "compact", "gather_rows"}
+
+
+def test_policies_by_past_losses_are_arms_as_any_other(tmp_path):
+    arms = ("dense", "random", "importance", "infobatch")
+    result = run(policies=arms, evaluations=2)
+    write_report(result, tmp_path)
+    importance, infobatch = (result["arms"][name]["runs"][0] for name in arms[2:])
+    assert (importance["target"], infobatch["target"]) == (0.25, None)
+    assert importance["rate"] == pytest.approx(0.25, abs=0.01)
+    share = result["arms"]["infobatch"]["summary"]["rate_mean"]
+    assert 0.5 < share < 1.0
+    speed = result["speedup"]
+    assert speed["importance"] == speed["random"]  # nothing is scored, nothing else is loaded
+    assert speed["infobatch"]["ceiling"] == 1 / share
+    assert 1.0 < speed["infobatch"]["measured"] <= 1 / share
+    assert "own_ceiling" not in speed["infobatch"]
 
 
 def test_arms_spend_equal_time_on_the_clock_and_count_their_rows():

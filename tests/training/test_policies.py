@@ -6,8 +6,16 @@ from torch import nn
 
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
-from sparse_training.loader import Batch
-from sparse_training.policies import POLICIES, GatePolicy, Policy, RandomPolicy, make_policy
+from sparse_training.loader import Batch, Offer
+from sparse_training.policies import (
+    POLICIES,
+    GatePolicy,
+    ImportancePolicy,
+    InfoBatchPolicy,
+    Policy,
+    RandomPolicy,
+    make_policy,
+)
 
 
 def batch(rows=64, classes=5):
@@ -15,6 +23,10 @@ def batch(rows=64, classes=5):
     inputs = torch.randn(rows, classes, generator=generator) * 3
     targets = torch.randint(0, classes, (rows,), generator=generator)
     return Batch(inputs, targets, torch.arange(rows), rows)
+
+
+def offer(rows, epoch=0):
+    return Offer(torch.arange(rows), epoch)
 
 
 def scored(policy, some):
@@ -31,23 +43,23 @@ def test_dense_keeps_the_batch_as_it_is():
 @pytest.mark.parametrize(("rate", "rows", "count"), [(0.1, 512, 51), (0.1, 96, 10), (1.0, 7, 7), (0.3, 5, 2)])
 def test_random_draws_exactly_its_share_without_repeats(rate, rows, count):
     policy = RandomPolicy(rate)
-    drawn = [policy.choose(rows) for _ in range(20)]
+    drawn = [policy.choose(offer(rows)).ids for _ in range(20)]
     assert all(len(set(rows_.tolist())) == len(rows_) == count for rows_ in drawn)
     assert len({tuple(sorted(rows_.tolist())) for rows_ in drawn}) > 1 or rate == 1.0
 
 
 def test_random_reaches_its_rate_where_it_rounds_to_nothing():
     policy = RandomPolicy(0.1)
-    assert sum(len(policy.choose(1)) for _ in range(3000)) == pytest.approx(300, abs=70)
+    assert sum(len(policy.choose(offer(1)).ids) for _ in range(3000)) == pytest.approx(300, abs=70)
 
 
 def test_random_goes_on_from_its_state_and_leaves_the_global_generator():
     policy = RandomPolicy(0.1, seed=5)
     rng = torch.get_rng_state()
-    policy.choose(100)
+    policy.choose(offer(100))
     other = RandomPolicy(0.1, seed=6)
     other.load_state_dict(policy.state_dict())
-    assert torch.equal(policy.choose(100), other.choose(100))
+    assert torch.equal(policy.choose(offer(100)).ids, other.choose(offer(100)).ids)
     assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -119,6 +131,69 @@ def test_a_rate_that_was_not_reached_is_said():
     assert any("3 rows were not finite" in text for text in policy.warnings(0.1))
 
 
+# --- by past losses -----------------------------------------------------------------------------
+
+
+def trained(policy, losses):
+    """The policy when every row has been trained on once, with these losses."""
+    policy.prepare(len(losses))
+    policy.observe(torch.arange(len(losses)), losses)
+    return policy
+
+
+def test_importance_draws_any_rows_of_the_data_by_their_losses():
+    losses = torch.ones(1000)
+    losses[900:] = 99.0
+    policy = trained(ImportancePolicy(0.25, uniform=0.1), losses)
+    ids, weight = policy.choose(offer(400))
+    assert len(ids) == 100
+    hard = ids >= 900  # none of them was offered
+    assert int(hard.sum()) == pytest.approx(100 * (0.9 * 9900 / 10800 + 0.1 * 0.1), abs=10)
+    assert weight[hard].max() < 1.0 < weight[~hard].min()
+    some = Batch(losses[ids, None], torch.zeros(100, dtype=torch.int64), ids, 400, weight)
+    kept = scored(policy, some)
+    assert (kept.weight is weight, kept.divisor, kept.positions) == (True, 100, None)
+
+
+def test_losses_of_every_phase_are_kept_and_the_last_one_counts():
+    policy = ImportancePolicy()
+    policy.prepare(4)
+    policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]))
+    assert policy.up_to_date().scores.nan_to_num(-1.0).tolist() == [1.0, 5.0, -1.0, -1.0]
+    assert any("2 of 4 rows were never trained on" in text for text in policy.warnings(0.1))
+    assert any("1 losses were not finite" in text for text in policy.warnings(0.1))
+
+
+def test_infobatch_steps_are_whole_batches_in_the_order_offered():
+    losses = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 2
+    policy = trained(InfoBatchPolicy(), losses)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
+    choices = [policy.choose(Offer(ids, 1)) for ids in order.split(50)]
+    assert {len(choice.ids) for choice in choices} == {0, 50}
+    ids, weight = (torch.cat(parts) for parts in zip(*choices, policy.waiting, strict=True))
+    places = torch.empty_like(order)
+    places[order] = torch.arange(1000)
+    assert (places[ids].diff() > 0).all()
+    below = losses < losses.mean()
+    dropped = torch.ones(1000, dtype=torch.bool)
+    dropped[ids] = False
+    assert not (dropped & ~below).any()
+    assert int(dropped.sum()) == pytest.approx(int(below.sum()) / 2, abs=50)
+    assert torch.equal(weight, torch.where(below[ids], 2.0, 1.0))
+
+
+@pytest.mark.parametrize("kind", [ImportancePolicy, InfoBatchPolicy])
+def test_policies_by_past_losses_want_rows_that_have_numbers(kind):
+    policy = kind()
+    with pytest.raises(UserError, match=rf"{policy.name} asks for rows by their number: wanted data held in memory"):
+        policy.prepare(None)
+    policy.prepare(10)
+    policy.prepare(10)
+    with pytest.raises(UserError, match="a table of 10 rows: wanted one of 11"):
+        policy.prepare(11)
+
+
 def test_names_gates_and_policies_are_taken():
     assert {name: type(make_policy(name, rate=0.2, seed=0)) for name in POLICIES} == POLICIES
     gate = Gate(0.3)
@@ -133,12 +208,12 @@ def test_names_gates_and_policies_are_taken():
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, float("nan")])
-@pytest.mark.parametrize("policy", ["dense", "random", "gate"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_rates_out_of_range_are_refused(policy, rate):
     with pytest.raises(UserError, match=r"rate .* wanted"):
         make_policy(policy, rate=rate, seed=0)
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate"):
+    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, importance, infobatch"):
         make_policy("best", rate=0.1, seed=0)

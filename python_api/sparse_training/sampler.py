@@ -1,0 +1,300 @@
+"""Draws by past scores for a plain ``DataLoader``: what is not drawn is neither read nor decoded.
+
+sampler = HistorySampler(len(dataset), batch_size=128, rate=0.3)
+loader = DataLoader(Indexed(dataset), batch_sampler=sampler, num_workers=2)
+for index, (inputs, targets) in loader:
+    losses = criterion(model(inputs), targets)  # one a row
+    (losses * sampler.weights(index)).mean().backward()
+    sampler.update(index, losses)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from sparse_training.errors import UserError
+from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable, Shuffle
+
+LAWS = ("importance", "infobatch")
+_BLOCK = 1 << 20
+
+
+class Indexed(Dataset[tuple[int, Any]]):
+    """A data set whose items come with their row numbers: (index, item).
+
+    Raises:
+        UserError: an iterable data set, which has no rows to ask for by number.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        self.rows = rows_of(dataset)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
+        """A batch at once, where the data set can (DataLoader asks for it)."""
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(indices) if callable(fetch) else [self.dataset[index] for index in indices]
+        return list(zip(indices, items, strict=True))
+
+
+class HistorySampler(Sampler[list[int]]):
+    """A batch sampler over a table of past scores, for ``DataLoader(..., batch_sampler=sampler)``.
+
+    Draws are made ahead of training by as many batches as the loader prefetches, from the scores known by
+    then. The weights are those of the draw. ``update`` says which batches were trained on; the state
+    holds those that were drawn and not yet trained on, and after ``load_state_dict`` an epoch goes on with
+    them, so that with the same number of workers every later batch is what it would have been.
+
+    With several processes each has the rows rank, rank + num_replicas, ... and a table of them alone:
+    nothing is exchanged but, for ``infobatch``, the number of batches at the start of an epoch, which all
+    processes must reach together. All of them give the same number of batches. Gradients averaged
+    over the processes, as DistributedDataParallel does, stay unbiased.
+
+    Args:
+        dataset: with a length, or that length.
+        batch_size: rows in a batch of this process.
+        law: "importance": an epoch is ``rate`` of the rows, drawn by their scores, after a first
+            pass over all of them; see ``history.Importance``. "infobatch": an epoch is every row that is
+            not dropped; see ``history.InfoBatch``.
+        rate: for importance, rows of an epoch by rows of the data set, in (0, 1].
+        uniform, prune: of the laws.
+        epochs: for infobatch: how many there will be, so that the last 1 - ``delta`` of them are dense.
+            None: none is, and training should end with some that are.
+        seed: with the epoch or the step it determines what is drawn. The same on every process.
+        rank, num_replicas: by default those of torch.distributed, where it is initialised.
+        drop_last: leave out an epoch's short last batch, on a single process.
+
+    Raises:
+        UserError: an iterable data set, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized | int,
+        batch_size: int,
+        *,
+        law: str = "importance",
+        rate: float = 1.0,
+        uniform: float = 0.1,
+        prune: float = 0.5,
+        epochs: int | None = None,
+        delta: float = 0.875,
+        seed: int = 0,
+        rank: int | None = None,
+        num_replicas: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.size = dataset if isinstance(dataset, int) else rows_of(dataset)
+        connected = dist.is_available() and dist.is_initialized()
+        self.replicas = num_replicas if num_replicas is not None else dist.get_world_size() if connected else 1
+        self.rank = rank if rank is not None else dist.get_rank() if connected else 0
+        if not 0 <= self.rank < self.replicas <= self.size:
+            raise UserError(f"rank {self.rank} of {self.replicas} over {self.size} rows: wanted a row a process")
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: wanted at least 1")
+        if law not in LAWS:
+            raise UserError(f"law {law!r}: wanted one of {', '.join(LAWS)}")
+        if law == "infobatch" and self.replicas > 1 and not connected:
+            raise UserError("infobatch on several processes: wanted torch.distributed, to agree on an epoch's batches")
+        if not 0.0 < rate <= 1.0:
+            raise UserError(f"rate {rate}: wanted more than 0 and at most 1")
+        self.batch_size, self.rate, self.seed, self.drop_last = batch_size, rate, seed, drop_last
+        self.dense_from = None if epochs is None else round(delta * epochs)
+        self.table = ScoreTable(-(-(self.size - self.rank) // self.replicas))
+        # The mean over processes of each one's mean is that over all rows once shards count by their size.
+        self._share = self.replicas * self.table.rows / self.size
+        seed = seed * self.replicas + self.rank
+        self.law: Importance | InfoBatch = (
+            Importance(self.table, seed=seed, uniform=uniform)
+            if law == "importance"
+            else InfoBatch(self.table, seed=seed, prune=prune)
+        )
+        self._pending: deque[Drawn] = deque()  # drawn, not yet trained on, oldest first
+        self._begin(0)
+
+    # --- drawing --------------------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int) -> None:
+        """The number of the epoch that the next iteration gives, as for DistributedSampler."""
+        if epoch != self.epoch:
+            self._begin(epoch)
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch = epoch
+        self._drawn = 0  # batches of this epoch
+        self._total: int | None = None  # batches that it has, once they are counted
+        self._order = Shuffle(self.table.rows, self.law.seed, epoch)  # of infobatch
+        self._pending.clear()
+        self._restored = False
+
+    def __len__(self) -> int:
+        """Batches of the epoch, the same on every process.
+
+        For infobatch this reads the whole table once an epoch, and waits for the other processes.
+        """
+        if self._total is None:
+            self._total = self._count_batches()
+        return self._total
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._restored:
+            self._restored = False
+            for drawn in tuple(self._pending):
+                yield drawn.ids.tolist()
+        else:
+            finished = self._total is not None and self._drawn >= self._total
+            self._begin(self.epoch + 1 if finished else self.epoch)
+        while self._drawn < len(self):
+            local = self._draw()
+            drawn = Drawn(local.ids * self.replicas + self.rank, local.weight * self._share)
+            self._drawn += 1
+            self._pending.append(drawn)
+            yield drawn.ids.tolist()
+
+    def _draw(self) -> Drawn:
+        """The next batch, of rows of the table."""
+        if isinstance(self.law, Importance):
+            return self.law.draw(min(self.batch_size, self._epoch_rows() - self._drawn * self.batch_size))
+        parts: list[Drawn] = []
+        missing = self.batch_size
+        while missing:
+            ahead = self._order.peek()[:missing]
+            if not len(ahead):
+                if self.replicas == 1:
+                    break
+                self._order.position = 0  # rows again, as DistributedSampler: no process may end early
+            self._order.position += len(ahead)
+            parts.append(self._kept(ahead))
+            missing -= len(parts[-1].ids)
+        index, weight = (torch.cat(found) for found in zip(*parts, strict=True))
+        return Drawn(index, weight)
+
+    def _kept(self, rows: Tensor) -> Drawn:
+        """Of an InfoBatch epoch."""
+        assert isinstance(self.law, InfoBatch)
+        if self.dense_from is not None and self.epoch >= self.dense_from:
+            return Drawn(rows, torch.ones(len(rows)))
+        return self.law.prune(rows, self.epoch)
+
+    def _epoch_rows(self) -> int:
+        """Rows in an epoch of importance draws, equal on every process."""
+        return max(1, round(self.rate * -(-self.size // self.replicas)))
+
+    def _count_batches(self) -> int:
+        if isinstance(self.law, Importance):
+            rows = self._epoch_rows()
+        else:
+            begins = range(0, self.table.rows, _BLOCK)
+            blocks = (torch.arange(begin, min(begin + _BLOCK, self.table.rows)) for begin in begins)
+            rows = sum(len(self._kept(block).ids) for block in blocks)
+        whole = self.drop_last and self.replicas == 1 and rows >= self.batch_size
+        batches = rows // self.batch_size if whole else -(-rows // self.batch_size)
+        if isinstance(self.law, InfoBatch) and self.replicas > 1:
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            most = torch.tensor(batches, device=device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            batches = int(most)
+        return batches
+
+    # --- training -------------------------------------------------------------------------------
+
+    def weights(self, index: Tensor) -> Tensor:
+        """float32 [n], where ``index`` is: what each row of a drawn batch counts, on average 1.
+
+        Raises:
+            UserError: it is not a batch that was drawn in this epoch and not yet given to ``update``.
+        """
+        rows = index.cpu()
+        for drawn in self._pending:
+            if torch.equal(drawn.ids, rows):
+                return drawn.weight.to(index.device)
+        raise UserError("weights of a batch that is not under way: wanted the index of one, before its update")
+
+    def update(self, index: Tensor, scores: Tensor) -> None:
+        """Enter the scores of rows, such as their losses; of a drawn batch, which then counts as trained on.
+
+        Args:
+            index: int64 [n], rows of the data set that are this process's.
+            scores: [n]; see ``ScoreTable.update``.
+        """
+        rows = index.cpu()
+        if ((rows - self.rank) % self.replicas).any():
+            raise UserError(f"rows of another process: wanted those that are {self.rank} modulo {self.replicas}")
+        self.table.update((rows - self.rank) // self.replicas, scores)
+        for place, drawn in enumerate(self._pending):
+            if torch.equal(drawn.ids, rows):
+                del self._pending[place]
+                break
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        """What must agree for one state to be the continuation of another."""
+        return {
+            "rows": self.size,
+            "processes": self.replicas,
+            "rank": self.rank,
+            "batch size": self.batch_size,
+            "law": type(self.law).__name__.lower(),
+            "rate": self.rate,
+            "seed": self.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors; the table in it is the one in use, not a copy. One for each process."""
+        return {
+            "settings": self._settings(),
+            "table": self.table.state_dict(),
+            "law": self.law.state_dict(),
+            "epoch": self.epoch,
+            "drawn": self._drawn,
+            "total": self._total,
+            "position": self._order.position,
+            "pending": [tuple(drawn) for drawn in self._pending],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration goes on with the epoch in ``state``, of the number ``epoch``.
+
+        Raises:
+            UserError: a state of other data, another rank or other settings.
+        """
+        settings = self._settings()
+        if differing := [name for name, value in settings.items() if state["settings"].get(name) != value]:
+            said = ", ".join(f"{name} {state['settings'].get(name)} is now {settings[name]}" for name in differing)
+            raise UserError(f"the sampler's state was made with other settings: {said}")
+        self._begin(int(state["epoch"]))
+        self.table.load_state_dict(state["table"])
+        self.law.load_state_dict(state["law"])
+        self._drawn, self._total, self._order.position = state["drawn"], state["total"], state["position"]
+        self._pending.extend(Drawn(index, weight) for index, weight in state["pending"])
+        self._restored = True
+
+
+def rows_of(dataset: Any) -> int:
+    """The length of a data set whose rows can be asked for by number.
+
+    Raises:
+        UserError: it is iterable, or has no length.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise UserError(
+            f"{type(dataset).__name__} is an IterableDataset: its rows come in its own order and cannot be asked for "
+            "by number, so none can be left unread; wanted a map-style data set"
+        )
+    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        raise UserError(f"{type(dataset).__name__} has no length or no rows by number: wanted a map-style data set")
+    return len(dataset)

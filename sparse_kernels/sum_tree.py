@@ -1,0 +1,158 @@
+"""Draws in proportion to 100 million weights that change: a tree of partial sums, 64 children a node.
+
+``torch.multinomial`` takes at most 2^24 weights and reads all of them a call. Here a draw and a change
+each touch one node a level, five of them for 100 million rows. Every sum is a function of the leaves
+alone (see csrc/cpu/sum_tree.h), so the leaves are the whole state, and C++ and the tensor arithmetic
+that stands in where it was not built find the same rows from the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_kernels import cpp_backend
+from sparse_kernels.philox import philox
+
+FAN, GROUP = 64, 8
+_cpp: Any = getattr(cpp_backend, "_cpp", None)
+_MASK = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def uniform_double(rows: Tensor, *, seed: int, step: int, cpp: bool | None = None) -> Tensor:
+    """float64 in [0, 1), multiples of 2^-53, for each of ``rows`` (int64, on the CPU): its number for this seed
+    and step, whatever the others are.
+
+    Args:
+        cpp: whether C++ computes it; None where it was built.
+    """
+    rows = rows.contiguous()
+    if _use_cpp(cpp):
+        out = torch.empty_like(rows, dtype=torch.float64)
+        _cpp.philox_uniform(seed & _MASK64, step & _MASK64, rows.data_ptr(), rows.numel(), out.data_ptr())
+        return out
+    zero = torch.zeros_like(rows)
+    counter = (rows & _MASK, rows >> 32, zero + (step & _MASK), zero + (step >> 32 & _MASK))
+    first, second, *_ = philox(counter, seed)
+    return ((first >> 5 << 26) + (second >> 6)).double() * 2.0**-53
+
+
+class SumTree:
+    """A tree over ``leaves``, float32 [N] on the CPU, not negative; NaN counts as 0.
+
+    Args:
+        leaves: kept, not copied; whoever changes them calls ``update`` or ``build``.
+        cpp: whether C++ serves it; None where it was built.
+    """
+
+    def __init__(self, leaves: Tensor, *, cpp: bool | None = None) -> None:
+        if leaves.dtype is not torch.float32 or leaves.ndim != 1 or not leaves.numel() or not leaves.is_contiguous():
+            raise ValueError(f"leaves of {leaves.dtype} {list(leaves.shape)}: wanted float32 [N], N > 0, contiguous")
+        self.leaves = leaves
+        self.levels: list[Tensor] = []
+        nodes = leaves.numel()
+        while nodes > 1 or not self.levels:
+            nodes = -(-nodes // FAN)
+            self.levels.append(torch.empty(nodes, dtype=torch.float64))
+        self.cpp = _use_cpp(cpp)
+        self.build()
+
+    @property
+    def total(self) -> float:
+        """The sum of the leaves."""
+        return float(self.levels[-1][0])
+
+    def build(self) -> None:
+        """All sums again, from the leaves."""
+        if self.cpp:
+            _cpp.sum_tree_build(*self._addresses())
+            return
+        below = self.leaves
+        for level in self.levels:
+            for begin in range(0, len(level), 1 << 16):  # a slice at a time: 64 doubles a node
+                end = min(begin + (1 << 16), len(level))
+                level[begin:end] = _sum_by_halving(_children(below, torch.arange(begin, end)))
+            below = level
+
+    def update(self, index: Tensor) -> None:
+        """The sums above the leaves of ``index`` (int64, repeats allowed), which were changed.
+
+        Raises:
+            IndexError: an index outside the leaves.
+        """
+        if not index.numel():
+            return
+        low, high = index.aminmax()
+        if low < 0 or high >= self.leaves.numel():
+            raise IndexError(f"index {int(low)} to {int(high)}: wanted 0 to {self.leaves.numel() - 1}")
+        if self.cpp:
+            index = index.contiguous()
+            _cpp.sum_tree_update(*self._addresses(), index.data_ptr(), index.numel())
+            return
+        below, nodes = self.leaves, index
+        for level in self.levels:
+            nodes = torch.unique(nodes // FAN)
+            level[nodes] = _sum_by_halving(_children(below, nodes))
+            below = level
+
+    def find(self, targets: Tensor) -> Tensor:
+        """int64: for each target, float64 in [0, total), the first leaf at which their running sum is above it."""
+        if self.cpp:
+            targets = targets.contiguous()
+            out = torch.empty_like(targets, dtype=torch.int64)
+            _cpp.sum_tree_find(*self._addresses(), targets.data_ptr(), targets.numel(), out.data_ptr())
+            return out
+        node = torch.zeros_like(targets, dtype=torch.int64)
+        for below in (*reversed(self.levels[:-1]), self.leaves):
+            groups = _children(below, node).reshape(-1, GROUP, GROUP)
+            group, targets = _pick(_sum_by_halving(groups), targets)
+            child, targets = _pick(groups[torch.arange(len(group)), group], targets)
+            node = node * FAN + group * GROUP + child
+        return node
+
+    def _addresses(self) -> tuple[int, int, tuple[int, ...]]:
+        return self.leaves.data_ptr(), self.leaves.numel(), tuple(level.data_ptr() for level in self.levels)
+
+
+def _use_cpp(wanted: bool | None) -> bool:
+    missing = cpp_backend.unavailable()
+    if wanted and missing is not None:
+        raise RuntimeError(f"C++ is {missing}")
+    return missing is None if wanted is None else wanted
+
+
+def _children(below: Tensor, nodes: Tensor) -> Tensor:
+    """float64 [n, FAN]: the children of each node, 0 where there is none or it is NaN."""
+    place = nodes[:, None] * FAN + torch.arange(FAN)
+    inside = place < below.numel()
+    found = below[place.clamp(max=below.numel() - 1)].double()
+    return torch.where(inside & ~found.isnan(), found, 0.0)
+
+
+def _sum_by_halving(children: Tensor) -> Tensor:
+    """Sums over the last dim, a power of two long, in the order that C++ adds them in."""
+    half = children.shape[-1]
+    while half > 1:
+        half //= 2
+        children = children[..., :half] + children[..., half : 2 * half]
+    return children[..., 0]
+
+
+def _pick(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first in each row of ``weights`` at which the running sum is above the target, made relative to it."""
+    after = weights.cumsum(1)
+    above = after > targets[:, None]
+    # Rounding may leave none above: then the last that weighs anything.
+    last = weights.shape[1] - 1 - (weights > 0.0).flip(1).to(torch.uint8).argmax(1)
+    place = torch.where(above.any(1), above.to(torch.uint8).argmax(1), last)
+    before = torch.where(place > 0, after.gather(1, (place - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
+    return place, targets - before
+
+
+def assign(leaves: Tensor, index: Tensor, values: Tensor) -> None:
+    """leaves[index] = values, the last one where an index repeats: PyTorch promises no order of its own."""
+    leaves.numpy()[index.numpy()] = np.asarray(values)
