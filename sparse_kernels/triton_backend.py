@@ -265,42 +265,33 @@ def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
 
 
 def row_stats_backward(
-    call: StatsCall,
-    maximum: Tensor,
-    total: Tensor,
-    entropy: Tensor | None,
-    given: dict[str, Tensor],
-    out: Tensor | None = None,
-) -> Tensor:
-    """The gradient in ``call.logits`` of the outputs that ``given`` has upstream gradients of.
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor], out: Tensor
+) -> None:
+    """Writes the gradient in the logits to ``out``, which has their shape and dtype and may be the logits.
 
-    Args:
-        maximum, total: of each row, as the forward saved them: the largest logit after softcap, and the sum of
-            exp((logit - maximum) / temperature).
-        entropy: the forward's; None where ``given`` has none.
-        given: upstream gradients of ``loss`` and ``entropy``, shaped as the targets, any floating dtype.
-        out: where to write; shape, dtype and device of the logits, and may be the logits themselves.
+    ``maximum``, ``total`` and ``entropy`` are the forward's; ``given`` holds the upstream gradient of loss, entropy
+    or both; all of the rows' tensors are contiguous, in the type of the results.
     """
     logits, targets = call.logits.detach(), call.targets.contiguous()
-    call = replace(call, logits=logits)
-    gradient = torch.empty_like(logits) if out is None else out
-    if _layout(call, logits, gradient) is None:  # rows of both in two nested loops
-        gradient = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
-    upstream = {name: g.to(maximum.dtype).contiguous() for name, g in given.items()}
-    plan = _Plan(call, [logits, gradient])
+    if _layout(call, logits, out) is None:  # each is two nested loops, but both together are three
+        logits = logits.movedim(call.dim, -1).contiguous()
+        gradient = torch.empty_like(logits)
+        row_stats_backward(replace(call, logits=logits, dim=-1), maximum, total, entropy, given, gradient)
+        out.movedim(call.dim, -1).copy_(gradient)
+        return
+    plan = _Plan(replace(call, logits=logits), [logits, out])
     arguments = {
         "logits_ptr": logits,
-        "gradient_ptr": gradient,
+        "gradient_ptr": out,
         "targets_ptr": targets,
         "maximum_ptr": maximum,
         "total_ptr": total,
         "entropy_ptr": entropy,
-        "loss_gradient_ptr": upstream.get("loss"),
-        "entropy_gradient_ptr": upstream.get("entropy"),
+        "loss_gradient_ptr": given.get("loss"),
+        "entropy_gradient_ptr": given.get("entropy"),
     }
     if targets.numel():
         plan.launch(_backward_kernels().row_stats_backward_kernel, plan.tile, plan.slices, arguments)
-    return gradient if out is None or gradient is out else out.copy_(gradient)
 
 
 def gate_rows(call: GateCall) -> GatedRows:

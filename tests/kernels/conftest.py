@@ -1,7 +1,10 @@
 """Every ``torch.empty`` in these tests is filled with NaN (or the largest integer), so that an output
 that a kernel forgot to write shows."""
 
+import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,29 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def language_replaced_once() -> Iterator[None]:
+    """Triton's interpreter puts its own functions in place of the language's anew at each call of a function from a
+    kernel, half of its time; once a launch is enough."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl  # not above: as it is imported, it asks the environment whether to interpret
+    from triton.runtime import interpreter
+
+    languages = {id(language): (language, language.load) for language in (tl, tl.core)}
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen = [languages[id(value)] for value in self.fn.__globals__.values() if id(value) in languages]
+        if any(language.load is own for language, own in seen):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
 
 
 def instruction_sets() -> list[str]:
