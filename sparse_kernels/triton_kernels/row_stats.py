@@ -457,7 +457,7 @@ def row_stats_kernel(
             kept = (significance > threshold) & live
         tl.store(mask_ptr + row, kept.to(tl.int8), mask=inside)
         invalid = tl.sum(((significance != significance) & inside).to(tl.int32), 0)
-        tl.atomic_add(invalid_ptr, invalid, mask=invalid > 0)
+        tl.atomic_add(invalid_ptr, invalid, mask=invalid > 0, sem="relaxed")
 
 
 INTERPRETED = isinstance(row_stats_kernel, InterpretedFunction)

@@ -22,9 +22,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def language_replaced_once() -> Iterator[None]:
-    """Triton's interpreter puts its own functions in place of the language's anew at each call of a function from a
-    kernel, half of its time; once a launch is enough."""
+def strict_interpreter() -> Iterator[None]:
+    """Triton's interpreter, made stricter and quicker.
+
+    It takes no notice of what a kernel claims of a pointer's alignment: here a false claim fails. And it puts its own
+    functions in place of the language's anew at each call of a function from a kernel, half of its time: once a
+    launch is enough.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
         return
@@ -39,8 +43,19 @@ def language_replaced_once() -> Iterator[None]:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    def multiple_of(x: Any, value: Any) -> Any:
+        assert x.dtype.is_ptr(), "a claim that is not looked into"
+        assert (x.handle.data % int(value) == 0).all(), "a claim of alignment that a GPU would trap at"
+        return x
+
+    def patch_core(language: Any, scope: Any) -> None:
+        replace_core(language, scope)
+        scope.set_attr(language, "multiple_of", multiple_of)
+
+    replace_core = interpreter._patch_lang_core
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_patch_lang_core", patch_core)
         yield
 
 
