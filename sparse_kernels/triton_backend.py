@@ -311,7 +311,8 @@ def row_stats_backward(
     """
     call = _detached(call)
     logits, targets = call.logits, call.targets.contiguous()
-    if _layout(logits.shape, call.dim, [logits.stride(), out.stride()]) is None:  # each is two nested loops, but both together are three
+    if _layout(logits.shape, call.dim, [logits.stride(), out.stride()]) is None:
+        # Each is two nested loops, but both together are three.
         logits = logits.movedim(call.dim, -1).contiguous()
         gradient = torch.empty_like(logits)
         row_stats_backward(replace(call, logits=logits, dim=-1), maximum, total, entropy, given, gradient)

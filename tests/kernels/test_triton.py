@@ -338,6 +338,15 @@ def test_layouts(layout):
 
 
 @runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_from_any_address(dtype):
+    """The interpreter checks what is claimed of it (conftest.py); a GPU traps."""
+    for offset in (1, 3):
+        whole = torch.randn(2 * 1037 + offset).to(dtype)
+        compare(whole[offset:].reshape(2, 1037), torch.tensor([0, 1036]), outputs=["loss"])
+
+
+@runs
 @pytest.mark.parametrize("classes", [1, 21])
 def test_classes_in_dim_1(classes):
     torch.manual_seed(6)
