@@ -741,7 +741,7 @@ def test_gradient_of_one_output_and_of_strided_logits():
 
 
 @runs
-def test_gradcheck_and_second_derivative():
+def test_gradcheck():
     torch.manual_seed(9)
     base, targets = torch.randn(2, 4, dtype=torch.float64), torch.tensor([0, 3])
 
@@ -749,8 +749,7 @@ def test_gradcheck_and_second_derivative():
         stats = sk.row_stats(logits, targets, temperature=0.7, backend="triton")
         return stats.loss, stats.entropy
 
-    assert torch.autograd.gradcheck(both, base.requires_grad_())
-    assert torch.autograd.gradgradcheck(both, base)
+    assert torch.autograd.gradcheck(both, base.requires_grad_())  # the second derivative: test_library.py
 
 
 @runs
