@@ -27,6 +27,7 @@ WEIGHABLE = tuple(name for name in STATISTICS if name != "argmax")
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first dimension
 MAX_CLASSES = 2**30  # a row's columns are counted in 32 bits, a block past its end included
 _NO_WEIGHTS: dict[str, float] = {}
+_NOTHING: dict[str, Any] = {}
 
 
 @functools.cache
@@ -72,7 +73,7 @@ def refuse_row_stats(call: StatsCall) -> str | None:
     reason = refuse_tensor(logits)
     if reason is not None:
         return reason
-    if _layout(call, logits) is None:
+    if not logits.is_contiguous() and _layout(logits.shape, call.dim, [logits.stride()]) is None:
         return f"the rows of strides {logits.stride()} are not two nested loops"
     if call.classes > MAX_CLASSES:
         return f"{call.classes} classes; it serves {MAX_CLASSES} at most"
@@ -84,23 +85,25 @@ def refuse_gate_rows(call: GateCall) -> str | None:
     return refuse_row_stats(call)
 
 
-def _layout(call: StatsCall, *tensors: Tensor) -> tuple[int, int, list[tuple[int, int, int]]] | None:
+def _layout(
+    shape: Sequence[int], dim: int, strides: Sequence[Sequence[int]]
+) -> tuple[int, int, list[tuple[int, int, int]]] | None:
     """Outer rows, inner rows, and each tensor's strides (outer, inner, class); None if it takes more loops."""
-    dim = call.dim % call.logits.dim()
+    dim %= len(shape)
     loops: list[tuple[int, list[int]]] = []
-    for axis, size in enumerate(call.logits.shape):
-        if axis == dim or (size == 1 and call.logits.dim() > 2):  # one row has a stride, or it would compile anew
+    for axis, size in enumerate(shape):
+        if axis == dim or (size == 1 and len(shape) > 2):  # one row has a stride, or it would compile anew
             continue
-        strides = [tensor.stride(axis) for tensor in tensors]
-        if loops and all(before == size * stride for before, stride in zip(loops[-1][1], strides, strict=True)):
-            loops[-1] = (loops[-1][0] * size, strides)
+        along = [of[axis] for of in strides]
+        if loops and all(before == size * stride for before, stride in zip(loops[-1][1], along, strict=True)):
+            loops[-1] = (loops[-1][0] * size, along)
         else:
-            loops.append((size, strides))
+            loops.append((size, along))
     if len(loops) > 2:
         return None
-    absent = (1, [0] * len(tensors))
+    absent = (1, [0] * len(strides))
     (outer, outer_strides), (inner, inner_strides) = [absent, absent, *loops][-2:]
-    classes = [tensor.stride(dim) for tensor in tensors]
+    classes = [of[dim] for of in strides]
     return outer, inner, list(zip(outer_strides, inner_strides, classes, strict=True))
 
 
@@ -120,16 +123,23 @@ def processors(device: torch.device) -> int:
 
 
 class _Plan:
-    """How the kernels see the tensors of a call, the logits first, and the programs for them."""
+    """How the kernels see tensors of a shape, the logits first, and the programs for them."""
 
-    def __init__(self, call: StatsCall, tensors: Sequence[Tensor]) -> None:
-        found = _layout(call, *tensors)
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dim: int,
+        dtype: torch.dtype,
+        processors: int,
+        strides: Sequence[Sequence[int]],
+        starts: Sequence[int],  # of each tensor, in elements past a multiple of 16 bytes
+    ) -> None:
+        found = _layout(shape, dim, strides)
         assert found is not None
-        self.outer, self.inner, strides = found
-        logits, itemsize, classes = call.logits, call.logits.element_size(), call.classes
-        self.logits = logits
-        class_stride = 1 if classes == 1 else max(of[2] for of in strides)
-        self.tile = choose(classes, class_stride, itemsize, len(tensors))
+        self.outer, self.inner, loops = found
+        itemsize, classes = dtype.itemsize, shape[dim]
+        class_stride = 1 if classes == 1 else max(of[2] for of in loops)
+        self.tile = choose(classes, class_stride, itemsize, len(strides))
         programs = self.programs(self.tile)
         self.slices, slice_columns = 1, classes
         if programs > MAX_PROGRAMS:
@@ -137,33 +147,28 @@ class _Plan:
                 f"{self.outer} x {self.inner} rows of {classes} classes want {programs} programs, above 2^31 - 1"
             )
         if programs:
-            self.slices, slice_columns = slices(self.tile, programs, classes, processors(logits.device))
+            self.slices, slice_columns = slices(self.tile, programs, classes, processors)
         width = BYTES // itemsize
         whole = classes <= self.tile.columns  # in one block: then rows must start on 16 bytes; else as the logits' do
-        starts = [tensor.data_ptr() // itemsize for tensor in tensors]
         aligned = all(
             (start - (0 if whole else starts[0])) % width == 0
             and all(
                 (stride - (0 if whole else stride_0)) % width == 0
-                for stride, stride_0 in zip(of[:2], strides[0][:2], strict=True)
+                for stride, stride_0 in zip(of[:2], loops[0][:2], strict=True)
             )
-            for start, of in zip(starts, strides, strict=True)
+            for start, of in zip(starts, loops, strict=True)
         ) and (not whole or classes % width == 0)
         names = ("outer_stride", "inner_stride", "class_stride")
         self.arguments: dict[str, Any] = {
             f"{prefix}{name}": stride
-            for prefix, of in zip(("", "gradient_"), strides, strict=False)
+            for prefix, of in zip(("", "gradient_"), loops, strict=False)
             for name, stride in zip(names, of, strict=True)
         }
         self.arguments |= {
-            "misaligned": starts[0] % width,
+            "misaligned": starts[0],
             "inner_rows": self.inner,
             "classes": classes,
             "slice_columns": slice_columns,
-            "ignore_index": call.ignore_index,
-            "inverse_temperature": 1.0 / call.temperature,
-            "softcap": float(call.softcap),
-            "label_smoothing": float(call.label_smoothing),
             "DOUBLE": itemsize == 8,
             "ALIGNED": aligned,
             # A row that is one block, but not aligned, is loaded as a loop's last block is: thread by thread.
@@ -174,10 +179,14 @@ class _Plan:
         """Of one slice."""
         return self.outer * -(-self.inner // tile.rows)
 
-    def launch(self, kernel: Any, tile: Launch, slices: int, arguments: dict[str, Any]) -> None:
+    def launch(self, kernel: Any, call: StatsCall, tile: Launch, slices: int, arguments: dict[str, Any]) -> None:
         """Run the programs of ``tile`` for every row and slice."""
-        with torch.cuda.device(self.logits.device) if self.logits.is_cuda else torch.no_grad():
+        with torch.cuda.device(call.logits.device) if call.logits.is_cuda else torch.no_grad():
             kernel[(self.programs(tile), slices)](
+                ignore_index=call.ignore_index,
+                inverse_temperature=1.0 / call.temperature,
+                softcap=float(call.softcap),
+                label_smoothing=float(call.label_smoothing),
                 CONTIGUOUS=tile.contiguous,
                 ROWS=tile.rows,
                 CHUNKS=tile.chunks,
@@ -190,12 +199,39 @@ class _Plan:
             )
 
 
-def flags(outputs: Sequence[str], weights: Sequence[str], backward: bool = False) -> dict[str, bool]:
-    """What the forward kernel is compiled for."""
+_kept_plan = functools.lru_cache(1024)(_Plan)  # a batch is like the one before it
+
+
+def _plan(call: StatsCall, *tensors: Tensor) -> _Plan:
+    logits = call.logits
+    itemsize = logits.element_size()
+    return _kept_plan(
+        logits.shape,
+        call.dim,
+        logits.dtype,
+        processors(logits.device),
+        tuple([tensor.stride() for tensor in tensors]),
+        tuple([tensor.data_ptr() % BYTES // itemsize for tensor in tensors]),
+    )
+
+
+@functools.lru_cache(1024)
+def _constants(outputs: tuple[str, ...], weights: tuple[str, ...]) -> dict[str, Any]:
+    """What the forward kernel is compiled for, and no more."""
     asked = {*outputs, *weights}
+    pointers = (
+        *STATISTICS, "maximum", "total", "sums", "lowest", "mask", "significance", "weight", "offset", "threshold",
+        "invalid", "step",
+    )  # fmt: skip
     return {
+        **dict.fromkeys(f"{name}_ptr" for name in pointers),
+        **dict.fromkeys((f"w_{name}" for name in WEIGHABLE), 0.0),
+        "gate_temperature": 1.0,
+        "p_min": 0.0,
+        "seed": 0,
+        "step": 0,
         "LOSS": "loss" in asked,
-        "ENTROPY": "entropy" in asked or backward,
+        "ENTROPY": "entropy" in asked,
         "SQUARES": not asked.isdisjoint(("grad_norm", "sum_squares")),
         "MARGIN": "margin" in asked,
         "ARGMAX": "argmax" in asked,
@@ -215,49 +251,50 @@ def _forward(
         name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else accumulator)
         for name in dict.fromkeys(call.outputs)
     }
-    weights = call.weights if isinstance(call, GateCall) else _NO_WEIGHTS
-    arguments: dict[str, Any] = {
-        "logits_ptr": call.logits,
-        "targets_ptr": targets,
-        **{f"{name}_ptr": found.get(name) for name in STATISTICS},
-        **dict.fromkeys(("maximum_ptr", "total_ptr", "sums_ptr", "lowest_ptr")),
-        **(saved or {}),
-        **dict.fromkeys(("mask_ptr", "significance_ptr", "weight_ptr", "offset_ptr", "threshold_ptr", "invalid_ptr")),
-        **{f"w_{name}": float(weights.get(name, 0.0)) for name in WEIGHABLE},
-        "gate_temperature": 1.0,
-        "p_min": 0.0,
-        "seed": 0,
-        "step": 0,
-        "step_ptr": None,
-        **(gate or {}),
-        **flags(tuple(found), tuple(weights)),
-    }
-    plan, rows = _Plan(call, [call.logits]), targets.numel()
-    kernels = _kernels()
-    arguments |= {"rows": rows, "slices": plan.slices}
+    rows = targets.numel()
     if rows == 0:
         return found
+    weights = call.weights if isinstance(call, GateCall) else _NO_WEIGHTS
+    plan, kernels = _plan(call, call.logits), _kernels()
+    arguments: dict[str, Any] = {
+        **_constants(tuple(found), tuple(weights)),
+        **(saved or _NOTHING),
+        **(gate or _NOTHING),
+        "logits_ptr": call.logits,
+        "targets_ptr": targets,
+        "rows": rows,
+        "slices": plan.slices,
+    }
+    for name, of_row in found.items():
+        arguments[name + "_ptr"] = of_row
+    for name, weight in weights.items():
+        arguments["w_" + name] = float(weight)
     merge = merged(plan.tile, plan.slices, rows)
     if merge is None:
-        plan.launch(kernels.row_stats_kernel, plan.tile, 1, arguments | {"PHASE": kernels.WHOLE})
+        arguments["PHASE"] = kernels.WHOLE
+        plan.launch(kernels.row_stats_kernel, call, plan.tile, 1, arguments)
         return found
-    sums = torch.empty((7, plan.slices, rows), dtype=accumulator, device=targets.device)
-    lowest = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
-    arguments |= {"sums_ptr": sums, "lowest_ptr": lowest}
-    plan.launch(kernels.row_stats_kernel, plan.tile, plan.slices, arguments | {"PHASE": kernels.SLICE})
-    plan.launch(kernels.row_stats_kernel, merge, 1, arguments | {"PHASE": kernels.MERGE})
+    arguments["sums_ptr"] = torch.empty((7, plan.slices, rows), dtype=accumulator, device=targets.device)
+    arguments["lowest_ptr"] = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
+    plan.launch(kernels.row_stats_kernel, call, plan.tile, plan.slices, arguments | {"PHASE": kernels.SLICE})
+    plan.launch(kernels.row_stats_kernel, call, merge, 1, arguments | {"PHASE": kernels.MERGE})
     return found
+
+
+def _detached(call: Any) -> Any:
+    """The call without a gradient, which the interpreter would refuse to copy back."""
+    return replace(call, logits=call.logits.detach()) if call.logits.requires_grad else call
 
 
 def row_stats(call: StatsCall) -> RowStats:
     """See ``sparse_kernels.row_stats``; not differentiable, which is for ``library`` to add."""
-    return RowStats(**_forward(replace(call, logits=call.logits.detach()), call.targets.contiguous()))
+    return RowStats(**_forward(_detached(call), call.targets.contiguous()))
 
 
 def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
     """``row_stats``, and what its gradient needs of each row: the maximum of the logits after the softcap, and the
     sum of exponentials."""
-    call = replace(call, logits=call.logits.detach())
+    call = _detached(call)
     targets = call.targets.contiguous()
     saved = {name: torch.empty_like(targets, dtype=_accumulator(call)) for name in ("maximum_ptr", "total_ptr")}
     found = _forward(call, targets, saved=saved)
@@ -265,47 +302,41 @@ def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
 
 
 def row_stats_backward(
-    call: StatsCall,
-    maximum: Tensor,
-    total: Tensor,
-    entropy: Tensor | None,
-    given: dict[str, Tensor],
-    out: Tensor | None = None,
-) -> Tensor:
-    """The gradient in ``call.logits`` of the outputs that ``given`` has upstream gradients of.
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor], out: Tensor
+) -> None:
+    """Writes the gradient in the logits to ``out``, which has their shape and dtype and may be the logits.
 
-    Args:
-        maximum, total: of each row, as the forward saved them: the largest logit after softcap, and the sum of
-            exp((logit - maximum) / temperature).
-        entropy: the forward's; None where ``given`` has none.
-        given: upstream gradients of ``loss`` and ``entropy``, shaped as the targets, any floating dtype.
-        out: where to write; shape, dtype and device of the logits, and may be the logits themselves.
+    ``maximum``, ``total`` and ``entropy`` are the forward's; ``given`` holds the upstream gradient of loss, entropy
+    or both; all of the rows' tensors are contiguous, in the type of the results.
     """
-    logits, targets = call.logits.detach(), call.targets.contiguous()
-    call = replace(call, logits=logits)
-    gradient = torch.empty_like(logits) if out is None else out
-    if _layout(call, logits, gradient) is None:  # rows of both in two nested loops
-        gradient = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
-    upstream = {name: g.to(maximum.dtype).contiguous() for name, g in given.items()}
-    plan = _Plan(call, [logits, gradient])
+    call = _detached(call)
+    logits, targets = call.logits, call.targets.contiguous()
+    if _layout(logits.shape, call.dim, [logits.stride(), out.stride()]) is None:
+        # Each is two nested loops, but both together are three.
+        logits = logits.movedim(call.dim, -1).contiguous()
+        gradient = torch.empty_like(logits)
+        row_stats_backward(replace(call, logits=logits, dim=-1), maximum, total, entropy, given, gradient)
+        out.movedim(call.dim, -1).copy_(gradient)
+        return
+    if not targets.numel():
+        return
+    plan = _plan(call, logits, out)
     arguments = {
         "logits_ptr": logits,
-        "gradient_ptr": gradient,
+        "gradient_ptr": out,
         "targets_ptr": targets,
         "maximum_ptr": maximum,
         "total_ptr": total,
         "entropy_ptr": entropy,
-        "loss_gradient_ptr": upstream.get("loss"),
-        "entropy_gradient_ptr": upstream.get("entropy"),
+        "loss_gradient_ptr": given.get("loss"),
+        "entropy_gradient_ptr": given.get("entropy"),
     }
-    if targets.numel():
-        plan.launch(_backward_kernels().row_stats_backward_kernel, plan.tile, plan.slices, arguments)
-    return gradient if out is None or gradient is out else out.copy_(gradient)
+    plan.launch(_backward_kernels().row_stats_backward_kernel, call, plan.tile, plan.slices, arguments)
 
 
 def gate_rows(call: GateCall) -> GatedRows:
     """See ``sparse_kernels.gate_rows``."""
-    call = replace(call, logits=call.logits.detach())
+    call = _detached(call)
     targets, device = call.targets.contiguous(), call.logits.device
     mask = torch.empty_like(targets, dtype=torch.bool)
     significance = torch.empty_like(targets, dtype=_accumulator(call))

@@ -10,6 +10,18 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def divide(x, y, DOUBLE: tl.constexpr):
+    """x / y, rounded once: the operator's is off by 2 ulp in float32 on a GPU."""
+    return x / y if DOUBLE else tl.div_rn(x, y)
+
+
+@triton.jit
+def root(x, DOUBLE: tl.constexpr):
+    """The square root, rounded once, for the same reason."""
+    return tl.sqrt(x) if DOUBLE else tl.sqrt_rn(x)
+
+
+@triton.jit
 def log1p(x, DOUBLE: tl.constexpr):
     """log(1 + x) for x >= 0, to rounding however coarse the device's log is near 1."""
     # 2 artanh(s), s = x / (2 + x) <= 1/5 where it is used: 25x a term.

@@ -17,7 +17,7 @@ which also joins lanes, slices of a row (below) and, last of all, the target, re
 where rows are long, so that nothing is exchanged between threads, and no barrier met, before a row's end.
 With S = rest + e_y:
 
-    ln S      = log1p(S - 1), and S - 1 is rest where the target is largest
+    ln S      = log1p(S - 1), where S - 1 is rest if the target is largest, else (rest - 1) + e_y
     loss      = log1p(rest / e_y) where e_y >= rest, else ln S + (m - x_y) / temperature
                 (smoothed by a: (1 - a) loss + a (ln S - mean_j(x_j - m) / temperature), x_j summed less x_y)
     entropy   = ln S - ln2 (rest_t + e_y t_y) / S
@@ -47,7 +47,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from sparse_kernels.triton_kernels.math import LN2, LOG2E, log1p, philox_uniform
+from sparse_kernels.triton_kernels.math import LN2, LOG2E, divide, log1p, philox_uniform, root
 from sparse_kernels.triton_kernels.tiles import (
     columns_of_tile,
     load_logits,
@@ -377,13 +377,14 @@ def row_stats_kernel(
     rest = tl.where((m == float("-inf")) | bad, float("nan"), rest)
     S = rest + e_y
     confident = e_y >= rest
-    log_sum = log1p(tl.where(e_y == 1.0, rest, S - 1.0), DOUBLE)
+    # S - 1 without the rounding of S: the 1 of the largest logit is taken from where it is, which is exact.
+    log_sum = log1p(tl.where(e_y == 1.0, rest, (rest - 1.0) + e_y), DOUBLE)
     significance = tl.zeros((ROWS,), ACC)
 
     if LOSS:
         # Not from t_y: the difference to the type's lowest number is finite, and its logarithm to base 2 is not.
         away = (reference - x_y) * tl.full((), inverse_temperature, ACC)
-        ratio = rest / tl.where(confident, e_y, 1.0)
+        ratio = divide(rest, tl.where(confident, e_y, 1.0), DOUBLE)
         loss = tl.where(confident, log1p(tl.where(confident, ratio, 0.0), DOUBLE), log_sum + away)
         smoothing = tl.full((), label_smoothing, ACC)
         if label_smoothing > 0.0:  # else 0 * inf where a logit is -inf
@@ -395,31 +396,31 @@ def row_stats_kernel(
         if loss_ptr is not None:
             tl.store(loss_ptr + row, loss, mask=inside)
     if ENTROPY:
-        entropy = log_sum - LN2 * (rest_t + e_y * tl.maximum(t_y, -FAR)) / S
+        entropy = log_sum - divide(LN2 * (rest_t + e_y * tl.maximum(t_y, -FAR)), S, DOUBLE)
         entropy = tl.where(ignored, 0.0, entropy)
         if W_ENTROPY:
             significance += entropy * tl.full((), w_entropy, ACC)
         if entropy_ptr is not None:
             tl.store(entropy_ptr + row, entropy, mask=inside)
     if SQUARES:
-        grad_norm = tl.where(ignored, 0.0, tl.sqrt(rest * rest + rest_sq) / S)
+        grad_norm = tl.where(ignored, 0.0, divide(root(rest * rest + rest_sq, DOUBLE), S, DOUBLE))
         if W_GRAD_NORM:
             significance += grad_norm * tl.full((), w_grad_norm, ACC)
         if grad_norm_ptr is not None:
             tl.store(grad_norm_ptr + row, grad_norm, mask=inside)
-        sum_squares = tl.where(ignored, 0.0, (rest_sq + e_y * e_y) / (S * S))
+        sum_squares = tl.where(ignored, 0.0, divide(rest_sq + e_y * e_y, S * S, DOUBLE))
         if W_SUM_SQUARES:
             significance += sum_squares * tl.full((), w_sum_squares, ACC)
         if sum_squares_ptr is not None:
             tl.store(sum_squares_ptr + row, sum_squares, mask=inside)
-    max_prob = tl.where(ignored, 0.0, 1.0 / S)
+    max_prob = tl.where(ignored, 0.0, divide(tl.full(S.shape, 1.0, ACC), S, DOUBLE))
     if W_MAX_PROB:
         significance += max_prob * tl.full((), w_max_prob, ACC)
     if max_prob_ptr is not None:
         tl.store(max_prob_ptr + row, max_prob, mask=inside)
     if MARGIN:
         second = tl.maximum(tl.minimum(top, x_y), second)
-        margin = tl.where(ignored, 0.0, (1.0 - tl.exp2((second - reference) * scale)) / S)
+        margin = tl.where(ignored, 0.0, divide(1.0 - tl.exp2((second - reference) * scale), S, DOUBLE))
         if W_MARGIN:
             significance += margin * tl.full((), w_margin, ACC)
         if margin_ptr is not None:
@@ -456,7 +457,7 @@ def row_stats_kernel(
             kept = (significance > threshold) & live
         tl.store(mask_ptr + row, kept.to(tl.int8), mask=inside)
         invalid = tl.sum(((significance != significance) & inside).to(tl.int32), 0)
-        tl.atomic_add(invalid_ptr, invalid, mask=invalid > 0)
+        tl.atomic_add(invalid_ptr, invalid, mask=invalid > 0, sem="relaxed")
 
 
 INTERPRETED = isinstance(row_stats_kernel, InterpretedFunction)

@@ -46,7 +46,7 @@ RUN_TIME = (
 def gradient_of(x, row, softcap, DOUBLE: tl.constexpr):
     """2^t (A + B t) - C, times softcap's slope, of a tile; and that slope over the temperature."""
     m, scale, cap, a, b, c = row
-    slope = x * 0.0 + 1.0
+    slope = tl.full(x.shape, 1.0, x.dtype)
     if softcap > 0.0:
         bend = tanh(x / cap, DOUBLE)
         slope = 1.0 - bend * bend

@@ -1,7 +1,10 @@
 """Every ``torch.empty`` in these tests is filled with NaN (or the largest integer), so that an output
 that a kernel forgot to write shows."""
 
+import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,44 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def strict_interpreter() -> Iterator[None]:
+    """Triton's interpreter, made stricter and quicker.
+
+    It takes no notice of what a kernel claims of a pointer's alignment: here a false claim fails. And it puts its own
+    functions in place of the language's anew at each call of a function from a kernel, half of its time: once a
+    launch is enough.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl  # not above: as it is imported, it asks the environment whether to interpret
+    from triton.runtime import interpreter
+
+    languages = {id(language): (language, language.load) for language in (tl, tl.core)}
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen = [languages[id(value)] for value in self.fn.__globals__.values() if id(value) in languages]
+        if any(language.load is own for language, own in seen):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    def multiple_of(x: Any, value: Any) -> Any:
+        assert x.dtype.is_ptr(), "a claim that is not looked into"
+        assert (x.handle.data % int(value) == 0).all(), "a claim of alignment that a GPU would trap at"
+        return x
+
+    def patch_core(language: Any, scope: Any) -> None:
+        replace_core(language, scope)
+        scope.set_attr(language, "multiple_of", multiple_of)
+
+    replace_core = interpreter._patch_lang_core
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_patch_lang_core", patch_core)
+        yield
 
 
 def instruction_sets() -> list[str]:

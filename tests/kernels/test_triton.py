@@ -33,7 +33,7 @@ runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), rea
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Rows: none, one, part of a tile, several tiles. Classes: one, a thread's, a warp's share of several rows, one block
 # aligned and not, several blocks and a part.
-SHAPES = [(0, 10), (1, 1), (130, 10), (17, 65), (3, 1000), (2, 1001), (2, 4097)]
+SHAPES = [(0, 10), (1, 1), (130, 10), (17, 65), (2, 512), (2, 1001), (1, 4097)]
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +98,21 @@ def test_each_output_alone(name):
     compare(3 * torch.randn(5, 70), torch.randint(0, 70, (5,)), outputs=[name])
 
 
+# Half a unit in a float32's last place, relative to the value; the GPU's own exp2 is off by 2 units, 4 of these.
+ROUNDING = 2**-24 if INTERPRETED else 5 * 2**-24
+
+
 @runs
-@pytest.mark.parametrize("classes", [2, 10, 1000, 151_936])
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000, 151_936])
 def test_error_is_no_larger_than_that_of_plain_pytorch(classes):
-    """The largest, over some rows of a kind, of the forms that people write in float32, and two roundings."""
+    """The largest error over some rows of a kind is at most the larger of the errors of what people write in float32
+    and of the reference in float32, and one rounding of the largest value.
+
+    With two exceptions: entropy, as every form of it, has the rounding of S >= 1, the sum of exponentials, before its
+    logarithm, so one rounding of 1 where that is larger; and sum_squares has S squared, so two roundings.
+    """
     torch.manual_seed(1)
-    rows = {2: 16, 10: 16, 1000: 4}.get(classes, 2)
+    rows = {2: 100, 3: 100, 10: 100, 1000: 2}.get(classes, 1)
     random = torch.randn(rows, classes)
     confident, masked, lowest = random.clone(), random.clone(), random.clone()
     confident[:, 0] = 30.0
@@ -118,18 +127,19 @@ def test_error_is_no_larger_than_that_of_plain_pytorch(classes):
         targets = torch.randint(0, classes, (len(logits),))
         targets[0], targets[-1] = 0, classes - 1
         call = stats_call(logits, targets)
-        ours, exact = serve(call), reference.row_stats(replace(call, logits=logits.double()))
+        ours, same = serve(call), reference.row_stats(call)
+        exact = reference.row_stats(replace(call, logits=logits.double()))
         for name, plain in plain_statistics(logits, targets).items():
-            found, right = getattr(ours, name).double(), getattr(exact, name)
+            right = getattr(exact, name)
             finite = right.isfinite()
-            assert torch.equal(found[~finite], right[~finite]), (kind, name)
-            error = (found - right).abs()[finite].max().item()
-            theirs = (plain.double() - right).abs()[finite].max().item()
-            # A hundredth for where both round the sum of exponentials S the same way, and much else after it;
-            # entropy where the largest logit is not the target's: S, just above 1, rounds before its logarithm.
-            rounded = 2**-24 if name == "entropy" else 0.0
+            assert torch.equal(getattr(ours, name).double()[~finite], right[~finite]), (kind, name)
+            error, *theirs = (
+                (found.double() - right)[finite].abs().max().item()
+                for found in (getattr(ours, name), plain, getattr(same, name))
+            )
             largest = right[finite].abs().max().item()
-            assert error <= 1.01 * theirs + rounded + 2**-23 * largest, (kind, name, error, theirs)
+            roundings = {"entropy": max(1.0, largest), "sum_squares": 2 * largest}.get(name, largest)
+            assert error <= max(theirs) + ROUNDING * roundings, (kind, name, error, theirs, largest)
         assert torch.equal(ours.argmax, exact.argmax), kind
 
 
@@ -156,14 +166,14 @@ def plain_statistics(logits, targets):
 )
 def test_softcap_and_smoothing(settings, dtype):
     torch.manual_seed(2)
-    for classes in (10, 1500):
+    for classes in (10, 600):
         logits = torch.randn(6, classes, dtype=dtype) * torch.tensor([0.01, 1, 3, 10, 40, 500.0])[:, None]
         # argmax follows which of two logits rounds above the other near the cap.
         compare(logits, torch.randint(0, classes, (6,)), outputs=[n for n in STATISTICS if n != "argmax"], **settings)
 
 
 @runs
-@pytest.mark.parametrize("classes", [3, 65, 2500])
+@pytest.mark.parametrize("classes", [2, 3, 65, 600])
 def test_confident_rows(classes):
     logits = torch.zeros(8, classes)
     targets = torch.tensor([0, classes - 1] * 4)
@@ -178,19 +188,21 @@ def test_confident_rows(classes):
         )
     assert ours.loss[6] == 0
     assert ours.entropy[6] == 0
+    if classes == 2:  # and where it is wrong and sure, but for the other classes' share of the sum
+        torch.testing.assert_close(ours.entropy[:4], exact.entropy[:4].float(), rtol=2e-6, atol=0)
 
 
 @runs
-@pytest.mark.parametrize("classes", [12, 1000, 2500])
+@pytest.mark.parametrize("classes", [12, 100, 1300])
 def test_masked_and_ignored_rows(classes):
     torch.manual_seed(2)
-    logits, targets = torch.randn(12, classes), torch.randint(0, classes, (12,))
+    logits, targets = torch.randn(5, classes), torch.randint(0, classes, (5,))
     logits[0, ::2] = -torch.inf
     logits[1, : classes - 1] = -torch.inf  # all but one, whole blocks of -inf: probability exactly 1
     targets[1] = classes - 1
     logits[2, 1:] = -torch.inf
     targets[2] = 1  # a masked target: the loss is inf
-    targets[3] = targets[8] = -100
+    targets[3] = targets[4] = -100
     logits[3] = torch.nan
     stats = compare(logits, targets)
     compare(logits, targets, label_smoothing=0.1)
@@ -201,7 +213,7 @@ def test_masked_and_ignored_rows(classes):
 
 
 @runs
-@pytest.mark.parametrize("classes", [12, 1000, 2500])
+@pytest.mark.parametrize("classes", [12, 100, 1300])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_one_bad_logit_anywhere_is_never_lost(classes, bad):
     torch.manual_seed(3)
@@ -213,7 +225,7 @@ def test_one_bad_logit_anywhere_is_never_lost(classes, bad):
         logits[len(columns) + i, column] = bad
         targets[len(columns) + i] = column
     logits[-1] = -torch.inf
-    for gate_temperature in (0.0, 0.5):
+    for gate_temperature in (0.0, 0.5)[: 1 + (classes == 12)]:
         gated = serve_gate(logits, targets, torch.tensor([-1e30]), gate_temperature=gate_temperature, p_min=0.5)[0]
         assert gated.significance.isnan().all()
         assert all(getattr(gated.stats, name).isnan().all() for name in STATISTICS if name != "argmax")
@@ -326,7 +338,16 @@ def test_layouts(layout):
 
 
 @runs
-@pytest.mark.parametrize("classes", [1, 3, 21])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_from_any_address(dtype):
+    """The interpreter checks what is claimed of it (conftest.py); a GPU traps."""
+    for offset in (1, 3):
+        whole = torch.randn(2 * 1037 + offset).to(dtype)
+        compare(whole[offset:].reshape(2, 1037), torch.tensor([0, 1036]), outputs=["loss"])
+
+
+@runs
+@pytest.mark.parametrize("classes", [1, 21])
 def test_classes_in_dim_1(classes):
     torch.manual_seed(6)
     targets = torch.randint(0, classes, (2, 5, 33))
@@ -373,7 +394,7 @@ def test_launches_fit_triton_and_slices_cover_a_row(itemsize, class_stride):
 
 # Runs without the interpreter, through the same host code as a call on a GPU, up to where it would launch.
 AHEAD_OF_TIME = """
-import json, re, subprocess, sys, tempfile
+import json, multiprocessing, os, re, subprocess, tempfile
 import torch, triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -419,15 +440,16 @@ def stats(shape, dtype, dim=-1):
 def backward(rows, classes, dtype):
     targets = torch.zeros(rows, dtype=torch.int64)
     saved = torch.zeros(rows, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-    call = StatsCall(torch.empty((rows, classes), dtype=dtype), targets, ("loss", "entropy"), -1, 1.0, 0.0, 0.0, -100)
-    triton_backend.row_stats_backward(call, saved, saved, saved, {"loss": saved, "entropy": saved})
+    logits = torch.empty((rows, classes), dtype=dtype)
+    call = StatsCall(logits, targets, ("loss", "entropy"), -1, 1.0, 0.0, 0.0, -100)
+    triton_backend.row_stats_backward(call, saved, saved, saved, {"loss": saved, "entropy": saved},
+                                      torch.empty_like(logits))
 
 CASES = {
     "long": lambda: gate(4096, 151_936, torch.bfloat16),
     "gate 10": lambda: gate(512, 10, torch.float16, gate=0.5),
     "backward": lambda: backward(4096, 151_936, torch.bfloat16),
     "apart": lambda: gate(65536, 1000, torch.bfloat16),
-    # On one GPU alone: the rest differs little from one to the next.
     "all eight": lambda: gate(4096, 151_936, torch.bfloat16, STATISTICS),
     "unaligned": lambda: gate(4096, 50_257, torch.bfloat16),
     "slices": lambda: gate(8, 151_936, torch.bfloat16),
@@ -435,6 +457,8 @@ CASES = {
     "float64 backward": lambda: backward(4096, 3000, torch.float64),
     "nchw": lambda: stats((4, 21, 512, 512), torch.float32, 1),
 }
+
+SOME = ("long", "gate 10", "backward")  # the rest on one GPU alone: it differs little from one to the next
 
 def wide(access, built):
     return len(re.findall(access + r".global[.\\w]*.v(?:4.b32|2.b64)", built.asm["ptx"]))
@@ -477,33 +501,33 @@ def keys():
         gate(**({"rows": 48, "classes": 1000, "dtype": torch.float32, "gate": 1.0} | changed))
     return sorted(found)
 
-what, *names = sys.argv[1:]
-print(json.dumps(keys() if what == "keys" else compile_all(int(what), names)))
+def run(job):
+    return compile_all(*job) if job else keys()
+
+jobs = [(90, ()), (75, SOME), (80, SOME), (100, SOME), None]
+with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+    print(json.dumps(pool.map(run, jobs, chunksize=1)))
 """
 
 
-def ahead_of_time(*what, cache):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="session")
+def ahead_of_time(request, tmp_path_factory):
+    """What was compiled for each GPU, and what calls with other values would look their compilation up by.
+
+    Compilations are kept from run to run: Triton finds them by the kernel's source, the GPU and its own version.
+    """
+    cache = getattr(request.config, "cache", None)
+    directory = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(directory), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.Popen(
-        [sys.executable, "-c", AHEAD_OF_TIME, *map(str, what)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=environment, stdout=subprocess.PIPE, check=True)
+    *found, keys = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip((90, 75, 80, 100), found, strict=True)), keys
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """What was compiled for each GPU: started together, as most of it waits for ptxas."""
-    some = ("long", "gate 10", "backward", "apart")
-    started = {
-        arch: ahead_of_time(arch, *(() if arch == 90 else some), cache=tmp_path_factory.mktemp("cache"))
-        for arch in (75, 80, 90, 100)
-    }
-    found = {}
-    for arch, process in started.items():
-        output, _ = process.communicate()
-        assert process.returncode == 0
-        found[arch] = json.loads(output.splitlines()[-1])
-    return found
+def compiled(ahead_of_time):
+    return ahead_of_time[0]
 
 
 # Threads of a processor (2,048; 1,024 for sm_75) that are not resident cost latency, which needs 512 here.
@@ -512,7 +536,7 @@ REGISTERS = {"long": 128, "all eight": 128, "unaligned": 128, "slices": 128, "ba
 
 @pytest.mark.parametrize("arch", [75, 80, 90, 100])
 def test_compiles_for_gpus_and_fits_registers(arch, compiled):
-    assert len(compiled[arch]) == (12 if arch == 90 else 5)  # "apart" and "slices" are two launches
+    assert len(compiled[arch]) == (12 if arch == 90 else 3)  # "apart" and "slices" are two launches
     for kernel in compiled[arch]:
         assert kernel["registers"] <= REGISTERS.get(kernel["case"], 128), kernel
         # All eight spill a little, outside of the loop over whole blocks; nothing else does.
@@ -537,9 +561,8 @@ def test_few_rows_fill_a_gpu(compiled):
     assert second["grid"][1] == 1
 
 
-def test_values_do_not_compile_anew(tmp_path):
-    process = ahead_of_time("keys", cache=tmp_path)
-    found = json.loads(process.communicate()[0].splitlines()[-1])
+def test_values_do_not_compile_anew(ahead_of_time):
+    found = ahead_of_time[1]
     assert len(found) == 1, "\n".join(found)
 
 
@@ -548,27 +571,28 @@ def test_slices_of_rows(many_processors, monkeypatch):
     grids = []
     launched = triton_backend._Plan.launch
     monkeypatch.setattr(
-        triton_backend._Plan, "launch", lambda *arguments: (grids.append(arguments[3]), launched(*arguments))
+        triton_backend._Plan, "launch", lambda *arguments: (grids.append(arguments[4]), launched(*arguments))
     )
     torch.manual_seed(10)
-    logits = 3 * torch.randn(6, 2501)
-    targets = torch.tensor([0, 2500, 1024, -100, 5, 2499])
+    logits = 3 * torch.randn(6, 1101)
+    targets = torch.tensor([0, 1100, 1024, -100, 5, 1099])
     logits[1, 100:] = -torch.inf  # whole slices
     logits[2, ::2] = torch.finfo(torch.float32).min
-    logits[2, 2000:] = torch.finfo(torch.float32).min
-    logits[4, 2000:2010] = 50.0  # the largest, several times, in one slice
-    logits[5, [10, 1800]] = 60.0  # and in two
+    logits[2, 900:] = torch.finfo(torch.float32).min
+    logits[4, 1030:1040] = 50.0  # the largest, several times, in one slice
+    logits[5, [10, 800]] = 60.0  # and in two
     targets[1] = 50
     stats = compare(logits, targets)
     assert stats.argmax[5] == 10
     assert grids[0] > 2
     assert grids[1] == 1
-    again = serve(stats_call(logits, targets))
-    assert all(torch.equal(getattr(stats, name), getattr(again, name)) for name in STATISTICS)
+    if not INTERPRETED:  # which runs one program after the other
+        again = serve(stats_call(logits, targets))
+        assert all(torch.equal(getattr(stats, name), getattr(again, name)) for name in STATISTICS)
     compare(logits[:3], targets[:3], label_smoothing=0.1, outputs=["loss"])
-    compare(torch.randn(2, 701, dtype=torch.float64), targets[:2].clamp(max=700))
+    compare(torch.randn(1, 601, dtype=torch.float64), targets[:1])
     compare(3 * torch.randn(1, 40, 5), torch.randint(0, 40, (1, 5)), dim=1)
-    for row, column in enumerate((0, 1300, 2500)):
+    for row, column in enumerate((0, 600, 1100)):
         logits[row, column] = torch.nan
     gated, _ = serve_gate(logits, targets, torch.tensor(-1e30))
     assert gated.mask.tolist() == [False, False, False, False, True, True]
@@ -590,11 +614,11 @@ def test_many_short_rows_are_finished_apart(monkeypatch):
 
 
 @runs
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_layout_dtype_and_mask(data):
     draw = data.draw
-    rows, classes = draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 7, 16, 17, 33, 100, 513, 1024, 1031]))
+    rows, classes = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 7, 16, 17, 33, 100, 513, 1031]))
     offset, padding = draw(st.integers(0, 9)), draw(st.integers(0, 9))
     torch.manual_seed(draw(st.integers(0, 99)))
     whole = draw(st.sampled_from([0.1, 3.0, 30.0])) * torch.randn(rows * (classes + padding) + offset)
@@ -611,17 +635,17 @@ def test_any_layout_dtype_and_mask(data):
 
 
 @runs
-@pytest.mark.parametrize("classes_first", [False, True])
-def test_offsets_have_64_bits(classes_first):
-    """Rows, or classes, 2^30 logits apart. A wrapped offset reads other memory of the mapping: zeros."""
-    apart, count, middle = 2**30, 4, 2**32
+@pytest.mark.parametrize(("far", "classes"), [("rows", 4), ("classes", 5), ("classes", 9)])  # 9: in two blocks
+def test_offsets_have_64_bits(far, classes):
+    """Rows, or classes, far apart. A wrapped offset reads other memory of the mapping."""
+    apart, middle = 2**30 if classes < 9 else 2**29, 2**32
     if INTERPRETED:  # pages that are not touched take no memory
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        memory = torch.frombuffer(mmap.mmap(-1, 4 * middle, flags=flags), dtype=torch.bfloat16)
+        memory = torch.frombuffer(mmap.mmap(-1, 4 * middle + 4096, flags=flags), dtype=torch.bfloat16)
     else:
-        memory = torch.zeros(2 * middle, dtype=torch.bfloat16)
-    strides = (1, apart) if classes_first else (apart, 1)
-    logits = memory.as_strided((5, count) if classes_first else (count, 5), strides, middle)
+        memory = torch.zeros(2 * middle + 2048, dtype=torch.bfloat16)
+    strides = (1, apart) if far == "classes" else (apart, 1)
+    logits = memory.as_strided((5, classes), strides, middle)
     torch.manual_seed(12)
     logits.copy_(torch.randn(logits.shape))
     call = stats_call(logits, torch.ones(len(logits), dtype=torch.int64))
@@ -635,31 +659,48 @@ def test_offsets_have_64_bits(classes_first):
         (logits.float() - logits.float().amax(1, keepdim=True)).exp().sum(1),
         stats.entropy,
     )
-    wanted = triton_backend.row_stats_backward(small, *saved, {"loss": one})
-    found = triton_backend.row_stats_backward(call, *saved, {"loss": one}, out=logits)
-    assert torch.equal(found, wanted)
+    wanted = torch.empty_like(small.logits)
+    triton_backend.row_stats_backward(small, *saved, {"loss": one}, wanted)
+    triton_backend.row_stats_backward(call, *saved, {"loss": one}, logits)
+    assert torch.equal(logits, wanted)
 
 
 @runs
-@pytest.mark.parametrize("shape", [(9, 10), (3, 100), (2, 2501), (1, 9, 40)])
+@pytest.mark.parametrize("shape", [(9, 10), (3, 100), (2, 1301), (1, 9, 40)])
 def test_gradient_written_over_the_logits(shape, many_processors):
     torch.manual_seed(13)
     dim = 1 if len(shape) == 3 else -1
     logits, targets = torch.randn(shape), torch.randint(0, shape[dim], shape[:1] + shape[2:])
     targets.view(-1)[0] = -100
     call = stats_call(logits, targets, dim=dim)
-    saved = {name: torch.empty_like(targets, dtype=torch.float32) for name in ("maximum_ptr", "total_ptr")}
-    entropy = triton_backend._forward(call, targets, saved=saved)["entropy"]
+    stats, *saved = triton_backend.row_stats_saving(call)
     upstream = {name: torch.randn(targets.shape) for name in ("loss", "entropy")}
-    wanted = triton_backend.row_stats_backward(call, *saved.values(), entropy, upstream)
+    wanted = torch.empty_like(logits)
+    triton_backend.row_stats_backward(call, *saved, stats.entropy, upstream, wanted)
     assert wanted.abs().sum() > 0
-    assert triton_backend.row_stats_backward(call, *saved.values(), entropy, upstream, out=logits) is logits
+    triton_backend.row_stats_backward(call, *saved, stats.entropy, upstream, logits)
     assert torch.equal(logits, wanted)
 
 
 @runs
+def test_gradient_of_rows_in_three_loops_with_their_logits():
+    """Each is two nested loops, but not both together: the logits of overlapping rows, their gradient packed."""
+    torch.manual_seed(15)
+    targets = torch.randint(0, 4, (2, 3, 5))
+    gradients = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(16)
+        base = torch.randn(3, 5, 4, requires_grad=True)
+        logits = base.transpose(1, 2).expand(2, 3, 4, 5)
+        stats = sk.row_stats(logits, targets, dim=2, backend=backend)
+        (stats.loss * torch.arange(30.0).reshape(2, 3, 5)).sum().backward()
+        gradients.append(base.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@runs
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "temperature": 1.5}, {"label_smoothing": 0.2}])
-@pytest.mark.parametrize("shape", [(11, 9), (3, 2500), (2, 9, 40)])
+@pytest.mark.parametrize("shape", [(11, 9), (3, 1300), (2, 9, 40)])
 def test_gradient_is_the_reference_gradient(shape, options):
     torch.manual_seed(7)
     dim = -1 if len(shape) == 2 else 1
@@ -700,20 +741,19 @@ def test_gradient_of_one_output_and_of_strided_logits():
 
 
 @runs
-def test_gradcheck_and_second_derivative():
+def test_gradcheck():
     torch.manual_seed(9)
-    base, targets = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 4, 2])
+    base, targets = torch.randn(2, 4, dtype=torch.float64), torch.tensor([0, 3])
 
     def both(logits):
         stats = sk.row_stats(logits, targets, temperature=0.7, backend="triton")
         return stats.loss, stats.entropy
 
-    assert torch.autograd.gradcheck(both, base.requires_grad_())
-    assert torch.autograd.gradgradcheck(both, base)
+    assert torch.autograd.gradcheck(both, base.requires_grad_())  # the second derivative: test_library.py
 
 
 @runs
-@pytest.mark.parametrize(("shape", "dim"), [((5, 9), -1), ((2, 4100), -1), ((2, 9, 40), 1)])
+@pytest.mark.parametrize(("shape", "dim"), [((5, 9), -1), ((2, 1300), -1), ((2, 9, 40), 1)])
 def test_gradient_in_the_memory_of_the_logits(shape, dim):
     torch.manual_seed(10)
     base, targets = torch.randn(shape), torch.randint(0, shape[dim], shape[:1] + shape[2:])
