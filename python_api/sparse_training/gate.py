@@ -228,7 +228,8 @@ class Gate(nn.Module):
         if offset is not None:
             offset = offset.detach()
         # Not self.controller.values: each look-up through a module takes as long as 16 rows.
-        buffers = self._modules["controller"]._buffers
+        controller: Any = self._modules["controller"]
+        buffers = controller._buffers
         state, setpoint = ControlState(buffers["values"], buffers["counters"]), buffers["target"]
         if self._ranks:
             gated, selection = self._ranked_step(logits, targets, offset, state, setpoint)
