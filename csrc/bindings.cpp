@@ -109,6 +109,21 @@ int64_t run(const sk::RowStatsArgs& args, int32_t* invalid) {
   return result.bad_target_row;
 }
 
+void pack(Address mask, Address weight_in, int64_t rows, std::vector<int64_t> counts,
+          int64_t capacity, Address index, Address weight, Address count, Address overflow) {
+  const int64_t total =
+      sk::compact(at<uint8_t>(mask), at<float>(weight_in), rows, std::move(counts), capacity,
+                  at<int64_t>(index), at<float>(weight));
+  const int64_t kept = total < capacity ? total : capacity;
+  *at<int32_t>(count) = int32_t(kept);
+  *at<int32_t>(overflow) = int32_t(total - kept);
+}
+
+void move_threshold(const sk::ControlArgs& args) {
+  py::gil_scoped_release unlocked;
+  sk::control(args);
+}
+
 // The tensors' moves one after the other: input, its row stride in bytes, output, bytes of a row.
 template <class Function>
 int64_t move_rows(const Function& function, const py::tuple& numbers, Address index, int64_t slots,
@@ -191,15 +206,28 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("count_flags",
         [](Address mask, int64_t rows) { return sk::count_flags(at<uint8_t>(mask), rows); });
 
-  m.def("compact",
+  m.def("compact", &pack);
+
+  // The two that end a gate's call, on what gate_rows has left in the cache.
+  m.def("compact_and_control",
         [](Address mask, Address weight_in, int64_t rows, std::vector<int64_t> counts,
-           int64_t capacity, Address index, Address weight, Address count, Address overflow) {
-          const int64_t total =
-              sk::compact(at<uint8_t>(mask), at<float>(weight_in), rows, std::move(counts),
-                          capacity, at<int64_t>(index), at<float>(weight));
-          const int64_t kept = total < capacity ? total : capacity;
-          *at<int32_t>(count) = int32_t(kept);
-          *at<int32_t>(overflow) = int32_t(total - kept);
+           int64_t capacity, Address index, Address weight, Address count, Address overflow,
+           Address values, Address counters, Address significance, Address labels, int label_bytes,
+           int64_t ignore_index, Address mass, Address setpoint, double gate_temperature,
+           double p_min) {
+          pack(mask, weight_in, rows, std::move(counts), capacity, index, weight, count, overflow);
+          move_threshold({at<float>(values),
+                          at<int64_t>(counters),
+                          at<float>(significance),
+                          at<void>(labels),
+                          label_bytes,
+                          ignore_index,
+                          at<float>(mass),
+                          at<float>(setpoint),
+                          at<int32_t>(overflow),
+                          1,
+                          rows,
+                          {float(gate_temperature), float(p_min)}});
         });
 
   m.def("control",
@@ -218,8 +246,7 @@ PYBIND11_MODULE(_cpp, m) {
                                      states,
                                      rows,
                                      {float(gate_temperature), float(p_min)}};
-          py::gil_scoped_release unlocked;
-          sk::control(args);
+          move_threshold(args);
         });
 
   m.def("gather_rows", [](const py::tuple& moves, Address index, int64_t slots, int64_t rows) {

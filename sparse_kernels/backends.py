@@ -32,7 +32,7 @@ BY_NAME: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("compact", "gather_rows", "scatter_rows"), ("cuda",)),
 }
 # Operations made of others, which these backends have as one call.
-FUSED: dict[str, tuple[str, ...]] = {"select": ("cpp",)}
+FUSED: dict[str, tuple[str, ...]] = {"select": ("cpp",), "gate_step": ("cpp",)}
 _logged: set[str] = set()
 
 

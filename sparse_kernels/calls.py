@@ -96,13 +96,8 @@ class GateCall(StatsCall):
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a second class, which zero-argument super() does not know.
         StatsCall.__post_init__(self)
-        logits, weights, threshold = self.logits, self.weights, self.threshold
-        if threshold.numel() != 1 or not threshold.dtype.is_floating_point:
-            raise ValueError(
-                f"threshold is {threshold.dtype} of shape {tuple(threshold.shape)}; wanted one floating element"
-            )
-        if not (logits.is_cpu and threshold.is_cpu) and threshold.device != logits.device:
-            raise ValueError(f"threshold is on {threshold.device}, logits on {logits.device}")
+        self._check_threshold()
+        logits, weights = self.logits, self.weights
         if not weights or not _WEIGHABLE.issuperset(weights):
             known = ", ".join(s for s in STATISTICS if s in _WEIGHABLE)
             raise ValueError(f"weights are for {sorted(weights)}; wanted one or more of: {known}")
@@ -119,6 +114,15 @@ class GateCall(StatsCall):
             raise ValueError(f"gate_temperature={self.gate_temperature}; wanted 0 (a threshold) or above")
         if not 0.0 <= self.p_min <= 1.0:
             raise ValueError(f"p_min={self.p_min}; wanted a probability in [0, 1]")
+
+    def _check_threshold(self) -> None:
+        logits, threshold = self.logits, self.threshold
+        if threshold.numel() != 1 or not threshold.dtype.is_floating_point:
+            raise ValueError(
+                f"threshold is {threshold.dtype} of shape {tuple(threshold.shape)}; wanted one floating element"
+            )
+        if not (logits.is_cpu and threshold.is_cpu) and threshold.device != logits.device:
+            raise ValueError(f"threshold is on {threshold.device}, logits on {logits.device}")
 
 
 @dataclass(slots=True)
@@ -271,6 +275,41 @@ class SelectCall(GateCall):
         self.packing = None if self.tree is None else Tree(self.tree)
         if self.packing is not None:
             self.packing.check(self.targets.numel(), self.targets.device)
+
+
+@dataclass(slots=True)
+class GateStepCall(GateCall):
+    """A ``gate_step`` request; ``threshold`` is ``state.values``, which begins with it."""
+
+    capacity: int | None
+    state: ControlState
+    setpoint: Tensor  # float32, one element
+    by_mass: bool
+
+    def __post_init__(self) -> None:
+        GateCall.__post_init__(self)
+        if self.capacity is not None:
+            _check_capacity(self.capacity)
+
+    def _check_threshold(self) -> None:
+        logits, (values, counters), setpoint = self.logits, self.state, self.setpoint
+        if values.dtype is not torch.float32 or values.shape != _VALUES_SHAPE:
+            raise ValueError(f"state's values are {values.dtype} of shape {tuple(values.shape)}; wanted one state's")
+        if counters.dtype is not torch.int64 or counters.shape != _COUNTERS_SHAPE:
+            raise ValueError(
+                f"state's counters are {counters.dtype} of shape {tuple(counters.shape)}; wanted one state's"
+            )
+        if setpoint.dtype is not torch.float32 or setpoint.numel() != 1:
+            raise ValueError(f"setpoint is {setpoint.dtype} of shape {tuple(setpoint.shape)}; wanted one float32")
+        if not (logits.is_cpu and values.is_cpu and counters.is_cpu and setpoint.is_cpu):
+            for tensor in (values, counters, setpoint):
+                if tensor.device != logits.device:
+                    raise ValueError(
+                        f"the controller's {tuple(tensor.shape)} are on {tensor.device}, logits on {logits.device}"
+                    )
+
+
+_VALUES_SHAPE, _COUNTERS_SHAPE = (len(CONTROL_VALUES),), (len(CONTROL_COUNTERS),)
 
 
 def _of_one_level(tree: Any) -> list[Tensor] | None:

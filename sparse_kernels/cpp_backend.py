@@ -14,7 +14,7 @@ from typing import Any
 import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
 from torch import Tensor
 
-from sparse_kernels.calls import CompactCall, ControlCall, GateCall, SelectCall, StatsCall, TreeCall
+from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, TreeCall
 from sparse_kernels.rows import empty_rows, rows_are_packed
 from sparse_kernels.tracing import refuse_tensor
 from sparse_kernels.types import GatedRows, RowStats, Selected, Selection
@@ -123,6 +123,7 @@ def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
 
 # empty_like takes half the time of empty, which counts where a call takes 10 us.
 _COUNT = torch.zeros((), dtype=torch.int32)
+_INDEX = torch.zeros(0, dtype=torch.int64)  # new_empty of it takes two thirds
 
 
 def _real(call: StatsCall) -> torch.dtype:
@@ -239,7 +240,7 @@ def _compact(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> Selec
     if slots is None:
         counts = _cpp.count_flags(mask.data_ptr(), rows)
         slots = sum(counts)
-    index = torch.empty(slots, dtype=torch.int64, device=mask.device)
+    index = _INDEX.new_empty(slots)
     weight = torch.empty_like(index, dtype=torch.float32)
     count, overflow = torch.empty_like(_COUNT), torch.empty_like(_COUNT)
     _cpp.compact(
@@ -304,6 +305,54 @@ def select(call: SelectCall) -> Selected:
     if call.packing is None:
         return Selected(gated, selection, None)
     return Selected(gated, selection, call.packing.rebuild(_gather(call.packing.tensors, selection)))
+
+
+def refuse_gate_step(call: GateStepCall) -> str | None:
+    """Why this call is not served as one, or None."""
+    reason = refuse_gate_rows(call)
+    if reason is None and call.logits.dtype is torch.float64:
+        reason = "a controller's state is float32"
+    if reason is None and not (call.state.values.is_contiguous() and call.state.counters.is_contiguous()):
+        reason = "a state that is not contiguous cannot be moved in place"
+    return reason
+
+
+def gate_step(call: GateStepCall) -> Selected:
+    """See ``sparse_kernels.ops.gate_step``. Only ``gate_rows`` can fail, before the state has moved."""
+    targets = call.targets = call.targets.contiguous()
+    gated = gate_rows(call)
+    mask, significance, gate_weight, stats, _ = gated
+    rows = targets.numel()
+    slots = call.capacity
+    counts: list[int] = []
+    if slots is None:
+        counts = _cpp.count_flags(mask.data_ptr(), rows)
+        slots = sum(counts)
+    index = _INDEX.new_empty(slots)
+    weight = torch.empty_like(index, dtype=torch.float32)
+    count, overflow = torch.empty_like(_COUNT), torch.empty_like(_COUNT)
+    _cpp.compact_and_control(
+        mask.data_ptr(),
+        0 if gate_weight is None else gate_weight.data_ptr(),
+        rows,
+        counts,
+        slots,
+        index.data_ptr(),
+        weight.data_ptr(),
+        count.data_ptr(),
+        overflow.data_ptr(),
+        call.state.values.data_ptr(),
+        call.state.counters.data_ptr(),
+        significance.data_ptr(),
+        targets.data_ptr(),
+        4 if targets.dtype is torch.int32 else 8,
+        call.ignore_index,
+        0 if stats.grad_norm is None else stats.grad_norm.data_ptr(),
+        call.setpoint.data_ptr(),
+        call.gate_temperature,
+        call.p_min,
+    )
+    return Selected(gated, Selection(index, weight, count, overflow, rows), None)
 
 
 def _refuse_tensors(tensors: list[Tensor]) -> str | None:

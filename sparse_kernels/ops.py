@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_kernels import library
 from sparse_kernels.backends import choose, fused
-from sparse_kernels.calls import CompactCall, ControlCall, GateCall, SelectCall, StatsCall, Tree, TreeCall
+from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, Tree, TreeCall
 from sparse_kernels.tracing import observed
 from sparse_kernels.types import DIFFERENTIABLE, ControlState, GatedRows, RowStats, Selected, Selection
 
@@ -220,6 +220,61 @@ def select(
     selection = _compact(CompactCall(gated.mask.flatten(), weight, capacity), backend)
     packed = None if tree is None else gather_rows(tree, selection, backend=backend)
     return Selected(gated, selection, packed)
+
+
+def gate_step(
+    logits: Tensor,
+    targets: Tensor,
+    state: ControlState,
+    setpoint: Tensor,
+    *,
+    weights: Mapping[str, float],
+    capacity: int | None = None,
+    offset: Tensor | None = None,
+    by_mass: bool = False,
+    dim: int = -1,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    gate_temperature: float = 0.0,
+    p_min: float = 0.0,
+    seed: int = 0,
+) -> Selected:
+    """``select`` at a controller's threshold, then ``control`` of it by what was found, as one call.
+
+    Args:
+        state: of one controller; its step is that of the draws.
+        setpoint: float32, one element: the rate wanted, or, ``by_mass``, the share of the sum of grad_norm.
+        Others as in ``select``.
+
+    Returns:
+        Selected, with nothing packed; ``by_mass``, its statistics hold ``grad_norm``.
+
+    Raises:
+        As ``select`` and ``control``; the state has not moved then.
+    """
+    outputs = ("grad_norm",) if by_mass else ()
+    step = state.counters[0] if gate_temperature else 0
+    call = GateStepCall(
+        logits, targets, outputs, dim, 1.0, 0.0, label_smoothing, ignore_index,
+        state.values, weights, offset, gate_temperature, p_min, seed, step, capacity, state, setpoint, by_mass,
+    )  # fmt: skip
+    if not observed(logits):
+        served: Selected | None = fused("gate_step", call, None)
+        if served is not None:
+            return served
+    selected = select(
+        logits, targets, state.values[0],
+        weights=weights, capacity=capacity, offset=offset, outputs=outputs, dim=dim, label_smoothing=label_smoothing,
+        ignore_index=ignore_index, gate_temperature=gate_temperature, p_min=p_min, seed=seed, step=step,
+    )  # fmt: skip
+    gated, selection, _ = selected
+    control(
+        state, gated.significance.flatten(), setpoint,
+        labels=targets.flatten(), ignore_index=ignore_index, overflow=selection.overflow,
+        mass=gated.stats.grad_norm.flatten() if gated.stats.grad_norm is not None else None,
+        gate_temperature=gate_temperature, p_min=p_min,
+    )  # fmt: skip
+    return selected
 
 
 def control(

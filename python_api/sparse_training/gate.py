@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import ControlState, GatedRows, Selection, compact, control, gate_rows
+from sparse_kernels.ops import gate_step
 from sparse_kernels.philox import uniform
 from sparse_training.controller import PIController
 from sparse_training.errors import UserError
@@ -222,9 +223,38 @@ class Gate(nn.Module):
         """
         if index is not None and index.shape != targets.shape[:1]:
             raise UserError(f"index has shape {tuple(index.shape)}; wanted {tuple(targets.shape[:1])}, one a sample")
-        controller = self.controller
-        state = controller.state()  # looked up once: each look-up in a module takes as long as 16 rows
-        gated, selection = self._select(logits.detach(), targets, offset, state)
+        if logits.requires_grad:
+            logits = logits.detach()
+        if offset is not None:
+            offset = offset.detach()
+        # Not self.controller.values: each look-up through a module takes as long as 16 rows.
+        controller: Any = self._modules["controller"]
+        buffers = controller._buffers
+        state, setpoint = ControlState(buffers["values"], buffers["counters"]), buffers["target"]
+        if self._ranks:
+            gated, selection = self._ranked_step(logits, targets, offset, state, setpoint)
+        else:
+            gated, selection, _ = gate_step(
+                logits, targets, state, setpoint,
+                weights=self._weights, capacity=self.capacity, offset=offset, by_mass=self.by_mass, dim=self.dim,
+                label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
+                gate_temperature=self.temperature, p_min=self.p_min, seed=self.seed,
+            )  # fmt: skip
+        object.__setattr__(self, "last", gated)  # Module's own looks for parameters first
+        return selection
+
+    def _ranked_step(
+        self, logits: Tensor, targets: Tensor, offset: Tensor | None, state: ControlState, setpoint: Tensor
+    ) -> tuple[GatedRows, Selection]:
+        """``gate_step`` where rows are ranked: score, decide, pack, control."""
+        threshold, step = state.values[0], state.counters[0]
+        gated = gate_rows(
+            logits, targets, threshold,
+            weights=self._weights, offset=offset, outputs=("grad_norm",) if self.by_mass else (), dim=self.dim,
+            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
+        )  # fmt: skip
+        gated = self._rank(gated, targets != self.ignore_index, threshold, step)
+        selection = compact(gated.mask.flatten(), capacity=self.capacity)
         significance = gated.significance
         mass = gated.stats.grad_norm if self.by_mass else None
         if targets.dim() != 1:
@@ -232,32 +262,10 @@ class Gate(nn.Module):
             mass = None if mass is None else mass.flatten()
         # The controller counts significance above the threshold itself, so a floor cannot reach it.
         control(
-            state, significance, controller.target,
+            state, significance, setpoint,
             labels=targets, ignore_index=self.ignore_index, mass=mass, overflow=selection.overflow,
-            gate_temperature=self.temperature, p_min=self.p_min,
         )  # fmt: skip
-        object.__setattr__(self, "last", gated)  # Module's own looks for parameters first
-        return selection
-
-    def _select(
-        self, logits: Tensor, targets: Tensor, offset: Tensor | None, state: ControlState
-    ) -> tuple[GatedRows, Selection]:
-        """Score, decide, pack."""
-        threshold = state.values[0]
-        step = state.counters[0] if self.temperature or self._ranks else 0  # of the draws
-        gated = gate_rows(
-            logits, targets, threshold,
-            weights=self._weights, offset=None if offset is None else offset.detach(),
-            outputs=("grad_norm",) if self.by_mass else (), dim=self.dim,
-            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
-            gate_temperature=self.temperature, p_min=self.p_min, seed=self.seed, step=step,
-        )  # fmt: skip
-        if self._ranks:
-            gated = self._rank(gated, targets != self.ignore_index, threshold, step)
-        mask, weight = gated.mask, gated.weight
-        if mask.dim() != 1:
-            mask, weight = mask.flatten(), None if weight is None else weight.flatten()
-        return gated, compact(mask, weight=weight, capacity=self.capacity)
+        return gated, selection
 
     def _rank(self, gated: GatedRows, valid: Tensor, threshold: Tensor, step: int | Tensor) -> GatedRows:
         """The decisions that the comparison with a threshold is not all of."""
