@@ -54,16 +54,12 @@ template <class T, bool kSquares>
 inline BlockSums sum_block(const T* x, int vectors, Real maximum, const Exponential& in_memory) {
   const Exponential exponential = in_memory;
   const Vec m = splat(maximum);
-  Sums sums;
-  const auto at = [&](int i) { return load(x + i * kLanes) - m; };
-  int i = 0;
-  for (; i + 4 <= vectors; i += 4) {
+  const Sums sums = sum_of<kSquares>(vectors, exponential, [&](int i) {
     // The next block, while this one keeps the arithmetic busy: otherwise its first read, for the
     // maximum, would wait for memory. A prefetch past the end of memory does nothing.
-    for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(x + i * kLanes + kBlock + j);
-    sums.add<kSquares>(at(i), at(i + 1), at(i + 2), at(i + 3), exponential);
-  }
-  for (; i < vectors; ++i) sums.add<kSquares>(at(i), exponential);
+    if (i * sizeof(T) * kLanes % 64 == 0) prefetch(x + i * kLanes + kBlock);
+    return load(x + i * kLanes) - m;
+  });
   return {reduce_add(sums.rest), reduce_add(sums.rest_d), kSquares ? reduce_add(sums.rest_sq) : 0};
 }
 

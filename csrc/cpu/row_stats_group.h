@@ -34,24 +34,23 @@ struct Sums {
     if (kSquares) rest_sq = fma(e, e, rest_sq);
   }
 
-  // Four terms as a tree: a quarter of the roundings, which in a row of equal logits all fall the
-  // same way, and a quarter of the wait for one sum after another.
-  template <bool kSquares>
-  void add(Vec d0, Vec d1, Vec d2, Vec d3, const Exponential& exponential) {
-    const Sums a = pair<kSquares>(d0, d1, exponential), b = pair<kSquares>(d2, d3, exponential);
-    rest = rest + (a.rest + b.rest);
-    rest_d = rest_d + (a.rest_d + b.rest_d);
-    if (kSquares) rest_sq = rest_sq + (a.rest_sq + b.rest_sq);
-  }
-
-  template <bool kSquares>
-  static Sums pair(Vec d0, Vec d1, const Exponential& exponential) {
-    d0 = exponential.clamp(d0);
-    d1 = exponential.clamp(d1);
-    const Vec e0 = exponential(d0), e1 = exponential(d1);
-    return {e0 + e1, fma(e0, d0, e1 * d1), kSquares ? fma(e0, e0, e1 * e1) : splat(0)};
+  Sums operator+(const Sums& other) const {
+    return {rest + other.rest, rest_d + other.rest_d, rest_sq + other.rest_sq};
   }
 };
+
+// f(i) of i = 0 to count - 1, in four sums: a quarter of the roundings, which in a row of equal
+// logits all fall the same way, and no wait for one sum after another.
+template <bool kSquares, class F>
+inline Sums sum_of(int count, const Exponential& exponential, const F& f) {
+  constexpr int kUnroll = 4;
+  Sums sums[kUnroll];
+  int i = 0;
+  for (; i + kUnroll <= count; i += kUnroll)
+    for (int u = 0; u < kUnroll; ++u) sums[u].add<kSquares>(f(i + u), exponential);
+  for (; i < count; ++i) sums[0].add<kSquares>(f(i), exponential);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
 
 struct Plan {
   bool wanted[kStatistics];  // as an output or in the significance

@@ -102,17 +102,8 @@ struct LaneSums {
       target_x[i] = *at;
       *at = -kInfinity;
     }
-    const auto at = [&](int j) { return load(x + j * stride) - shift; };
-    // In runs of 16, or a long column of equal logits would round every sum the same way.
-    for (int first = 0; first < columns; first += 16) {
-      const int last = columns - first < 16 ? columns : first + 16;
-      Sums run;
-      int j = first;
-      for (; j + 4 <= last; j += 4)
-        run.add<kSquares>(at(j), at(j + 1), at(j + 2), at(j + 3), exponential);
-      for (; j < last; ++j) run.add<kSquares>(at(j), exponential);
-      sums = Sums{sums.rest + run.rest, sums.rest_d + run.rest_d, sums.rest_sq + run.rest_sq};
-    }
+    sums = sums + sum_of<kSquares>(columns, exponential,
+                                   [&](int j) { return load(x + j * stride) - shift; });
   }
 
   void finish(Group& group) const {
