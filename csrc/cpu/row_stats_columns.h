@@ -45,7 +45,7 @@ inline void prefetch(const void* p) {
 }
 
 struct BlockSums {
-  Real rest, rest_d, rest_sq;
+  double rest, rest_d, rest_sq;
 };
 
 // The target is -inf here, so that the loop has no exception to find: where a row is short,
@@ -54,12 +54,13 @@ template <class T, bool kSquares>
 inline BlockSums sum_block(const T* x, int vectors, Real maximum, const Exponential& in_memory) {
   const Exponential exponential = in_memory;
   const Vec m = splat(maximum);
-  const Sums sums = sum_of<kSquares>(vectors, exponential, [&](int i) {
-    // The next block, while this one keeps the arithmetic busy: otherwise its first read, for the
-    // maximum, would wait for memory. A prefetch past the end of memory does nothing.
-    if (i * sizeof(T) * kLanes % 64 == 0) prefetch(x + i * kLanes + kBlock);
-    return load(x + i * kLanes) - m;
-  });
+  // The next block, while this one keeps the arithmetic busy: otherwise its first read, for the
+  // maximum, would wait for memory. A prefetch past the end of memory does nothing.
+  const auto ahead = [&](int i) {
+    for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(x + i * kLanes + kBlock + j);
+  };
+  const auto d = [&](int i) { return load(x + i * kLanes) - m; };
+  const Sums sums = sum_of<kSquares>(vectors, exponential, d, ahead);
   return {reduce_add(sums.rest), reduce_add(sums.rest_d), kSquares ? reduce_add(sums.rest_sq) : 0};
 }
 
@@ -117,11 +118,11 @@ inline TwoLargest two_largest(const T* x, int vectors) {
 
 // Sum of x - shift.
 template <class T>
-inline Real sum_differences(const T* x, int columns, Real shift) {
+inline double sum_differences(const T* x, int columns, Real shift) {
   Vec sum = splat(0);
   const int vectors = columns / kLanes;
   for (int i = 0; i < vectors; ++i) sum = sum + (load(x + i * kLanes) - splat(shift));
-  Real total = reduce_add(sum);
+  double total = reduce_add(sum);
   for (int j = vectors * kLanes; j < columns; ++j)
     total += widen(x[place_in_copy(j, columns)]) - shift;
   return total;
@@ -253,7 +254,7 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan& plan, const T* 
       const BlockSums sums = sum_block<Real, kSquares>(copies + (i - first) * width, vectors,
                                                        group.maximum[i], plan.exponential);
       group.rest[i] = group.maximum[i] == -kInfinity ? kNaN : sums.rest;
-      group.rest_d[i] = sums.rest_d;
+      group.rest_d[i] = Real(sums.rest_d);
       group.rest_sq[i] = sums.rest_sq;
     }
   }
@@ -278,9 +279,9 @@ inline void sum_long_rows(const RowStatsArgs& args, const Plan& plan, const T* c
     }
     const bool masked = sums.maximum == -kInfinity;  // every logit: no distribution
     group.maximum[i] = Real(sums.maximum);
-    group.rest[i] = masked ? kNaN : Real(sums.rest);
+    group.rest[i] = masked ? kNaN : sums.rest;
     group.rest_d[i] = Real(sums.rest_d);
-    group.rest_sq[i] = Real(sums.rest_sq);
+    group.rest_sq[i] = sums.rest_sq;
     group.second[i] = Real(sums.second);
     group.mean[i] = Real(sums.sum / double(args.classes) - sums.maximum);
     group.argmax[i] = sums.argmax;

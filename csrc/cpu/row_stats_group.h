@@ -4,9 +4,9 @@
 // What one pass leaves of kLanes rows.
 struct alignas(64) Group {
   Real maximum[kLanes];  // of the logits
-  Real rest[kLanes];
+  double rest[kLanes];
+  double rest_sq[kLanes];
   Real rest_d[kLanes];
-  Real rest_sq[kLanes];
   Real target_d[kLanes];
   Real second[kLanes];     // second largest logit; only where the margin is wanted
   Real mean[kLanes];       // of the logits, less the maximum; only with label smoothing
@@ -39,17 +39,21 @@ struct Sums {
   }
 };
 
-// f(i) of i = 0 to count - 1, in four sums: a quarter of the roundings, which in a row of equal
-// logits all fall the same way, and no wait for one sum after another.
-template <bool kSquares, class F>
-inline Sums sum_of(int count, const Exponential& exponential, const F& f) {
-  constexpr int kUnroll = 4;
-  Sums sums[kUnroll];
+// d(0) to d(count - 1), in two sums: more would not fit into AVX2's registers, and with one each
+// term would wait for the one before. ahead(i) is called before every fourth.
+template <bool kSquares, class D, class Ahead>
+inline Sums sum_of(int count, const Exponential& exponential, const D& d, const Ahead& ahead) {
+  Sums even, odd;
   int i = 0;
-  for (; i + kUnroll <= count; i += kUnroll)
-    for (int u = 0; u < kUnroll; ++u) sums[u].add<kSquares>(f(i + u), exponential);
-  for (; i < count; ++i) sums[0].add<kSquares>(f(i), exponential);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (; i + 4 <= count; i += 4) {
+    ahead(i);
+    even.add<kSquares>(d(i), exponential);
+    odd.add<kSquares>(d(i + 1), exponential);
+    even.add<kSquares>(d(i + 2), exponential);
+    odd.add<kSquares>(d(i + 3), exponential);
+  }
+  for (; i < count; ++i) even.add<kSquares>(d(i), exponential);
+  return even + odd;
 }
 
 struct Plan {
@@ -90,10 +94,16 @@ inline void copy_rows(void* out, int64_t row, const Real* values, int count) {
 inline void finish(const RowStatsArgs& args, const Plan& plan, const Group& group, int64_t row,
                    int count, RowStatsResult& result) {
   const Vec zero = splat(0), one = splat(1), minus_beta = splat(Real(-args.inverse_temperature));
-  const Vec raw_rest = load(group.rest), flush = splat(kFlushBelow);
-  const Vec rest = select_ge(flush, raw_rest, zero, raw_rest);
-  const Vec rest_d = select_ge(flush, raw_rest, zero, load(group.rest_d));
-  const Vec rest_sq = select_ge(flush, raw_rest, zero, load(group.rest_sq));
+  alignas(64) double r[kLanes], sq[kLanes];
+  alignas(64) Real rest_of[kLanes], rest_d_of[kLanes], e[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const bool nothing = group.rest[i] <= kFlushBelow;
+    r[i] = nothing ? 0.0 : group.rest[i];
+    sq[i] = nothing ? 0.0 : group.rest_sq[i];
+    rest_of[i] = Real(r[i]);
+    rest_d_of[i] = nothing ? 0 : group.rest_d[i];
+  }
+  const Vec rest = load(rest_of), rest_d = load(rest_d_of);
   const Vec target_d = load(group.target_d);
   const Vec target_clamped = plan.exponential.clamp(target_d);
   const Vec target_e = plan.exponential(target_clamped);
@@ -116,16 +126,13 @@ inline void finish(const RowStatsArgs& args, const Plan& plan, const Group& grou
     const Vec mean_d = fma(target_e, target_clamped, rest_d) * inverse;
     store(value[kEntropy], fma(mean_d, minus_beta, log_total));
   }
-  // The rest in double: a float's roundings would add up to more than PyTorch's own.
-  alignas(64) Real r[kLanes], e[kLanes], sq[kLanes];
-  store(r, rest);
+  // In double: a float's roundings would add up to more than PyTorch's own.
   store(e, target_e);
-  store(sq, rest_sq);
   const auto per_lane = [&](Statistic k, const auto& f) {
     if (!wanted[k]) return;
-    for (int i = 0; i < kLanes; ++i) value[k][i] = Real(f(i, double(r[i]) + double(e[i])));
+    for (int i = 0; i < kLanes; ++i) value[k][i] = Real(f(i, r[i] + e[i]));
   };
-  per_lane(kGradNorm, [&](int i, double s) { return std::sqrt(double(r[i]) * r[i] + sq[i]) / s; });
+  per_lane(kGradNorm, [&](int i, double s) { return std::sqrt(r[i] * r[i] + sq[i]) / s; });
   per_lane(kSumSquares, [&](int i, double s) { return (double(e[i]) * e[i] + sq[i]) / (s * s); });
   per_lane(kMaxProb, [&](int, double s) { return 1.0 / s; });
   if (wanted[kMargin]) {

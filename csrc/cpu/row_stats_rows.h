@@ -102,15 +102,20 @@ struct LaneSums {
       target_x[i] = *at;
       *at = -kInfinity;
     }
-    sums = sums + sum_of<kSquares>(columns, exponential,
-                                   [&](int j) { return load(x + j * stride) - shift; });
+    const auto d = [&](int j) { return load(x + j * stride) - shift; };
+    sums = sums + sum_of<kSquares>(columns, exponential, d, [](int) {});
   }
 
   void finish(Group& group) const {
     store(group.maximum, maximum);
-    store(group.rest, sums.rest);
+    alignas(64) Real rest[kLanes], rest_sq[kLanes];
+    store(rest, sums.rest);
+    store(rest_sq, sums.rest_sq);
+    for (int i = 0; i < kLanes; ++i) {
+      group.rest[i] = rest[i];
+      group.rest_sq[i] = rest_sq[i];
+    }
     store(group.rest_d, sums.rest_d);
-    store(group.rest_sq, sums.rest_sq);
     store(group.target_d, load(target_x) - maximum);  // NaN where every logit is -inf
   }
 };

@@ -54,7 +54,11 @@ inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), y.v, x.v)};
 }
 
-inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline double reduce_add(Vec a) {
+  const __m256 high = _mm512_extractf32x8_ps(a.v, 1);
+  return _mm512_reduce_add_pd(
+      _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(high)));
+}
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 constexpr int kPowerSteps = 1;

@@ -80,10 +80,11 @@ inline Lanes8<Real> select_ge(Lanes8<Real> a, Lanes8<Real> b, Lanes8<Real> x, La
   return map<Real>([&](int i) { return a.lane[i] >= b.lane[i] ? x.lane[i] : y.lane[i]; });
 }
 
+// In double: the last few roundings of a sum of floats would be most of its error.
 template <class Real>
-inline Real reduce_add(Lanes8<Real> a) {
-  return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) +
-         ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
+inline double reduce_add(Lanes8<Real> a) {
+  const auto pair = [&](int i) { return double(a.lane[i]) + double(a.lane[i + 4]); };
+  return (pair(0) + pair(2)) + (pair(1) + pair(3));
 }
 template <class Real>
 inline Real reduce_max(Lanes8<Real> a) {
