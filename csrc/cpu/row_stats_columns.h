@@ -14,16 +14,28 @@ constexpr TailMask kTailMask;
 
 // A block copied to where it can be changed, capped where there is a softcap, in whole vectors. The
 // last one ends with the last column and begins with -inf (padded at its end, it would be stored in
-// two parts, and reading it would wait for both). There must be kLanes columns.
+// two parts, and reading it would wait for both). There must be kLanes columns. Returns the largest
+// in the copy, as max_block does.
 template <class T>
-inline void copy_block(const T* x, int columns, Real softcap, Real* copy) {
+inline Real copy_block(const T* x, int columns, Real softcap, Real* copy) {
   const auto capped = [&](int i) {
     const Vec v = load(x + i);
     return softcap != 0 ? cap(v, softcap) : v;
   };
   const int tail = columns % kLanes, whole = columns - tail;
-  for (int i = 0; i < whole; i += kLanes) store(copy + i, capped(i));
-  if (tail) store(copy + whole, min(load(kTailMask.value + tail), capped(columns - kLanes)));
+  Vec largest = splat(-kInfinity), other = largest;
+  const auto put = [&](int i, Vec v, Vec& m) {
+    store(copy + i, v);
+    m = max(m, v);
+  };
+  int i = 0;
+  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+    put(i, capped(i), largest);
+    put(i + kLanes, capped(i + kLanes), other);
+  }
+  if (i < whole) put(i, capped(i), largest);
+  if (tail) put(whole, min(load(kTailMask.value + tail), capped(columns - kLanes)), other);
+  return reduce_max(max(largest, other));
 }
 
 // Where in the copy a column is, and which column is there.
@@ -243,8 +255,7 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan& plan, const T* 
     for (int i = first; i < last; ++i) {
       if (group.ignored[i]) continue;
       Real* copy = copies + (i - first) * width;
-      copy_block(logits[i], columns, Real(args.softcap), copy);
-      group.maximum[i] = max_block(copy, vectors);
+      group.maximum[i] = copy_block(logits[i], columns, Real(args.softcap), copy);
       Real& target_x = copy[place_in_copy(int(target[i]), columns)];
       group.target_d[i] = target_x - group.maximum[i];
       target_x = -kInfinity;

@@ -65,7 +65,8 @@ constexpr int kPowerSteps = 1;
 
 template <class Slope>
 inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
-  const Vec n = {_mm512_roundscale_ps((d * scale).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const Vec n = {
+      _mm512_roundscale_ps((d * scale).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   const Vec f = fms(d, scale, n);
   return {_mm512_scalef_ps(fma(slope(f), f, splat(1.0f)).v, n.v)};
 }
@@ -112,7 +113,8 @@ constexpr int kPowerSteps = 1;
 
 template <class Slope>
 inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
-  const Vec n = {_mm512_roundscale_pd((d * scale).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const Vec n = {
+      _mm512_roundscale_pd((d * scale).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   const Vec f = fms(d, scale, n);
   return {_mm512_scalef_pd(fma(slope(f), f, splat(1.0)).v, n.v)};
 }

@@ -4,7 +4,7 @@
 // 2^t is still a normal number, and so is all that it is made of, even in steps of an eighth (-124,
 // plus 0.4 of a step): a masked logit must not cost what subnormal numbers cost.
 constexpr double kLowestPower = -123.95;
-constexpr float kFlushBelow = 1e-30f;    // a sum that is only terms of 2^kLowestPower is nothing
+constexpr float kFlushBelow = 1e-30f;  // a sum that is only terms of 2^kLowestPower is nothing
 constexpr float kLn2High = 6.9313812256e-1f, kLn2Low = 9.0580006145e-6f;
 
 // (2^(f / kPowerSteps) - 1) / f on [-1/2, 1/2], minimax for 2^(f / kPowerSteps): relative error of
