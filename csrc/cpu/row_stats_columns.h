@@ -14,16 +14,28 @@ constexpr TailMask kTailMask;
 
 // A block copied to where it can be changed, capped where there is a softcap, in whole vectors. The
 // last one ends with the last column and begins with -inf (padded at its end, it would be stored in
-// two parts, and reading it would wait for both). There must be kLanes columns.
+// two parts, and reading it would wait for both). There must be kLanes columns. Returns the largest
+// in the copy, as max_block does.
 template <class T>
-inline void copy_block(const T* x, int columns, Real softcap, Real* copy) {
+inline Real copy_block(const T* x, int columns, Real softcap, Real* copy) {
   const auto capped = [&](int i) {
     const Vec v = load(x + i);
     return softcap != 0 ? cap(v, softcap) : v;
   };
   const int tail = columns % kLanes, whole = columns - tail;
-  for (int i = 0; i < whole; i += kLanes) store(copy + i, capped(i));
-  if (tail) store(copy + whole, min(load(kTailMask.value + tail), capped(columns - kLanes)));
+  Vec largest = splat(-kInfinity), other = largest;
+  const auto put = [&](int i, Vec v, Vec& m) {
+    store(copy + i, v);
+    m = max(m, v);
+  };
+  int i = 0;
+  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+    put(i, capped(i), largest);
+    put(i + kLanes, capped(i + kLanes), other);
+  }
+  if (i < whole) put(i, capped(i), largest);
+  if (tail) put(whole, min(load(kTailMask.value + tail), capped(columns - kLanes)), other);
+  return reduce_max(max(largest, other));
 }
 
 // Where in the copy a column is, and which column is there.
@@ -45,7 +57,7 @@ inline void prefetch(const void* p) {
 }
 
 struct BlockSums {
-  Real rest, rest_d, rest_sq;
+  double rest, rest_d, rest_sq;
 };
 
 // The target is -inf here, so that the loop has no exception to find: where a row is short,
@@ -54,16 +66,13 @@ template <class T, bool kSquares>
 inline BlockSums sum_block(const T* x, int vectors, Real maximum, const Exponential& in_memory) {
   const Exponential exponential = in_memory;
   const Vec m = splat(maximum);
-  Sums sums;
-  const auto at = [&](int i) { return load(x + i * kLanes) - m; };
-  int i = 0;
-  for (; i + 4 <= vectors; i += 4) {
-    // The next block, while this one keeps the arithmetic busy: otherwise its first read, for the
-    // maximum, would wait for memory. A prefetch past the end of memory does nothing.
+  // The next block, while this one keeps the arithmetic busy: otherwise its first read, for the
+  // maximum, would wait for memory. A prefetch past the end of memory does nothing.
+  const auto ahead = [&](int i) {
     for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(x + i * kLanes + kBlock + j);
-    sums.add<kSquares>(at(i), at(i + 1), at(i + 2), at(i + 3), exponential);
-  }
-  for (; i < vectors; ++i) sums.add<kSquares>(at(i), exponential);
+  };
+  const auto d = [&](int i) { return load(x + i * kLanes) - m; };
+  const Sums sums = sum_of<kSquares>(vectors, exponential, d, ahead);
   return {reduce_add(sums.rest), reduce_add(sums.rest_d), kSquares ? reduce_add(sums.rest_sq) : 0};
 }
 
@@ -121,11 +130,11 @@ inline TwoLargest two_largest(const T* x, int vectors) {
 
 // Sum of x - shift.
 template <class T>
-inline Real sum_differences(const T* x, int columns, Real shift) {
+inline double sum_differences(const T* x, int columns, Real shift) {
   Vec sum = splat(0);
   const int vectors = columns / kLanes;
   for (int i = 0; i < vectors; ++i) sum = sum + (load(x + i * kLanes) - splat(shift));
-  Real total = reduce_add(sum);
+  double total = reduce_add(sum);
   for (int j = vectors * kLanes; j < columns; ++j)
     total += widen(x[place_in_copy(j, columns)]) - shift;
   return total;
@@ -246,8 +255,7 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan& plan, const T* 
     for (int i = first; i < last; ++i) {
       if (group.ignored[i]) continue;
       Real* copy = copies + (i - first) * width;
-      copy_block(logits[i], columns, Real(args.softcap), copy);
-      group.maximum[i] = max_block(copy, vectors);
+      group.maximum[i] = copy_block(logits[i], columns, Real(args.softcap), copy);
       Real& target_x = copy[place_in_copy(int(target[i]), columns)];
       group.target_d[i] = target_x - group.maximum[i];
       target_x = -kInfinity;
@@ -257,7 +265,7 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan& plan, const T* 
       const BlockSums sums = sum_block<Real, kSquares>(copies + (i - first) * width, vectors,
                                                        group.maximum[i], plan.exponential);
       group.rest[i] = group.maximum[i] == -kInfinity ? kNaN : sums.rest;
-      group.rest_d[i] = sums.rest_d;
+      group.rest_d[i] = Real(sums.rest_d);
       group.rest_sq[i] = sums.rest_sq;
     }
   }
@@ -282,9 +290,9 @@ inline void sum_long_rows(const RowStatsArgs& args, const Plan& plan, const T* c
     }
     const bool masked = sums.maximum == -kInfinity;  // every logit: no distribution
     group.maximum[i] = Real(sums.maximum);
-    group.rest[i] = masked ? kNaN : Real(sums.rest);
+    group.rest[i] = masked ? kNaN : sums.rest;
     group.rest_d[i] = Real(sums.rest_d);
-    group.rest_sq[i] = Real(sums.rest_sq);
+    group.rest_sq[i] = sums.rest_sq;
     group.second[i] = Real(sums.second);
     group.mean[i] = Real(sums.sum / double(args.classes) - sums.maximum);
     group.argmax[i] = sums.argmax;

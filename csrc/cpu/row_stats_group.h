@@ -4,9 +4,9 @@
 // What one pass leaves of kLanes rows.
 struct alignas(64) Group {
   Real maximum[kLanes];  // of the logits
-  Real rest[kLanes];
+  double rest[kLanes];
+  double rest_sq[kLanes];
   Real rest_d[kLanes];
-  Real rest_sq[kLanes];
   Real target_d[kLanes];
   Real second[kLanes];     // second largest logit; only where the margin is wanted
   Real mean[kLanes];       // of the logits, less the maximum; only with label smoothing
@@ -34,24 +34,27 @@ struct Sums {
     if (kSquares) rest_sq = fma(e, e, rest_sq);
   }
 
-  // Four terms as a tree: a quarter of the roundings, which in a row of equal logits all fall the
-  // same way, and a quarter of the wait for one sum after another.
-  template <bool kSquares>
-  void add(Vec d0, Vec d1, Vec d2, Vec d3, const Exponential& exponential) {
-    const Sums a = pair<kSquares>(d0, d1, exponential), b = pair<kSquares>(d2, d3, exponential);
-    rest = rest + (a.rest + b.rest);
-    rest_d = rest_d + (a.rest_d + b.rest_d);
-    if (kSquares) rest_sq = rest_sq + (a.rest_sq + b.rest_sq);
-  }
-
-  template <bool kSquares>
-  static Sums pair(Vec d0, Vec d1, const Exponential& exponential) {
-    d0 = exponential.clamp(d0);
-    d1 = exponential.clamp(d1);
-    const Vec e0 = exponential(d0), e1 = exponential(d1);
-    return {e0 + e1, fma(e0, d0, e1 * d1), kSquares ? fma(e0, e0, e1 * e1) : splat(0)};
+  Sums operator+(const Sums& other) const {
+    return {rest + other.rest, rest_d + other.rest_d, rest_sq + other.rest_sq};
   }
 };
+
+// d(0) to d(count - 1), in two sums: more would not fit into AVX2's registers, and with one each
+// term would wait for the one before. ahead(i) is called before every fourth.
+template <bool kSquares, class D, class Ahead>
+inline Sums sum_of(int count, const Exponential& exponential, const D& d, const Ahead& ahead) {
+  Sums even, odd;
+  int i = 0;
+  for (; i + 4 <= count; i += 4) {
+    ahead(i);
+    even.add<kSquares>(d(i), exponential);
+    odd.add<kSquares>(d(i + 1), exponential);
+    even.add<kSquares>(d(i + 2), exponential);
+    odd.add<kSquares>(d(i + 3), exponential);
+  }
+  for (; i < count; ++i) even.add<kSquares>(d(i), exponential);
+  return even + odd;
+}
 
 struct Plan {
   bool wanted[kStatistics];  // as an output or in the significance
@@ -91,10 +94,16 @@ inline void copy_rows(void* out, int64_t row, const Real* values, int count) {
 inline void finish(const RowStatsArgs& args, const Plan& plan, const Group& group, int64_t row,
                    int count, RowStatsResult& result) {
   const Vec zero = splat(0), one = splat(1), minus_beta = splat(Real(-args.inverse_temperature));
-  const Vec raw_rest = load(group.rest), flush = splat(kFlushBelow);
-  const Vec rest = select_ge(flush, raw_rest, zero, raw_rest);
-  const Vec rest_d = select_ge(flush, raw_rest, zero, load(group.rest_d));
-  const Vec rest_sq = select_ge(flush, raw_rest, zero, load(group.rest_sq));
+  alignas(64) double r[kLanes], sq[kLanes];
+  alignas(64) Real rest_of[kLanes], rest_d_of[kLanes], e[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const bool nothing = group.rest[i] <= kFlushBelow;
+    r[i] = nothing ? 0.0 : group.rest[i];
+    sq[i] = nothing ? 0.0 : group.rest_sq[i];
+    rest_of[i] = Real(r[i]);
+    rest_d_of[i] = nothing ? 0 : group.rest_d[i];
+  }
+  const Vec rest = load(rest_of), rest_d = load(rest_d_of);
   const Vec target_d = load(group.target_d);
   const Vec target_clamped = plan.exponential.clamp(target_d);
   const Vec target_e = plan.exponential(target_clamped);
@@ -117,16 +126,13 @@ inline void finish(const RowStatsArgs& args, const Plan& plan, const Group& grou
     const Vec mean_d = fma(target_e, target_clamped, rest_d) * inverse;
     store(value[kEntropy], fma(mean_d, minus_beta, log_total));
   }
-  // The rest in double: a float's roundings would add up to more than PyTorch's own.
-  alignas(64) Real r[kLanes], e[kLanes], sq[kLanes];
-  store(r, rest);
+  // In double: a float's roundings would add up to more than PyTorch's own.
   store(e, target_e);
-  store(sq, rest_sq);
   const auto per_lane = [&](Statistic k, const auto& f) {
     if (!wanted[k]) return;
-    for (int i = 0; i < kLanes; ++i) value[k][i] = Real(f(i, double(r[i]) + double(e[i])));
+    for (int i = 0; i < kLanes; ++i) value[k][i] = Real(f(i, r[i] + e[i]));
   };
-  per_lane(kGradNorm, [&](int i, double s) { return std::sqrt(double(r[i]) * r[i] + sq[i]) / s; });
+  per_lane(kGradNorm, [&](int i, double s) { return std::sqrt(r[i] * r[i] + sq[i]) / s; });
   per_lane(kSumSquares, [&](int i, double s) { return (double(e[i]) * e[i] + sq[i]) / (s * s); });
   per_lane(kMaxProb, [&](int, double s) { return 1.0 / s; });
   if (wanted[kMargin]) {

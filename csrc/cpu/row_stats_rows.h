@@ -102,24 +102,20 @@ struct LaneSums {
       target_x[i] = *at;
       *at = -kInfinity;
     }
-    const auto at = [&](int j) { return load(x + j * stride) - shift; };
-    // In runs of 16, or a long column of equal logits would round every sum the same way.
-    for (int first = 0; first < columns; first += 16) {
-      const int last = columns - first < 16 ? columns : first + 16;
-      Sums run;
-      int j = first;
-      for (; j + 4 <= last; j += 4)
-        run.add<kSquares>(at(j), at(j + 1), at(j + 2), at(j + 3), exponential);
-      for (; j < last; ++j) run.add<kSquares>(at(j), exponential);
-      sums = Sums{sums.rest + run.rest, sums.rest_d + run.rest_d, sums.rest_sq + run.rest_sq};
-    }
+    const auto d = [&](int j) { return load(x + j * stride) - shift; };
+    sums = sums + sum_of<kSquares>(columns, exponential, d, [](int) {});
   }
 
   void finish(Group& group) const {
     store(group.maximum, maximum);
-    store(group.rest, sums.rest);
+    alignas(64) Real rest[kLanes], rest_sq[kLanes];
+    store(rest, sums.rest);
+    store(rest_sq, sums.rest_sq);
+    for (int i = 0; i < kLanes; ++i) {
+      group.rest[i] = rest[i];
+      group.rest_sq[i] = rest_sq[i];
+    }
     store(group.rest_d, sums.rest_d);
-    store(group.rest_sq, sums.rest_sq);
     store(group.target_d, load(target_x) - maximum);  // NaN where every logit is -inf
   }
 };

@@ -57,10 +57,11 @@ inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
 }
 
-inline float reduce_add(Vec a) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+inline double reduce_add(Vec a) {
+  const __m256d four = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)),
+                                     _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
 inline float reduce_max(Vec a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -68,12 +69,21 @@ inline float reduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-template <class Polynomial>
-inline Vec scale_by_power(Vec t, Polynomial polynomial) {
-  const __m256i n = _mm256_cvtps_epi32(t.v);  // NaN gives 2^31, which the shift drops
-  const Vec p = polynomial(Vec{_mm256_cvtepi32_ps(n)});
-  return {
-      _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(n, 23)))};
+constexpr int kPowerSteps = 8;
+
+template <class Slope>
+inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23 leaves the rounded sum in the low bits
+  const Vec shifted = fma(d, scale, magic);
+  const Vec f = fms(d, scale, shifted - magic);
+  const __m256i n = _mm256_castps_si256(shifted.v);
+  // 2^(i/8) from a table, by the lowest three bits of n. The rest of n belongs in the exponent, and
+  // what these bits add there has been taken from the table.
+  const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                          0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
+  const Vec power = {_mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_permutevar8x32_epi32(table, n), _mm256_slli_epi32(n, 20)))};
+  return fma(power * f, slope(f), power);  // NaN is in f, whatever became of it in n
 }
 
 inline void split_exponent(Vec x, Vec& m, Vec& k) {
@@ -120,11 +130,14 @@ inline double reduce_max(Vec a) {
   return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
-template <class Polynomial>
-inline Vec scale_by_power(Vec t, Polynomial polynomial) {
-  const Vec magic = splat(0x1.8p52);  // leaves round(t) in the low bits
-  const Vec shifted = t + magic;
-  const Vec p = polynomial(shifted - magic);
+constexpr int kPowerSteps = 1;
+
+template <class Slope>
+inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
+  const Vec magic = splat(0x1.8p52);  // leaves the rounded sum in the low bits
+  const Vec shifted = fma(d, scale, magic);
+  const Vec f = fms(d, scale, shifted - magic);
+  const Vec p = fma(slope(f), f, splat(1.0));
   const __m256i biased = _mm256_add_epi64(_mm256_castpd_si256(shifted.v), _mm256_set1_epi64x(1023));
   return p * Vec{_mm256_castsi256_pd(_mm256_slli_epi64(biased, 52))};  // a product keeps NaN
 }

@@ -54,13 +54,21 @@ inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), y.v, x.v)};
 }
 
-inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline double reduce_add(Vec a) {
+  const __m256 high = _mm512_extractf32x8_ps(a.v, 1);
+  return _mm512_reduce_add_pd(
+      _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(high)));
+}
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-template <class Polynomial>
-inline Vec scale_by_power(Vec t, Polynomial polynomial) {
-  const __m512 n = _mm512_roundscale_ps(t.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return {_mm512_scalef_ps(polynomial(Vec{n}).v, n)};
+constexpr int kPowerSteps = 1;
+
+template <class Slope>
+inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
+  const Vec n = {
+      _mm512_roundscale_ps((d * scale).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const Vec f = fms(d, scale, n);
+  return {_mm512_scalef_ps(fma(slope(f), f, splat(1.0f)).v, n.v)};
 }
 
 inline void split_exponent(Vec x, Vec& m, Vec& k) {
@@ -101,10 +109,14 @@ inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
 inline double reduce_add(Vec a) { return _mm512_reduce_add_pd(a.v); }
 inline double reduce_max(Vec a) { return _mm512_reduce_max_pd(a.v); }
 
-template <class Polynomial>
-inline Vec scale_by_power(Vec t, Polynomial polynomial) {
-  const __m512d n = _mm512_roundscale_pd(t.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return {_mm512_scalef_pd(polynomial(Vec{n}).v, n)};
+constexpr int kPowerSteps = 1;
+
+template <class Slope>
+inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
+  const Vec n = {
+      _mm512_roundscale_pd((d * scale).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const Vec f = fms(d, scale, n);
+  return {_mm512_scalef_pd(fma(slope(f), f, splat(1.0)).v, n.v)};
 }
 
 inline void split_exponent(Vec x, Vec& m, Vec& k) {

@@ -3,27 +3,21 @@
 
 constexpr double kLog2E = 1.44269504088896340736;
 
-// e^(d / temperature) for d <= 0: 2^(c d) with c = log2(e) / temperature. In float below 1e-7 of
-// relative error, however large d: n = round(c d) is taken from d before c d is rounded. Exactly 1
-// at 0. Clamped first, it is 2^kLowestPower from there down, and NaN stays NaN.
+// e^(d / temperature) for d <= 0: 2^(c d) with c = log2(e) / temperature. In float within 1e-7 of
+// it, relatively, besides what rounding c brings: c d is not rounded. Exactly 1 at 0. Clamped
+// first, it is 2^kLowestPower from there down, and NaN stays NaN.
 struct Exponential {
-  Vec scale, scale_low, lowest;
+  Vec scale, lowest;
 
   explicit Exponential(double inverse_temperature) {
-    const double c = kLog2E * inverse_temperature;
-    const double l = kLowestPower / c * (1.0 - 4.0 * std::numeric_limits<Real>::epsilon());
-    scale = splat(Real(c));
-    scale_low = splat(Real(c - double(Real(c))));
+    const double c = kLog2E * inverse_temperature, l = kLowestPower / c;
+    scale = splat(Real(kPowerSteps * c));
     lowest = splat(l < -double(kLargest) ? -kLargest : Real(l));
   }
   // max returns its second argument for NaN.
   Vec clamp(Vec d) const { return max(lowest, d); }
   Vec operator()(Vec clamped) const {
-    return scale_by_power(clamped * scale, [&](Vec n) {
-      Vec f = fms(clamped, scale, n);
-      if (kTwoPartScale) f = fma(clamped, scale_low, f);
-      return exp2_fraction(f);
-    });
+    return exp2_steps(clamped, scale, [](Vec f) { return exp2_slope(f); });
   }
 };
 

@@ -1,14 +1,13 @@
 // What the functions of vec_math.h approximate with in double. Included inside an instruction set's
 // f64.
 
-constexpr double kLowestPower = -1022.0;
+constexpr double kLowestPower = -1020.0;
 constexpr double kFlushBelow = 1e-300;
 constexpr double kLn2High = 6.93147180369123816490e-1, kLn2Low = 1.90821492927058770002e-10;
-constexpr bool kTwoPartScale = false;  // at 1e-16 of the logits' range there is nothing to win
 
-// 2^f on [-1/2, 1/2]: relative error 2e-17, and exactly 1 at 0. Minimax with the constant held
-// at 1.
-inline Vec exp2_fraction(Vec f) {
+// (2^f - 1) / f on [-1/2, 1/2], minimax for 2^f: relative error of that 2e-17.
+inline Vec exp2_slope(Vec f) {
+  static_assert(kPowerSteps == 1, "no polynomial for other steps");
   Vec p = fma(splat(0x1.c063841f3a21dp-32), f, splat(0x1.e605f964b639dp-28));
   p = fma(p, f, splat(0x1.b54167a1b0034p-24));
   p = fma(p, f, splat(0x1.62bfd49ededd3p-20));
@@ -18,8 +17,7 @@ inline Vec exp2_fraction(Vec f) {
   p = fma(p, f, splat(0x1.3b2ab6fba1e1cp-7));
   p = fma(p, f, splat(0x1.c6b08d7048f31p-5));
   p = fma(p, f, splat(0x1.ebfbdff82c598p-3));
-  p = fma(p, f, splat(0x1.62e42fefa39f3p-1));
-  return fma(p, f, splat(1.0));
+  return fma(p, f, splat(0x1.62e42fefa39f3p-1));
 }
 
 inline Vec log_series(Vec z) {  // fdlibm's log

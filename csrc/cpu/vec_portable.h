@@ -80,10 +80,11 @@ inline Lanes8<Real> select_ge(Lanes8<Real> a, Lanes8<Real> b, Lanes8<Real> x, La
   return map<Real>([&](int i) { return a.lane[i] >= b.lane[i] ? x.lane[i] : y.lane[i]; });
 }
 
+// In double: the last few roundings of a sum of floats would be most of its error.
 template <class Real>
-inline Real reduce_add(Lanes8<Real> a) {
-  return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) +
-         ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
+inline double reduce_add(Lanes8<Real> a) {
+  const auto pair = [&](int i) { return double(a.lane[i]) + double(a.lane[i + 4]); };
+  return (pair(0) + pair(2)) + (pair(1) + pair(3));
 }
 template <class Real>
 inline Real reduce_max(Lanes8<Real> a) {
@@ -102,14 +103,18 @@ inline Vec splat(float x) {
   return map<float>([&](int) { return x; });
 }
 
-// p(n) 2^n with n = round(t), for t in [-126, 0] or NaN: the caller clamps.
-template <class Polynomial>
-inline Vec scale_by_power(Vec t, Polynomial polynomial) {
+// 2^(d scale / kPowerSteps), for what is between 2^-124 and 1, or NaN: the caller clamps. slope(f)
+// is (2^(f / kPowerSteps) - 1) / f, for f in [-1/2, 1/2].
+constexpr int kPowerSteps = 1;
+
+template <class Slope>
+inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
   // Adding 1.5 * 2^23 leaves round(t) in the low bits: no float-to-int conversion, which would be
   // undefined for NaN. A product, not a sum of exponents, which could make a number of a NaN.
   const Vec magic = splat(12582912.0f);
-  const Vec shifted = t + magic;
-  const Vec p = polynomial(shifted - magic);
+  const Vec shifted = d * scale + magic;
+  const Vec f = fms(d, scale, shifted - magic);
+  const Vec p = fma(slope(f), f, splat(1.0f));
   return map<float>([&](int i) {
     return p.lane[i] * float_from_bits((bits_from_float(shifted.lane[i]) + 127) << 23);
   });
@@ -135,11 +140,14 @@ inline Vec splat(double x) {
   return map<double>([&](int) { return x; });
 }
 
-template <class Polynomial>
-inline Vec scale_by_power(Vec t, Polynomial polynomial) {  // t in [-1022, 0]
+constexpr int kPowerSteps = 1;
+
+template <class Slope>
+inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {  // down to 2^-1020
   const Vec magic = splat(0x1.8p52);
-  const Vec shifted = t + magic;
-  const Vec p = polynomial(shifted - magic);
+  const Vec shifted = d * scale + magic;
+  const Vec f = fms(d, scale, shifted - magic);
+  const Vec p = fma(slope(f), f, splat(1.0));
   return map<double>([&](int i) {
     return p.lane[i] * double_from_bits((bits_from_double(shifted.lane[i]) + 1023) << 52);
   });

@@ -84,7 +84,7 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("classes", [2, 10, 64, 100, 1000, 5003, 151_936])
 def test_error_is_no_larger_than_pytorchs_own(instruction_set, classes, temperature):
     """The largest error over a set of rows is that of PyTorch's own functions, or of the reference, at the same
-    precision, and at most a unit in the last place more."""
+    precision, and at most a rounding more."""
     if classes > 100_000 and (temperature != 1.0 or instruction_set == "portable"):
         pytest.skip("slow, and shown by fewer classes")
     rows = 192 if classes < 5000 else 8 if classes > 100_000 else 32
@@ -105,8 +105,10 @@ def test_error_is_no_larger_than_pytorchs_own(instruction_set, classes, temperat
                 error = (getattr(ours, name).double() - wanted).abs()
                 others = (plain[name], getattr(reference_stats, name))
                 allowed = max((other.double() - wanted).abs().max() for other in others)
-                # A square has twice the relative error of what is squared.
-                allowed += (2 if name == "sum_squares" else 1) * 2**-23 * wanted.abs().max()
+                # One rounding; of a difference of probabilities, that of the larger. A sum of squares over the square
+                # of a sum rounds three times: the first sum once, and the second counts twice.
+                size = getattr(exact, "max_prob" if name == "margin" else name).abs().max()
+                allowed += (3 if name == "sum_squares" else 1) * 2**-24 * size
                 assert error.max() <= allowed, f"{label} {dtype} {name}: {error.max():.3g} > {allowed:.3g}"
 
 
