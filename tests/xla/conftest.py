@@ -1,4 +1,4 @@
-"""Only where torch-xla is installed: ``make test-xla`` makes that environment. Its processor's device stands for a TPU."""
+"""Only where torch-xla is: ``make test-xla`` makes that environment. Its processor device stands for a TPU."""
 
 import importlib.util
 import os
