@@ -268,7 +268,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     by_rows.xaxis.set_major_locator(FixedLocator(sizes))
     by_rows.xaxis.set_minor_locator(NullLocator())
     for ax in (by_target, by_rows):
-        ax.set(yscale="log", ylim=(0.05, 100), ylabel="RMS error, points")
+        ax.set(yscale="log", ylim=(0.03, 100), ylabel="RMS error, points")
         ax.yaxis.set_major_locator(FixedLocator([0.1, 1, 10, 100]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     for ax in (by_target, by_rows, settling):
