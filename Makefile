@@ -1,22 +1,28 @@
 # make demo | test | bench | sanitize | fuzz | lint | format      one environment for all of them, made when needed, in .venv
-# make gpu      where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
+# make test-xla  the reference on an XLA device; an environment of its own, some gigabytes, in build/xla-venv
+# make gpu       where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+XLA := build/xla-venv
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test bench gpu sanitize fuzz lint format clean
+.PHONY: demo test test-xla bench gpu sanitize fuzz lint format clean
 
 demo: $(READY)  ## train dense, random and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
 
 test: $(READY)  ## the whole suite
 	$(BIN)/pytest
+
+# torch-xla serves the torch of its own version alone. Nothing is installed of this package: the reference needs no build.
+test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CPU's results
+	PJRT_DEVICE=CPU PYTHONPATH=$(CURDIR):$(CURDIR)/python_api $(XLA)/bin/python -m pytest -p no:cacheprovider tests/xla
 
 bench: $(READY) $(PEERS)  ## speed, as ratios; wants an idle machine
 	$(BIN)/pytest benchmarks --benchmark-only --record
@@ -67,6 +73,11 @@ clean:
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+$(XLA)/.ready:
+	test -x $(XLA)/bin/python || $(PYTHON) -m venv $(XLA)
+	$(XLA)/bin/python -m pip --disable-pip-version-check install torch==2.9.0 torch-xla==2.9.0 numpy pytest pytest-timeout
 	touch $@
 
 # The packages compared with. Without them the benchmarks run too, and say which were left out.

@@ -188,7 +188,7 @@ def compact(call: CompactCall) -> Selection:
         count, overflow = total, torch.zeros_like(total)
     else:
         # Row i goes to slot (selected rows before i); what is not kept goes to one slot past the end.
-        slot = mask.cumsum(0) - 1
+        slot = mask.cumsum(0, dtype=torch.int64) - 1  # by name: on XLA flags would be summed as flags
         slot = torch.where(mask, slot, capacity).clamp(max=capacity)
         index = torch.zeros(capacity + 1, dtype=torch.int64, device=mask.device)
         index = index.scatter(0, slot, torch.arange(rows, device=mask.device))[:capacity]

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import baselines
+import control
 import gpu_check
+import numpy as np
 import pytest
 import readme
 import timing
@@ -67,6 +70,44 @@ def test_the_gpu_check_sees_a_wrong_kernel(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--small"])
     assert gpu_check.main() == 1
     assert "entropy" in capsys.readouterr().out
+
+
+def test_the_study_of_control_runs_small_and_ours_holds_the_rate(tmp_path):
+    record = tmp_path / "control.json"
+    out = run("benchmarks/control.py", "--small", "--out", str(record))
+    found = json.loads(record.read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["control.json", "control.png"]
+    assert (tmp_path / "control.png").read_bytes().startswith(b"\x89PNG")
+    for signal in (*control.SIGNALS, "after zeros"):
+        assert f"| {signal} | ours |" in out
+        rms = {side: control.rms(found, signal, side, 64) for side in control.CONTROLLERS}
+        assert rms["ours"] < min(5, *(rms[side] for side in ("package", "standalone", "sundew")))
+
+
+def test_errors_are_judged_by_when_they_stay_small_and_by_what_is_left():
+    errors = np.zeros((100, 1, len(control.TARGETS)))
+    errors[:30] = 40.0
+    errors[30:40] = -5.0  # then exact
+    errors[:, :, 1] = 2.0  # never
+    judged = control.judge(errors, rows=65536)
+    assert judged["settling"][0] == 35  # from here on a window of 25 holds 5 of the batches at -5: a mean of one point
+    assert judged["settling"][1] is None
+    assert judged["overshoot"][:2] == [5.0, 0.0]
+    assert judged["mean"][:2] == judged["rms"][:2] == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("make", [baselines.Package, baselines.Standalone, baselines.Sundew])
+def test_a_baseline_moves_towards_a_target_that_it_can_reach(make):
+    """A sign error would make any comparison with it worthless."""
+    random = np.random.default_rng(0)
+    population = np.sort(random.lognormal(0.5, 0.5, 4000))
+    side = make(np.array([[0.2, 0.3]]))
+    before = np.abs(side.kept(population) - side.target)
+    for _ in range(400):
+        rows = random.choice(population, (1, 128))
+        side.observe(rows, np.sort(rows))
+    after = np.abs(side.kept(population) - side.target)
+    assert (after < before).all()
 
 
 def test_rows_of_a_record_are_replaced_by_name(tmp_path):
