@@ -16,8 +16,6 @@ from sparse_kernels import ControlState
 from sparse_kernels.control_law import Sums, advance, means, single, sums
 from sparse_training.errors import UserError
 
-COUNTS = ("kept", "valid", "overflow")  # rows; what a rank says besides its sums
-
 
 def resolve(group: Any) -> Any:
     """The process group meant: "world" is the default one.
@@ -63,12 +61,11 @@ class Exchange:
                 significance.double(), valid, None if mass is None else mass.double(), state.values[0],
                 temperature, p_min,
             )  # fmt: skip
+            # Behind the sums three counts of rows: kept, valid, beyond the capacity.
             own = torch.stack([x.double() for x in (*found, kept, rows, overflow)])
-            self.gathered = own.new_empty(self.ranks * own.shape[0])
-            # A compiler knows collectives that wait alone; it may still move the waiting.
-            self.work = dist.all_gather_into_tensor(
-                self.gathered, own, group=group, async_op=not torch.compiler.is_compiling()
-            )
+            self.gathered = [torch.empty_like(own) for _ in range(self.ranks)]
+            # A compiler knows no collective but those that wait.
+            self.work = dist.all_gather(self.gathered, own, group=group, async_op=not torch.compiler.is_compiling())
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Waits (on CUDA, its stream does) and moves the state.
@@ -79,12 +76,11 @@ class Exchange:
         if self.work is not None:
             self.work.wait()
         with torch.no_grad():
-            of_ranks = self.gathered.reshape(self.ranks, -1)
-            added = dict(zip((*Sums._fields, *COUNTS), of_ranks.sum(0).unbind(), strict=True))
-            column = Sums._fields.index
-            added["low"], added["high"] = of_ranks[:, column("low")].amin(), of_ranks[:, column("high")].amax()
-            kept, valid, overflow = (added.pop(name) for name in COUNTS)
-            batch = single(means(Sums(**added)))._replace(invalid=added["invalid"].long())
+            of_ranks = torch.stack(self.gathered)
+            *added, kept, valid, overflow = of_ranks.sum(0).unbind()
+            low, high = (of_ranks[:, Sums._fields.index(name)] for name in ("low", "high"))
+            found = Sums(*added)._replace(low=low.amin(), high=high.amax(), invalid=added[-1].long())
+            batch = single(means(found))
             after = advance(self.state, batch, self.setpoint.reshape(()), overflow.long())
             self.state.values.copy_(after.values)
             self.state.counters.copy_(after.counters)

@@ -161,7 +161,7 @@ def gradient(net: nn.Module) -> list[list[float]]:
     return found
 
 
-def train(rank: int, ranks: int, group: Any, options: dict[str, Any], steps: int, wrap: str, parts: int) -> Any:
+def train(rank: int, ranks: int, group: Any, options: dict[str, Any], steps: int, wrap: str) -> Any:
     """Thresholds, counters and gradients of a run, whatever wraps the model. ``ranks`` 1 is one process with all."""
     net = model()
     if wrap == "compile":
@@ -239,5 +239,122 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_ranks_do_what_one_process_does_with_all_rows(run: Callable[..., list[Any]], ranks: int, name: str) -> None:
     options = OPTIONS[name]
-    together = run(train, ranks, options, 24, "", 4)
-    agree(train(0, 1, None, options, 24, "", 4), together)
+    together = run(train, ranks, options, 24, "")
+    agree(train(0, 1, None, options, 24, ""), together)
+
+
+@pytest.mark.parametrize("wrap", ["accumulate", "autocast", "scaler", "compile", "gate", "fsdp"])
+def test_under_what_wraps_a_model(run: Callable[..., list[Any]], wrap: str) -> None:
+    """Gradient accumulation, autocast, GradScaler, a compiled model, a compiled gate, FSDP2."""
+    options = OPTIONS["capacity"]
+    # In bfloat16 the sum over a batch and the sum of its parts' sums round differently.
+    agree(train(0, 1, None, options, 12, wrap), run(train, 2, options, 12, wrap), 2e-2 if wrap == "autocast" else 1e-6)
+
+
+def rows_of(parts: list[tuple[Tensor, Tensor]], ranks: int, rank: int) -> tuple[Tensor, Tensor]:
+    inputs, targets = cut(parts, ranks)[rank]
+    return inputs[:, :CLASSES], targets
+
+
+def resume(rank: int, ranks: int, group: Any, state: dict[str, list[Any]] | None, first: int, last: int) -> Any:
+    """The thresholds of some steps, and the state after them."""
+    gate = Gate(0.3, process_group=group)
+    if state is not None:
+        gate(*rows_of(batches(1, 4)[0], ranks, rank))  # under way when the state comes, and forgotten
+        like = gate.state_dict()
+        gate.load_state_dict({name: torch.tensor(value, dtype=like[name].dtype) for name, value in state.items()})
+    thresholds = []
+    for parts in batches(last, 4)[first:]:
+        gate(*rows_of(parts, ranks, rank))
+        thresholds.append(gate.threshold.item())
+    return thresholds, {name: value.tolist() for name, value in gate.state_dict().items()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (4, 1), (1, 2)])
+def test_a_state_fits_any_number_of_ranks(run: Callable[..., list[Any]], before: int, after: int) -> None:
+    def part(ranks: int, *arguments: Any) -> Any:
+        return resume(0, 1, None, *arguments) if ranks == 1 else run(resume, ranks, *arguments)[0]
+
+    whole_run, _ = part(1, None, 0, 20)
+    first, state = part(before, None, 0, 10)
+    second, _ = part(after, state, 10, 20)
+    assert first + second == pytest.approx(whole_run, rel=1e-4, abs=1e-5)
+
+
+def overlap(rank: int, ranks: int, group: Any) -> Any:
+    """Whether a call returns though another rank has not called; and what reads settle."""
+    gate = Gate(0.3, process_group=group)
+    logits, targets = rows_of(batches(1, 4)[0], ranks, rank)
+    before = gate.controller.threshold.item()
+    if rank == 0:
+        gate(logits, targets)
+        returned = gate.controller.threshold.item() == before and gate.controller.steps.item() == 0
+        dist.barrier(group)
+    else:
+        dist.barrier(group)  # reached by rank 0 only behind its call
+        returned = True
+        gate(logits, targets)
+    state = gate.state_dict()  # settled, and a copy can be made
+    assert copy.deepcopy(gate).step == 1
+    return returned, state["controller.counters"].tolist()[0], gate.step.item(), math.isfinite(gate.threshold.item())
+
+
+def test_a_call_waits_for_no_other_rank(run: Callable[..., list[Any]]) -> None:
+    assert run(overlap, 2) == [(True, 1, 1, True)] * 2
+
+
+def balanced(rank: int, ranks: int, group: Any) -> Any:
+    gate = Gate(0.25, decision="topk", capacity=8, process_group=group)
+    g = torch.Generator().manual_seed(rank)
+    found = []
+    for _ in range(5):  # rank 1's rows are ten times as hard
+        kept = gate(10**rank * torch.randn(32, CLASSES, generator=g), torch.randint(0, CLASSES, (32,), generator=g))
+        found.append((kept.index.shape[0], kept.count.item(), kept.overflow.item(), gate.divisor().item()))
+    return found
+
+
+def test_the_balanced_form_gives_every_rank_the_same_rows(run: Callable[..., list[Any]]) -> None:
+    assert run(balanced, 2) == [[(8, 8, 0, 8.0)] * 5] * 2
+
+
+def draws(rank: int, ranks: int, group: Any) -> list[int]:
+    gate = Gate(0.5, threshold=0.0, temperature=1e6, seed=3, process_group=group)
+    rows: list[int] = gate(torch.zeros(64, CLASSES), torch.zeros(64, dtype=torch.int64)).index.tolist()
+    return rows
+
+
+def test_ranks_draw_differently(run: Callable[..., list[Any]]) -> None:
+    first, second = run(draws, 2)
+    assert first != second
+    assert first == draws(0, 1, None)
+
+
+def nothing(rank: int, ranks: int, group: Any) -> Any:
+    gate = Gate(0.3, threshold=1.0, process_group=group)
+    count = gate(torch.zeros(0, CLASSES), torch.zeros(0, dtype=torch.int64)).count.item()
+    return count, gate.divisor().item(), gate.threshold.item(), gate.step.item()
+
+
+def test_a_batch_that_is_empty_on_every_rank(run: Callable[..., list[Any]]) -> None:
+    assert run(nothing, 2) == [(0, 1.0, 1.0, 1)] * 2
+
+
+# Without processes
+
+
+def test_world_before_the_group_is_made_is_refused() -> None:
+    gate = Gate(0.3, process_group="world")
+    with pytest.raises(UserError, match="init_process_group"):
+        gate(*rows_of(batches(1, 4)[0], 1, 0))
+
+
+def test_divisor_of_one_process() -> None:
+    logits, targets = 3 * torch.randn(64, CLASSES), torch.zeros(64, dtype=torch.int64)
+    targets[:8], logits[8:10] = -100, math.nan
+    gate = Gate(0.3, threshold=1.0)
+    with pytest.raises(UserError, match="before the first batch"):
+        gate.divisor()
+    assert gate(logits, targets).count == gate.divisor()
+    soft = Gate(0.3, threshold=1.0, temperature=0.5, significance=Significance(loss=1.0))
+    soft(logits, targets)
+    assert soft.divisor() == 54
