@@ -354,10 +354,6 @@ class Gate(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        self.settle()  # what is under way cannot be copied
-        return self.__dict__.copy()
-
     def _save_to_state_dict(self, *arguments: Any) -> None:
         self.settle()
         super()._save_to_state_dict(*arguments)

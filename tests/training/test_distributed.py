@@ -6,7 +6,6 @@ or fails is a failure, after a time limit, and the next test starts others.
 
 from __future__ import annotations
 
-import copy
 import math
 import queue
 import traceback
@@ -283,7 +282,7 @@ def test_a_state_fits_any_number_of_ranks(run: Callable[..., list[Any]], before:
 
 def overlap(rank: int, ranks: int, group: Any) -> Any:
     """Whether a call returns though another rank has not called; and what reads settle."""
-    gate = Gate(0.3, process_group="world")
+    gate = Gate(0.3, process_group=group)
     signal: Any = dist.new_group(list(range(ranks)), use_local_synchronization=True)  # collectives of one are in order
     logits, targets = rows_of(batches(1, 4)[0], ranks, rank)
     before = gate.controller.threshold.item()
@@ -295,14 +294,13 @@ def overlap(rank: int, ranks: int, group: Any) -> Any:
         dist.barrier(signal)  # reached by rank 0 only behind its call
         returned = True
         gate(logits, targets)
-    copied = copy.deepcopy(gate).controller.steps.item()
     state = gate.state_dict()
     saved = state["controller.counters"].tolist()[0]
-    return returned, copied, saved, gate.step.item(), math.isfinite(gate.threshold.item())
+    return returned, saved, gate.step.item(), math.isfinite(gate.threshold.item())
 
 
 def test_a_call_waits_for_no_other_rank(run: Callable[..., list[Any]]) -> None:
-    assert run(overlap, RANKS) == [(True, 1, 1, 1, True)] * RANKS
+    assert run(overlap, 2) == [(True, 1, 1, True)] * 2
 
 
 def balanced(rank: int, ranks: int, group: Any) -> Any:
