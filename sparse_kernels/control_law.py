@@ -54,6 +54,27 @@ RATE_SMOOTHING = 0.05
 MISS_SMOOTHING, MISS_LIMIT = 1 / 32, 0.6  # off target this much of the time, or 29 batches on end: saturated
 
 
+class Sums(NamedTuple):
+    """What a batch's rows add up to; float tensors of the threshold's shape, ``invalid`` int64.
+
+    Those of parts of a batch, in float64, add up to the batch's, but for the least of ``low`` and the
+    greatest of ``high``. A row counts by its mass, 1 where the set-point is a rate.
+    """
+
+    mass: Tensor  # of the valid rows
+    mass_sq: Tensor  # sum of their squares
+    kept: Tensor  # mass of the rows kept; a soft gate's expectation
+    selected: Tensor  # mass above the threshold
+    rejected: Tensor  # the other valid mass
+    finite: Tensor  # mass of the rows of finite significance, which alone count below
+    total: Tensor  # of mass times significance
+    excess: Tensor  # of mass times the way above the threshold
+    deficit: Tensor  # of mass times the way below it
+    low: Tensor
+    high: Tensor
+    invalid: Tensor  # rows of NaN
+
+
 class Summary(NamedTuple):
     """What the law needs of one batch; float tensors of the threshold's shape, ``invalid`` int64."""
 
@@ -103,7 +124,7 @@ def summarise(
     significance: Tensor, valid: Tensor | None, mass: Tensor | None, threshold: Tensor,
     gate_temperature: float = 0.0, p_min: float = 0.0,
 ) -> Summary:  # fmt: skip
-    """Sums over the last dimension.
+    """What a whole batch tells, over the last dimension: ``means`` of its ``sums``.
 
     Args:
         significance: floating [..., rows]; NaN rows do not count.
@@ -115,6 +136,23 @@ def summarise(
             noise of its draws. Excess and deficit are softened alike.
         p_min: least probability that a soft gate gives a row.
     """
+    batch = means(sums(significance, valid, mass, threshold, gate_temperature, p_min))
+    return batch if significance.dtype == torch.float64 else single(batch)
+
+
+def single(batch: Summary) -> Summary:
+    """In float32, as the state is."""
+    return Summary._make((*(x.float() for x in batch[:-1]), batch.invalid))
+
+
+def sums(
+    significance: Tensor, valid: Tensor | None, mass: Tensor | None, threshold: Tensor,
+    gate_temperature: float = 0.0, p_min: float = 0.0,
+) -> Sums:  # fmt: skip
+    """Over the last dimension, in significance's dtype; the arguments are ``summarise``'s.
+
+    Below float64 masses are in units of the greatest: of parts of a batch they do not add up.
+    """
     nan = significance.isnan()
     counts = ~nan
     if valid is not None:
@@ -125,7 +163,8 @@ def summarise(
         m = mass.to(significance.dtype)
         counts = counts & (m > 0) & (m < math.inf)
         m = torch.where(counts, m, 0)
-        m = m / m.amax(-1, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)  # or its square would underflow
+        if m.dtype != torch.float64:
+            m = m / m.amax(-1, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)  # or its square would underflow
     finite = counts & (significance.abs() < math.inf)
     # -inf is below even a threshold of -inf.
     above = torch.where(
@@ -145,26 +184,41 @@ def summarise(
     def total(x: Tensor, where: Tensor = counts) -> Tensor:
         return torch.where(where, m * x, 0).sum(-1)
 
-    everything = m.sum(-1)
-    some = everything.clamp(min=torch.finfo(m.dtype).tiny)
-    selected_share, rejected_share, kept_mass = total(p) / some, total(rejected) / some, total(kept)
-    tiny = torch.finfo(torch.float32).tiny
-    rows = everything if mass is None else everything * (everything / m.square().sum(-1).clamp(min=tiny))
-    found: tuple[Tensor, ...] = (
-        rows,
-        kept_mass / some,
-        (everything - kept_mass) / some,
-        selected_share,
-        rejected_share,
+    return Sums(
+        m.sum(-1),
+        m.square().sum(-1),
+        total(kept),
+        total(p),
+        total(rejected),
+        total(torch.ones_like(m), finite),
+        total(significance, finite),
+        total(excess, finite),
+        total(deficit, finite),
         torch.where(finite, significance, math.inf).amin(-1),
         torch.where(finite, significance, -math.inf).amax(-1),
-        total(significance, finite) / total(torch.ones_like(m), finite).clamp(min=tiny),
-        total(excess, finite) / some / selected_share.clamp(min=tiny),
-        total(deficit, finite) / some / rejected_share.clamp(min=tiny),
+        nan.sum(-1),
     )
-    if significance.dtype != torch.float64:
-        found = tuple(x.float() for x in found)
-    return Summary._make((*found, nan.sum(-1)))
+
+
+def means(found: Sums) -> Summary:
+    """A batch's sums as the law wants them."""
+    everything = found.mass
+    tiny = torch.finfo(everything.dtype).tiny
+    some = everything.clamp(min=tiny)
+    selected, rejected = found.selected / some, found.rejected / some
+    return Summary(
+        everything * (everything / found.mass_sq.clamp(min=tiny)),
+        found.kept / some,
+        (everything - found.kept) / some,
+        selected,
+        rejected,
+        found.low,
+        found.high,
+        found.total / found.finite.clamp(min=tiny),
+        found.excess / some / selected.clamp(min=tiny),
+        found.deficit / some / rejected.clamp(min=tiny),
+        found.invalid,
+    )
 
 
 def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Tensor | None = None) -> ControlState:

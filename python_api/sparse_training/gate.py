@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparse_kernels import ControlState, GatedRows, Selection, compact, control, gate_rows
 from sparse_kernels.ops import gate_step
 from sparse_kernels.philox import uniform
+from sparse_training import ranks
 from sparse_training.controller import PIController
 from sparse_training.errors import UserError
 from sparse_training.significance import Significance
@@ -56,6 +57,15 @@ class Gate(nn.Module):
             significant make up the number. At most ``rate``. The controller never sees these rows.
         seed: of the draws, with the step and the row's number.
         threshold: where to start; None keeps the first batch whole and starts from what it holds.
+        process_group: of the ranks that share one threshold, moved by all of their rows: "world" for the
+            default group of torch.distributed, or a group. Each rank's call launches one gathering of 15
+            numbers and goes on; ``settle`` waits for it, and whatever needs it calls ``settle``: the next
+            call, ``divisor``, ``threshold``, ``state_dict``. So all ranks must call the gate equally often;
+            nothing is one step late. The state is the same on every rank and fits any number of them. Only
+            draws differ: a rank has a seed of its own. A floor, ties and the k of "topk" are of each rank's
+            own rows. The balanced form, in which no rank has more rows to train on than another and so
+            none waits: decision="topk" with a capacity of ceil(rate * rows of a rank's batch).
+            None: this process alone.
         ignore_index, label_smoothing, dim: as in ``sparse_kernels.gate_rows``.
 
     Attributes:
@@ -83,6 +93,7 @@ class Gate(nn.Module):
         floor: float = 0.0,
         seed: int = 0,
         threshold: float | None = None,
+        process_group: Any = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         dim: int = -1,
@@ -131,8 +142,12 @@ class Gate(nn.Module):
             raise UserError(f"significance={significance!r}; wanted a Significance, such as Significance(loss=1.0)")
         self.significance = significance
         self._weights = significance.weights
-        self._ranks = bool(self.floor) or decision == "topk" or ties == "random"
+        self._orders = bool(self.floor) or decision == "topk" or ties == "random"
         self.last: GatedRows | None = None
+        self.process_group = process_group
+        self._exchange: ranks.Exchange | None = None  # of the last batch, not yet in the state
+        self._divisor: Tensor | None = None
+        self._own: tuple[Tensor, Tensor] | None = None  # rows kept and labels of the last batch, without ranks
 
     def _check_setpoint(self) -> None:
         name = "mass" if self.by_mass else "rate"
@@ -172,36 +187,72 @@ class Gate(nn.Module):
         """The rate wanted now; with a mass, which wants none, 1: as many rows as it takes."""
         return 1.0 if self.by_mass else self.setpoint
 
+    def settle(self) -> None:
+        """Waits for the other ranks' share of the last batch and moves the threshold; nothing without one."""
+        if self._exchange is not None:
+            kept, valid = self._exchange.finish()
+            self._exchange, self._divisor = None, valid if self.temperature else kept
+
+    def divisor(self) -> Tensor:
+        """float32, one element: what the sum of this rank's weighted losses is to be divided by.
+
+            loss = (kept.weight * losses).sum() / gate.divisor()
+
+        Averaged over the ranks, as DistributedDataParallel and FSDP average gradients, this is the mean over
+        the rows that all of them kept or, with a temperature, the estimate of the mean over all valid rows:
+        the gradient that one process with all the rows has. So it is that number of rows divided by the
+        number of ranks, though never nought. Call it after the forward pass of the rows kept, which the
+        exchange between the ranks overlaps; a loss that is divided by another number overlaps its backward
+        pass too.
+
+        Raises:
+            UserError: before the first call of the gate.
+        """
+        self.settle()
+        found = self._divisor
+        if self.process_group is None and self._own is not None and self.last is not None:
+            kept, labels = self._own
+            valid = (labels.flatten() != self.ignore_index) & ~self.last.significance.flatten().isnan()
+            found = (valid.sum() if self.temperature else kept).float()
+        if found is None:
+            raise UserError("divisor() before the first batch; wanted a call of the gate before it")
+        # Where no rank kept a row every sum is 0, whatever divides it.
+        return torch.where(found > 0, found, 1.0)
+
+    def _settled(self) -> PIController:
+        self.settle()
+        return self.controller
+
     @property
     def threshold(self) -> Tensor:
         """float32, one element: the threshold of the next call."""
-        return self.controller.threshold
+        return self._settled().threshold
 
     @property
     def step(self) -> Tensor:
         """int64, one element: calls made."""
-        return self.controller.steps
+        return self._settled().steps
 
     @property
     def invalid(self) -> Tensor:
         """int64, one element: rows with NaN or +inf logits."""
-        return self.controller.state().counter("invalid")
+        return self._settled().state().counter("invalid")
 
     @property
     def overflow(self) -> Tensor:
         """int64, one element: rows selected beyond the capacity."""
-        return self.controller.state().counter("overflow")
+        return self._settled().state().counter("overflow")
 
     @property
     def rate_observed(self) -> Tensor:
         """float32, one element: smoothed fraction (with a mass, its share) above the threshold, before floor
         and capacity; NaN before a call."""
-        return self.controller.rate
+        return self._settled().rate
 
     @property
     def saturated(self) -> Tensor:
         """int64, one element: calls at which the rate was out of reach; see ``PIController.saturation``."""
-        return self.controller.saturated
+        return self._settled().saturated
 
     def forward(
         self, logits: Tensor, targets: Tensor, *, index: Tensor | None = None, offset: Tensor | None = None
@@ -227,12 +278,20 @@ class Gate(nn.Module):
             logits = logits.detach()
         if offset is not None:
             offset = offset.detach()
+        if self.process_group is not None:
+            return self._step_across_ranks(logits, targets, offset)
         # Not self.controller.values: each look-up through a module takes as long as 16 rows.
         controller: Any = self._modules["controller"]
         buffers = controller._buffers
         state, setpoint = ControlState(buffers["values"], buffers["counters"]), buffers["target"]
-        if self._ranks:
-            gated, selection = self._ranked_step(logits, targets, offset, state, setpoint)
+        if self._orders:
+            gated, selection = self._select(logits, targets, offset, state, self.seed)
+            significance, mass, labels = self._observed(gated, targets)
+            # The controller counts significance above the threshold itself, so a floor cannot reach it.
+            control(
+                state, significance, setpoint,
+                labels=labels, ignore_index=self.ignore_index, mass=mass, overflow=selection.overflow,
+            )  # fmt: skip
         else:
             gated, selection, _ = gate_step(
                 logits, targets, state, setpoint,
@@ -240,40 +299,56 @@ class Gate(nn.Module):
                 label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
                 gate_temperature=self.temperature, p_min=self.p_min, seed=self.seed,
             )  # fmt: skip
-        object.__setattr__(self, "last", gated)  # Module's own looks for parameters first
+        # Module's own assignment looks for parameters first.
+        object.__setattr__(self, "_own", (selection.count, targets))
+        object.__setattr__(self, "last", gated)
         return selection
 
-    def _ranked_step(
-        self, logits: Tensor, targets: Tensor, offset: Tensor | None, state: ControlState, setpoint: Tensor
+    def _step_across_ranks(self, logits: Tensor, targets: Tensor, offset: Tensor | None) -> Selection:
+        """As ``forward``, but that the threshold moves when the other ranks' rows are known: see ``settle``."""
+        assert self.process_group is not None
+        self.settle()
+        group = ranks.resolve(self.process_group)
+        state = self.controller.state()
+        gated, selection = self._select(logits, targets, offset, state, ranks.own_seed(self.seed, group))
+        significance, mass, labels = self._observed(gated, targets)
+        self._exchange = ranks.Exchange(
+            group, state, significance, labels != self.ignore_index, mass, self.controller.target,
+            selection.count, selection.overflow, self.temperature, self.p_min,
+        )  # fmt: skip
+        if torch.compiler.is_compiling():  # what is under way cannot leave a graph
+            self.settle()
+        self.last = gated
+        return selection
+
+    def _observed(self, gated: GatedRows, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Significance, mass and labels, one a row: what the controller sees of a batch."""
+        mass = gated.stats.grad_norm if self.by_mass else None
+        return gated.significance.flatten(), None if mass is None else mass.flatten(), targets.flatten()
+
+    def _select(
+        self, logits: Tensor, targets: Tensor, offset: Tensor | None, state: ControlState, seed: int
     ) -> tuple[GatedRows, Selection]:
-        """``gate_step`` where rows are ranked: score, decide, pack, control."""
+        """Score, decide, pack."""
         threshold, step = state.values[0], state.counters[0]
         gated = gate_rows(
             logits, targets, threshold,
             weights=self._weights, offset=offset, outputs=("grad_norm",) if self.by_mass else (), dim=self.dim,
             label_smoothing=self.label_smoothing, ignore_index=self.ignore_index,
+            gate_temperature=self.temperature, p_min=self.p_min, seed=seed, step=step,
         )  # fmt: skip
-        gated = self._rank(gated, targets != self.ignore_index, threshold, step)
-        selection = compact(gated.mask.flatten(), capacity=self.capacity)
-        significance = gated.significance
-        mass = gated.stats.grad_norm if self.by_mass else None
-        if targets.dim() != 1:
-            significance, targets = significance.flatten(), targets.flatten()
-            mass = None if mass is None else mass.flatten()
-        # The controller counts significance above the threshold itself, so a floor cannot reach it.
-        control(
-            state, significance, setpoint,
-            labels=targets, ignore_index=self.ignore_index, mass=mass, overflow=selection.overflow,
-        )  # fmt: skip
-        return gated, selection
+        if self._orders:
+            gated = self._rank(gated, targets != self.ignore_index, threshold, seed, step)
+        weight = None if gated.weight is None else gated.weight.flatten()
+        return gated, compact(gated.mask.flatten(), weight=weight, capacity=self.capacity)
 
-    def _rank(self, gated: GatedRows, valid: Tensor, threshold: Tensor, step: int | Tensor) -> GatedRows:
+    def _rank(self, gated: GatedRows, valid: Tensor, threshold: Tensor, seed: int, step: int | Tensor) -> GatedRows:
         """The decisions that the comparison with a threshold is not all of."""
         mask, significance = gated.mask, gated.significance
         valid = valid & ~significance.isnan()
         if self.ties == "random":
             size = torch.where(valid & significance.isfinite(), significance, 0).abs().sum() / valid.sum().clamp(min=1)
-            u = uniform(mask.numel(), seed=self.seed, step=step, device=mask.device).reshape(mask.shape)
+            u = uniform(mask.numel(), seed=seed, step=step, device=mask.device).reshape(mask.shape)
             # Equal rows of 0 have no size of their own.
             significance = torch.where(valid, significance + u * (2.0**-14 * size.clamp(min=1e-20)), significance)
             mask = (significance > threshold) & valid
@@ -294,7 +369,17 @@ class Gate(nn.Module):
         top = torch.zeros_like(mask).flatten().scatter(0, ranked, taken).reshape(mask.shape) & valid
         return mask | top  # where enough is kept, the top rows are among them
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        self.settle()  # of the tensors that are about to be moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.settle()
+        super()._save_to_state_dict(*arguments)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self.settle()  # or the batch before would move what is loaded
         # Version 1 kept its own counters; the controller's were there before its packed ones.
         for old, new in (("step", "steps"), ("invalid", "invalid"), ("overflow", "overflow")):
             if f"{prefix}{old}" in state_dict:
