@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -18,9 +19,29 @@ def test_tables_are_those_of_the_recorded_results():
     assert subprocess.run(command, check=False).returncode == 0, "run: python benchmarks/readme.py"
 
 
+def examples():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_example_of_a_data_loader_runs():
+    """An epoch is three tenths of the rows, and their losses have a gradient."""
+    _, code = examples()
+    torch.manual_seed(0)
+    dataset = torch.utils.data.TensorDataset(torch.randn(1024, 20), torch.randint(0, 10, (1024,)))
+    names = {
+        "DataLoader": torch.utils.data.DataLoader,
+        "dataset": dataset,
+        "model": torch.nn.Linear(20, 10),
+        "criterion": torch.nn.CrossEntropyLoss(reduction="none"),
+    }
+    exec(code, names)
+    assert len(names["sampler"]) == pytest.approx(0.3 * 1024 / 128, abs=1)
+    assert names["model"].weight.grad.abs().sum() > 0
+
+
 def test_the_example_of_a_loop_runs():
     """As it is written there, in a loop around it: ten steps, and about a tenth of the rows after a while."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, _ = examples()
     head, body = code.split("gate = Gate(rate=0.1)\n")
     torch.manual_seed(0)
     names = {"torch": torch, "F": F, "model": torch.nn.Linear(20, 10)}
