@@ -119,7 +119,22 @@ void pack(Address mask, Address weight_in, int64_t rows, std::vector<int64_t> co
   *at<int32_t>(overflow) = int32_t(total - kept);
 }
 
-void move_threshold(const sk::ControlArgs& args) {
+void control(Address values, Address counters, Address significance, Address labels,
+             int label_bytes, int64_t ignore_index, Address mass, Address setpoint,
+             Address overflow, int64_t states, int64_t rows, double gate_temperature,
+             double p_min) {
+  const sk::ControlArgs args{at<float>(values),
+                             at<int64_t>(counters),
+                             at<float>(significance),
+                             at<void>(labels),
+                             label_bytes,
+                             ignore_index,
+                             at<float>(mass),
+                             at<float>(setpoint),
+                             at<int32_t>(overflow),
+                             states,
+                             rows,
+                             {float(gate_temperature), float(p_min)}};
   py::gil_scoped_release unlocked;
   sk::control(args);
 }
@@ -216,38 +231,11 @@ PYBIND11_MODULE(_cpp, m) {
            int64_t ignore_index, Address mass, Address setpoint, double gate_temperature,
            double p_min) {
           pack(mask, weight_in, rows, std::move(counts), capacity, index, weight, count, overflow);
-          move_threshold({at<float>(values),
-                          at<int64_t>(counters),
-                          at<float>(significance),
-                          at<void>(labels),
-                          label_bytes,
-                          ignore_index,
-                          at<float>(mass),
-                          at<float>(setpoint),
-                          at<int32_t>(overflow),
-                          1,
-                          rows,
-                          {float(gate_temperature), float(p_min)}});
+          control(values, counters, significance, labels, label_bytes, ignore_index, mass, setpoint,
+                  overflow, 1, rows, gate_temperature, p_min);
         });
 
-  m.def("control",
-        [](Address values, Address counters, Address significance, Address labels, int label_bytes,
-           int64_t ignore_index, Address mass, Address setpoint, Address overflow, int64_t states,
-           int64_t rows, double gate_temperature, double p_min) {
-          const sk::ControlArgs args{at<float>(values),
-                                     at<int64_t>(counters),
-                                     at<float>(significance),
-                                     at<void>(labels),
-                                     label_bytes,
-                                     ignore_index,
-                                     at<float>(mass),
-                                     at<float>(setpoint),
-                                     at<int32_t>(overflow),
-                                     states,
-                                     rows,
-                                     {float(gate_temperature), float(p_min)}};
-          move_threshold(args);
-        });
+  m.def("control", &control);
 
   m.def("gather_rows", [](const py::tuple& moves, Address index, int64_t slots, int64_t rows) {
     return move_rows(sk::gather_rows, moves, index, slots, rows);

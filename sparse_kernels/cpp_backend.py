@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, TreeCall
 from sparse_kernels.rows import empty_rows, rows_are_packed
 from sparse_kernels.tracing import refuse_tensor
-from sparse_kernels.types import GatedRows, RowStats, Selected, Selection
+from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
 
 # The order of csrc/cpu/row_stats.h's Statistic.
 _WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
@@ -232,9 +232,16 @@ def compact(call: CompactCall) -> Selection:
     return _compact(call.mask, call.weight, call.capacity)
 
 
-def _compact(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> Selection:
+def _compact(mask: Tensor, weight: Tensor | None, capacity: int | None) -> Selection:
     mask = mask.contiguous()
-    weight_in = None if weight_in is None else weight_in.detach().contiguous()
+    weight = None if weight is None else weight.detach().contiguous()
+    selection, arguments = _unpacked(mask, weight, capacity)
+    _cpp.compact(*arguments)
+    return selection
+
+
+def _unpacked(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> tuple[Selection, tuple[Any, ...]]:
+    """A selection's memory, of ``slots`` or as many as are kept, and the arguments with which C++ writes it."""
     rows = mask.numel()
     counts: list[int] = []
     if slots is None:
@@ -243,7 +250,7 @@ def _compact(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> Selec
     index = _INDEX.new_empty(slots)
     weight = torch.empty_like(index, dtype=torch.float32)
     count, overflow = torch.empty_like(_COUNT), torch.empty_like(_COUNT)
-    _cpp.compact(
+    return Selection(index, weight, count, overflow, rows), (
         mask.data_ptr(),
         0 if weight_in is None else weight_in.data_ptr(),
         rows,
@@ -254,7 +261,6 @@ def _compact(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> Selec
         count.data_ptr(),
         overflow.data_ptr(),
     )
-    return Selection(index, weight, count, overflow, rows)
 
 
 def refuse_control(call: ControlCall) -> str | None:
@@ -262,9 +268,13 @@ def refuse_control(call: ControlCall) -> str | None:
     reason = _refuse_tensor(call.significance) or _refuse_tensor(call.state.values)
     if reason is None and call.significance.dtype is not torch.float32:
         reason = f"significance is {call.significance.dtype}; it serves float32"
-    if reason is None and not (call.state.values.is_contiguous() and call.state.counters.is_contiguous()):
-        reason = "a state that is not contiguous cannot be moved in place"
-    return reason
+    return reason or _refuse_state(call.state)
+
+
+def _refuse_state(state: ControlState) -> str | None:
+    if state.values.is_contiguous() and state.counters.is_contiguous():
+        return None
+    return "a state that is not contiguous cannot be moved in place"
 
 
 def control(call: ControlCall) -> None:
@@ -312,47 +322,29 @@ def refuse_gate_step(call: GateStepCall) -> str | None:
     reason = refuse_gate_rows(call)
     if reason is None and call.logits.dtype is torch.float64:
         reason = "a controller's state is float32"
-    if reason is None and not (call.state.values.is_contiguous() and call.state.counters.is_contiguous()):
-        reason = "a state that is not contiguous cannot be moved in place"
-    return reason
+    return reason or _refuse_state(call.state)
 
 
 def gate_step(call: GateStepCall) -> Selected:
     """See ``sparse_kernels.ops.gate_step``. Only ``gate_rows`` can fail, before the state has moved."""
     targets = call.targets = call.targets.contiguous()
     gated = gate_rows(call)
-    mask, significance, gate_weight, stats, _ = gated
-    rows = targets.numel()
-    slots = call.capacity
-    counts: list[int] = []
-    if slots is None:
-        counts = _cpp.count_flags(mask.data_ptr(), rows)
-        slots = sum(counts)
-    index = _INDEX.new_empty(slots)
-    weight = torch.empty_like(index, dtype=torch.float32)
-    count, overflow = torch.empty_like(_COUNT), torch.empty_like(_COUNT)
+    selection, arguments = _unpacked(gated.mask, gated.weight, call.capacity)
+    mass = gated.stats.grad_norm
     _cpp.compact_and_control(
-        mask.data_ptr(),
-        0 if gate_weight is None else gate_weight.data_ptr(),
-        rows,
-        counts,
-        slots,
-        index.data_ptr(),
-        weight.data_ptr(),
-        count.data_ptr(),
-        overflow.data_ptr(),
+        *arguments,
         call.state.values.data_ptr(),
         call.state.counters.data_ptr(),
-        significance.data_ptr(),
+        gated.significance.data_ptr(),
         targets.data_ptr(),
         4 if targets.dtype is torch.int32 else 8,
         call.ignore_index,
-        0 if stats.grad_norm is None else stats.grad_norm.data_ptr(),
+        0 if mass is None else mass.data_ptr(),
         call.setpoint.data_ptr(),
         call.gate_temperature,
         call.p_min,
     )
-    return Selected(gated, Selection(index, weight, count, overflow, rows), None)
+    return Selected(gated, selection, None)
 
 
 def _refuse_tensors(tensors: list[Tensor]) -> str | None:
