@@ -30,10 +30,11 @@ from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
 from sparse_training.models import MODELS, build_model
 from sparse_training.policies import POLICIES
+from sparse_training.record import Status
 from sparse_training.report import load_result, print_table, write_report
 from sparse_training.schedules import SHAPES
 from sparse_training.scoring import PRECISIONS
-from sparse_training.trainer import CHECKPOINT, SparseTrainer, Status
+from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
 OPTIONS, MODEL, RESULT = "options.json", "model.pt", "result.json"
 

@@ -151,6 +151,7 @@ def calibrate(
             MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
     """
     twin = copy.deepcopy(trainer)
+    twin.compile()
     arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()))]
     arms = list({policy.name: policy.to(twin.device) for policy in arms}.values())
     for policy in arms:

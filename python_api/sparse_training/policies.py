@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import Selection
+from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable
@@ -39,6 +40,7 @@ class Policy(nn.Module):
 
     name = "dense"
     before_loading = False  # whether what it leaves out is never loaded
+    criterion = Criterion()  # the trainer's, once it has one
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -68,7 +70,8 @@ class Policy(nn.Module):
 
     def select(self, scores: Tensor | None, batch: Batch) -> Kept:
         """The rows of a loaded batch to train on."""
-        return Kept(batch.inputs, batch.targets, batch.rows, None, batch.weight, batch.rows)
+        rows = batch.rows if batch.counted is None else batch.counted
+        return Kept(batch.inputs, batch.targets, rows, None, batch.weight, batch.divisor)
 
     def observe(self, ids: Tensor, losses: Tensor) -> None:
         """The losses, [n], of the rows just trained on, of the dense phases too; where rows have numbers."""
@@ -144,19 +147,34 @@ class GatePolicy(Policy):
         return scorer(batch.inputs)
 
     def select(self, scores: Tensor | None, batch: Batch) -> Kept:
-        if scores is None or scores.ndim != 2:
-            shape = None if scores is None else list(scores.shape)
-            raise UserError(f"scores of shape {shape}: the gate wanted logits [B, classes], one row a sample")
-        selection: Selection = self.gate(scores, batch.targets, index=batch.ids)
+        if scores is None:
+            raise UserError("no scores: the gate wanted the logits of the batch")
+        selection = self.gated(scores, batch)
         inputs, targets = selection.take((batch.inputs, batch.targets))
         padded = self.gate.capacity is not None
         count = selection.count if padded else selection.index.shape[0]
         if self.gate.temperature > 0.0:
-            return Kept(inputs, targets, count, selection.index, selection.weight, batch.rows)
+            return Kept(inputs, targets, count, selection.index, selection.weight, batch.divisor)
         if padded:
             divisor = selection.count.clamp(min=1)
             return Kept(inputs, targets, count, selection.index, selection.weight, divisor)
         return Kept(inputs, targets, count, selection.index)
+
+    def gated(self, logits: Tensor, batch: Batch) -> Selection:
+        """The gate's selection by class logits; without classes, by the loss itself.
+
+        Of targets of several class indices a sample, as of tokens or pixels, the mean significance is the sample's.
+        """
+        targets = batch.targets
+        classes = not targets.is_floating_point() and logits.ndim == targets.ndim + 1
+        if classes and logits.ndim == 2:
+            selection: Selection = self.gate(logits, targets, index=batch.ids)
+            return selection
+        if classes:
+            significance = self.criterion.significance(logits, targets, self.gate.significance.weights)
+        else:
+            significance = self.criterion(logits, targets)
+        return self.gate.by(significance)
 
     def at(self, progress: float) -> None:
         self.gate.at(progress)
@@ -327,7 +345,7 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def make_policy(policy: str | Policy | Gate, *, rate: float, seed: int, loss: Any = None) -> Policy:
+def make_policy(policy: str | Policy | Gate, *, rate: float, seed: int, criterion: Criterion | None = None) -> Policy:
     """A policy from its name, from a gate, or as it is.
 
     A gate made here sees the loss the model is trained on: its ignore_index and label smoothing.
@@ -337,15 +355,20 @@ def make_policy(policy: str | Policy | Gate, *, rate: float, seed: int, loss: An
     """
     check_rate(rate)
     if isinstance(policy, Policy):
-        return policy
-    if isinstance(policy, Gate):
-        return GatePolicy(seed=seed, gate=policy)
-    if policy not in POLICIES:
+        made = policy
+    elif isinstance(policy, Gate):
+        made = GatePolicy(seed=seed, gate=policy)
+    elif policy not in POLICIES:
         raise UserError(f"policy {policy!r}: wanted one of {', '.join(POLICIES)}")
-    if policy != "gate":
-        return POLICIES[policy](rate, seed)
-    known = ("ignore_index", "label_smoothing")
-    return GatePolicy(rate, seed, **{name: getattr(loss, name) for name in known if hasattr(loss, name)})
+    elif policy != "gate":
+        made = POLICIES[policy](rate, seed)
+    else:
+        known = ("ignore_index", "label_smoothing")
+        loss = None if criterion is None else criterion.loss
+        made = GatePolicy(rate, seed, **{name: getattr(loss, name) for name in known if hasattr(loss, name)})
+    if criterion is not None:
+        made.criterion = criterion
+    return made
 
 
 def check_rate(rate: float) -> float:
