@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.loader import Batch, Offer
@@ -16,6 +18,7 @@ from sparse_training.policies import (
     RandomPolicy,
     make_policy,
 )
+from sparse_training.significance import Significance
 
 
 def batch(rows=64, classes=5):
@@ -100,7 +103,7 @@ def test_a_capacity_pads_with_weight_zero_and_divides_by_the_rows_kept():
 
 def test_the_gate_sees_the_loss_that_is_trained_on():
     loss = nn.CrossEntropyLoss(reduction="none", ignore_index=2)
-    policy, some = make_policy("gate", rate=0.9, seed=0, loss=loss), batch()
+    policy, some = make_policy("gate", rate=0.9, seed=0, criterion=Criterion(loss)), batch()
     for _ in range(20):
         kept = scored(policy, some)
     assert len(kept.targets)
@@ -114,9 +117,41 @@ def test_the_clock_is_told_what_may_be_kept():
     assert RandomPolicy(0.1).likely_rows(51) == range(51, 52)
 
 
-def test_the_gate_wants_one_row_of_logits_a_sample():
-    with pytest.raises(UserError, match=r"scores of shape \[2, 3, 5\]: the gate wanted logits \[B, classes\]"):
-        scored(GatePolicy(0.5), Batch(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), None, 2))
+def test_a_sample_of_several_targets_counts_by_their_mean_significance():
+    """The kernel's statistics where the targets are classes, and those that are ignored left out of the mean."""
+    logits, targets = 3 * torch.randn(6, 7, 5), torch.randint(0, 5, (6, 7))
+    targets[:, 4:] = -100
+    policy = GatePolicy(0.5, significance=Significance(loss=1.0))
+    policy.gate.threshold.fill_(2.0)
+    kept = scored(policy, Batch(logits, targets, None, 6))
+    losses = F.cross_entropy(logits[:, :4].movedim(-1, 1), targets[:, :4], reduction="none").mean(1)
+    assert kept.positions.tolist() == (losses > 2.0).nonzero().flatten().tolist()
+    torch.testing.assert_close(policy.gate.last.significance, losses)
+
+
+def test_targets_that_are_not_classes_are_scored_by_the_loss_itself():
+    logits, targets = torch.randn(6, 5), torch.softmax(torch.randn(6, 5), 1)
+    policy = make_policy("gate", rate=0.5, seed=0, criterion=Criterion())
+    policy.gate.threshold.fill_(2.0)
+    kept = scored(policy, Batch(logits, targets, None, 6))
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    assert kept.positions.tolist() == (losses > 2.0).nonzero().flatten().tolist()
+    with pytest.raises(UserError, match=r"mass=0.9 with a significance that is given"):
+        scored(GatePolicy(gate=Gate(mass=0.9)), Batch(logits, targets, None, 6))
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.1}, {"decision": "topk"}, {"floor": 0.3}, {"capacity": 5}])
+def test_a_significance_that_is_given_decides_as_one_that_is_found(options, ignore_index):
+    given = torch.rand(9) + 0.5
+    given[3] = torch.nan
+    gate = Gate(0.3, threshold=1.0, ignore_index=ignore_index, **options)
+    other = Gate(0.3, threshold=1.0, **options)
+    mine, wanted = gate.by(given), other(torch.zeros(9, 1), torch.zeros(9, dtype=torch.int64), offset=given)
+    assert mine.index.tolist() == wanted.index.tolist()
+    assert 3 not in mine.index[: int(mine.count)]
+    assert int(gate.invalid) == 1
+    torch.testing.assert_close(gate.threshold, other.threshold)
 
 
 def test_a_rate_that_was_not_reached_is_said():
