@@ -20,6 +20,7 @@ from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable
 from sparse_training.loader import Batch, Choice, Offer
+from sparse_training.ranks import own_seed, place
 
 Scorer = Callable[[Any], Tensor]  # inputs -> logits, without gradient
 
@@ -348,12 +349,14 @@ POLICIES: dict[str, type[Policy]] = {
 def make_policy(policy: str | Policy | Gate, *, rate: float, seed: int, criterion: Criterion | None = None) -> Policy:
     """A policy from its name, from a gate, or as it is.
 
-    A gate made here sees the loss the model is trained on: its ignore_index and label smoothing.
+    A gate made here sees the loss the model is trained on: its ignore_index and label smoothing; of several
+    processes of torch.distributed all share its threshold. Other policies made here draw by a seed of each process.
 
     Raises:
         UserError: an unknown name, or a rate outside (0, 1].
     """
     check_rate(rate)
+    rank, ranks = place()
     if isinstance(policy, Policy):
         made = policy
     elif isinstance(policy, Gate):
@@ -361,11 +364,12 @@ def make_policy(policy: str | Policy | Gate, *, rate: float, seed: int, criterio
     elif policy not in POLICIES:
         raise UserError(f"policy {policy!r}: wanted one of {', '.join(POLICIES)}")
     elif policy != "gate":
-        made = POLICIES[policy](rate, seed)
+        made = POLICIES[policy](rate, own_seed(seed, rank))
     else:
         known = ("ignore_index", "label_smoothing")
         loss = None if criterion is None else criterion.loss
-        made = GatePolicy(rate, seed, **{name: getattr(loss, name) for name in known if hasattr(loss, name)})
+        shared = {name: getattr(loss, name) for name in known if hasattr(loss, name)}
+        made = GatePolicy(rate, seed, process_group="world" if ranks > 1 else None, **shared)
     if criterion is not None:
         made.criterion = criterion
     return made
