@@ -151,8 +151,9 @@ def calibrate(
             MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
     """
     twin = copy.deepcopy(trainer)
-    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()))]
-    arms = list({policy.name: policy.to(twin.device) for policy in arms}.values())
+    memo = {id(trainer.model): twin.model}  # of a scorer that is attached to it
+    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
+    arms = list({policy.name: twin.attach(policy) for policy in arms}.values())
     for policy in arms:
         policy.prepare(loader.size)
         if loader.size is not None:  # as in the midst of a run: choosing by past losses takes its usual path
@@ -162,6 +163,10 @@ def calibrate(
     devices = [twin.device] if twin.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         items = loader.probe()
+        first = loader.load(next(items))
+        for policy in arms:
+            twin.policy = policy
+            twin.check(first)
         for _ in range(kinds):
             _warm_up(twin, loader, arms, next(items))
         done, began = 0, time.perf_counter()
@@ -188,6 +193,7 @@ def _time_arms(
     them in: timed straight after another arm's step, a gate's step was seen to cost 1.3 times its own.
     """
     for policy in arms:
+        twin.policy = policy
         watch = Stopwatch(twin.device)
         for repeat in range(STEPS_A_ROUND):
             watch.lap()
@@ -195,7 +201,7 @@ def _time_arms(
             choose = watch.lap()
             batch = loader.load(item, choice)
             load = watch.lap()
-            scores = policy.score(twin.scorer, batch)
+            scores = policy.score(batch)
             score = watch.lap()
             policy.select(scores, batch)
             select = watch.lap()
