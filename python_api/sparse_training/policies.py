@@ -54,6 +54,7 @@ class Policy(nn.Module):
 
     name = "dense"
     scored_by: str | None = None
+    phased = True  # whether a run's warm-up and anneal train on every row; if not, it chooses in them too
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -76,8 +77,13 @@ class Policy(nn.Module):
         """The fraction of rows that it aims to keep; None where it aims at none."""
         return None
 
-    def prepare(self, rows: int | None) -> None:
-        """Told before a run how many rows the data set has; None where none can be had by its number."""
+    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+        """Told before a run what it is about.
+
+        Args:
+            rows: of the data set; None where none can be had by its number.
+            targets: [rows, ...], of all of them, where the loader holds them.
+        """
         self.scorer.prepare(rows)
 
     def decide(self, scores: Scores) -> Decision:
@@ -109,8 +115,14 @@ class Policy(nn.Module):
         inputs, targets = pytree.tree_map_only(Tensor, lambda tensor: tensor.index_select(0, index), parts)
         return Kept(inputs, targets, len(index), index, weight, batch.rows)
 
-    def observe(self, ids: Tensor, losses: Tensor) -> None:
-        """The losses, [n], of the rows just trained on, of the dense phases too; where rows have numbers."""
+    def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
+        """What the model made of the rows just trained on, before it learned from them; where rows have numbers.
+
+        Args:
+            ids: int64 [n]; of the dense phases too.
+            losses: [n].
+            logits: what the model gave, [n, classes] for a classifier.
+        """
         self.scorer.observe(ids, losses)
 
     def at(self, progress: float) -> None:
@@ -432,7 +444,7 @@ class HistoryPolicy(Policy):
     def before_loading(self) -> bool:
         return True
 
-    def prepare(self, rows: int | None) -> None:
+    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
         if rows is None:
             raise UserError(
                 f"the policy {self.name} asks for rows by their number: wanted data held in memory (ResidentLoader); "
@@ -448,7 +460,7 @@ class HistoryPolicy(Policy):
         """Make what draws from the table."""
         raise NotImplementedError
 
-    def observe(self, ids: Tensor, losses: Tensor) -> None:
+    def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
         self.up_to_date()
         self._observed = ids, losses
 

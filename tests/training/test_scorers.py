@@ -318,7 +318,7 @@ def test_by_history_what_is_left_out_is_neither_loaded_nor_run():
     trainer, loader = trainer_of("history"), resident(shuffle=False)
     assert trainer.policy.before_loading
     trainer.policy.prepare(loader.size)
-    trainer.policy.observe(torch.arange(16), torch.arange(16.0))
+    trainer.policy.observe(torch.arange(16), torch.arange(16.0), None)
     seen = []
     trainer.model[0].register_forward_hook(lambda module, arguments, output: seen.append(len(output)))
     trainer._checked = True
@@ -347,7 +347,7 @@ def test_rows_drawn_by_history_estimate_the_mean_of_those_offered():
     policy.scorer.attach(network(), F.cross_entropy, device=torch.device("cpu"))
     losses = torch.rand(256, generator=torch.Generator().manual_seed(0)) * 4
     policy.prepare(256)
-    policy.observe(torch.arange(256), losses)
+    policy.observe(torch.arange(256), losses, None)
     loader = resident(256, batch_size=256)
     estimates = []
     for _ in range(300):
