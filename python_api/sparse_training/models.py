@@ -102,6 +102,25 @@ def cnn_2m(*, shape: Shape, classes: int) -> nn.Sequential:
     )
 
 
+def cnn_bn(*, shape: Shape, classes: int) -> nn.Sequential:
+    """Three 3x3 convolutions of 32, 64 and 128 channels over 2x2 blocks of pixels, each with BatchNorm and ReLU.
+
+    Blocks and pools before BatchNorm make a step cheap: a quarter of the multiplications of ``cnn-620k``
+    on 28x28 images. For even sides of at least 8. 116,554 parameters for 3x32x32 images and 10 classes.
+    """
+    if shape[1] % 2 or shape[2] % 2:
+        raise UserError(f"model cnn-bn cuts images into 2x2 pixels: wanted even sides, got {shape[1:]}")
+    _, height, width = _pooled("cnn-bn", shape, pools=3)
+    layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
+    inputs = 4 * shape[0]
+    for outputs, pool in ((32, True), (64, True), (128, False)):
+        layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+        layers += [nn.MaxPool2d(2)] * pool
+        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * height * width, classes))
+
+
 def cnn_tiny(*, shape: Shape, classes: int) -> nn.Sequential:
     """Three 3x3 convolutions of 8, 16 and 32 channels, each with stride 2, BatchNorm and ReLU, then an average.
 
@@ -272,6 +291,7 @@ def vit(*, shape: Shape, classes: int, width: int = 192, heads: int = 4, depth: 
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {
     "cnn-620k": cnn_620k,
     "cnn-2m": cnn_2m,
+    "cnn-bn": cnn_bn,
     "cnn-tiny": cnn_tiny,
     "resnet": resnet,
     "vit": vit,

@@ -25,6 +25,8 @@ def parameters(model: nn.Module) -> int:
         ("cnn-2m", 2_193_226),
         # He et al. give 0.27M without projections; two of these with their BatchNorm add 2,752.
         ("resnet", 272_474),
+        # 3x3x12x32 + 3x3x32x64 + 3x3x64x128 weights, BatchNorm 448, a head of 2,048x10 + 10.
+        ("cnn-bn", 116_554),
         ("cnn-tiny", 6_418),
         # Tokens 9,216 + 12,288 places; two blocks of 444,864; LayerNorm 384; 1,930.
         ("vit", 913_738),
@@ -37,7 +39,7 @@ def test_parameter_counts(name: str, count: int) -> None:
 @pytest.mark.parametrize("shape", [CIFAR, (1, 28, 28), (1, 8, 8), (3, 11, 40)])
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_backward(name: str, shape: tuple[int, int, int]) -> None:
-    if name == "vit" and shape[1] % 4:
+    if (name == "vit" and shape[1] % 4) or (name == "cnn-bn" and shape[1] % 2):
         pytest.skip("refused: see below")
     model = build_model(name, shape=shape, classes=7)
     logits = model(torch.randn(2, *shape))
@@ -57,6 +59,11 @@ def test_the_transformer_takes_other_sizes_than_it_was_made_for_and_refuses_what
     assert model(torch.randn(2, 3, 16, 24)).shape == (2, 5)
     with pytest.raises(UserError, match=r"4x4 pixels: wanted such sides, got \(11, 40\)"):
         build_model("vit", shape=(3, 11, 40), classes=5)
+
+
+def test_odd_sides_are_refused_where_pixels_are_taken_in_blocks() -> None:
+    with pytest.raises(UserError, match=r"2x2 pixels: wanted even sides, got \(28, 27\)"):
+        build_model("cnn-bn", shape=(1, 28, 27), classes=5)
 
 
 def test_the_transformers_attention_is_what_it_says() -> None:
