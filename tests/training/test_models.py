@@ -126,7 +126,7 @@ def test_bad_shape_and_classes() -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"'vgg'.*cnn-620k, cnn-2m, cnn-tiny, resnet, vit or module:factory"):
+    with pytest.raises(UserError, match=r"'vgg'.*cnn-620k, cnn-2m, cnn-bn, cnn-tiny, resnet, vit or module:factory"):
         build_model("vgg", shape=CIFAR, classes=10)
 
 
