@@ -49,7 +49,7 @@ class Criterion:
         Raises:
             UserError: what the loss gives has not a first dimension of B.
         """
-        if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and _indices(logits, targets):
+        if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and are_classes(logits, targets):
             logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch wants them
         losses = self.loss(logits, targets)
         rows = targets.shape[0]
@@ -86,7 +86,7 @@ class Criterion:
         Raises:
             UserError: targets that are not class indices, or whose shape does not fit.
         """
-        if not _indices(logits, targets):
+        if not are_classes(logits, targets):
             raise UserError(
                 f'rows="elements" with {targets.dtype} targets of shape {list(targets.shape)} for logits '
                 f'{list(logits.shape)}: wanted class indices, one an element; or rows="samples"'
@@ -109,7 +109,7 @@ class Criterion:
 
         With class probabilities for targets the right class is the most probable one.
         """
-        if _indices(logits, targets):
+        if are_classes(logits, targets):
             dim = self.classes_in(logits, targets)
         elif isinstance(self.loss, nn.CrossEntropyLoss) and logits.shape == targets.shape and logits.ndim > 1:
             dim = 1
@@ -148,5 +148,6 @@ def check_reduction(loss: Callable[..., Any]) -> None:
         raise UserError(f'the loss {name} has reduction="{reduction}": wanted one loss a row, reduction="none"')
 
 
-def _indices(logits: Tensor, targets: Tensor) -> bool:
+def are_classes(logits: Tensor, targets: Tensor) -> bool:
+    """Whether targets are class indices, one for each of the logits' rows."""
     return not targets.is_floating_point() and logits.ndim == targets.ndim + 1

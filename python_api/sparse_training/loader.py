@@ -70,6 +70,7 @@ class Loader(ABC):
     """An epoch of items from where the last one stopped; ``epoch`` and ``position`` say where."""
 
     size: int | None = None  # rows of the data set, where known
+    labels: Tensor | None = None  # [size, ...], the targets of all of them, where held
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -148,7 +149,7 @@ class ResidentLoader(Loader):
             raise UserError(f"batch size {batch_size}: wanted 1 to {self._most}, the rows of {whose}")
         self.device = torch.device(device)
         self.images = split.images[own].to(self.device)
-        self.labels = split.labels[own].to(self.device)
+        self.labels: Tensor = split.labels[own].to(self.device)
         # (v / 255 - mean) / std as one multiplication and one addition.
         spread = torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1)
         centre = torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,20 @@ from sparse_training.policies import Kept, Policy, make_policy
 from sparse_training.ranks import Ranks
 from sparse_training.record import History, Status
 from sparse_training.schedules import Schedule
-from sparse_training.scoring import PRECISIONS, SelfScorer, evaluation_statistics, forward
+from sparse_training.scoring import PRECISIONS, Scorer, Scores, SelfScorer, evaluation_statistics, forward
 from sparse_training.update import Update
 
 CHECKPOINT = "checkpoint.pt"
 TRACE_POINTS = 500
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class Learned(NamedTuple):
+    """What the model made of rows, before it learned from them; without gradient."""
+
+    losses: Tensor  # [n]
+    logits: Any  # what the model gave
 
 
 class SparseTrainer:
@@ -52,8 +59,10 @@ class SparseTrainer:
             the history, and seconds raw.
         class_dim: of the logits of tokens or pixels, 1 or -1, where shapes leave that open.
         optimizer: None for AdamW, a factory called with (parameters, lr=lr), or an optimiser.
-        policy: a name in POLICIES, a Policy, or a Gate. A gate scores targets that are not class indices by the
-            loss itself.
+        policy: a name in POLICIES, a Policy, or a Gate; policy@scorer, such as "gate@early:3", names both. A gate
+            scores targets that are not class indices by the loss itself.
+        scorer: what the policy judges rows by: self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE,
+            history, or a Scorer. None for the policy's own, the model itself for a gate.
         rate: fraction of rows to keep in the sparse phase, in (0, 1].
         warmup, anneal: fractions of the run trained densely at its start and end.
         lr: learning rate, for an optimiser made here.
@@ -83,6 +92,7 @@ class SparseTrainer:
         class_dim: int | None = None,
         optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
         policy: str | Policy | Gate = "gate",
+        scorer: str | Scorer | None = None,
         rate: float = 0.1,
         warmup: float = 0.05,
         anneal: float = 0.125,
@@ -106,7 +116,12 @@ class SparseTrainer:
         if amp is not None and amp not in PRECISIONS:
             raise UserError(f"amp {amp!r}: wanted None, {', '.join(PRECISIONS)}")
         self.schedule = Schedule(warmup, anneal, schedule)
-        self.policy = make_policy(policy, rate=rate, seed=seed, criterion=self.criterion)
+        self.policy = make_policy(policy, rate=rate, seed=seed, loss=self.criterion.loss, scorer=scorer)
+        if rows == "elements" and self.policy.scored_by is not None and type(self.policy.scorer) is not SelfScorer:
+            raise UserError(
+                f'scorer {self.policy.scorer.name} with rows="elements": wanted none, for the training '
+                "forward's own logits are what is judged"
+            )
         self.dense = Policy()
         self.device = torch.device(device) if device is not None else _device_of(model)
         self.ranks = Ranks()
@@ -118,8 +133,8 @@ class SparseTrainer:
             channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.policy.to(self.device)
-        self.scorer = SelfScorer(self.model, precision=precision, device=self.device)
+        self.precision = precision
+        self.attach(self.policy)
         self.amp = PRECISIONS[amp] if amp is not None else None
         self.seed = seed
         self._extract = {"inputs": inputs, "targets": targets}
@@ -152,6 +167,17 @@ class SparseTrainer:
         fused = self.device.type in ("cpu", "cuda")
         return torch.optim.AdamW(self.model.parameters(), lr=lr, fused=fused)
 
+    def attach(self, policy: Policy) -> Policy:
+        """The policy on the trainer's device, its scorer told of the trainer's model and loss."""
+        policy.to(self.device)
+        policy.scorer.attach(self.model, self.criterion, device=self.device, precision=self.precision)
+        return policy
+
+    @property
+    def scorer(self) -> Scorer:
+        """What the policy judges rows by."""
+        return self.policy.scorer
+
     # --- one step -------------------------------------------------------------------------------
 
     def step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, Kept]:
@@ -161,7 +187,7 @@ class SparseTrainer:
         batch = loader.load(item, policy.choose(loader.offer(item)))
         if not self._checked:
             self.check(batch)
-        kept = policy.select(policy.score(self.scorer, batch), batch)
+        kept = policy.select(policy.score(batch), batch)
         self.report(self.policy, batch, kept, self.learn(kept))
         return batch, kept
 
@@ -181,7 +207,10 @@ class SparseTrainer:
                 batch = loader.load(rows, policy.choose(offer))._replace(offered=len(offer.ids))
             else:
                 batch = loader.load(rows)._replace(weight=counts.float(), counted=counts.sum())
-            kept = policy.select(policy.score(Tensor.detach, batch), batch)
+            scores = None
+            if policy.scored_by is not None and not policy.before_loading:
+                scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
+            kept = policy.select(scores, batch)
             if self.update.nothing_in(kept) and self.ranks.alone:
                 self.update.skip()
                 return batch, kept
@@ -191,13 +220,16 @@ class SparseTrainer:
         return batch, kept
 
     @staticmethod
-    def report(policy: Policy, batch: Batch, kept: Kept, losses: Tensor | None) -> None:
-        """Tell a policy what training made of the rows, where they have numbers."""
-        if losses is not None and batch.ids is not None:
-            policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], losses)
+    def report(policy: Policy, batch: Batch, kept: Kept, learned: Learned | None) -> None:
+        """Tell a policy what training made of the rows, where they have numbers, and train what learns beside."""
+        if learned is None:
+            return
+        policy.scorer.learn(kept)
+        if batch.ids is not None:
+            policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], *learned)
 
-    def learn(self, kept: Kept) -> Tensor | None:
-        """Train on the kept rows, and their losses; None if there are none."""
+    def learn(self, kept: Kept) -> Learned | None:
+        """Train on the kept rows, and what the model made of them; None if there are none."""
         if nothing := self.update.nothing_in(kept):
             if self.ranks.alone:
                 self.update.skip()
@@ -206,10 +238,13 @@ class SparseTrainer:
             inputs, targets = nothing_like((kept.inputs, kept.targets))
             kept = Kept(inputs, targets, 0, None, torch.zeros(1, device=self.device), 0)
         self.update.share(kept)
-        with self._statistics(kept.targets.shape[0]), self._autocast():
-            losses = self.criterion(forward(self.parallel, kept.inputs), kept.targets)
+        with self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
+            logits = forward(self.parallel, kept.inputs)
+            losses = self.criterion(logits, kept.targets)
         self.update.add(losses, kept)
-        return None if nothing else losses.detach()
+        if nothing:
+            return None
+        return Learned(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
 
     def _statistics(self, rows: int) -> AbstractContextManager[None]:
         """The variance of one row is 0, or an error: BatchNorm uses its running statistics for it."""
@@ -233,8 +268,11 @@ class SparseTrainer:
         with torch.no_grad(), evaluation_statistics(self.model), self._autocast():
             logits, targets = forward(self.model, batch.inputs), batch.targets
             if self.criterion.rows == "elements":
-                logits, targets = self.criterion.elements(logits, targets)
-            self.criterion(logits, targets)
+                self.criterion(*self.criterion.elements(logits, targets))
+            else:
+                self.criterion(logits, targets)
+        if self.criterion.rows == "samples":
+            self.scorer.build(batch, logits)
         self._checked = True
 
     def head(self, batch: Batch, rows: int) -> Kept:
@@ -250,6 +288,7 @@ class SparseTrainer:
                 group["lr"].fill_(group["initial_lr"] * factor)
             else:
                 group["lr"] = group["initial_lr"] * factor
+        self.scorer.set_learning_rate(factor)
 
     # --- evaluation -----------------------------------------------------------------------------
 
@@ -339,7 +378,7 @@ class SparseTrainer:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history = History()
         elements = self.criterion.rows == "elements"
-        self.policy.prepare(None if elements else loader.size)
+        self.policy.prepare(*(None, None) if elements else (loader.size, loader.labels))
         if path is not None and previous:
             clock = clock or Clock()
             self._restore(files.load(path, self.device), settings, loader, history, clock)
@@ -369,7 +408,7 @@ class SparseTrainer:
         clock.start()
         fraction = done()
         while fraction < 1.0:
-            phase = self.schedule.phase(fraction)
+            phase = self.schedule.phase(fraction) if self.policy.phased else "sparse"
             self.set_learning_rate(self.schedule.factor(fraction))
             policy = self.policy if phase == "sparse" else self.dense
             policy.at(fraction)
@@ -475,6 +514,7 @@ class SparseTrainer:
             "accumulate": self.update.accumulate,
             "ema": self.update.decay,
             "kept": self.criterion.rows,
+            "scorer": str(self.scorer),
             "precision": str(self.scorer.dtype),
             "amp": str(self.amp),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),

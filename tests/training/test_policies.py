@@ -33,7 +33,9 @@ def offer(rows, epoch=0):
 
 
 def scored(policy, some):
-    return policy.select(policy.score(lambda inputs: inputs, some), some)
+    """What it keeps, of a model that gives its inputs back as logits."""
+    policy.scorer.attach(nn.Identity(), Criterion(), device=torch.device("cpu"))
+    return policy.select(policy.score(some), some)
 
 
 def test_dense_keeps_the_batch_as_it_is():
@@ -103,7 +105,7 @@ def test_a_capacity_pads_with_weight_zero_and_divides_by_the_rows_kept():
 
 def test_the_gate_sees_the_loss_that_is_trained_on():
     loss = nn.CrossEntropyLoss(reduction="none", ignore_index=2)
-    policy, some = make_policy("gate", rate=0.9, seed=0, criterion=Criterion(loss)), batch()
+    policy, some = make_policy("gate", rate=0.9, seed=0, loss=loss), batch()
     for _ in range(20):
         kept = scored(policy, some)
     assert len(kept.targets)
@@ -117,6 +119,18 @@ def test_the_clock_is_told_what_may_be_kept():
     assert RandomPolicy(0.1).likely_rows(51) == range(51, 52)
 
 
+def test_without_one_row_of_class_logits_a_sample_the_gate_goes_by_the_loss():
+    """Soft targets: the loss is all that there is to rank by."""
+    some = batch(256)
+    soft = some._replace(targets=some.inputs.roll(1, 1).softmax(1))
+    policy = GatePolicy(0.25)
+    for _ in range(60):
+        kept = scored(policy, soft)
+    losses = nn.functional.cross_entropy(soft.inputs, soft.targets, reduction="none")
+    assert kept.rows == pytest.approx(64, abs=6)
+    assert sorted(kept.positions.tolist()) == sorted(losses.topk(kept.rows).indices.tolist())
+
+
 def test_a_sample_of_several_targets_counts_by_their_mean_significance():
     """The kernel's statistics where the targets are classes, and those that are ignored left out of the mean."""
     logits, targets = 3 * torch.randn(6, 7, 5), torch.randint(0, 5, (6, 7))
@@ -127,17 +141,6 @@ def test_a_sample_of_several_targets_counts_by_their_mean_significance():
     losses = F.cross_entropy(logits[:, :4].movedim(-1, 1), targets[:, :4], reduction="none").mean(1)
     assert kept.positions.tolist() == (losses > 2.0).nonzero().flatten().tolist()
     torch.testing.assert_close(policy.gate.last.significance, losses)
-
-
-def test_targets_that_are_not_classes_are_scored_by_the_loss_itself():
-    logits, targets = torch.randn(6, 5), torch.softmax(torch.randn(6, 5), 1)
-    policy = make_policy("gate", rate=0.5, seed=0, criterion=Criterion())
-    policy.gate.threshold.fill_(2.0)
-    kept = scored(policy, Batch(logits, targets, None, 6))
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    assert kept.positions.tolist() == (losses > 2.0).nonzero().flatten().tolist()
-    with pytest.raises(UserError, match=r"mass=0.9 with a significance that is given"):
-        scored(GatePolicy(gate=Gate(mass=0.9)), Batch(logits, targets, None, 6))
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0])
@@ -172,7 +175,7 @@ def test_a_rate_that_was_not_reached_is_said():
 def trained(policy, losses):
     """The policy when every row has been trained on once, with these losses."""
     policy.prepare(len(losses))
-    policy.observe(torch.arange(len(losses)), losses)
+    policy.observe(torch.arange(len(losses)), losses, None)
     return policy
 
 
@@ -193,8 +196,8 @@ def test_importance_draws_any_rows_of_the_data_by_their_losses():
 def test_losses_of_every_phase_are_kept_and_the_last_one_counts():
     policy = ImportancePolicy()
     policy.prepare(4)
-    policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
-    policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]))
+    policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), None)
+    policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]), None)
     assert policy.up_to_date().scores.nan_to_num(-1.0).tolist() == [1.0, 5.0, -1.0, -1.0]
     assert any("2 of 4 rows were never trained on" in text for text in policy.warnings(0.1))
     assert any("1 losses were not finite" in text for text in policy.warnings(0.1))
@@ -250,5 +253,5 @@ def test_rates_out_of_range_are_refused(policy, rate):
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, importance, infobatch"):
+    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, topk, importance"):
         make_policy("best", rate=0.1, seed=0)
