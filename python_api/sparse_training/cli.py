@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import sparse_kernels
 from sparse_training import checkpoint as files
 from sparse_training import compare as comparison
+from sparse_training import devices
 from sparse_training.data import DATASETS, load_data
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
@@ -393,9 +394,8 @@ def _prepare(options: dict[str, Any]) -> torch.device:
     if options["warmup"] + options["anneal"] > 1.0:
         raise UserError(f"warmup {options['warmup']} and anneal {options['anneal']}: wanted a sum of at most 1")
     try:
-        device = torch.device(options["device"])
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = devices.find(options["device"])
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"device {options['device']!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 

@@ -9,6 +9,7 @@ To have it by name, enter it in POLICIES.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -209,6 +210,9 @@ class GatePolicy(Policy):
     def select(self, scores: Scores | None, batch: Batch) -> Kept:
         if scores is None:
             return super().select(scores, batch)
+        if self.gate.capacity is None and batch.targets.device.type == "xla":  # a program for each number of rows kept
+            steady = self.gate.schedule is None and not self.gate.by_mass
+            self.gate.capacity = min(batch.rows, math.ceil(2 * self.rate * batch.rows)) if steady else batch.rows
         selection = self.gated(scores)
         inputs, targets = selection.take((batch.inputs, batch.targets))
         padded = self.gate.capacity is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -131,12 +132,9 @@ class Update:
             if self.accumulate == 1:
                 self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
-        if empty is not None:
-            self.optimizer.found_inf = empty  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if empty is not None:
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        with nullcontext() if empty is None else self._skipped_where(empty):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
@@ -145,9 +143,33 @@ class Update:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def skips_on_device(self) -> bool:
-        """Fused optimisers leave everything as it is where ``found_inf`` is 1, without a host sync."""
-        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        return fused and self.device.type == "cuda" and not self.scaler.is_enabled()
+        """Whether a step can be left out without asking the host.
+
+        Fused optimisers leave everything as it is where ``found_inf`` is 1; XLA undoes the step in the same program.
+        """
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and self.device.type == "cuda"
+        return (fused or self.device.type == "xla") and not self.scaler.is_enabled()
+
+    @contextmanager
+    def _skipped_where(self, empty: Tensor) -> Iterator[None]:
+        """What is stepped in here stays as it was where ``empty``, float32, is 1."""
+        if self.device.type != "xla":
+            self.optimizer.found_inf = empty  # type: ignore[attr-defined]
+            yield
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+            return
+        before = {id(tensor): tensor.detach().clone() for tensor in self._moved()}
+        yield
+        with torch.no_grad():
+            for tensor in self._moved():  # optimisers' states begin with 0
+                was = before.get(id(tensor))
+                tensor.copy_(torch.where(empty > 0, 0.0 if was is None else was, tensor))
+
+    def _moved(self) -> list[Tensor]:
+        """What an optimiser step changes on the device."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        found = [*self._parameters(), *(value for value in states if isinstance(value, Tensor))]
+        return [tensor for tensor in found if tensor.device == self.device]
 
     def state_dict(self) -> dict[str, Any]:
         pending = None
