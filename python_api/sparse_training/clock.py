@@ -74,10 +74,13 @@ class Costs:
             rows = {"load": loaded, "score": loaded, "select": offered, "train": trained}
             curves = {**self.shared, **self.own[arm]}
             cost = {stage: _interpolate(curves[stage], rows[stage]) for stage in STAGES}
-            if "observe" in self.own[observer]:
-                cost["select"] += _interpolate(self.own[observer]["observe"], trained)
+            cost["select"] += self.beside(observer, trained)
             self._known[key] = {**cost, "total": sum(cost.values())}
         return self._known[key]
+
+    def beside(self, arm: str, trained: int) -> float:
+        """Seconds, in each step, of keeping the losses of the rows trained on and of training a scorer on them."""
+        return _interpolate(self.own[arm]["observe"], trained) if "observe" in self.own[arm] else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint or JSON; ``from_dict`` is its inverse, bit for bit."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sparse_kernels
 from sparse_training import checkpoint as files
+from sparse_training.ceilings import ceiling
 from sparse_training.clock import CALIBRATION_SECONDS, Clock, Costs, calibrate
 from sparse_training.data import ImageData
 from sparse_training.errors import UserError
@@ -186,7 +187,7 @@ def compare(
             "rounds": costs.rounds,
             "arms": steps,
         },
-        "speedup": _speedup(steps, arms, shares),
+        "speedup": _speedup(costs, arms, shares, batch_size),
         "arms": {name: {"runs": found, "summary": summaries[name]} for name, found in runs.items()},
         "gallery": _gallery(data, *counts),
     }
@@ -310,13 +311,13 @@ def _stage_costs(
     """
     steps = {"dense": costs.step("dense", batch_size, batch_size)}
     for name, arm in arms.items():
-        kept = max(1, round(shares[name] * batch_size))
+        kept = batch_size if arm.masks else max(1, round(shares[name] * batch_size))
         steps[name] = costs.step(name, kept if arm.before_loading else batch_size, kept, batch_size)
     return steps
 
 
 def _speedup(
-    steps: Mapping[str, Mapping[str, float]], arms: Mapping[str, Policy], shares: Mapping[str, float]
+    costs: Costs, arms: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
 ) -> dict[str, dict[str, float]]:
     """Measured speed-up of a step beside its ceiling.
 
@@ -324,19 +325,17 @@ def _speedup(
     forward passes, so one that scores with the model's own forward cannot exceed 3/(1+3r); with its
     scoring at s forward passes, 3/(s+3r) is its own ceiling.
     """
-    dense = steps["dense"]
     found = {}
     for name, arm in arms.items():
         if name == "dense":
             continue
-        rate = shares[name]
-        found[name] = {"measured": dense["total"] / steps[name]["total"], "ceiling": 1.0 / rate}
+        reached = ceiling(costs, arm, batch_size=batch_size, rate=shares[name])
+        found[name] = {"measured": reached.speedup, "ceiling": 1.0 / shares[name]}
         if not arm.before_loading:
-            scorer = 3.0 * steps[name]["score"] / dense["train"]
             found[name] |= {
-                "ceiling": 3.0 / (1.0 + 3.0 * rate),
-                "scorer_cost": scorer,
-                "own_ceiling": 3.0 / (scorer + 3.0 * rate),
+                "ceiling": 3.0 / (1.0 + 3.0 * (1.0 if arm.masks else shares[name])),
+                "scorer_cost": reached.scorer_cost,
+                "own_ceiling": reached.ceiling,
             }
     return found
 

@@ -55,6 +55,7 @@ class Policy(nn.Module):
 
     name = "dense"
     scored_by: str | None = None
+    masks = False  # whether the rows left out are masked out of the loss, and cost as much as the others
     phased = True  # whether a run's warm-up and anneal train on every row; if not, it chooses in them too
 
     def __init_subclass__(cls) -> None:
@@ -390,6 +391,7 @@ class MaskedPolicy(Policy):
 
     name = "masked"
     scored_by = "self"
+    masks = True
 
     def __init__(self, rate: float = 0.4, seed: int = 0) -> None:
         super().__init__(rate, seed)

@@ -253,7 +253,8 @@ class SparseTrainer:
         """The first rows of a batch, to train on."""
         parts = (batch.inputs, batch.targets, batch.weight)
         inputs, targets, weight = pytree.tree_map_only(Tensor, lambda tensor: tensor[:rows], parts)
-        return Kept(inputs, targets, rows, None, weight, rows)
+        positions = None if rows == batch.rows else torch.arange(rows, device=batch.targets.device)
+        return Kept(inputs, targets, rows, positions, weight, rows)
 
     def set_learning_rate(self, factor: float) -> None:
         """Each group's learning rate as a multiple of its first one."""
