@@ -1,7 +1,7 @@
 """The calibrated clock: a run's time as the sum of what its steps cost on an idle machine.
 
 On a machine that others use, raw wall-clock gives one arm of a comparison more steps than another. So
-each kind of work is timed beforehand, the arms' steps interleaved so that a drift hits them alike, and
+each kind of work is timed beforehand, blocks of the arms' steps interleaved so that a drift hits them alike, and
 a run's clock advances by the medians. Raw seconds are recorded beside it.
 """
 
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sparse_training.errors import UserError
 from sparse_training.loader import Loader
@@ -29,6 +31,7 @@ STAGES = ("load", "score", "select", "train")
 BLOCK, SETTLING = 12, 2  # consecutive steps of an arm, of which the first are not timed
 SHORT_BLOCK = 3  # on the short last batch of an epoch
 MIN_ROUNDS, MAX_ROUNDS, CALIBRATION_SECONDS = 5, 101, 5.0
+TOLD = 1 << 14  # rows told of at once
 
 Curve = tuple[tuple[int, ...], tuple[float, ...]]  # rows ascending, median seconds of each
 
@@ -163,6 +166,7 @@ def calibrate(
     devices = [twin.device] if twin.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         for source in sources:
+            _fill(twin, source)
             _warm_up(twin, source)
         done, began = 0, time.perf_counter()
         while done < (rounds or MIN_ROUNDS) or (rounds is None and done < MAX_ROUNDS and _since(began) < seconds):
@@ -178,13 +182,11 @@ def calibrate(
 
 
 class _Source:
-    """An arm's policy, as in the midst of a run, and the batches that it is offered."""
+    """An arm's policy and the batches that it is offered."""
 
     def __init__(self, policy: Policy, loader: Loader) -> None:
         self.policy, self.loader = policy, loader
-        policy.prepare(loader.size)
-        if loader.size is not None:  # choosing by past losses then takes its usual path
-            policy.observe(torch.arange(loader.size), torch.linspace(0.0, 1.0, loader.size))
+        policy.prepare(loader.size, loader.labels)
         self._probe = loader.probe()
 
     def items(self) -> list[Any]:
@@ -217,9 +219,9 @@ def _time_block(
         usual = ladder[len(ladder) // 3]
         kept = twin.head(batch, usual)
         watch.lap()
-        losses = twin.learn(kept)
+        learned = twin.learn(kept)
         train = watch.lap()
-        twin.report(policy, batch, kept, losses)
+        twin.report(policy, batch, kept, learned)
         observe = watch.lap()
         if step < min(SETTLING, steps // 2):
             continue
@@ -244,6 +246,20 @@ def _ladder(likely: range, rows: int) -> list[int]:
     if len(likely) == 1:
         return [likely[0]]
     return sorted({1, likely[0], likely[len(likely) // 3], likely[-1], max(1, rows // 2), rows})
+
+
+def _fill(twin: SparseTrainer, source: _Source) -> None:
+    """Tell an arm of every row, as in the midst of a run: choosing by past losses takes its usual path."""
+    size = source.loader.size
+    batch = source.loader.load(source.items()[0])
+    learned = twin.learn(twin.head(batch, batch.rows))
+    if size is None or learned is None:
+        return
+    losses = torch.linspace(0.0, 1.0, size, device=batch.targets.device)
+    for ids in torch.arange(size, device=losses.device).split(TOLD):
+        of_rows = ids % batch.rows
+        logits = pytree.tree_map_only(Tensor, lambda tensor, of_rows=of_rows: tensor[of_rows], learned.logits)
+        source.policy.observe(ids, losses[ids], logits)
 
 
 def _warm_up(twin: SparseTrainer, source: _Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -373,6 +374,25 @@ class Gate(nn.Module):
         self.settle()  # of the tensors that are about to be moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
+        """A gate of the same ranks: their group is a handle, of which there are no copies. Settles first."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()  # what is under way belongs to this process
+        return self.__dict__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.process_group not in (None, "world"):
+            raise UserError(
+                "a gate with a process group of its own cannot be pickled, for the group is of this process; "
+                'wanted its state_dict(), or process_group="world"'
+            )
+        return super().__reduce_ex__(protocol)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         self.settle()

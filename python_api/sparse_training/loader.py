@@ -63,6 +63,7 @@ class Loader(ABC):
     """An epoch of items from where the last one stopped; ``epoch`` and ``position`` say where."""
 
     size: int | None = None  # rows of the data set, where known
+    labels: Tensor | None = None  # [size, ...], the targets of all of them, where held
 
     def __init__(self) -> None:
         self.epoch = 0

@@ -39,6 +39,7 @@ class Policy(nn.Module):
 
     name = "dense"
     before_loading = False  # whether what it leaves out is never loaded
+    phased = True  # whether a run's warm-up and anneal train on every row; if not, it chooses in them too
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -55,8 +56,13 @@ class Policy(nn.Module):
         """The fraction of rows that it aims to keep; None where it aims at none."""
         return None
 
-    def prepare(self, rows: int | None) -> None:
-        """Told before a run how many rows the data set has; None where none can be had by its number."""
+    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+        """Told before a run what it is about.
+
+        Args:
+            rows: of the data set; None where none can be had by its number.
+            targets: [rows, ...], of all of them, where the loader holds them.
+        """
 
     def choose(self, offer: Offer) -> Choice | None:
         """The rows to load in place of those offered; None for just these."""
@@ -70,8 +76,14 @@ class Policy(nn.Module):
         """The rows of a loaded batch to train on."""
         return Kept(batch.inputs, batch.targets, batch.rows, None, batch.weight, batch.rows)
 
-    def observe(self, ids: Tensor, losses: Tensor) -> None:
-        """The losses, [n], of the rows just trained on, of the dense phases too; where rows have numbers."""
+    def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
+        """What the model made of the rows just trained on, before it learned from them; where rows have numbers.
+
+        Args:
+            ids: int64 [n]; of the dense phases too.
+            losses: [n].
+            logits: what the model gave, [n, classes] for a classifier.
+        """
 
     def at(self, progress: float) -> None:
         """Told before each gated step how far the run is, 0 to 1, for what follows a schedule."""
@@ -198,7 +210,7 @@ class HistoryPolicy(Policy):
     table: ScoreTable | None = None
     _observed: tuple[Tensor, Tensor] | None = None  # not yet in the table
 
-    def prepare(self, rows: int | None) -> None:
+    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
         if rows is None:
             raise UserError(
                 f"the policy {self.name} asks for rows by their number: wanted data held in memory (ResidentLoader); "
@@ -214,7 +226,7 @@ class HistoryPolicy(Policy):
         """Make what draws from the table."""
         raise NotImplementedError
 
-    def observe(self, ids: Tensor, losses: Tensor) -> None:
+    def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
         self.up_to_date()
         self._observed = ids, losses
 

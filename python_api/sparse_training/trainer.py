@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ CHECKPOINT = "checkpoint.pt"
 TRACE_POINTS = 500
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class Learned(NamedTuple):
+    """What the model made of rows, before it learned from them; without gradient."""
+
+    losses: Tensor  # [n]
+    logits: Any  # what the model gave
 
 
 @dataclass
@@ -183,13 +190,13 @@ class SparseTrainer:
         return batch, kept
 
     @staticmethod
-    def report(policy: Policy, batch: Batch, kept: Kept, losses: Tensor | None) -> None:
+    def report(policy: Policy, batch: Batch, kept: Kept, learned: Learned | None) -> None:
         """Tell a policy what training made of the rows, where they have numbers."""
-        if losses is not None and batch.ids is not None:
-            policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], losses)
+        if learned is not None and batch.ids is not None:
+            policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], *learned)
 
-    def learn(self, kept: Kept) -> Tensor | None:
-        """One optimiser step on the kept rows, and their losses; none and None if there are none."""
+    def learn(self, kept: Kept) -> Learned | None:
+        """One optimiser step on the kept rows, and what the model made of them; none and None if there are none."""
         rows = kept.targets.shape[0]
         if rows == 0:
             return None
@@ -203,7 +210,8 @@ class SparseTrainer:
         # The variance of one row is 0, or an error: BatchNorm uses its running statistics for it.
         frozen = evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
         with frozen, self._autocast():
-            losses = self.loss(forward(self.model, kept.inputs), kept.targets)
+            logits = forward(self.model, kept.inputs)
+            losses = self.loss(logits, kept.targets)
             loss = losses.mean() if kept.weight is None else (losses * kept.weight).sum() / kept.divisor
         self.scaler.scale(loss).backward()
         if self.clip_norm is not None:
@@ -215,7 +223,7 @@ class SparseTrainer:
         self.scaler.update()
         if empty is not None:
             del self.optimizer.found_inf  # type: ignore[attr-defined]
-        return losses.detach()
+        return Learned(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
 
     def _can_skip_on_device(self) -> bool:
         """Fused optimisers leave everything as it is where ``found_inf`` is 1, without a host sync."""
@@ -326,7 +334,7 @@ class SparseTrainer:
         if previous and not resume:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history = History()
-        self.policy.prepare(loader.size)
+        self.policy.prepare(loader.size, loader.labels)
         if path is not None and previous:
             clock = clock or Clock()
             self._restore(files.load(path, self.device), settings, loader, history, clock)
@@ -346,7 +354,7 @@ class SparseTrainer:
         latest = history.evals[-1] if history.evals else None
         clock.start()
         while (fraction := done()) < 1.0:
-            phase = self.schedule.phase(fraction)
+            phase = self.schedule.phase(fraction) if self.policy.phased else "sparse"
             self.set_learning_rate(self.schedule.factor(fraction))
             policy = self.policy if phase == "sparse" else self.dense
             policy.at(fraction)

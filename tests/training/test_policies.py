@@ -137,7 +137,7 @@ def test_a_rate_that_was_not_reached_is_said():
 def trained(policy, losses):
     """The policy when every row has been trained on once, with these losses."""
     policy.prepare(len(losses))
-    policy.observe(torch.arange(len(losses)), losses)
+    policy.observe(torch.arange(len(losses)), losses, None)
     return policy
 
 
@@ -158,8 +158,8 @@ def test_importance_draws_any_rows_of_the_data_by_their_losses():
 def test_losses_of_every_phase_are_kept_and_the_last_one_counts():
     policy = ImportancePolicy()
     policy.prepare(4)
-    policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
-    policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]))
+    policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), None)
+    policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]), None)
     assert policy.up_to_date().scores.nan_to_num(-1.0).tolist() == [1.0, 5.0, -1.0, -1.0]
     assert any("2 of 4 rows were never trained on" in text for text in policy.warnings(0.1))
     assert any("1 losses were not finite" in text for text in policy.warnings(0.1))
