@@ -174,7 +174,7 @@ def compare(
                 counts += torch.stack((by_row["selected"], by_row["seen"])).cpu()
     summaries = {name: _summary(found) for name, found in runs.items()}
     shares = {name: arm.target or summaries[name]["rate_mean"] or 1.0 for name, arm in arms.items()}
-    steps = _stage_costs(costs, arms, shares, batch_size)
+    steps = stage_costs(costs, arms, shares, batch_size)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -247,7 +247,7 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _stage_costs(
+def stage_costs(
     costs: Costs, arms: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
 ) -> dict[str, dict[str, float]]:
     """Seconds of each stage of a step, dense and of each arm, that keeps exactly the arm's share of the batch.
@@ -295,24 +295,22 @@ def _gallery(data: ImageData, selected: Tensor, seen: Tensor) -> dict[str, Any]:
     known = seen.nonzero().squeeze(1).tolist()
     share = {row: selected[row].item() / seen[row].item() for row in known}
 
-    def picture(row: int) -> dict[str, Any]:
-        label = int(data.train.labels[row])
-        return {
-            "index": row,
-            "label": label,
-            "class": data.classes[label],
-            "selected": int(selected[row]),
-            "seen": int(seen[row]),
-            "png": _png(data.train.images[row]),
-        }
+    def counted(row: int) -> dict[str, Any]:
+        return {**picture(data, row), "selected": int(selected[row]), "seen": int(seen[row])}
 
     most = sorted(known, key=lambda row: (-share[row], -int(seen[row]), row))[:GALLERY_ROWS]
     least = sorted(known, key=lambda row: (share[row], -int(seen[row]), row))[:GALLERY_ROWS]
     return {
         "arm": "gate",
-        "most": [picture(row) for row in most],
-        "least": [picture(row) for row in least],
+        "most": [counted(row) for row in most],
+        "least": [counted(row) for row in least],
     }
+
+
+def picture(data: ImageData, row: int) -> dict[str, Any]:
+    """A training row for a gallery: its number, label, class and image."""
+    label = int(data.train.labels[row])
+    return {"index": row, "label": label, "class": data.classes[label], "png": _png(data.train.images[row])}
 
 
 def _png(image: Tensor) -> str:
