@@ -8,6 +8,7 @@ a run's clock advances by the medians. Raw seconds are recorded beside it.
 from __future__ import annotations
 
 import copy
+import operator
 import statistics
 import time
 from collections import defaultdict
@@ -157,15 +158,18 @@ def calibrate(
             MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
     """
     twin = copy.deepcopy(trainer)
-    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()))]
+    memo = {id(trainer.model): twin.model}  # of a scorer that is attached to it
+    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
     sources = [
-        _Source(policy.to(twin.device), (loaders or {}).get(policy.name, loader))
+        _Source(twin.attach(policy), (loaders or {}).get(policy.name, loader))
         for policy in {policy.name: policy for policy in arms}.values()
     ]
     samples: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     devices = [twin.device] if twin.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         for source in sources:
+            twin.policy = source.policy
+            twin.check(loader.load(source.items()[0]))
             _fill(twin, source)
             _warm_up(twin, source)
         done, began = 0, time.perf_counter()
@@ -204,6 +208,7 @@ def _time_block(
     gate's step was seen to cost 1.3 times its own.
     """
     policy, loader = source.policy, source.loader
+    twin.policy = policy
     watch = Stopwatch(twin.device)
     for step in range(steps):
         watch.lap()
@@ -211,7 +216,7 @@ def _time_block(
         choose = watch.lap()
         batch = loader.load(item, choice)
         load = watch.lap()
-        scores = policy.score(twin.scorer, batch)
+        scores = policy.score(batch)
         score = watch.lap()
         policy.select(scores, batch)
         select = watch.lap()
@@ -256,9 +261,10 @@ def _fill(twin: SparseTrainer, source: _Source) -> None:
     if size is None or learned is None:
         return
     losses = torch.linspace(0.0, 1.0, size, device=batch.targets.device)
-    for ids in torch.arange(size, device=losses.device).split(TOLD):
+    for start in range(0, size, TOLD):
+        ids = torch.arange(start, min(start + TOLD, size), device=losses.device)
         of_rows = ids % batch.rows
-        logits = pytree.tree_map_only(Tensor, lambda tensor, of_rows=of_rows: tensor[of_rows], learned.logits)
+        logits = pytree.tree_map_only(Tensor, operator.itemgetter(of_rows), learned.logits)
         source.policy.observe(ids, losses[ids], logits)
 
 

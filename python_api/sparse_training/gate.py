@@ -305,6 +305,26 @@ class Gate(nn.Module):
         object.__setattr__(self, "last", gated)
         return selection
 
+    def by(self, significance: Tensor) -> Selection:
+        """Selects as ``forward`` does, by a significance found elsewhere: a loss without classes, say.
+
+        Args:
+            significance: floating [rows], 0 or more; NaN is never selected, and counted.
+
+        Raises:
+            UserError: a gate with a mass, which is a share of what the logits say.
+        """
+        if self.by_mass:
+            raise UserError(f"mass={self.setpoint} with a significance that is given; wanted a rate")
+        # One class tells nothing: its loss and entropy are 0, and what is added to them decides. Where that class
+        # is to be ignored it is the second, and as good as certain.
+        label = 1 if self.ignore_index == 0 else 0
+        logits = torch.zeros(significance.shape[0], label + 1, device=significance.device)
+        logits[:, :label] = -30.0
+        targets = torch.full(significance.shape, label, device=significance.device)
+        selection: Selection = self(logits, targets, offset=significance.float())
+        return selection
+
     def _step_across_ranks(self, logits: Tensor, targets: Tensor, offset: Tensor | None) -> Selection:
         """As ``forward``, but that the threshold moves when the other ranks' rows are known: see ``settle``."""
         assert self.process_group is not None

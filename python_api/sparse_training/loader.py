@@ -128,7 +128,7 @@ class ResidentLoader(Loader):
             raise UserError(f"batch size {batch_size}: wanted 1 to {self.size}, the rows of the data set")
         self.device = torch.device(device)
         self.images = split.images.to(self.device)
-        self.labels = split.labels.to(self.device)
+        self.labels: Tensor = split.labels.to(self.device)
         # (v / 255 - mean) / std as one multiplication and one addition.
         spread = torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1)
         centre = torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1)

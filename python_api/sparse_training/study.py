@@ -27,7 +27,7 @@ from sparse_training.errors import UserError
 from sparse_training.loader import Choice, Offer, ResidentLoader
 from sparse_training.models import build_model
 from sparse_training.paired import Curve, holm, paired, time_to_reach
-from sparse_training.policies import POLICIES, Policy, make_policy
+from sparse_training.policies import Policy, make_policy
 from sparse_training.scoring import PRECISIONS, scoring_dtype
 from sparse_training.store import RUNS, Counts, Store
 from sparse_training.tasks import TASKS, Task, make_task
@@ -67,11 +67,14 @@ class Uniform(Policy):
     """As many rows of each batch, the first ones, which are any rows, for loaders shuffle."""
 
     name = "dense"
-    before_loading = True
 
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.rows = rows
+
+    @property
+    def before_loading(self) -> bool:
+        return True
 
     def choose(self, offer: Offer) -> Choice:
         return Choice(offer.ids[: self.rows])
@@ -82,8 +85,8 @@ class Study:
 
     Args:
         data: what the tasks are made of.
-        tasks, arms, fractions, seeds: one run for each of all of them; arms are names in POLICIES and AGAIN.
-            ``BASE`` is always among the arms, and 1 among the fractions. All four may grow when a study is resumed.
+        tasks, arms, fractions, seeds: one run for each of all of them; arms are policies, by name or
+            policy@scorer, and AGAIN. ``BASE`` is always among the arms, and 1 among the fractions. All four may grow when a study is resumed.
         rate: the fraction that arms with a target keep of what they are offered.
         batch_size: rows trained a step.
         seconds: of the clock, for a run of fraction 1.
@@ -118,10 +121,8 @@ class Study:
         resume: bool = False,
         command: str = "",
     ) -> None:
-        known = (*POLICIES, AGAIN)
-        for kind, given, among in (("task", tasks, tuple(TASKS)), ("arm", arms, known)):
-            if unknown := [name for name in given if name not in among]:
-                raise UserError(f"{kind} {unknown[0]!r}: wanted some of {', '.join(among)}")
+        if unknown := [name for name in tasks if name not in TASKS]:
+            raise UserError(f"task {unknown[0]!r}: wanted some of {', '.join(TASKS)}")
         if not tasks or not seeds:
             raise UserError(f"{'no task' if not tasks else 'no seed'}: wanted at least one")
         if bad := [fraction for fraction in fractions if not 0.0 < fraction <= 1.0]:
@@ -203,10 +204,10 @@ class Study:
                     f"{self.folder} was calibrated for {', '.join(costs.own)}: wanted no {unknown[0]}, or a new folder"
                 )
             return costs
-        made = {policy_of(arm): self._make(self.data, arm, self.seeds[0]) for arm in self.arms}
-        trainer, loader = made[BASE]
-        policies = {name: other.policy for name, (other, _) in made.items()}
-        loaders = {name: source for name, (_, source) in made.items()} | {"dense": self._loader(self.data, "dense", 0)}
+        trainer, loader = self._make(self.data, BASE, self.seeds[0])
+        names = dict.fromkeys(("dense", *map(policy_of, self.arms)))
+        policies = {name: make_policy(name, rate=self.settings["rate"], seed=self.seeds[0]) for name in names}
+        loaders = {name: self._loader(self.data, name, self.seeds[0]) for name in names}
         share = 0.1 * self.settings["seconds"] * len(self.arms) * len(self.seeds)
         seconds = max(CALIBRATION_SECONDS, min(LONGEST_CALIBRATION, share))
         return self.store.keep_costs(calibrate(trainer, loader, policies, loaders=loaders, seconds=seconds))

@@ -21,7 +21,7 @@ from sparse_training.gate import Gate
 from sparse_training.loader import Batch, Loader, StreamLoader
 from sparse_training.policies import Kept, Policy, make_policy
 from sparse_training.schedules import PHASES, Schedule
-from sparse_training.scoring import PRECISIONS, SelfScorer, evaluation_statistics, forward
+from sparse_training.scoring import PRECISIONS, Scorer, evaluation_statistics, forward
 
 CHECKPOINT = "checkpoint.pt"
 TRACE_POINTS = 500
@@ -101,7 +101,9 @@ class SparseTrainer:
         model: any module; a tuple or list of inputs is unpacked into it, a mapping by keyword.
         loss: maps (logits, targets) to one loss a row, shape [B].
         optimizer: None for AdamW, a factory called with (parameters, lr=lr), or an optimiser.
-        policy: a name in POLICIES, a Policy, or a Gate.
+        policy: a name in POLICIES, a Policy, or a Gate; policy@scorer, such as "gate@early:3", names both.
+        scorer: what the policy judges rows by: self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE,
+            history, or a Scorer. None for the policy's own, the model itself for a gate.
         rate: fraction of rows to keep in the sparse phase, in (0, 1].
         warmup, anneal: fractions of the run trained densely at its start and end.
         lr: learning rate, for an optimiser made here.
@@ -125,6 +127,7 @@ class SparseTrainer:
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
         policy: str | Policy | Gate = "gate",
+        scorer: str | Scorer | None = None,
         rate: float = 0.1,
         warmup: float = 0.05,
         anneal: float = 0.125,
@@ -148,7 +151,7 @@ class SparseTrainer:
         if amp is not None and amp not in PRECISIONS:
             raise UserError(f"amp {amp!r}: wanted None, {', '.join(PRECISIONS)}")
         self.schedule = Schedule(warmup, anneal, schedule)
-        self.policy = make_policy(policy, rate=rate, seed=seed, loss=self.loss)
+        self.policy = make_policy(policy, rate=rate, seed=seed, loss=self.loss, scorer=scorer)
         self.dense = Policy()
         self.device = torch.device(device) if device is not None else _device_of(model)
         self.model = model.to(self.device)
@@ -156,8 +159,8 @@ class SparseTrainer:
             channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.policy.to(self.device)
-        self.scorer = SelfScorer(self.model, precision=precision, device=self.device)
+        self.precision = precision
+        self.attach(self.policy)
         self.amp = PRECISIONS[amp] if amp is not None else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.clip_norm, self.seed = clip_norm, seed
@@ -178,6 +181,17 @@ class SparseTrainer:
         fused = self.device.type in ("cpu", "cuda")
         return torch.optim.AdamW(self.model.parameters(), lr=lr, fused=fused)
 
+    def attach(self, policy: Policy) -> Policy:
+        """The policy on the trainer's device, its scorer told of the trainer's model and loss."""
+        policy.to(self.device)
+        policy.scorer.attach(self.model, self.loss, device=self.device, precision=self.precision)
+        return policy
+
+    @property
+    def scorer(self) -> Scorer:
+        """What the policy judges rows by."""
+        return self.policy.scorer
+
     # --- one step -------------------------------------------------------------------------------
 
     def step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, Kept]:
@@ -185,14 +199,17 @@ class SparseTrainer:
         batch = loader.load(item, policy.choose(loader.offer(item)))
         if not self._checked:
             self.check(batch)
-        kept = policy.select(policy.score(self.scorer, batch), batch)
+        kept = policy.select(policy.score(batch), batch)
         self.report(self.policy, batch, kept, self.learn(kept))
         return batch, kept
 
     @staticmethod
     def report(policy: Policy, batch: Batch, kept: Kept, learned: Learned | None) -> None:
-        """Tell a policy what training made of the rows, where they have numbers."""
-        if learned is not None and batch.ids is not None:
+        """Tell a policy what training made of the rows, where they have numbers, and train what learns beside."""
+        if learned is None:
+            return
+        policy.scorer.learn(kept)
+        if batch.ids is not None:
             policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], *learned)
 
     def learn(self, kept: Kept) -> Learned | None:
@@ -209,7 +226,7 @@ class SparseTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         # The variance of one row is 0, or an error: BatchNorm uses its running statistics for it.
         frozen = evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
-        with frozen, self._autocast():
+        with frozen, self._autocast(), self.scorer.watch():
             logits = forward(self.model, kept.inputs)
             losses = self.loss(logits, kept.targets)
             loss = losses.mean() if kept.weight is None else (losses * kept.weight).sum() / kept.divisor
@@ -246,10 +263,12 @@ class SparseTrainer:
                     "wanted the same number of rows in dim 0"
                 )
         with torch.no_grad(), evaluation_statistics(self.model), self._autocast():
-            losses = self.loss(forward(self.model, batch.inputs), batch.targets)
+            logits = forward(self.model, batch.inputs)
+            losses = self.loss(logits, batch.targets)
         if not isinstance(losses, Tensor) or losses.shape != (batch.rows,):
             shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise UserError(f"the loss gives {shape} for {batch.rows} rows: wanted one value a row, [B]")
+        self.scorer.build(batch, logits)
         self._checked = True
 
     def head(self, batch: Batch, rows: int) -> Kept:
@@ -265,6 +284,7 @@ class SparseTrainer:
                 group["lr"].fill_(group["initial_lr"] * factor)
             else:
                 group["lr"] = group["initial_lr"] * factor
+        self.scorer.set_learning_rate(factor)
 
     # --- evaluation -----------------------------------------------------------------------------
 
@@ -450,6 +470,7 @@ class SparseTrainer:
             "lr": [float(group["initial_lr"]) for group in self.optimizer.param_groups],
             "optimizer": type(self.optimizer).__name__,
             "clip_norm": self.clip_norm,
+            "scorer": str(self.scorer),
             "precision": str(self.scorer.dtype),
             "amp": str(self.amp),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),

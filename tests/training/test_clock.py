@@ -108,7 +108,7 @@ def test_calibration_leaves_everything_as_it_was():
 
 
 class Slow(Policy):
-    def score(self, scorer, batch):
+    def score(self, batch):
         time.sleep(0.01)
 
     def select(self, scores, batch):

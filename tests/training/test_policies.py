@@ -30,7 +30,9 @@ def offer(rows, epoch=0):
 
 
 def scored(policy, some):
-    return policy.select(policy.score(lambda inputs: inputs, some), some)
+    """What it keeps, of a model that gives its inputs back as logits."""
+    policy.scorer.attach(nn.Identity(), nn.CrossEntropyLoss(reduction="none"), device=torch.device("cpu"))
+    return policy.select(policy.score(some), some)
 
 
 def test_dense_keeps_the_batch_as_it_is():
@@ -114,9 +116,16 @@ def test_the_clock_is_told_what_may_be_kept():
     assert RandomPolicy(0.1).likely_rows(51) == range(51, 52)
 
 
-def test_the_gate_wants_one_row_of_logits_a_sample():
-    with pytest.raises(UserError, match=r"scores of shape \[2, 3, 5\]: the gate wanted logits \[B, classes\]"):
-        scored(GatePolicy(0.5), Batch(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), None, 2))
+def test_without_one_row_of_class_logits_a_sample_the_gate_goes_by_the_loss():
+    """Soft targets: the loss is all that there is to rank by."""
+    some = batch(256)
+    soft = some._replace(targets=some.inputs.roll(1, 1).softmax(1))
+    policy = GatePolicy(0.25)
+    for _ in range(60):
+        kept = scored(policy, soft)
+    losses = nn.functional.cross_entropy(soft.inputs, soft.targets, reduction="none")
+    assert kept.rows == pytest.approx(64, abs=6)
+    assert sorted(kept.positions.tolist()) == sorted(losses.topk(kept.rows).indices.tolist())
 
 
 def test_a_rate_that_was_not_reached_is_said():
@@ -215,5 +224,5 @@ def test_rates_out_of_range_are_refused(policy, rate):
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, importance, infobatch"):
+    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, topk, importance"):
         make_policy("best", rate=0.1, seed=0)
