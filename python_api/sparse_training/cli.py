@@ -203,12 +203,6 @@ SHARED = (
         default=0.125,
         help="Fraction of the run that is dense, at its end.",
     ),
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", *PRECISIONS]),
-        default="auto",
-        help="Of the scoring pass.",
-    ),
     click.option("--device", default="cpu", help="A device of PyTorch's."),
     click.option("--threads", type=COUNT, help="CPU threads; PyTorch's choice by default."),
     click.option(
@@ -216,6 +210,11 @@ SHARED = (
         type=click.Path(),
         help="Folder of the run, new or empty.  [default: runs/<time>-<command>]",
     ),
+)
+
+
+PRECISION = click.option(
+    "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", help="Of the scoring pass."
 )
 
 
@@ -233,6 +232,7 @@ def cli() -> None:
 
 @cli.command()
 @_shared
+@PRECISION
 @click.option("--policy", default="gate", callback=_policy, help=f"{', '.join(POLICIES)}, or policy@scorer.")
 @click.option("--scorer", callback=_scorer, help=f"What rows are judged by: {SCORER_FORMS}.  [default: policy's]")
 @click.option("--epochs", type=POSITIVE, help="Budget; one of the three is wanted.")
@@ -250,6 +250,7 @@ def train(context: _Context, /, out: str | None, **options: Any) -> None:
 
 @cli.command()
 @_shared
+@PRECISION
 @click.option(
     "--policies",
     default="dense,random,gate",
@@ -449,22 +450,8 @@ def _study(
 ) -> None:
     device = _prepare(options)
     data = load_data(options["data"], options["root"])
-    names = [
-        "tasks",
-        "arms",
-        "fractions",
-        "seeds",
-        "model",
-        "rate",
-        "batch_size",
-        "seconds",
-        "lr",
-        "warmup",
-        "anneal",
-        "amp",
-        "evaluations",
-    ]
-    given = {name: options[name] for name in names}
+    fixed = ("command", "line", "data", "root", "out", "device", "threads")
+    given = {name: value for name, value in options.items() if name not in fixed}
     made = studies.Study(data, device=device, folder=folder, resume=resume, command=options["line"], **given)
     files.write_json(folder / OPTIONS, options)
     if calibrate_only:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-Curve = tuple[np.ndarray, np.ndarray]  # seconds ascending, values
+Curve = tuple[np.ndarray, np.ndarray]  # time ascending, values
 
 
 class Paired(NamedTuple):

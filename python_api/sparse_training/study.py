@@ -38,6 +38,7 @@ RESULT, START = "study.json", "start"
 BASE, AGAIN = "random", "random-again"  # what all is measured against, and the same with other draws
 OTHER_DRAWS = 1_000_003  # added to the seed of the draws of AGAIN
 ARMS = ("dense", BASE, AGAIN, "infobatch", "importance", "gate")
+ROUNDING = 1e-9
 MARGIN = 0.001  # a tenth of a point: what an arm may lose and still count as not worse
 CHECKPOINT_STEPS = 500
 LONGEST_CALIBRATION = 60.0
@@ -86,7 +87,8 @@ class Study:
     Args:
         data: what the tasks are made of.
         tasks, arms, fractions, seeds: one run for each of all of them; arms are policies, by name or
-            policy@scorer, and AGAIN. ``BASE`` is always among the arms, and 1 among the fractions. All four may grow when a study is resumed.
+            policy@scorer, and AGAIN. ``BASE`` is always among the arms, and 1 among the fractions. All
+            four may grow when a study is resumed.
         rate: the fraction that arms with a target keep of what they are offered.
         batch_size: rows trained a step.
         seconds: of the clock, for a run of fraction 1.
@@ -231,6 +233,7 @@ class Study:
             mean=data.mean,
             std=data.std,
             device=self.device,
+            drop_last=True,  # every step of a run is as large
         )
 
     def _make(self, data: ImageData, arm: str, seed: int) -> tuple[SparseTrainer, ResidentLoader]:
@@ -381,7 +384,7 @@ class Study:
                 "arms": self._steps(costs, policies),
                 "offered": {arm: self._offered(policy, self.data) for arm, policy in policies.items()},
             },
-            **verdicts(tasks, self.fractions, self.settings["seconds"]),
+            **verdicts(tasks, self.fractions),
             "tasks": tasks,
         }
 
@@ -401,7 +404,7 @@ def policy_of(arm: str) -> str:
     return BASE if arm == AGAIN else arm
 
 
-def verdicts(tasks: Mapping[str, Any], fractions: Sequence[float], seconds: float) -> dict[str, Any]:
+def verdicts(tasks: Mapping[str, Any], fractions: Sequence[float]) -> dict[str, Any]:
     """Every arm against BASE, task by task, and what that comes to.
 
     Returns:
@@ -413,7 +416,7 @@ def verdicts(tasks: Mapping[str, Any], fractions: Sequence[float], seconds: floa
         base = {run["seed"]: run for run in found["arms"][BASE]["1"]}
         if not base:
             continue
-        aim = statistics.fmean(run["accuracy"] for run in base.values())
+        aim = statistics.fmean(run["accuracy"] for run in base.values()) - ROUNDING
         for arm, by_fraction in found["arms"].items():
             runs = [run for run in by_fraction["1"] if run["seed"] in base]
             if not runs:
@@ -427,7 +430,7 @@ def verdicts(tasks: Mapping[str, Any], fractions: Sequence[float], seconds: floa
                 "accuracy": statistics.fmean(accuracies),
                 "deviation": statistics.stdev(accuracies) if len(runs) > 1 else None,
                 "difference": None,
-                "reached": None if reached is None else reached / seconds,
+                "reached": reached,
                 "parts": {},
             }
             if arm != BASE:
@@ -449,9 +452,10 @@ def verdicts(tasks: Mapping[str, Any], fractions: Sequence[float], seconds: floa
 
 
 def curve(run: Mapping[str, Any]) -> Curve:
-    """Seconds and accuracy of a run's evaluations."""
+    """Accuracy of a run's evaluations by the share of its budget."""
+    end = run["evals"][-1]["seconds"]
     return (
-        np.array([point["seconds"] for point in run["evals"]]),
+        np.array([point["seconds"] / end for point in run["evals"]]),
         np.array([np.nan if point["accuracy"] is None else point["accuracy"] for point in run["evals"]]),
     )
 

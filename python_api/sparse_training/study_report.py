@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -122,7 +123,11 @@ def print_study(result: Result, console: Console | None = None) -> None:
             table.add_section()
         table.add_row(*(Text(cell.translate(plain)) for cell in (row if row[0] != last else ("", *row[1:]))))
         last = row[0]
-    console.print(table)
+    # At its own width even where the console is narrower: a digit is never cut.
+    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    lines = console.render(table, console.options.update(width=width))
+    console.print(Segments(lines), crop=False, end="")
+    console.print()
     for line in (*(score_line(arm, score) for arm, score in result["score"].items()), *notes(result)):
         console.print(Text(line.translate(plain)))
 
