@@ -32,6 +32,7 @@ from sparse_training.loader import ResidentLoader
 from sparse_training.memory import keep_freed_memory
 from sparse_training.models import MODELS, build_model
 from sparse_training.policies import POLICIES, make_policy
+from sparse_training.record import Status
 from sparse_training.report import load_result, print_table, write_report
 from sparse_training.schedules import SHAPES
 from sparse_training.scorers import FORMS as SCORER_FORMS
@@ -40,7 +41,7 @@ from sparse_training.scoring import PRECISIONS
 from sparse_training.store import CALIBRATION
 from sparse_training.study_report import load_study, print_calibration, print_study, write_study
 from sparse_training.tasks import TASKS
-from sparse_training.trainer import CHECKPOINT, SparseTrainer, Status
+from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
 OPTIONS, MODEL, RESULT = "options.json", "model.pt", "result.json"
 

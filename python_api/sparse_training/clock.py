@@ -158,6 +158,7 @@ def calibrate(
             MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
     """
     twin = copy.deepcopy(trainer)
+    twin.compile()
     memo = {id(trainer.model): twin.model}  # of a scorer that is attached to it
     arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
     sources = [

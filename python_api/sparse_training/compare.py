@@ -23,8 +23,9 @@ from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
 from sparse_training.models import build_model
 from sparse_training.policies import Policy, make_policy
+from sparse_training.record import History, Status
 from sparse_training.store import Store
-from sparse_training.trainer import History, SparseTrainer, Status
+from sparse_training.trainer import SparseTrainer
 
 FORMAT, VERSION = "sparse-training-compare", 1
 RESULT = "compare.json"

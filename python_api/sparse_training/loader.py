@@ -42,11 +42,17 @@ class Batch(NamedTuple):
     targets: Tensor
     ids: Tensor | None  # int64 row numbers in the data set, where the loader knows them
     offered: int  # rows there were before the policy chose
-    weight: Tensor | None = None  # float32 [rows], the choice's
+    weight: Tensor | None = None  # float32 [rows], the choice's; 0 for rows that do not count
+    counted: Tensor | None = None  # how many count, where it is not all of them
 
     @property
     def rows(self) -> int:
         return self.targets.shape[0]
+
+    @property
+    def divisor(self) -> int | Tensor:
+        """What a sum over the rows that count is to be divided by; 1 where there are none."""
+        return self.rows if self.counted is None else self.counted.clamp(min=1)
 
 
 class ArraySplit(Protocol):

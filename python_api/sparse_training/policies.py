@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_kernels import Selection
+from sparse_training.criterion import Criterion, are_classes
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable
@@ -109,11 +110,12 @@ class Policy(nn.Module):
     def select(self, scores: Scores | None, batch: Batch) -> Kept:
         """The rows of a loaded batch to train on."""
         if scores is None:
-            return Kept(batch.inputs, batch.targets, batch.rows, None, batch.weight, batch.rows)
+            rows = batch.rows if batch.counted is None else batch.counted
+            return Kept(batch.inputs, batch.targets, rows, None, batch.weight, batch.divisor)
         index, weight = self.decide(scores)
         parts = (batch.inputs, batch.targets)
         inputs, targets = pytree.tree_map_only(Tensor, lambda tensor: tensor.index_select(0, index), parts)
-        return Kept(inputs, targets, len(index), index, weight, batch.rows)
+        return Kept(inputs, targets, len(index), index, weight, batch.divisor)
 
     def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
         """What the model made of the rows just trained on, before it learned from them; where rows have numbers.
@@ -211,26 +213,30 @@ class GatePolicy(Policy):
         padded = self.gate.capacity is not None
         count = selection.count if padded else selection.index.shape[0]
         if self.gate.temperature > 0.0:
-            return Kept(inputs, targets, count, selection.index, selection.weight, batch.rows)
+            return Kept(inputs, targets, count, selection.index, selection.weight, batch.divisor)
         if padded:
             divisor = selection.count.clamp(min=1)
             return Kept(inputs, targets, count, selection.index, selection.weight, divisor)
         return Kept(inputs, targets, count, selection.index)
 
     def gated(self, scores: Scores) -> Selection:
-        """The gate's selection by logits [B, classes]; where there are none, by the losses themselves.
+        """The gate's selection by logits of classes; where there are none, by the losses themselves.
 
-        An offset is one of the loss: it counts as much as the loss does in the significance.
+        Of targets of several classes a sample, as of tokens or pixels, the mean significance is the sample's. An
+        offset is one of the loss: it counts as much as the loss does in the significance.
         """
         logits, targets, offset = scores.logits, scores.targets, scores.offset
-        classes = isinstance(logits, Tensor) and logits.ndim == 2
-        if classes and targets is not None and not targets.is_floating_point() and targets.ndim == 1:
+        if isinstance(logits, Tensor) and targets is not None and are_classes(logits, targets):
             if offset is not None:
                 if "loss" not in self.gate.significance.weights:
                     raise UserError(f"the scorer {self.scorer.name} changes the loss: wanted a significance with it")
                 offset = offset * self.gate.significance.loss
-            selection: Selection = self.gate(logits, targets, offset=offset)
-            return selection
+            if targets.ndim == 1:
+                selection: Selection = self.gate(logits, targets, offset=offset)
+                return selection
+            if isinstance(scores.criterion, Criterion) and not self.gate.by_mass:
+                significance = scores.criterion.significance(logits, targets, self.gate.significance.weights)
+                return self.gate.by(significance if offset is None else significance + offset)
         return self.gate.by(scores.losses)
 
     def at(self, progress: float) -> None:

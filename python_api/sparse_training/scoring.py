@@ -76,6 +76,7 @@ class Scores:
     Attributes:
         logits: the scorer's, without gradient, as ``criterion`` takes them; None where it has losses alone.
         targets: [B, ...], the batch's; None before the batch is loaded.
+        criterion: maps them to one loss a row.
         offset: float32 [B], to be added to each row's loss; None for nothing.
     """
 
@@ -89,7 +90,7 @@ class Scores:
         offset: Tensor | None = None,
     ) -> None:
         self.targets, self.logits, self.offset = targets, logits, offset
-        self._criterion, self._losses = criterion, losses
+        self.criterion, self._losses = criterion, losses
 
     @property
     def losses(self) -> Tensor:
@@ -97,7 +98,7 @@ class Scores:
         if self._losses is None:
             with torch.no_grad():
                 logits = self.logits.float() if isinstance(self.logits, Tensor) else self.logits
-                self._losses = self._criterion(logits, self.targets).float()
+                self._losses = self.criterion(logits, self.targets).float()
         return self._losses if self.offset is None else self._losses + self.offset
 
 

@@ -28,10 +28,11 @@ from sparse_training.loader import Choice, Offer, ResidentLoader
 from sparse_training.models import build_model
 from sparse_training.paired import Curve, holm, paired, time_to_reach
 from sparse_training.policies import Policy, make_policy
+from sparse_training.record import History, Status
 from sparse_training.scoring import PRECISIONS, scoring_dtype
 from sparse_training.store import RUNS, Counts, Store
 from sparse_training.tasks import TASKS, Task, make_task
-from sparse_training.trainer import CHECKPOINT, History, SparseTrainer, Status
+from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
 FORMAT, VERSION = "sparse-training-study", 1
 RESULT, START = "study.json", "start"

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.loader import Batch, Offer
@@ -16,6 +18,7 @@ from sparse_training.policies import (
     RandomPolicy,
     make_policy,
 )
+from sparse_training.significance import Significance
 
 
 def batch(rows=64, classes=5):
@@ -31,7 +34,7 @@ def offer(rows, epoch=0):
 
 def scored(policy, some):
     """What it keeps, of a model that gives its inputs back as logits."""
-    policy.scorer.attach(nn.Identity(), nn.CrossEntropyLoss(reduction="none"), device=torch.device("cpu"))
+    policy.scorer.attach(nn.Identity(), Criterion(), device=torch.device("cpu"))
     return policy.select(policy.score(some), some)
 
 
@@ -126,6 +129,32 @@ def test_without_one_row_of_class_logits_a_sample_the_gate_goes_by_the_loss():
     losses = nn.functional.cross_entropy(soft.inputs, soft.targets, reduction="none")
     assert kept.rows == pytest.approx(64, abs=6)
     assert sorted(kept.positions.tolist()) == sorted(losses.topk(kept.rows).indices.tolist())
+
+
+def test_a_sample_of_several_targets_counts_by_their_mean_significance():
+    """The kernel's statistics where the targets are classes, and those that are ignored left out of the mean."""
+    logits, targets = 3 * torch.randn(6, 7, 5), torch.randint(0, 5, (6, 7))
+    targets[:, 4:] = -100
+    policy = GatePolicy(0.5, significance=Significance(loss=1.0))
+    policy.gate.threshold.fill_(2.0)
+    kept = scored(policy, Batch(logits, targets, None, 6))
+    losses = F.cross_entropy(logits[:, :4].movedim(-1, 1), targets[:, :4], reduction="none").mean(1)
+    assert kept.positions.tolist() == (losses > 2.0).nonzero().flatten().tolist()
+    torch.testing.assert_close(policy.gate.last.significance, losses)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.1}, {"decision": "topk"}, {"floor": 0.3}, {"capacity": 5}])
+def test_a_significance_that_is_given_decides_as_one_that_is_found(options, ignore_index):
+    given = torch.rand(9) + 0.5
+    given[3] = torch.nan
+    gate = Gate(0.3, threshold=1.0, ignore_index=ignore_index, **options)
+    other = Gate(0.3, threshold=1.0, **options)
+    mine, wanted = gate.by(given), other(torch.zeros(9, 1), torch.zeros(9, dtype=torch.int64), offset=given)
+    assert mine.index.tolist() == wanted.index.tolist()
+    assert 3 not in mine.index[: int(mine.count)]
+    assert int(gate.invalid) == 1
+    torch.testing.assert_close(gate.threshold, other.threshold)
 
 
 def test_a_rate_that_was_not_reached_is_said():

@@ -206,7 +206,7 @@ def test_gradients_are_clipped():
 def test_reduced_precision_training_learns(amp):
     torch.manual_seed(0)
     trainer = SparseTrainer(network(), policy="dense", amp=amp, lr=1e-2)
-    assert trainer.scaler.is_enabled() == (amp == "float16")
+    assert trainer.update.scaler.is_enabled() == (amp == "float16")
     before = trainer.evaluate(resident())["loss"]
     trainer.fit(resident(), steps=40)
     assert trainer.evaluate(resident())["loss"] < before
