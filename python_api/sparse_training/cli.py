@@ -473,7 +473,7 @@ def _study(
     result = made.result()
     write_study(result, folder)
     print_study(result)
-    print(f"written: {folder / studies.RESULT}, {folder / 'report.html'}")
+    print(f"written: {folder / studies.RESULT}")
 
 
 def _prepare(options: dict[str, Any]) -> torch.device:
