@@ -246,7 +246,7 @@ class GatePolicy(Policy):
 
     def likely_rows(self, rows: int) -> range:
         if self.before_loading:  # these are the rows that it chose this time
-            return range(max(1, rows // 2), rows + 1)
+            return range(min(rows, max(1, rows // 2)), rows + 1)
         if self.gate.capacity is not None:
             return super().likely_rows(min(self.gate.capacity, rows))
         aim = max(1, round(self.rate * rows))
@@ -376,7 +376,7 @@ class BatchInfoBatchPolicy(DrawingPolicy):
         return torch.where(losses < losses.mean(), 1.0 - self.prune, 1.0)
 
     def likely_rows(self, rows: int) -> range:
-        return range(max(1, rows // 2), rows + 1)
+        return range(min(rows, max(1, rows // 2)), rows + 1)
 
 
 class MaskedPolicy(Policy):
