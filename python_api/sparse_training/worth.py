@@ -61,7 +61,7 @@ class Worth:
         rows: int,
         targets: Tensor | None = None,
         *,
-        learned: float = 1.0 / 3.0,
+        learned: float = 1.0,
         balance_from: float | None = 0.6,
         seed: int = 0,
     ) -> None:

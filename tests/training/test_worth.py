@@ -69,7 +69,7 @@ def test_nothing_that_sets_rows_apart_makes_passes_epochs(progress):
 
 def test_well_learned_rows_come_a_third_as_often_over_the_passes():
     rows = 6000
-    law = Worth(rows)
+    law = Worth(rows, learned=1.0 / 3.0)
     one_pass(law)
     sure = torch.arange(rows) < rows // 2
     law.update(torch.arange(rows), torch.where(sure, 0.0, 1.0))
@@ -81,7 +81,7 @@ def test_well_learned_rows_come_a_third_as_often_over_the_passes():
 
 def test_no_class_gains_by_being_hard():
     targets = labels(5000)
-    law = Worth(5000, targets)
+    law = Worth(5000, targets, learned=1.0 / 3.0)
     one_pass(law)
     told(law, logits_for(targets, torch.where(targets < 3, 0.3, 0.999)), targets)
     counts = torch.bincount(targets, weights=one_pass(law).double())
