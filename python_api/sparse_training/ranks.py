@@ -7,6 +7,7 @@ sums, so the states stay equal bit for bit and nothing is ever broadcast.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,22 @@ def place() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def launched() -> tuple[int, int]:
+    """The rank and the number of processes that torchrun started this one with; 0 and 1 without it."""
+    if dist.is_available() and dist.is_torchelastic_launched():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def connect() -> None:
+    """Initialises torch.distributed under torchrun, for the processor and for a GPU a process; nothing without it."""
+    if launched()[1] == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
 
 
 class Ranks:

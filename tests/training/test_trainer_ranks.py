@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sparse_training import Gate, SparseTrainer
+from sparse_training import checkpoint as files
 from sparse_training.clock import Clock
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
@@ -328,3 +331,31 @@ def test_a_loader_gives_each_process_its_part(run: Callable[..., list[Any]]) -> 
         ResidentLoader(split(3), batch_size=1, rank=3, ranks=4)
     with pytest.raises(UserError, match="wanted 1 to 2, the rows of a process"):
         ResidentLoader(split(3), batch_size=3, rank=1, ranks=2)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*line, "-m", "sparse_training", *arguments], capture_output=True, text=True, check=False, timeout=600
+    )
+
+
+@pytest.mark.timeout(900)
+def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
+    """One line of progress and one result, of the first process, over the rows of both."""
+    folder = tmp_path / "run"
+    done = torchrun(
+        "train", "--data", "digits", "--policy", "gate", "--rate", "0.3", "--batch-size", "64", "--steps", "20",
+        "--out", str(folder),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accuracy") == 2
+    assert done.stdout.count("written") == 1
+    found = files.read_json(folder / "result.json")["run"]
+    assert found["steps"] == 20
+    # 1437 images are 719 and 718: 11 batches of 64 on each and 15 and 14; then 8 more.
+    assert found["rows_seen"] == 1437 + 2 * 8 * 64
+    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "model.pt", "options.json", "result.json"}
+    refused = torchrun("compare", "--data", "digits", "--out", str(tmp_path / "compared"))
+    assert refused.returncode != 0
+    assert "error: rank 0: compare on 2 processes" in refused.stderr
