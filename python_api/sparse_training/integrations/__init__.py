@@ -19,7 +19,6 @@ from sparse_training.gate import Gate
 from sparse_training.policies import GatePolicy
 from sparse_training.scoring import Scores
 
-
 LEAST = 2
 
 
