@@ -25,6 +25,7 @@ from sparse_training.loader import Batch, Choice, Offer
 from sparse_training.original import PackageLaw
 from sparse_training.scorers import make_scorer
 from sparse_training.scoring import Scorer, Scores, forward
+from sparse_training.worth import NOISE, Worth
 
 
 class Kept(NamedTuple):
@@ -575,9 +576,98 @@ class InfoBatchPolicy(HistoryPolicy):
             self.waiting = Drawn(*(part.cpu() for part in state["waiting"]))
 
 
+class AdaptivePolicy(Policy):
+    """As many rows as are offered, of the whole data set, each as often as it is worth; see ``worth.Worth``.
+
+    Rows whose labels seem wrong come seldom, well-learned rows less often, and towards the end every class comes as
+    often as the others (``balance``; off where the classes' shares in the data are those that count). On data that
+    gives no reason for any of it this is an epoch as any other. It costs no forward pass. ``rate`` is not used, and
+    neither are the trainer's dense phases. Rows without numbers, of a stream, are all trained on as they come.
+    """
+
+    name = "adaptive"
+    phased = False
+
+    def __init__(self, rate: float = 1.0, seed: int = 0, balance: bool = True) -> None:
+        super().__init__(rate, seed)
+        self.balance = balance
+        self.law: Worth | None = None
+        self.progress = 0.0
+        self._observed: tuple[Tensor, Tensor, Any] | None = None  # not yet in the law
+        self._state: Mapping[str, Any] | None = None  # to go on from, once there is a law
+        self._stream = False
+
+    @property
+    def before_loading(self) -> bool:
+        return True
+
+    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+        self._stream = rows is None
+        if rows is None:
+            return
+        if self.law is None:
+            self.law = Worth(rows, targets, seed=self.seed, balance_from=0.6 if self.balance else None)
+            if self._state is not None:
+                self.law.load_state_dict(self._state)
+        elif self.law.rows != rows:
+            raise UserError(f"the policy {self.name} knows {self.law.rows} rows: wanted as many, given {rows}")
+
+    def at(self, progress: float) -> None:
+        self.progress = progress
+
+    def choose(self, offer: Offer) -> Choice | None:
+        if self.law is None:
+            return None
+        self.up_to_date()
+        return Choice(self.law.draw(len(offer.ids), self.progress))
+
+    def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
+        self.up_to_date()
+        self._observed = ids, losses, logits
+
+    def up_to_date(self) -> None:
+        """Tell the law of the rows last trained on: here, not in ``observe``, for it waits for the device."""
+        if self._observed is not None and self.law is not None:
+            self.law.update(*self._observed)
+            self._observed = None
+
+    def warnings(self, rate: float | None) -> list[str]:
+        if self._stream:
+            return ["rows without numbers: every one was trained on as it came; wanted data held in memory"]
+        self.up_to_date()
+        found = []
+        if self.law is not None and (new := int(self.law.probability.isnan().count_nonzero())):
+            found.append(f"{new} of {self.law.rows} rows were never trained on: the run was too short for their past")
+        if self.law is not None and self.law.noise >= NOISE:
+            found.append(
+                f"{self.law.noise:.0%} of the labels seem wrong: rows whose label the model denies came seldom"
+            )
+        if self.law is not None and self.law.invalid:
+            found.append(f"{self.law.invalid} losses were not finite and left out of account")
+        return found
+
+    def get_extra_state(self) -> dict[str, Any]:
+        self.up_to_date()
+        return {} if self.law is None else self.law.state_dict()
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._observed, self._state = None, state or None
+        if self.law is not None and state:
+            self.law.load_state_dict(state)
+
+
 POLICIES: dict[str, type[Policy]] = {
     kind.name: kind
-    for kind in (Policy, RandomPolicy, GatePolicy, TopKPolicy, ImportancePolicy, InfoBatchPolicy, MaskedPolicy)
+    for kind in (
+        Policy,
+        RandomPolicy,
+        AdaptivePolicy,
+        GatePolicy,
+        TopKPolicy,
+        ImportancePolicy,
+        InfoBatchPolicy,
+        MaskedPolicy,
+    )
 }
 # The same laws within a batch, where a scorer is named that scores batches.
 BY_SCORES: dict[str, type[Policy]] = {kind.name: kind for kind in (BatchImportancePolicy, BatchInfoBatchPolicy)}

@@ -332,5 +332,5 @@ def test_rates_out_of_range_are_refused(policy, rate):
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, topk, importance"):
+    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, adaptive, gate, topk, importance"):
         make_policy("best", rate=0.1, seed=0)
