@@ -26,6 +26,9 @@ class History:
     trace: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # step, rate, threshold
     seconds: float = 0.0
     raw_seconds: float = 0.0
+    joules: float | None = None  # measured, without evaluation; None where there is no meter
+    meter: str = "no meter"
+    operations: dict[str, float] = field(default_factory=dict)  # counted: "score" and "train"
     warnings: list[str] = field(default_factory=list)
     interrupted: bool = False
     selected: Tensor | None = None  # int32 [rows of the data set]: times kept in the sparse phase,
@@ -41,6 +44,8 @@ class History:
         """Counts of all ranks of a run instead of this one's; rank r of n numbers rows r, r + n, ... from 0."""
         for name in ("rows_seen", "rows_trained", "offered", "kept"):
             setattr(self, name, sum(int(getattr(each, name)) for each in others))
+        kinds = dict.fromkeys(kind for each in others for kind in each.operations)
+        self.operations = {kind: sum(each.operations.get(kind, 0.0) for each in others) for kind in kinds}
         for name in ("selected", "seen"):
             parts = [part for each in others if (part := getattr(each, name)) is not None]
             if len(parts) == len(others):
@@ -67,6 +72,8 @@ class History:
                 {"step": step, "rate": float(rate), "threshold": float(threshold)}
                 for step, rate, threshold in self.trace
             ],
+            "joules": {"measured": self.joules, "by": self.meter},
+            "flops": {"counted": sum(self.operations.values()), **self.operations},
             "warnings": list(self.warnings),
         }
 

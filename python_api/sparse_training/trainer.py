@@ -17,6 +17,7 @@ from sparse_training import checkpoint as files
 from sparse_training import devices
 from sparse_training.clock import Clock, calibrate
 from sparse_training.criterion import Criterion, Loss
+from sparse_training.energy import Energy, Meter, Operations, find_meter
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.loader import Batch, Loader, Offer, StreamLoader
@@ -146,6 +147,7 @@ class SparseTrainer:
             self.model, self.optimizer,
             device=self.device, amp=self.amp, clip_norm=clip_norm, accumulate=accumulate, ema=ema, ranks=self.ranks,
         )  # fmt: skip
+        self.operations = Operations()
         # What is trained through: not scored with, for a scoring pass has no gradient to average.
         self.parallel = wrapped or (self.model if self.ranks.alone else DistributedDataParallel(self.model))
         self.compiled = compile
@@ -186,12 +188,16 @@ class SparseTrainer:
     def step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, Kept]:
         """Load, score, select and train on one item of the loader."""
         if self.criterion.rows == "elements":
-            return self._step_on_elements(policy, loader.load(item))
+            samples = loader.load(item)
+            with self.operations.of("train", samples.rows):
+                return self._step_on_elements(policy, samples)
         batch = loader.load(item, policy.choose(loader.offer(item)))
         if not self._checked:
             self.check(batch)
-        kept = policy.select(policy.score(batch), batch)
-        self.report(self.policy, batch, kept, self.learn(kept))
+        with self.operations.of("score", batch.rows, policy.name):
+            kept = policy.select(policy.score(batch), batch)
+        with self.operations.of("train", kept.targets.shape[0]):
+            self.report(self.policy, batch, kept, self.learn(kept))
         return batch, kept
 
     def _step_on_elements(self, policy: Policy, samples: Batch) -> tuple[Batch, Kept]:
@@ -344,6 +350,7 @@ class SparseTrainer:
         evaluate: Iterable[Any] | Callable[[nn.Module], Mapping[str, float]] | None = None,
         evaluations: int = 20,
         clock: Clock | None = None,
+        meter: Meter | None = None,
         checkpoint: str | Path | None = None,
         every: int | None = None,
         resume: bool = False,
@@ -361,6 +368,8 @@ class SparseTrainer:
                 one's clock counts, and without one given it is of raw seconds.
             evaluate: data, or a function of the model; done so many ``evaluations`` times a run,
                 evenly spaced, the last at its end. Evaluation is not charged to the clock.
+            meter: of joules; by default what can be read here, see ``energy``; of several processes none. Evaluation
+                is not in them.
             checkpoint: folder for checkpoint.pt, written after ``every`` so many steps, when
                 stopped, and at the end. Of several processes the first one writes it, and all read it.
             resume: go on from the folder's checkpoint, bit for bit; start if there is none.
@@ -381,12 +390,14 @@ class SparseTrainer:
         previous = path is not None and (path.exists() or files.previous_of(path).exists())
         if previous and not resume:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
-        history = History()
+        history, self.operations = History(), Operations()
+        # Of several processes each would read the processor of all and a GPU of its own.
+        energy = Energy(meter or (find_meter(self.device) if self.ranks.alone else None))
         elements = self.criterion.rows == "elements"
         self.policy.prepare(*(None, None) if elements else (loader.size, loader.labels))
         if path is not None and previous:
             clock = clock or Clock()
-            self._restore(files.load(path, self.device), settings, loader, history, clock)
+            self._restore(files.load(path, self.device), settings, loader, history, clock, energy)
         elif clock is None:
             # Processes would time one another.
             calibrated = kind == "seconds" and not elements and self.ranks.alone
@@ -406,11 +417,19 @@ class SparseTrainer:
                 return
             own = self.ranks.all(self._own_state(settings, loader, history))
             if self.ranks.rank == 0:
-                files.save(path, {**self._state(clock), **own[0], "others": own[1:]})
+                files.save(path, {**self._state(clock, energy), **own[0], "others": own[1:]})
+
+        def pause() -> None:
+            clock.stop(self.device)
+            energy.stop()
+
+        def go_on() -> None:
+            energy.start()
+            clock.start()
 
         items = _endless(loader)
         latest = history.evals[-1] if history.evals else None
-        clock.start()
+        go_on()
         fraction = done()
         while fraction < 1.0:
             phase = self.schedule.phase(fraction) if self.policy.phased else "sparse"
@@ -429,9 +448,9 @@ class SparseTrainer:
                 history.trace.append((history.steps, *point))
             due = int(min(fraction, 1.0) * evaluations) > len(history.evals)
             if evaluate is not None and (due or fraction >= 1.0):
-                clock.stop(self.device)
+                pause()
                 latest = self._evaluation(evaluate, history, clock)
-                clock.start()
+                go_on()
             if progress is not None:
                 progress(Status(fraction, phase, history.steps, clock.seconds, latest, policy))
             stopped = stop is not None and self.ranks.total(stop()) > 0
@@ -439,11 +458,12 @@ class SparseTrainer:
             if history.interrupted:
                 break
             if every and history.steps % every == 0 and fraction < 1.0:
-                clock.stop(self.device)
+                pause()
                 save()
-                clock.start()
-        clock.stop(self.device)
+                go_on()
+        pause()
         history.seconds, history.raw_seconds = clock.seconds, clock.raw_seconds
+        history.joules, history.meter, history.operations = energy.joules, energy.source, self.operations.total
         save()
         if not self.ranks.alone:
             history.together(self.ranks.all(history))
@@ -534,9 +554,14 @@ class SparseTrainer:
             "rows": loader.size,
         }
 
-    def _state(self, clock: Clock) -> dict[str, Any]:
+    def _state(self, clock: Clock, energy: Energy) -> dict[str, Any]:
         """What is the same on every rank, or the first one's for all."""
-        return {"model": self.model.state_dict(), "update": self.update.state_dict(), "clock": clock.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "update": self.update.state_dict(),
+            "clock": clock.state_dict(),
+            "energy": energy.state_dict(),
+        }
 
     def _own_state(self, settings: dict[str, Any], loader: Loader, history: History) -> dict[str, Any]:
         """What is each rank's own."""
@@ -544,6 +569,7 @@ class SparseTrainer:
             "settings": settings,
             "policy": self.policy.state_dict(),
             "loader": loader.state_dict(),
+            "operations": self.operations.state_dict(),
             "history": history.state_dict(),
             "rng": files.rng_state(self.device),
             "buffers": [] if self.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],
@@ -561,6 +587,7 @@ class SparseTrainer:
         loader: Loader,
         history: History,
         clock: Clock,
+        energy: Energy,
     ) -> None:
         of_ranks = [state, *state["others"]]
         if len(of_ranks) != self.ranks.size:
@@ -577,6 +604,8 @@ class SparseTrainer:
             buffer.copy_(value)
         self.policy.load_state_dict(own["policy"])
         loader.load_state_dict(own["loader"])
+        energy.load_state_dict(state["energy"])
+        self.operations.load_state_dict(own["operations"])
         vars(history).update(own["history"], interrupted=False)
         files.set_rng_state(own["rng"], self.device)
 
