@@ -347,7 +347,10 @@ class SparseTrainer:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history = History()
         elements = self.criterion.rows == "elements"
-        self.policy.prepare(*(None, None) if elements else (loader.size, loader.labels))
+        if elements:
+            self.policy.prepare(None)
+        else:
+            self.policy.prepare(loader.size, loader.labels, loader.copies)
         if path is not None and previous:
             clock = clock or Clock()
             self._restore(files.load(path, self.device), settings, loader, history, clock)
