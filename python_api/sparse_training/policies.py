@@ -136,8 +136,10 @@ class Policy(nn.Module):
         """Told before each gated step how far the run is, 0 to 1, for what follows a schedule."""
 
     def likely_rows(self, rows: int) -> range:
-        """How many of a loaded batch's rows this policy may well keep, for the clock to time."""
-        return range(rows, rows + 1)
+        """How many of a loaded batch's rows this policy may well train on, for the clock to time."""
+        all_of_them = self.target is None or self.before_loading or self.masks
+        count = rows if all_of_them else max(1, round((self.target or 1.0) * rows))
+        return range(count, count + 1)
 
     def trace(self) -> tuple[Tensor, Tensor] | None:
         """Smoothed rate and threshold, on the device, where there is a controller to watch."""
@@ -252,7 +254,8 @@ class GatePolicy(Policy):
         if self.before_loading:  # these are the rows that it chose this time
             return range(min(rows, max(1, rows // 2)), rows + 1)
         if self.gate.capacity is not None:
-            return super().likely_rows(min(self.gate.capacity, rows))
+            slots = min(self.gate.capacity, rows)
+            return range(slots, slots + 1)
         aim = max(1, round(self.rate * rows))
         return range(max(1, aim // 2), min(rows, 2 * aim) + 1)
 
@@ -294,10 +297,6 @@ class TopKPolicy(Policy):
         count = min(len(losses), max(1, round(self.rate * len(losses))))
         # A loss that is not a number ranks below all others.
         return Decision(losses.nan_to_num(-torch.inf).topk(count, sorted=False).indices.sort().values)
-
-    def likely_rows(self, rows: int) -> range:
-        count = rows if self.before_loading else max(1, round(self.rate * rows))
-        return range(count, count + 1)
 
 
 class DrawingPolicy(Policy):
