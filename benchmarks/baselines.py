@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sparse_training.original import PackageLaw
+
 Array = NDArray[np.float64]
 
 
@@ -57,28 +59,21 @@ class Quantile:
         return share_above(np.broadcast_to(population, (len(self.threshold), population.size)), self.threshold)
 
 
-class Package:
-    """adaptive-sparse-training 1.0.1: a clamped threshold, fed the rate after the fallback to the top tenth."""
+class Package(PackageLaw):
+    """adaptive-sparse-training 1.0.1 (``sparse_training.original``)."""
 
     def __init__(self, target: Array) -> None:
-        self.target, self.rate = target, target.copy()
-        self.threshold = np.full(target.shape, 3.0)
-        self.integral = np.zeros(target.shape)
-        self.least = 0.1  # of a batch; exact once a batch was seen
+        super().__init__(target, threshold=np.full(target.shape, 3.0), integral=np.zeros(target.shape))
+        self.share = 0.1  # kept of a batch at least; exact once a batch was seen
 
-    def observe(self, rows: Array, ordered: Array) -> None:
+    def observe(self, rows: Array, ordered: Array) -> None:  # type: ignore[override]
         size = rows.shape[1]
-        self.least = max(2, size // 10) / size
-        kept = np.maximum(share_above(ordered, self.threshold), self.least)
-        self.rate = 0.1 * kept + 0.9 * self.rate
-        error = self.rate - self.target
-        inside = (self.threshold > 0.5) & (self.threshold < 10)
-        self.integral = np.where(inside, np.clip(self.integral + error, -100, 100), 0.9 * self.integral)
-        self.threshold = np.clip(self.threshold + 0.005 * error + 0.0001 * self.integral, 0.5, 10)
+        self.share = self.least(size) / size
+        super().observe(np.maximum(share_above(ordered, self.threshold), self.share))
 
     def kept(self, population: Array) -> Array:
         above = share_above(np.broadcast_to(population, (len(self.threshold), population.size)), self.threshold)
-        return np.maximum(above, self.least)
+        return np.maximum(above, self.share)
 
 
 class Standalone:

@@ -29,11 +29,14 @@ from sparse_training.data import DATASETS, load_data
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
 from sparse_training.models import MODELS, build_model
-from sparse_training.policies import POLICIES
+from sparse_training.policies import POLICIES, make_policy
+from sparse_training.record import Status
 from sparse_training.report import load_result, print_table, write_report
 from sparse_training.schedules import SHAPES
+from sparse_training.scorers import FORMS as SCORER_FORMS
+from sparse_training.scorers import make_scorer
 from sparse_training.scoring import PRECISIONS
-from sparse_training.trainer import CHECKPOINT, SparseTrainer, Status
+from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
 OPTIONS, MODEL, RESULT = "options.json", "model.pt", "result.json"
 
@@ -125,10 +128,28 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> l
     return found
 
 
+def _policy(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    """A policy's name, or policy@scorer."""
+    try:
+        make_policy(text, rate=1.0, seed=0)
+    except UserError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
+
+
+def _scorer(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    try:
+        if text is not None:
+            make_scorer(text)
+    except UserError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
+
+
 def _names(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
     found = [part.strip() for part in text.split(",")]
-    if unknown := [name for name in found if name not in POLICIES]:
-        raise click.BadParameter(f"{unknown[0]!r}: wanted some of {', '.join(POLICIES)}")
+    for name in found:
+        _policy(context, parameter, name)
     if len(set(found)) != len(found):
         raise click.BadParameter(f"{text!r}: wanted each policy once")
     return found
@@ -188,7 +209,8 @@ def cli() -> None:
 
 @cli.command()
 @_shared
-@click.option("--policy", type=click.Choice(list(POLICIES)), default="gate")
+@click.option("--policy", default="gate", callback=_policy, help=f"{', '.join(POLICIES)}, or policy@scorer.")
+@click.option("--scorer", callback=_scorer, help=f"What rows are judged by: {SCORER_FORMS}.  [default: policy's]")
 @click.option("--epochs", type=POSITIVE, help="Budget; one of the three is wanted.")
 @click.option("--steps", type=COUNT, help="Budget.")
 @click.option("--seconds", type=POSITIVE, help="Budget, on the calibrated clock.")
@@ -208,7 +230,7 @@ def train(context: _Context, /, out: str | None, **options: Any) -> None:
     "--policies",
     default="dense,random,gate",
     callback=_names,
-    help=f"Some of {', '.join(POLICIES)}.",
+    help=f"Some of {', '.join(POLICIES)}, or policy@scorer, such as gate@early:3.",
 )
 @click.option("--seconds", type=POSITIVE, default=20.0, help="Of the calibrated clock, for each run.")
 @click.option("--seeds", default="3", callback=_numbers, help="How many (3), or which (0,1,2).")
@@ -264,6 +286,7 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
             name: options[name]
             for name in (
                 "policy",
+                "scorer",
                 "rate",
                 "warmup",
                 "anneal",

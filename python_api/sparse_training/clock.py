@@ -8,6 +8,7 @@ a run's clock advances by the medians. Raw seconds are recorded beside it.
 from __future__ import annotations
 
 import copy
+import operator
 import statistics
 import time
 from collections import defaultdict
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sparse_training.errors import UserError
 from sparse_training.loader import Loader
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 STAGES = ("load", "score", "select", "train")
 STEPS_A_ROUND = 3
 MIN_ROUNDS, MAX_ROUNDS, CALIBRATION_SECONDS = 5, 101, 5.0
+BLOCK = 1 << 14  # rows told of at once
 
 Curve = tuple[tuple[int, ...], tuple[float, ...]]  # rows ascending, median seconds of each
 
@@ -151,17 +155,22 @@ def calibrate(
             MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
     """
     twin = copy.deepcopy(trainer)
-    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()))]
-    arms = list({policy.name: policy.to(twin.device) for policy in arms}.values())
+    twin.compile()
+    memo = {id(trainer.model): twin.model}  # of a scorer that is attached to it
+    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
+    arms = list({policy.name: twin.attach(policy) for policy in arms}.values())
     for policy in arms:
-        policy.prepare(loader.size)
-        if loader.size is not None:  # as in the midst of a run: choosing by past losses takes its usual path
-            policy.observe(torch.arange(loader.size), torch.linspace(0.0, 1.0, loader.size))
+        policy.prepare(loader.size, loader.labels)
     samples: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     kinds = 2 if (loader.batches() or 0) > 1 else 1  # full and last batches
     devices = [twin.device] if twin.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         items = loader.probe()
+        first = next(items)
+        for policy in arms:
+            twin.policy = policy
+            twin.check(loader.load(first))
+        _fill(twin, loader, arms, first)
         for _ in range(kinds):
             _warm_up(twin, loader, arms, next(items))
         done, began = 0, time.perf_counter()
@@ -188,6 +197,7 @@ def _time_arms(
     them in: timed straight after another arm's step, a gate's step was seen to cost 1.3 times its own.
     """
     for policy in arms:
+        twin.policy = policy
         watch = Stopwatch(twin.device)
         for repeat in range(STEPS_A_ROUND):
             watch.lap()
@@ -195,7 +205,7 @@ def _time_arms(
             choose = watch.lap()
             batch = loader.load(item, choice)
             load = watch.lap()
-            scores = policy.score(twin.scorer, batch)
+            scores = policy.score(batch)
             score = watch.lap()
             policy.select(scores, batch)
             select = watch.lap()
@@ -203,9 +213,9 @@ def _time_arms(
             usual = ladder[len(ladder) // 3]
             kept = twin.head(batch, usual)
             watch.lap()
-            losses = twin.learn(kept)
+            learned = twin.learn(kept)
             train = watch.lap()
-            twin.report(policy, batch, kept, losses)
+            twin.report(policy, batch, kept, learned)
             observe = watch.lap()
             if repeat:
                 samples[policy.name, "select", batch.offered].append(choose + select)
@@ -227,6 +237,20 @@ def _ladder(likely: range, rows: int) -> list[int]:
     if len(likely) == 1:
         return [likely[0]]
     return sorted({1, likely[0], likely[len(likely) // 3], likely[-1], max(1, rows // 2), rows})
+
+
+def _fill(twin: SparseTrainer, loader: Loader, arms: list[Policy], item: Any) -> None:
+    """Tell the arms of every row, as in the midst of a run: choosing by past losses takes its usual path."""
+    batch = loader.load(item)
+    learned = twin.learn(twin.head(batch, batch.rows))
+    if loader.size is None or learned is None:
+        return
+    losses = torch.linspace(0.0, 1.0, loader.size, device=batch.targets.device)
+    for start in range(0, loader.size, BLOCK):
+        ids = torch.arange(start, min(start + BLOCK, loader.size), device=losses.device)
+        logits = pytree.tree_map_only(Tensor, operator.itemgetter(ids % batch.rows), learned.logits)
+        for policy in arms:
+            policy.observe(ids, losses[ids], logits)
 
 
 def _warm_up(twin: SparseTrainer, loader: Loader, arms: list[Policy], item: Any) -> None:

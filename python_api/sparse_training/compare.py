@@ -24,7 +24,8 @@ from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
 from sparse_training.models import build_model
 from sparse_training.policies import Policy, make_policy
-from sparse_training.trainer import History, SparseTrainer, Status
+from sparse_training.record import History, Status
+from sparse_training.trainer import SparseTrainer
 
 FORMAT, VERSION = "sparse-training-compare", 1
 RESULT, SETTINGS, CALIBRATION = "compare.json", "settings.json", "calibration.json"

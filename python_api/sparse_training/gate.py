@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -304,6 +305,26 @@ class Gate(nn.Module):
         object.__setattr__(self, "last", gated)
         return selection
 
+    def by(self, significance: Tensor) -> Selection:
+        """Selects as ``forward`` does, by a significance found elsewhere: a loss without classes, say.
+
+        Args:
+            significance: floating [rows], 0 or more; NaN is never selected, and counted.
+
+        Raises:
+            UserError: a gate with a mass, which is a share of what the logits say.
+        """
+        if self.by_mass:
+            raise UserError(f"mass={self.setpoint} with a significance that is given; wanted a rate")
+        # One class tells nothing: its loss and entropy are 0, and what is added to them decides. Where that class
+        # is to be ignored it is the second, and as good as certain.
+        label = 1 if self.ignore_index == 0 else 0
+        logits = torch.zeros(significance.shape[0], label + 1, device=significance.device)
+        logits[:, :label] = -30.0
+        targets = torch.full(significance.shape, label, device=significance.device)
+        selection: Selection = self(logits, targets, offset=significance.float())
+        return selection
+
     def _step_across_ranks(self, logits: Tensor, targets: Tensor, offset: Tensor | None) -> Selection:
         """As ``forward``, but that the threshold moves when the other ranks' rows are known: see ``settle``."""
         assert self.process_group is not None
@@ -373,6 +394,25 @@ class Gate(nn.Module):
         self.settle()  # of the tensors that are about to be moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
+        """A gate of the same ranks: their group is a handle, of which there are no copies. Settles first."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()  # what is under way belongs to this process
+        return self.__dict__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.process_group not in (None, "world"):
+            raise UserError(
+                "a gate with a process group of its own cannot be pickled, for the group is of this process; "
+                'wanted its state_dict(), or process_group="world"'
+            )
+        return super().__reduce_ex__(protocol)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         self.settle()

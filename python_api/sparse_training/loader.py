@@ -42,11 +42,17 @@ class Batch(NamedTuple):
     targets: Tensor
     ids: Tensor | None  # int64 row numbers in the data set, where the loader knows them
     offered: int  # rows there were before the policy chose
-    weight: Tensor | None = None  # float32 [rows], the choice's
+    weight: Tensor | None = None  # float32 [rows], the choice's; 0 for rows that do not count
+    counted: Tensor | None = None  # how many count, where it is not all of them
 
     @property
     def rows(self) -> int:
         return self.targets.shape[0]
+
+    @property
+    def divisor(self) -> int | Tensor:
+        """What a sum over the rows that count is to be divided by; 1 where there are none."""
+        return self.rows if self.counted is None else self.counted.clamp(min=1)
 
 
 class ArraySplit(Protocol):
@@ -63,6 +69,7 @@ class Loader(ABC):
     """An epoch of items from where the last one stopped; ``epoch`` and ``position`` say where."""
 
     size: int | None = None  # rows of the data set, where known
+    labels: Tensor | None = None  # [size, ...], the targets of all of them, where held
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -127,7 +134,7 @@ class ResidentLoader(Loader):
             raise UserError(f"batch size {batch_size}: wanted 1 to {self.size}, the rows of the data set")
         self.device = torch.device(device)
         self.images = split.images.to(self.device)
-        self.labels = split.labels.to(self.device)
+        self.labels: Tensor = split.labels.to(self.device)
         # (v / 255 - mean) / std as one multiplication and one addition.
         spread = torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1)
         centre = torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1)

@@ -1,26 +1,30 @@
 """Policies: which rows of a batch are trained on.
 
-A policy may choose before loading (``choose``: the rows left out cost nothing), after scoring
-(``select``: rows are taken by what the model says of them), or not at all. What training makes of its
-rows comes back (``observe``), so that it can choose by past losses. To add one, subclass ``Policy``,
-override what differs, and enter it in POLICIES.
+A policy may choose before loading (``choose``: the rows left out cost nothing), by what a scorer says of
+rows (``decide``: before loading where the scorer needs row numbers alone, after it otherwise), or not at
+all. What training makes of its rows comes back (``observe``), so that it can choose by past losses. To
+add one, subclass ``Policy`` and override what differs; an instance of it is what ``SparseTrainer`` takes.
+To have it by name, enter it in POLICIES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparse_kernels import Selection
+from sparse_training.criterion import Criterion, are_classes
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable
 from sparse_training.loader import Batch, Choice, Offer
-
-Scorer = Callable[[Any], Tensor]  # inputs -> logits, without gradient
+from sparse_training.original import PackageLaw
+from sparse_training.scorers import make_scorer
+from sparse_training.scoring import Scorer, Scores, forward
 
 
 class Kept(NamedTuple):
@@ -34,11 +38,24 @@ class Kept(NamedTuple):
     divisor: int | Tensor = 1
 
 
+class Decision(NamedTuple):
+    """Which of the rows that were scored to train on."""
+
+    index: Tensor  # type: ignore[assignment]  # int64 [n], places among them
+    weight: Tensor | None = None  # float32 [n], 1/p of a row drawn with probability p; None: their mean is what counts
+
+
 class Policy(nn.Module):
-    """Every row; the base of the others. State belongs in buffers or in the extra state."""
+    """Every row; the base of the others. State belongs in buffers or in the extra state.
+
+    Attributes:
+        scored_by: the name of the scorer it asks by default; None where it never asks (``decide`` is not called).
+        scorer: the one it asks.
+    """
 
     name = "dense"
-    before_loading = False  # whether what it leaves out is never loaded
+    scored_by: str | None = None
+    phased = True  # whether a run's warm-up and anneal train on every row; if not, it chooses in them too
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -49,29 +66,66 @@ class Policy(nn.Module):
         super().__init__()
         self.rate = check_rate(rate)
         self.seed = seed
+        self.scorer: Scorer = make_scorer(self.scored_by or "self")
+
+    @property
+    def before_loading(self) -> bool:
+        """Whether what it leaves out is never loaded."""
+        return self.scored_by is not None and self.scorer.before_loading
 
     @property
     def target(self) -> float | None:
         """The fraction of rows that it aims to keep; None where it aims at none."""
         return None
 
-    def prepare(self, rows: int | None) -> None:
-        """Told before a run how many rows the data set has; None where none can be had by its number."""
+    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+        """Told before a run what it is about.
+
+        Args:
+            rows: of the data set; None where none can be had by its number.
+            targets: [rows, ...], of all of them, where the loader holds them.
+        """
+        self.scorer.prepare(rows)
+
+    def decide(self, scores: Scores) -> Decision:
+        """The rows to train on, by what the scorer says of them."""
+        raise NotImplementedError
 
     def choose(self, offer: Offer) -> Choice | None:
         """The rows to load in place of those offered; None for just these."""
-        return None
+        if not self.before_loading:
+            return None
+        index, weight = self.decide(self.scorer.recall(offer.ids))
+        if weight is not None:  # the loss is divided by the rows loaded, and estimates the mean of those offered
+            weight = weight * (len(index) / len(offer.ids))
+        return Choice(offer.ids[index], weight)
 
-    def score(self, scorer: Scorer, batch: Batch) -> Tensor | None:
+    def score(self, batch: Batch) -> Scores | None:
         """What ``select`` needs to know of the batch, None for nothing."""
-        return None
+        if self.scored_by is None or self.before_loading:
+            return None
+        found: Scores = self.scorer(batch)
+        return found
 
-    def select(self, scores: Tensor | None, batch: Batch) -> Kept:
+    def select(self, scores: Scores | None, batch: Batch) -> Kept:
         """The rows of a loaded batch to train on."""
-        return Kept(batch.inputs, batch.targets, batch.rows, None, batch.weight, batch.rows)
+        if scores is None:
+            rows = batch.rows if batch.counted is None else batch.counted
+            return Kept(batch.inputs, batch.targets, rows, None, batch.weight, batch.divisor)
+        index, weight = self.decide(scores)
+        parts = (batch.inputs, batch.targets)
+        inputs, targets = pytree.tree_map_only(Tensor, lambda tensor: tensor.index_select(0, index), parts)
+        return Kept(inputs, targets, len(index), index, weight, batch.divisor)
 
-    def observe(self, ids: Tensor, losses: Tensor) -> None:
-        """The losses, [n], of the rows just trained on, of the dense phases too; where rows have numbers."""
+    def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
+        """What the model made of the rows just trained on, before it learned from them; where rows have numbers.
+
+        Args:
+            ids: int64 [n]; of the dense phases too.
+            losses: [n].
+            logits: what the model gave, [n, classes] for a classifier.
+        """
+        self.scorer.observe(ids, losses)
 
     def at(self, progress: float) -> None:
         """Told before each gated step how far the run is, 0 to 1, for what follows a schedule."""
@@ -96,7 +150,10 @@ class RandomPolicy(Policy):
     """
 
     name = "random"
-    before_loading = True
+
+    @property
+    def before_loading(self) -> bool:
+        return True
 
     def __init__(self, rate: float = 0.1, seed: int = 0) -> None:
         super().__init__(rate, seed)
@@ -131,6 +188,7 @@ class GatePolicy(Policy):
     """
 
     name = "gate"
+    scored_by = "self"
 
     @property
     def target(self) -> float:
@@ -140,29 +198,54 @@ class GatePolicy(Policy):
         super().__init__(gate.rate if gate is not None else rate, seed)
         self.gate = gate if gate is not None else Gate(rate, seed=seed, **options)
 
-    def score(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return scorer(batch.inputs)
+    def decide(self, scores: Scores) -> Decision:
+        selection = self.gated(scores)
+        if self.gate.capacity is None:
+            return Decision(selection.index, selection.weight if self.gate.temperature > 0.0 else None)
+        count = int(selection.count)  # waits for an accelerator; ``select`` does not
+        return Decision(selection.index[:count], selection.weight[:count] if self.gate.temperature > 0.0 else None)
 
-    def select(self, scores: Tensor | None, batch: Batch) -> Kept:
-        if scores is None or scores.ndim != 2:
-            shape = None if scores is None else list(scores.shape)
-            raise UserError(f"scores of shape {shape}: the gate wanted logits [B, classes], one row a sample")
-        selection: Selection = self.gate(scores, batch.targets, index=batch.ids)
+    def select(self, scores: Scores | None, batch: Batch) -> Kept:
+        if scores is None:
+            return super().select(scores, batch)
+        selection = self.gated(scores)
         inputs, targets = selection.take((batch.inputs, batch.targets))
         padded = self.gate.capacity is not None
         count = selection.count if padded else selection.index.shape[0]
         if self.gate.temperature > 0.0:
-            return Kept(inputs, targets, count, selection.index, selection.weight, batch.rows)
+            return Kept(inputs, targets, count, selection.index, selection.weight, batch.divisor)
         if padded:
             divisor = selection.count.clamp(min=1)
             return Kept(inputs, targets, count, selection.index, selection.weight, divisor)
         return Kept(inputs, targets, count, selection.index)
+
+    def gated(self, scores: Scores) -> Selection:
+        """The gate's selection by logits of classes; where there are none, by the losses themselves.
+
+        Of targets of several classes a sample, as of tokens or pixels, the mean significance is the sample's. An
+        offset is one of the loss: it counts as much as the loss does in the significance.
+        """
+        logits, targets, offset = scores.logits, scores.targets, scores.offset
+        if isinstance(logits, Tensor) and targets is not None and are_classes(logits, targets):
+            if offset is not None:
+                if "loss" not in self.gate.significance.weights:
+                    raise UserError(f"the scorer {self.scorer.name} changes the loss: wanted a significance with it")
+                offset = offset * self.gate.significance.loss
+            if targets.ndim == 1:
+                selection: Selection = self.gate(logits, targets, offset=offset)
+                return selection
+            if isinstance(scores.criterion, Criterion) and not self.gate.by_mass:
+                significance = scores.criterion.significance(logits, targets, self.gate.significance.weights)
+                return self.gate.by(significance if offset is None else significance + offset)
+        return self.gate.by(scores.losses)
 
     def at(self, progress: float) -> None:
         self.gate.at(progress)
         self.rate = self.gate.rate
 
     def likely_rows(self, rows: int) -> range:
+        if self.before_loading:  # these are the rows that it chose this time
+            return range(max(1, rows // 2), rows + 1)
         if self.gate.capacity is not None:
             return super().likely_rows(min(self.gate.capacity, rows))
         aim = max(1, round(self.rate * rows))
@@ -188,17 +271,186 @@ class GatePolicy(Policy):
         return found
 
 
+class TopKPolicy(Policy):
+    """The rows of the largest losses, round(rate * B) of each batch and at least one.
+
+    Biased towards them, on purpose: what is noise or cannot be learned stays on top.
+    """
+
+    name = "topk"
+    scored_by = "self"
+
+    @property
+    def target(self) -> float:
+        return self.rate
+
+    def decide(self, scores: Scores) -> Decision:
+        losses = scores.losses
+        count = min(len(losses), max(1, round(self.rate * len(losses))))
+        # A loss that is not a number ranks below all others.
+        return Decision(losses.nan_to_num(-torch.inf).topk(count, sorted=False).indices.sort().values)
+
+    def likely_rows(self, rows: int) -> range:
+        count = rows if self.before_loading else max(1, round(self.rate * rows))
+        return range(count, count + 1)
+
+
+class DrawingPolicy(Policy):
+    """The base of policies that keep each row of a batch with a probability of its own and weigh it 1/p."""
+
+    scored_by = "self"
+
+    def __init__(self, rate: float = 0.1, seed: int = 0) -> None:
+        super().__init__(rate, seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def probability(self, losses: Tensor) -> Tensor:
+        """float32 [B], above 0 and at most 1; of finite losses [B]."""
+        raise NotImplementedError
+
+    def decide(self, scores: Scores) -> Decision:
+        losses = scores.losses
+        finite = losses.isfinite()
+        p = torch.where(finite, self.probability(torch.where(finite, losses, 0.0)), 0.0)
+        # Systematic: as many rows as the probabilities add up to, to within one.
+        ends = p.cumsum(0, dtype=torch.float64) + torch.rand((), generator=self.generator, dtype=torch.float64).item()
+        index = (ends.floor() > (ends - p).floor()).nonzero().squeeze(1)
+        return Decision(index, 1.0 / p[index])
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())
+
+
+class BatchImportancePolicy(DrawingPolicy):
+    """``importance`` within a batch, by what a scorer says of it now: round(rate * B) rows to within one.
+
+    Drawn in proportion to their losses, but for a share of draws that ignore them, none twice.
+    """
+
+    name = "importance"
+
+    def __init__(self, rate: float = 0.1, seed: int = 0, uniform: float = 0.1) -> None:
+        super().__init__(rate, seed)
+        if not 0.0 < uniform <= 1.0:
+            raise UserError(f"uniform {uniform}: wanted more than 0, or weights are without bound, and at most 1")
+        self.uniform = uniform
+
+    @property
+    def target(self) -> float:
+        return self.rate
+
+    def probability(self, losses: Tensor) -> Tensor:
+        losses = losses.clamp(min=0.0)  # one less a reference's may be below
+        count, mean = self.rate * len(losses), losses.mean().clamp(min=1e-30)
+        p = (1.0 - self.uniform) * losses / mean + self.uniform
+        scale = torch.tensor(self.rate, device=losses.device)
+        for _ in range(4):  # what is cut off above 1 goes to the others
+            scale = scale * (count / (p * scale).clamp(max=1.0).sum())
+        return (p * scale).clamp(max=1.0)
+
+    def likely_rows(self, rows: int) -> range:
+        count = max(1, round(self.rate * rows))
+        return range(rows, rows + 1) if self.before_loading else range(max(1, count - 1), min(rows, count + 1) + 1)
+
+
+class BatchInfoBatchPolicy(DrawingPolicy):
+    """``infobatch`` within a batch, by what a scorer says of it now.
+
+    Rows whose loss is below the batch's mean are left out with probability ``prune``, or count 1 / (1 - prune).
+    The rate follows from the losses; ``rate`` is not used.
+    """
+
+    name = "infobatch"
+
+    def __init__(self, rate: float = 1.0, seed: int = 0, prune: float = 0.5) -> None:
+        super().__init__(rate, seed)
+        if not 0.0 <= prune < 1.0:
+            raise UserError(f"prune {prune}: wanted a probability, at least 0 and below 1")
+        self.prune = prune
+
+    def probability(self, losses: Tensor) -> Tensor:
+        return torch.where(losses < losses.mean(), 1.0 - self.prune, 1.0)
+
+    def likely_rows(self, rows: int) -> range:
+        return range(max(1, rows // 2), rows + 1)
+
+
+class MaskedPolicy(Policy):
+    """The original system's step, for comparison only: it saves nothing.
+
+    All rows go forward twice, the first time to be scored, and backward once; rows that are not selected are masked
+    out of the loss, which is divided by the number selected. That is four thirds of a dense step's work, whatever the
+    rate. Scoring is in training mode and float32, as there: BatchNorm's statistics move in it. So is the control law
+    (``original.PackageLaw``), which waits for the device in every step and cannot reach every rate. Its settings
+    besides: Adam at 1e-3, ``clip_norm=1``.
+    """
+
+    name = "masked"
+    scored_by = "self"
+
+    def __init__(self, rate: float = 0.4, seed: int = 0) -> None:
+        super().__init__(rate, seed)
+        self.law = PackageLaw(self.rate)
+        self.clamped, self.steps = 0, 0
+
+    @property
+    def target(self) -> float:
+        return self.rate
+
+    def score(self, batch: Batch) -> Scores:
+        with torch.no_grad():
+            return Scores(batch.targets, self.scorer.criterion, logits=forward(self.scorer.model, batch.inputs))
+
+    def select(self, scores: Scores | None, batch: Batch) -> Kept:
+        assert scores is not None
+        p = scores.logits.softmax(-1)
+        entropy = -(p * (p + 1e-8).log()).sum(-1)
+        significance = 0.7 * scores.losses + 0.3 * entropy
+        mask = significance > float(self.law.threshold)
+        least = self.law.least(batch.rows)
+        if int(mask.sum()) < least:
+            mask = torch.zeros_like(mask).index_fill_(0, significance.topk(min(least, batch.rows)).indices, True)
+        count = int(mask.sum())
+        self.law.observe(count / batch.rows)
+        self.steps += 1
+        self.clamped += not 0.5 < self.law.threshold < 10.0
+        everything = torch.arange(batch.rows, device=mask.device)
+        return Kept(batch.inputs, batch.targets, count, everything, mask.float(), max(count, 1))
+
+    def trace(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(float(self.law.rate)), torch.tensor(float(self.law.threshold))
+
+    def warnings(self, rate: float | None) -> list[str]:
+        found = ["masked is the original system's step, for comparison only: every row goes forward twice and backward"]
+        if self.clamped:
+            found.append(f"masked's threshold was at its clamp in {self.clamped} of {self.steps} steps")
+        return found
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"law": [float(value) for value in vars(self.law).values()], "counts": (self.clamped, self.steps)}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.law = PackageLaw(*state["law"])
+        self.clamped, self.steps = state["counts"]
+
+
 class HistoryPolicy(Policy):
     """Chooses by each row's loss when it was last trained on: nothing is scored, nothing left out is loaded.
 
     The next choice hangs on the last losses, so on an accelerator it waits for the step before it.
     """
 
-    before_loading = True
     table: ScoreTable | None = None
     _observed: tuple[Tensor, Tensor] | None = None  # not yet in the table
 
-    def prepare(self, rows: int | None) -> None:
+    @property
+    def before_loading(self) -> bool:
+        return True
+
+    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
         if rows is None:
             raise UserError(
                 f"the policy {self.name} asks for rows by their number: wanted data held in memory (ResidentLoader); "
@@ -214,7 +466,7 @@ class HistoryPolicy(Policy):
         """Make what draws from the table."""
         raise NotImplementedError
 
-    def observe(self, ids: Tensor, losses: Tensor) -> None:
+    def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
         self.up_to_date()
         self._observed = ids, losses
 
@@ -323,29 +575,54 @@ class InfoBatchPolicy(HistoryPolicy):
 
 
 POLICIES: dict[str, type[Policy]] = {
-    kind.name: kind for kind in (Policy, RandomPolicy, GatePolicy, ImportancePolicy, InfoBatchPolicy)
+    kind.name: kind
+    for kind in (Policy, RandomPolicy, GatePolicy, TopKPolicy, ImportancePolicy, InfoBatchPolicy, MaskedPolicy)
 }
+# The same laws within a batch, where a scorer is named that scores batches.
+BY_SCORES: dict[str, type[Policy]] = {kind.name: kind for kind in (BatchImportancePolicy, BatchInfoBatchPolicy)}
 
 
-def make_policy(policy: str | Policy | Gate, *, rate: float, seed: int, loss: Any = None) -> Policy:
+def make_policy(
+    policy: str | Policy | Gate, *, rate: float, seed: int, loss: Any = None, scorer: str | Scorer | None = None
+) -> Policy:
     """A policy from its name, from a gate, or as it is.
 
     A gate made here sees the loss the model is trained on: its ignore_index and label smoothing.
 
+    Args:
+        policy: a name in POLICIES, or policy@scorer, such as "gate@early:3", which is then its name; a Policy, or a
+            Gate.
+        scorer: as for ``make_scorer``; None for the policy's own.
+
     Raises:
-        UserError: an unknown name, or a rate outside (0, 1].
+        UserError: an unknown name, a rate outside (0, 1], a scorer for a policy that asks none or has its own, or two.
     """
     check_rate(rate)
+    said = policy
+    if isinstance(policy, str) and "@" in policy:
+        if scorer is not None:
+            raise UserError(f"policy {policy!r} and scorer {scorer!r}: wanted one scorer")
+        policy, _, scorer = policy.partition("@")
+    scorer = None if scorer is None else make_scorer(scorer)
     if isinstance(policy, Policy):
-        return policy
-    if isinstance(policy, Gate):
-        return GatePolicy(seed=seed, gate=policy)
-    if policy not in POLICIES:
+        made = policy
+    elif isinstance(policy, Gate):
+        made = GatePolicy(seed=seed, gate=policy)
+    elif policy not in POLICIES:
         raise UserError(f"policy {policy!r}: wanted one of {', '.join(POLICIES)}")
-    if policy != "gate":
-        return POLICIES[policy](rate, seed)
-    known = ("ignore_index", "label_smoothing")
-    return GatePolicy(rate, seed, **{name: getattr(loss, name) for name in known if hasattr(loss, name)})
+    elif policy == "gate":
+        known = ("ignore_index", "label_smoothing")
+        made = GatePolicy(rate, seed, **{name: getattr(loss, name) for name in known if hasattr(loss, name)})
+    else:
+        kinds = POLICIES if scorer is None or scorer.before_loading else {**POLICIES, **BY_SCORES}
+        made = kinds[policy](rate, seed)
+    if scorer is not None and not (scorer.before_loading and isinstance(made, HistoryPolicy)):
+        if made.scored_by is None or isinstance(made, MaskedPolicy):
+            raise UserError(f"scorer {scorer.name} for the policy {made.name}, which asks none: wanted no scorer")
+        made.scorer = scorer
+    if isinstance(said, str):
+        made.name = said
+    return made
 
 
 def check_rate(rate: float) -> float:

@@ -21,9 +21,12 @@ def resolve(group: Any) -> Any:
     """The process group meant: "world" is the default one.
 
     Raises:
-        UserError: torch.distributed is not initialised.
+        UserError: torch.distributed is not initialised, or this process is not in the group.
     """
     if group != "world":
+        # What dist.new_group gives to a process that it leaves out; a collective of it would do nothing.
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise UserError("a process_group that this process is not in; wanted a gate on the group's ranks alone")
         return group
     if not dist.is_available() or not dist.is_initialized():
         raise UserError('process_group="world" before torch.distributed.init_process_group; wanted it called first')

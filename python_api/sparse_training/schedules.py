@@ -1,12 +1,13 @@
 """What depends on how far a run has come: its phase and its learning rate.
 
-Progress is a fraction in [0, 1] of the run's budget (steps or seconds of the clock), never a number of
+Progress is a fraction in [0, 1] of the run's budget (steps, rows or seconds of the clock), never a number of
 epochs: arms that take different numbers of steps in the same time still go through the same schedule.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparse_training.errors import UserError
@@ -22,7 +23,8 @@ class Schedule:
     Args:
         warmup: fraction of the run trained on every row at the start, so that scores mean something.
         anneal: fraction trained on every row at the end, so that what was left out is not forgotten.
-        shape: "cosine" to zero or "constant", after a linear rise over the first ``rise`` of the run.
+        shape: "cosine" to zero or "constant", after a linear rise over the first ``rise`` of the run; or the whole
+            course, a callable of the progress that gives the learning rate's factor.
 
     Raises:
         UserError: fractions outside [0, 1] or adding up to more than 1; an unknown shape.
@@ -30,7 +32,7 @@ class Schedule:
 
     warmup: float = 0.05
     anneal: float = 0.125
-    shape: str = "cosine"
+    shape: str | Callable[[float], float] = "cosine"
     rise: float = 0.02
 
     def __post_init__(self) -> None:
@@ -42,8 +44,14 @@ class Schedule:
             raise UserError(
                 f"warmup {self.warmup} and anneal {self.anneal} add up to more than 1: nothing is left to gate"
             )
-        if self.shape not in SHAPES:
-            raise UserError(f"schedule {self.shape!r}: wanted one of {', '.join(SHAPES)}")
+        if not callable(self.shape) and self.shape not in SHAPES:
+            raise UserError(f"schedule {self.shape!r}: wanted {', '.join(SHAPES)} or a callable")
+
+    @property
+    def name(self) -> str:
+        """Of the shape, for a checkpoint's settings."""
+        shape = self.shape
+        return getattr(shape, "__qualname__", type(shape).__name__) if callable(shape) else shape
 
     def phase(self, progress: float) -> str:
         """One of PHASES."""
@@ -53,6 +61,8 @@ class Schedule:
 
     def factor(self, progress: float) -> float:
         """What the learning rate is multiplied by; the rise starts at 0.1, for a step at 0 is wasted."""
+        if callable(self.shape):
+            return float(self.shape(progress))
         scale = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))) if self.shape == "cosine" else 1.0
         if progress < self.rise:
             scale *= 0.1 + 0.9 * progress / self.rise

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +14,15 @@ from torch.utils import _pytree as pytree
 
 from sparse_training import checkpoint as files
 from sparse_training.clock import Clock, calibrate
+from sparse_training.criterion import Criterion, Loss
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
-from sparse_training.loader import Batch, Loader, StreamLoader
+from sparse_training.loader import Batch, Loader, Offer, StreamLoader
 from sparse_training.policies import Kept, Policy, make_policy
-from sparse_training.schedules import PHASES, Schedule
-from sparse_training.scoring import PRECISIONS, SelfScorer, evaluation_statistics, forward
+from sparse_training.record import History, Status
+from sparse_training.schedules import Schedule
+from sparse_training.scoring import PRECISIONS, Scorer, Scores, SelfScorer, evaluation_statistics, forward
+from sparse_training.update import Update
 
 CHECKPOINT = "checkpoint.pt"
 TRACE_POINTS = 500
@@ -29,62 +30,11 @@ TRACE_POINTS = 500
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
-@dataclass
-class History:
-    """What a run did. Counts that the device makes stay there until ``to_dict`` reads them."""
+class Learned(NamedTuple):
+    """What the model made of rows, before it learned from them; without gradient."""
 
-    steps: int = 0  # batches gone through, with or without an optimiser step
-    rows_seen: int = 0
-    rows_trained: int | Tensor = 0
-    offered: int = 0  # rows of the sparse phase, and how many of them were kept
-    kept: int | Tensor = 0
-    phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
-    evals: list[dict[str, float]] = field(default_factory=list)
-    trace: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # step, rate, threshold
-    seconds: float = 0.0
-    raw_seconds: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-    interrupted: bool = False
-    selected: Tensor | None = None  # int32 [rows of the data set]: times kept in the sparse phase,
-    seen: Tensor | None = None  # and times scored, where the loader knows rows by number
-
-    @property
-    def rate(self) -> float | None:
-        """Rows kept of rows offered in the sparse phase; None before it."""
-        return int(self.kept) / self.offered if self.offered else None
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; waits for the device."""
-        return {
-            "seconds": self.seconds,
-            "raw_seconds": self.raw_seconds,
-            "steps": self.steps,
-            "rows_seen": self.rows_seen,
-            "rows_trained": int(self.rows_trained),
-            "rate": self.rate,
-            "phases": dict(self.phases),
-            "evals": list(self.evals),
-            "trace": [
-                {"step": step, "rate": float(rate), "threshold": float(threshold)}
-                for step, rate, threshold in self.trace
-            ],
-            "warnings": list(self.warnings),
-        }
-
-
-@dataclass(frozen=True)
-class Status:
-    """Where a run is, for a progress display."""
-
-    progress: float  # of the budget, 0 to 1
-    phase: str
-    step: int
-    seconds: float
-    evaluation: Mapping[str, float] | None  # the latest
-    policy: Policy  # of the step just done; reading what its ``trace`` gives waits for the device
+    losses: Tensor  # [n]
+    logits: Any  # what the model gave
 
 
 class SparseTrainer:
@@ -92,16 +42,30 @@ class SparseTrainer:
 
     Args:
         model: any module; a tuple or list of inputs is unpacked into it, a mapping by keyword.
-        loss: maps (logits, targets) to one loss a row, shape [B].
+        loss: maps (logits, targets) to one loss a row; see ``Criterion``, for tokens and pixels too.
+        rows: "samples": the policy keeps samples, by the mean over a sample's tokens or pixels where it has
+            several; what is left out is not in the backward, nor in the forward of the step. "elements": it keeps
+            tokens or pixels of the training forward's own logits, by one threshold for all samples. That wants no
+            scoring pass and is worth it for what is learnt; the loss and its gradient in the logits are computed
+            for the elements kept alone, but the rest of the model runs as for a dense step. Rows are elements in
+            the history, and seconds raw.
+        class_dim: of the logits of tokens or pixels, 1 or -1, where shapes leave that open.
         optimizer: None for AdamW, a factory called with (parameters, lr=lr), or an optimiser.
-        policy: a name in POLICIES, a Policy, or a Gate.
+        policy: a name in POLICIES, a Policy, or a Gate; policy@scorer, such as "gate@early:3", names both. A gate
+            scores targets that are not class indices by the loss itself.
+        scorer: what the policy judges rows by: self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE,
+            history, or a Scorer. None for the policy's own, the model itself for a gate.
         rate: fraction of rows to keep in the sparse phase, in (0, 1].
         warmup, anneal: fractions of the run trained densely at its start and end.
         lr: learning rate, for an optimiser made here.
-        schedule: "cosine" or "constant", by progress through the budget.
+        schedule: "cosine", "constant", or a callable that gives the learning rate's factor, by progress through
+            the budget: of steps, rows or seconds.
+        accumulate: batches whose rows make one optimiser step.
         clip_norm: largest gradient norm, None for no clipping.
+        ema: decay of an average of the weights, 0.999 say, which is what is evaluated; None for none.
         precision: of the scoring pass: auto, float32, bfloat16 or float16.
         amp: of training: None for the model's own, bfloat16, or float16 (with a gradient scaler).
+        compile: ``torch.compile`` the model, once for all numbers of rows.
         device: None for where the model is.
         seed: of the policy's own generators; global ones are left to the caller.
         channels_last: memory format of convolutional weights; None for yes where there are any.
@@ -115,33 +79,41 @@ class SparseTrainer:
         self,
         model: nn.Module,
         *,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: Loss | None = None,
+        rows: str = "samples",
+        class_dim: int | None = None,
         optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
         policy: str | Policy | Gate = "gate",
+        scorer: str | Scorer | None = None,
         rate: float = 0.1,
         warmup: float = 0.05,
         anneal: float = 0.125,
         lr: float = 1e-3,
-        schedule: str = "cosine",
+        schedule: str | Callable[[float], float] = "cosine",
+        accumulate: int = 1,
         clip_norm: float | None = None,
+        ema: float | None = None,
         precision: str = "auto",
         amp: str | None = None,
+        compile: bool = False,
         device: torch.device | str | None = None,
         seed: int = 0,
         channels_last: bool | None = None,
         inputs: Callable[[Any], Any] | None = None,
         targets: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        self.loss = nn.CrossEntropyLoss(reduction="none") if loss is None else loss
-        check_reduction(self.loss)
+        self.criterion = Criterion(loss, rows=rows, class_dim=class_dim)
         if not lr > 0.0:
             raise UserError(f"lr {lr}: wanted more than 0")
-        if clip_norm is not None and not clip_norm > 0.0:
-            raise UserError(f"clip_norm {clip_norm}: wanted more than 0, or None")
         if amp is not None and amp not in PRECISIONS:
             raise UserError(f"amp {amp!r}: wanted None, {', '.join(PRECISIONS)}")
         self.schedule = Schedule(warmup, anneal, schedule)
-        self.policy = make_policy(policy, rate=rate, seed=seed, loss=self.loss)
+        self.policy = make_policy(policy, rate=rate, seed=seed, loss=self.criterion.loss, scorer=scorer)
+        if rows == "elements" and self.policy.scored_by is not None and type(self.policy.scorer) is not SelfScorer:
+            raise UserError(
+                f'scorer {self.policy.scorer.name} with rows="elements": wanted none, for the training '
+                "forward's own logits are what is judged"
+            )
         self.dense = Policy()
         self.device = torch.device(device) if device is not None else _device_of(model)
         self.model = model.to(self.device)
@@ -149,16 +121,26 @@ class SparseTrainer:
             channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.policy.to(self.device)
-        self.scorer = SelfScorer(self.model, precision=precision, device=self.device)
+        self.precision = precision
+        self.attach(self.policy)
         self.amp = PRECISIONS[amp] if amp is not None else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
-        self.clip_norm, self.seed = clip_norm, seed
+        self.seed = seed
         self._extract = {"inputs": inputs, "targets": targets}
         self.optimizer = self._make_optimizer(optimizer, lr)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        self.update = Update(
+            self.model, self.optimizer,
+            device=self.device, amp=self.amp, clip_norm=clip_norm, accumulate=accumulate, ema=ema,
+        )  # fmt: skip
+        self.compiled = compile
+        self.compile()
         self._checked = False
+
+    def compile(self) -> None:
+        """Compile the model where that was asked for; also after a copy, for copies are not compiled."""
+        if self.compiled:
+            self.model.compile(dynamic=True)  # or every number of rows kept would be compiled anew
 
     def _make_optimizer(
         self, optimizer: OptimizerFactory | torch.optim.Optimizer | None, lr: float
@@ -171,56 +153,76 @@ class SparseTrainer:
         fused = self.device.type in ("cpu", "cuda")
         return torch.optim.AdamW(self.model.parameters(), lr=lr, fused=fused)
 
+    def attach(self, policy: Policy) -> Policy:
+        """The policy on the trainer's device, its scorer told of the trainer's model and loss."""
+        policy.to(self.device)
+        policy.scorer.attach(self.model, self.criterion, device=self.device, precision=self.precision)
+        return policy
+
+    @property
+    def scorer(self) -> Scorer:
+        """What the policy judges rows by."""
+        return self.policy.scorer
+
     # --- one step -------------------------------------------------------------------------------
 
     def step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, Kept]:
         """Load, score, select and train on one item of the loader."""
+        if self.criterion.rows == "elements":
+            return self._step_on_elements(policy, loader.load(item))
         batch = loader.load(item, policy.choose(loader.offer(item)))
         if not self._checked:
             self.check(batch)
-        kept = policy.select(policy.score(self.scorer, batch), batch)
+        kept = policy.select(policy.score(batch), batch)
         self.report(self.policy, batch, kept, self.learn(kept))
         return batch, kept
 
+    def _step_on_elements(self, policy: Policy, samples: Batch) -> tuple[Batch, Kept]:
+        """One forward of all samples; their logits, one row an element, are the batch that the policy sees."""
+        if not self._checked:
+            self.check(samples)
+        with self._autocast():
+            rows = self.criterion.elements(forward(self.model, samples.inputs), samples.targets)
+            counts = rows[1] != self.criterion.ignore_index
+            loader = StreamLoader((), device=self.device)
+            if policy.before_loading:
+                offer = Offer(counts.nonzero().squeeze(1).cpu(), 0)
+                batch = loader.load(rows, policy.choose(offer))._replace(offered=len(offer.ids))
+            else:
+                batch = loader.load(rows)._replace(weight=counts.float(), counted=counts.sum())
+            scores = None
+            if policy.scored_by is not None and not policy.before_loading:
+                scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
+            kept = policy.select(scores, batch)
+            if self.update.nothing_in(kept):
+                self.update.skip()
+                return batch, kept
+            losses = self.criterion(kept.inputs, kept.targets)
+        self.update.add(losses, kept)
+        return batch, kept
+
     @staticmethod
-    def report(policy: Policy, batch: Batch, kept: Kept, losses: Tensor | None) -> None:
-        """Tell a policy what training made of the rows, where they have numbers."""
-        if losses is not None and batch.ids is not None:
-            policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], losses)
+    def report(policy: Policy, batch: Batch, kept: Kept, learned: Learned | None) -> None:
+        """Tell a policy what training made of the rows, where they have numbers, and train what learns beside."""
+        if learned is None:
+            return
+        policy.scorer.learn(kept)
+        if batch.ids is not None:
+            policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], *learned)
 
-    def learn(self, kept: Kept) -> Tensor | None:
-        """One optimiser step on the kept rows, and their losses; none and None if there are none."""
-        rows = kept.targets.shape[0]
-        if rows == 0:
+    def learn(self, kept: Kept) -> Learned | None:
+        """Train on the kept rows, and what the model made of them; None if there are none."""
+        if self.update.nothing_in(kept):
+            self.update.skip()
             return None
-        empty: Tensor | None = None
-        if isinstance(kept.rows, Tensor):
-            if self._can_skip_on_device():
-                empty = (kept.rows == 0).float().reshape(())
-            elif int(kept.rows) == 0:  # waits for the device
-                return None
-        self.optimizer.zero_grad(set_to_none=True)
         # The variance of one row is 0, or an error: BatchNorm uses its running statistics for it.
-        frozen = evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
-        with frozen, self._autocast():
-            losses = self.loss(forward(self.model, kept.inputs), kept.targets)
-            loss = losses.mean() if kept.weight is None else (losses * kept.weight).sum() / kept.divisor
-        self.scaler.scale(loss).backward()
-        if self.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        if empty is not None:
-            self.optimizer.found_inf = empty  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if empty is not None:
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
-        return losses.detach()
-
-    def _can_skip_on_device(self) -> bool:
-        """Fused optimisers leave everything as it is where ``found_inf`` is 1, without a host sync."""
-        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        return fused and self.device.type == "cuda" and not self.scaler.is_enabled()
+        alone = kept.targets.shape[0] == 1
+        frozen = evaluation_statistics(self.model, _BatchNorm) if alone else nullcontext()
+        with frozen, self._autocast(), self.scorer.watch():
+            logits = forward(self.model, kept.inputs)
+            losses = self.criterion(logits, kept.targets)
+        self.update.add(losses, kept)
+        return Learned(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
@@ -238,10 +240,13 @@ class SparseTrainer:
                     "wanted the same number of rows in dim 0"
                 )
         with torch.no_grad(), evaluation_statistics(self.model), self._autocast():
-            losses = self.loss(forward(self.model, batch.inputs), batch.targets)
-        if not isinstance(losses, Tensor) or losses.shape != (batch.rows,):
-            shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise UserError(f"the loss gives {shape} for {batch.rows} rows: wanted one value a row, [B]")
+            logits, targets = forward(self.model, batch.inputs), batch.targets
+            if self.criterion.rows == "elements":
+                self.criterion(*self.criterion.elements(logits, targets))
+            else:
+                self.criterion(logits, targets)
+        if self.criterion.rows == "samples":
+            self.scorer.build(batch, logits)
         self._checked = True
 
     def head(self, batch: Batch, rows: int) -> Kept:
@@ -257,25 +262,37 @@ class SparseTrainer:
                 group["lr"].fill_(group["initial_lr"] * factor)
             else:
                 group["lr"] = group["initial_lr"] * factor
+        self.scorer.set_learning_rate(factor)
 
     # --- evaluation -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
-        """Mean loss, and accuracy for class targets, over one pass; the model is left as it was."""
-        loader = self.loader(data)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        rows = 0
-        with torch.random.fork_rng(devices=[]), evaluation_statistics(self.model):
+        """Mean loss of a row, and accuracy where targets are classes, over one pass; nothing is changed.
+
+        With an average of the weights, of that.
+        """
+        loader, model = self.loader(data), self.update.evaluated
+        total = torch.zeros(4, dtype=torch.float64, device=self.device)  # losses, rows, right, elements
+        classes = False
+        with torch.random.fork_rng(devices=[]), evaluation_statistics(model):
             for item in loader:
                 batch = loader.load(item)
-                logits = forward(self.model, batch.inputs)
-                total[0] += self.loss(logits, batch.targets).sum()
-                if logits.ndim == batch.targets.ndim + 1:
-                    total[1] += (logits.argmax(1) == batch.targets).sum()
-                rows += batch.rows
-        loss, right = (total / max(rows, 1)).tolist()
-        return {"accuracy": right, "loss": loss}
+                logits, targets = forward(model, batch.inputs), batch.targets
+                rows: int | Tensor = batch.rows
+                if self.criterion.rows == "elements":
+                    logits, targets = self.criterion.elements(logits, targets)
+                    counts = targets != self.criterion.ignore_index
+                    logits, targets, rows = logits[counts], targets[counts], counts.sum()
+                total[0] += self.criterion(logits, targets).sum()
+                total[1] += rows
+                if (found := self.criterion.right(logits, targets)) is not None:
+                    classes = True
+                    total[2] += found[0]
+                    total[3] += found[1]
+        loss, rows, right, elements = total.tolist()
+        accuracy = {"accuracy": right / max(elements, 1)} if classes else {}
+        return {**accuracy, "loss": loss / max(rows, 1)}
 
     def loader(self, data: Iterable[Any]) -> Loader:
         """The data as a Loader: as it is, or wrapped as a stream of batches."""
@@ -291,6 +308,7 @@ class SparseTrainer:
         *,
         epochs: float | None = None,
         steps: int | None = None,
+        rows: int | None = None,
         seconds: float | None = None,
         evaluate: Iterable[Any] | Callable[[nn.Module], Mapping[str, float]] | None = None,
         evaluations: int = 20,
@@ -301,10 +319,11 @@ class SparseTrainer:
         progress: Callable[[Status], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> History:
-        """Train for a budget: exactly one of epochs, steps or seconds.
+        """Train for a budget: exactly one of epochs, steps, rows or seconds.
 
         Args:
             train: a ResidentLoader, a DataLoader, or any iterable of batches.
+            steps: batches. rows: that the batches hold, trained on or not.
             seconds: of the clock; without a clock given, one is calibrated first.
             evaluate: data, or a function of the model; done so many ``evaluations`` times a run,
                 evenly spaced, the last at its end. Evaluation is not charged to the clock.
@@ -319,23 +338,28 @@ class SparseTrainer:
                 with other settings; a batch or loss of the wrong shape.
         """
         loader = self.loader(train)
-        kind, budget = self._budget(loader, epochs=epochs, steps=steps, seconds=seconds)
+        kind, budget = self._budget(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
         settings = self._settings(loader, kind, budget)
         path = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
         previous = path is not None and (path.exists() or files.previous_of(path).exists())
         if previous and not resume:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history = History()
-        self.policy.prepare(loader.size)
+        elements = self.criterion.rows == "elements"
+        self.policy.prepare(*(None, None) if elements else (loader.size, loader.labels))
         if path is not None and previous:
             clock = clock or Clock()
             self._restore(files.load(path, self.device), settings, loader, history, clock)
         elif clock is None:
-            clock = Clock(calibrate(self, loader) if kind == "seconds" else None)
+            clock = Clock(calibrate(self, loader) if kind == "seconds" and not elements else None)
+        elif clock.costs is not None and elements:
+            raise UserError('a calibrated clock with rows="elements": wanted Clock(), of raw seconds')
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
         def done() -> float:
+            if kind == "rows":
+                return int(history.rows_seen) / budget
             return (clock.seconds if kind == "seconds" else history.steps) / budget
 
         def save() -> None:
@@ -345,8 +369,9 @@ class SparseTrainer:
         items = _endless(loader)
         latest = history.evals[-1] if history.evals else None
         clock.start()
-        while (fraction := done()) < 1.0:
-            phase = self.schedule.phase(fraction)
+        fraction = done()
+        while fraction < 1.0:
+            phase = self.schedule.phase(fraction) if self.policy.phased else "sparse"
             self.set_learning_rate(self.schedule.factor(fraction))
             policy = self.policy if phase == "sparse" else self.dense
             policy.at(fraction)
@@ -354,6 +379,8 @@ class SparseTrainer:
             clock.charge(policy.name, batch.rows, kept.targets.shape[0], batch.offered, observer=self.policy.name)
             self._record(history, phase, loader, batch, kept)
             fraction = done()
+            if fraction >= 1.0:
+                self.update.step()  # of what was accumulated
             due = phase == "sparse" and fraction * TRACE_POINTS >= len(history.trace)
             if due and (point := policy.trace()) is not None:
                 history.trace.append((history.steps, *point))
@@ -385,8 +412,9 @@ class SparseTrainer:
         clock: Clock,
     ) -> dict[str, float]:
         if callable(evaluate) and not isinstance(evaluate, Loader):
-            with evaluation_statistics(self.model):
-                found = {name: float(value) for name, value in evaluate(self.model).items()}
+            model = self.update.evaluated
+            with evaluation_statistics(model):
+                found = {name: float(value) for name, value in evaluate(model).items()}
         else:
             found = self.evaluate(evaluate)
         history.evals.append({"seconds": clock.seconds, "step": history.steps, **found})
@@ -395,11 +423,12 @@ class SparseTrainer:
     def _record(self, history: History, phase: str, loader: Loader, batch: Batch, kept: Kept) -> None:
         history.steps += 1
         history.phases[phase] += 1
-        history.rows_seen += batch.offered
+        offered = batch.offered if batch.counted is None else batch.counted
+        history.rows_seen += offered
         history.rows_trained += kept.rows
         if phase != "sparse" or self.policy.name == self.dense.name:
             return
-        history.offered += batch.offered
+        history.offered += offered
         history.kept += kept.rows
         if kept.positions is None or batch.ids is None or loader.size is None:
             return
@@ -438,10 +467,14 @@ class SparseTrainer:
             "seed": self.seed,
             "warmup": schedule.warmup,
             "anneal": schedule.anneal,
-            "schedule": schedule.shape,
+            "schedule": schedule.name,
             "lr": [float(group["initial_lr"]) for group in self.optimizer.param_groups],
             "optimizer": type(self.optimizer).__name__,
-            "clip_norm": self.clip_norm,
+            "clip_norm": self.update.clip_norm,
+            "accumulate": self.update.accumulate,
+            "ema": self.update.decay,
+            "kept": self.criterion.rows,
+            "scorer": str(self.scorer),
             "precision": str(self.scorer.dtype),
             "amp": str(self.amp),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -454,8 +487,7 @@ class SparseTrainer:
         return {
             "settings": settings,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "update": self.update.state_dict(),
             "policy": self.policy.state_dict(),
             "loader": loader.state_dict(),
             "clock": clock.state_dict(),
@@ -476,31 +508,12 @@ class SparseTrainer:
             said = ", ".join(f"{name} {state['settings'].get(name)} is now {settings[name]}" for name in differing)
             raise UserError(f"the checkpoint was made with other settings: {said}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.update.load_state_dict(state["update"])
         self.policy.load_state_dict(state["policy"])
         loader.load_state_dict(state["loader"])
         clock.load_state_dict(state["clock"])
         vars(history).update(state["history"], interrupted=False)
         files.set_rng_state(state["rng"], self.device)
-
-
-def check_reduction(loss: Callable[..., Any]) -> None:
-    """Refuse a loss that is known to reduce over the rows.
-
-    Raises:
-        UserError: its ``reduction``, as an attribute or a parameter's default, is not "none".
-    """
-    reduction = getattr(loss, "reduction", None)
-    if reduction is None and not isinstance(loss, nn.Module):
-        try:
-            parameter = inspect.signature(loss).parameters.get("reduction")
-        except (TypeError, ValueError):  # a builtin without a signature
-            parameter = None
-        reduction = None if parameter is None else parameter.default
-    if isinstance(reduction, str) and reduction != "none":
-        name = getattr(loss, "__name__", type(loss).__name__)
-        raise UserError(f'the loss {name} has reduction="{reduction}": wanted one loss a row, reduction="none"')
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -108,7 +108,7 @@ def test_calibration_leaves_everything_as_it_was():
 
 
 class Slow(Policy):
-    def score(self, scorer, batch):
+    def score(self, batch):
         time.sleep(0.01)
 
     def select(self, scores, batch):
@@ -142,8 +142,8 @@ def test_choosing_and_keeping_losses_are_timed_as_an_arms_own_in_the_midst_of_a_
             chosen.append(super().choose(offer))
             return chosen[-1]
 
-        def observe(self, ids, losses):
-            super().observe(ids, losses)
+        def observe(self, ids, losses, logits):
+            super().observe(ids, losses, logits)
             time.sleep(0.01 if len(ids) < self.table.rows else 0.0)
 
     trainer, loader = trainer_and_loader()

@@ -6,7 +6,9 @@ or fails is a failure, after a time limit, and the next test starts others.
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import queue
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,11 +36,16 @@ Check = Callable[..., Any]
 
 # Processes
 
+signals: dict[int, Any] = {}  # second groups of as many ranks, to order what they do: collectives of one are in order
+
 
 def _work(rank: int, store: str, tasks: Any, answers: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     groups = {1: None, 2: dist.new_group([0, 1]), RANKS: dist.group.WORLD}
+    # Every group is made here, by all: PyTorch names one made with use_local_synchronization=True after the number of
+    # groups its rank is in, so ranks that are in different numbers of groups wait for each other for ever.
+    signals.update({2: dist.new_group([0, 1]), RANKS: dist.new_group()})
     while (task := tasks.get()) is not None:
         check, ranks, arguments = task
         try:
@@ -280,10 +287,10 @@ def test_a_state_fits_any_number_of_ranks(run: Callable[..., list[Any]], before:
     assert first + second == pytest.approx(whole_run, rel=1e-4, abs=1e-5)
 
 
-def overlap(rank: int, ranks: int, group: Any) -> Any:
-    """Whether a call returns though another rank has not called; and what reads settle."""
-    gate = Gate(0.3, process_group=group)
-    signal: Any = dist.new_group(list(range(ranks)), use_local_synchronization=True)  # collectives of one are in order
+def overlap(rank: int, ranks: int, group: Any, world: bool) -> Any:
+    """Whether a call returns though another rank has not called; and what reads and copies settle."""
+    gate = Gate(0.3, process_group="world" if world else group)
+    signal = signals[ranks]
     logits, targets = rows_of(batches(1, 4)[0], ranks, rank)
     before = gate.controller.threshold.item()
     if rank == 0:
@@ -294,13 +301,19 @@ def overlap(rank: int, ranks: int, group: Any) -> Any:
         dist.barrier(signal)  # reached by rank 0 only behind its call
         returned = True
         gate(logits, targets)
-    state = gate.state_dict()
-    saved = state["controller.counters"].tolist()[0]
-    return returned, saved, gate.step.item(), math.isfinite(gate.threshold.item())
+    copied = copy.deepcopy(gate)  # in mid-exchange
+    assert copied.controller.steps.item() == 1
+    steps = [gate.state_dict()["controller.counters"].tolist()[0], gate.step.item(), copied.step.item()]
+    for each in (copied, gate):  # which both go on, with the same ranks
+        each(logits, targets)
+    assert copied.controller.values is not gate.controller.values
+    assert torch.equal(copied.threshold, gate.threshold)
+    return returned, steps, math.isfinite(gate.threshold.item())
 
 
-def test_a_call_waits_for_no_other_rank(run: Callable[..., list[Any]]) -> None:
-    assert run(overlap, 2) == [(True, 1, 1, True)] * 2
+@pytest.mark.parametrize(("ranks", "world"), [(2, False), (RANKS, False), (RANKS, True)])
+def test_a_call_waits_for_no_other_rank(run: Callable[..., list[Any]], ranks: int, world: bool) -> None:
+    assert run(overlap, ranks, world) == [(True, [1, 1, 1], True)] * ranks
 
 
 def balanced(rank: int, ranks: int, group: Any) -> Any:
@@ -337,6 +350,24 @@ def nothing(rank: int, ranks: int, group: Any) -> Any:
 
 def test_a_batch_that_is_empty_on_every_rank(run: Callable[..., list[Any]]) -> None:
     assert run(nothing, 2) == [(0, 1.0, 1.0, 1)] * 2
+
+
+def pickled(rank: int, ranks: int, group: Any) -> Any:
+    """A gate in mid-exchange through pickle, and what its group says to that; and a gate of a group of others."""
+    of_all, own = Gate(0.3, process_group="world"), Gate(0.3, process_group=group)
+    for gate in (of_all, own):
+        gate(*rows_of(batches(1, 4)[0], ranks, rank))
+    copied = pickle.loads(pickle.dumps(of_all))
+    with pytest.raises(UserError, match="cannot be pickled"):
+        pickle.dumps(own)
+    own.settle()
+    with pytest.raises(UserError, match="not in"):
+        Gate(0.3, process_group=dist.GroupMember.NON_GROUP_MEMBER)(*rows_of(batches(1, 4)[0], ranks, rank))
+    return copied.step.item(), copied.process_group
+
+
+def test_a_gate_through_pickle(run: Callable[..., list[Any]]) -> None:
+    assert run(pickled, RANKS) == [(1, "world")] * RANKS
 
 
 # Without processes

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparse_training.errors import UserError
-from sparse_training.models import MODELS, ResidualBlock, build_model
+from sparse_training.models import MODELS, Attention, ResidualBlock, build_model
 
 CIFAR = (3, 32, 32)
 
@@ -25,6 +25,11 @@ def parameters(model: nn.Module) -> int:
         ("cnn-2m", 2_193_226),
         # He et al. give 0.27M without projections; two of these with their BatchNorm add 2,752.
         ("resnet", 272_474),
+        # 3x3x12x32 + 3x3x32x64 + 3x3x64x128 weights, BatchNorm 448, a head of 2,048x10 + 10.
+        ("cnn-bn", 116_554),
+        ("cnn-tiny", 6_418),
+        # Tokens 9,216 + 12,288 places; two blocks of 444,864; LayerNorm 384; 1,930.
+        ("vit", 913_738),
     ],
 )
 def test_parameter_counts(name: str, count: int) -> None:
@@ -34,6 +39,8 @@ def test_parameter_counts(name: str, count: int) -> None:
 @pytest.mark.parametrize("shape", [CIFAR, (1, 28, 28), (1, 8, 8), (3, 11, 40)])
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_backward(name: str, shape: tuple[int, int, int]) -> None:
+    if (name == "vit" and shape[1] % 4) or (name == "cnn-bn" and shape[1] % 2):
+        pytest.skip("refused: see below")
     model = build_model(name, shape=shape, classes=7)
     logits = model(torch.randn(2, *shape))
     assert logits.shape == (2, 7)
@@ -45,6 +52,26 @@ def test_resnet_takes_large_images() -> None:
     model = build_model("resnet", shape=(3, 224, 224), classes=5).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 224, 224)).shape == (1, 5)
+
+
+def test_the_transformer_takes_other_sizes_than_it_was_made_for_and_refuses_what_it_cannot_cut() -> None:
+    model = build_model("vit", shape=CIFAR, classes=5)
+    assert model(torch.randn(2, 3, 16, 24)).shape == (2, 5)
+    with pytest.raises(UserError, match=r"4x4 pixels: wanted such sides, got \(11, 40\)"):
+        build_model("vit", shape=(3, 11, 40), classes=5)
+
+
+def test_odd_sides_are_refused_where_pixels_are_taken_in_blocks() -> None:
+    with pytest.raises(UserError, match=r"2x2 pixels: wanted even sides, got \(28, 27\)"):
+        build_model("cnn-bn", shape=(1, 28, 27), classes=5)
+
+
+def test_the_transformers_attention_is_what_it_says() -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(8, 2), torch.randn(3, 5, 8)
+    q, k, v = (part.view(3, 5, 2, 4).transpose(1, 2) for part in attention.qkv(x).chunk(3, -1))
+    weights = (q @ k.transpose(2, 3) / 2.0).softmax(-1)
+    torch.testing.assert_close(attention(x), attention.out((weights @ v).transpose(1, 2).reshape(3, 5, 8)))
 
 
 def layers(model: nn.Module) -> list[str]:
@@ -99,7 +126,7 @@ def test_bad_shape_and_classes() -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"'vgg'.*cnn-620k, cnn-2m, resnet.*module:factory"):
+    with pytest.raises(UserError, match=r"'vgg'.*cnn-620k, cnn-2m, cnn-bn, cnn-tiny, resnet, vit or module:factory"):
         build_model("vgg", shape=CIFAR, classes=10)
 
 

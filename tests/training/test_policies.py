@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.loader import Batch, Offer
@@ -16,6 +18,7 @@ from sparse_training.policies import (
     RandomPolicy,
     make_policy,
 )
+from sparse_training.significance import Significance
 
 
 def batch(rows=64, classes=5):
@@ -30,7 +33,9 @@ def offer(rows, epoch=0):
 
 
 def scored(policy, some):
-    return policy.select(policy.score(lambda inputs: inputs, some), some)
+    """What it keeps, of a model that gives its inputs back as logits."""
+    policy.scorer.attach(nn.Identity(), Criterion(), device=torch.device("cpu"))
+    return policy.select(policy.score(some), some)
 
 
 def test_dense_keeps_the_batch_as_it_is():
@@ -114,9 +119,42 @@ def test_the_clock_is_told_what_may_be_kept():
     assert RandomPolicy(0.1).likely_rows(51) == range(51, 52)
 
 
-def test_the_gate_wants_one_row_of_logits_a_sample():
-    with pytest.raises(UserError, match=r"scores of shape \[2, 3, 5\]: the gate wanted logits \[B, classes\]"):
-        scored(GatePolicy(0.5), Batch(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), None, 2))
+def test_without_one_row_of_class_logits_a_sample_the_gate_goes_by_the_loss():
+    """Soft targets: the loss is all that there is to rank by."""
+    some = batch(256)
+    soft = some._replace(targets=some.inputs.roll(1, 1).softmax(1))
+    policy = GatePolicy(0.25)
+    for _ in range(60):
+        kept = scored(policy, soft)
+    losses = nn.functional.cross_entropy(soft.inputs, soft.targets, reduction="none")
+    assert kept.rows == pytest.approx(64, abs=6)
+    assert sorted(kept.positions.tolist()) == sorted(losses.topk(kept.rows).indices.tolist())
+
+
+def test_a_sample_of_several_targets_counts_by_their_mean_significance():
+    """The kernel's statistics where the targets are classes, and those that are ignored left out of the mean."""
+    logits, targets = 3 * torch.randn(6, 7, 5), torch.randint(0, 5, (6, 7))
+    targets[:, 4:] = -100
+    policy = GatePolicy(0.5, significance=Significance(loss=1.0))
+    policy.gate.threshold.fill_(2.0)
+    kept = scored(policy, Batch(logits, targets, None, 6))
+    losses = F.cross_entropy(logits[:, :4].movedim(-1, 1), targets[:, :4], reduction="none").mean(1)
+    assert kept.positions.tolist() == (losses > 2.0).nonzero().flatten().tolist()
+    torch.testing.assert_close(policy.gate.last.significance, losses)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.1}, {"decision": "topk"}, {"floor": 0.3}, {"capacity": 5}])
+def test_a_significance_that_is_given_decides_as_one_that_is_found(options, ignore_index):
+    given = torch.rand(9) + 0.5
+    given[3] = torch.nan
+    gate = Gate(0.3, threshold=1.0, ignore_index=ignore_index, **options)
+    other = Gate(0.3, threshold=1.0, **options)
+    mine, wanted = gate.by(given), other(torch.zeros(9, 1), torch.zeros(9, dtype=torch.int64), offset=given)
+    assert mine.index.tolist() == wanted.index.tolist()
+    assert 3 not in mine.index[: int(mine.count)]
+    assert int(gate.invalid) == 1
+    torch.testing.assert_close(gate.threshold, other.threshold)
 
 
 def test_a_rate_that_was_not_reached_is_said():
@@ -137,7 +175,7 @@ def test_a_rate_that_was_not_reached_is_said():
 def trained(policy, losses):
     """The policy when every row has been trained on once, with these losses."""
     policy.prepare(len(losses))
-    policy.observe(torch.arange(len(losses)), losses)
+    policy.observe(torch.arange(len(losses)), losses, None)
     return policy
 
 
@@ -158,8 +196,8 @@ def test_importance_draws_any_rows_of_the_data_by_their_losses():
 def test_losses_of_every_phase_are_kept_and_the_last_one_counts():
     policy = ImportancePolicy()
     policy.prepare(4)
-    policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
-    policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]))
+    policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), None)
+    policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]), None)
     assert policy.up_to_date().scores.nan_to_num(-1.0).tolist() == [1.0, 5.0, -1.0, -1.0]
     assert any("2 of 4 rows were never trained on" in text for text in policy.warnings(0.1))
     assert any("1 losses were not finite" in text for text in policy.warnings(0.1))
@@ -215,5 +253,5 @@ def test_rates_out_of_range_are_refused(policy, rate):
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, importance, infobatch"):
+    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, gate, topk, importance"):
         make_policy("best", rate=0.1, seed=0)

@@ -5,9 +5,21 @@ import torch
 from torch import nn
 
 from sparse_training.errors import UserError
+from sparse_training.loader import Batch
 from sparse_training.scoring import SelfScorer, evaluation_statistics, forward, scoring_dtype
 
 CPU = torch.device("cpu")
+
+
+def scorer_of(model, **options):
+    scorer = SelfScorer(**options)
+    scorer.attach(model, nn.CrossEntropyLoss(reduction="none"), device=CPU)
+    return scorer
+
+
+def batch(inputs):
+    rows = len(inputs)
+    return Batch(inputs, torch.zeros(rows, dtype=torch.int64), None, rows)
 
 
 def network():
@@ -22,7 +34,7 @@ def test_buffers_generators_gradients_and_flags_stay():
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     flags = [module.training for module in model.modules()]
     rng = torch.get_rng_state()
-    logits = SelfScorer(model, device=CPU)(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
+    logits = scorer_of(model)(batch(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))).logits
     assert torch.equal(torch.get_rng_state(), rng)
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
@@ -31,8 +43,8 @@ def test_buffers_generators_gradients_and_flags_stay():
 
 def test_statistics_are_those_of_evaluation():
     model, x = network(), torch.randn(5, 4)
-    scored = SelfScorer(model, precision="float32", device=CPU)(x)
-    assert torch.equal(scored, model.eval()(x))
+    scored = scorer_of(model, precision="float32")(batch(x))
+    assert torch.equal(scored.logits, model.eval()(x))
 
 
 def test_flags_come_back_after_an_exception():
@@ -58,7 +70,7 @@ def test_precision_by_name():
     assert scoring_dtype("float32", CPU) is None
     assert scoring_dtype("bfloat16", CPU) is torch.bfloat16
     assert scoring_dtype("float16", CPU) is torch.float16
-    assert SelfScorer(network(), precision="bfloat16", device=CPU)(torch.randn(2, 4)).dtype == torch.bfloat16
+    assert scorer_of(network(), precision="bfloat16")(batch(torch.randn(2, 4))).logits.dtype == torch.bfloat16
     with pytest.raises(UserError, match="precision 'int8': wanted auto, float32"):
         scoring_dtype("int8", CPU)
 

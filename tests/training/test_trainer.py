@@ -98,6 +98,47 @@ def test_only_the_kept_rows_are_seen_by_the_model():
     same(weights(model), weights(plain))
 
 
+class Watching(Fixed):
+    """Notes what it is told."""
+
+    phased = False
+
+    def __init__(self, positions):
+        super().__init__(positions)
+        self.told, self.progress = [], []
+
+    def prepare(self, rows, targets=None):
+        self.rows, self.targets = rows, targets
+
+    def at(self, progress):
+        self.progress.append(progress)
+
+    def observe(self, ids, losses, logits):
+        self.told.append((ids, losses, logits))
+
+
+def test_a_policy_is_told_of_the_data_and_what_the_model_made_of_its_rows_before_the_step():
+    model, policy = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), Watching([3, 0])
+    before, loader = copy.deepcopy(model), resident(shuffle=False)
+    SparseTrainer(model, policy=policy, channels_last=False).fit(loader, steps=1)
+    assert policy.rows == ROWS
+    assert policy.targets is loader.labels
+    ((ids, losses, logits),) = policy.told
+    x, y = loader.fetch(torch.tensor([3, 0]))
+    same(ids, torch.tensor([3, 0]))
+    same(logits, before(x).detach())
+    same(losses, F.cross_entropy(logits, y, reduction="none"))
+    assert not logits.requires_grad
+
+
+def test_a_policy_without_phases_chooses_from_the_first_step_to_the_last():
+    policy = Watching([0, 1])
+    history = SparseTrainer(network(), policy=policy, warmup=0.3, anneal=0.3).fit(resident(), steps=10)
+    assert policy.progress == [step / 10 for step in range(10)]
+    assert all(len(ids) == 2 for ids, _, _ in policy.told)
+    assert history.phases == {"warmup": 0, "sparse": 10, "anneal": 0}
+
+
 def test_a_batch_with_nothing_selected_takes_no_step():
     model = network()
     trainer = SparseTrainer(model, policy=Fixed([]), warmup=0.5, anneal=0)
@@ -149,7 +190,7 @@ def test_rates_and_batch_sizes_at_their_ends(policy, rate, batch_size):
     history = trainer.fit(resident(batch_size=batch_size), epochs=2)
     assert history.rows_seen == 2 * ROWS
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
-    if rate == 1.0 and policy not in ("gate", "infobatch"):
+    if rate == 1.0 and policy not in ("gate", "infobatch", "masked"):
         assert int(history.rows_trained) == history.rows_seen
 
 
@@ -165,7 +206,7 @@ def test_gradients_are_clipped():
 def test_reduced_precision_training_learns(amp):
     torch.manual_seed(0)
     trainer = SparseTrainer(network(), policy="dense", amp=amp, lr=1e-2)
-    assert trainer.scaler.is_enabled() == (amp == "float16")
+    assert trainer.update.scaler.is_enabled() == (amp == "float16")
     before = trainer.evaluate(resident())["loss"]
     trainer.fit(resident(), steps=40)
     assert trainer.evaluate(resident())["loss"] < before

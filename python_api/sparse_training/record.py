@@ -1,0 +1,71 @@
+"""What a run did, and where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sparse_training.policies import Policy
+from sparse_training.schedules import PHASES
+
+
+@dataclass
+class History:
+    """What a run did. Counts that the device makes stay there until ``to_dict`` reads them."""
+
+    steps: int = 0  # batches gone through, with or without an optimiser step
+    rows_seen: int | Tensor = 0
+    rows_trained: int | Tensor = 0
+    offered: int | Tensor = 0  # rows of the sparse phase, and how many of them were kept
+    kept: int | Tensor = 0
+    phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    evals: list[dict[str, float]] = field(default_factory=list)
+    trace: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # step, rate, threshold
+    seconds: float = 0.0
+    raw_seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    interrupted: bool = False
+    selected: Tensor | None = None  # int32 [rows of the data set]: times kept in the sparse phase,
+    seen: Tensor | None = None  # and times scored, where the loader knows rows by number
+
+    @property
+    def rate(self) -> float | None:
+        """Rows kept of rows offered in the sparse phase; None before it."""
+        offered = int(self.offered)
+        return int(self.kept) / offered if offered else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON; waits for the device."""
+        return {
+            "seconds": self.seconds,
+            "raw_seconds": self.raw_seconds,
+            "steps": self.steps,
+            "rows_seen": int(self.rows_seen),
+            "rows_trained": int(self.rows_trained),
+            "rate": self.rate,
+            "phases": dict(self.phases),
+            "evals": list(self.evals),
+            "trace": [
+                {"step": step, "rate": float(rate), "threshold": float(threshold)}
+                for step, rate, threshold in self.trace
+            ],
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run is, for a progress display."""
+
+    progress: float  # of the budget, 0 to 1
+    phase: str
+    step: int
+    seconds: float
+    evaluation: Mapping[str, float] | None  # the latest
+    policy: Policy  # of the step just done; reading what its ``trace`` gives waits for the device

@@ -1,0 +1,149 @@
+"""The optimiser's side of a step: gradients accumulated, scaled, clipped, applied, and the weights averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparse_training.errors import UserError
+from sparse_training.policies import Kept
+
+
+class Update:
+    """Makes an optimiser step of the kept rows of every ``accumulate`` batches.
+
+    Batches keep different numbers of rows. Their gradients are summed and divided by all their rows (or the sum
+    of what the policy divides by), so that n batches give the gradient of one batch n times as large.
+
+    Args:
+        amp: the training's autocast type; float16 gets a gradient scaler.
+        clip_norm: largest gradient norm, None for no clipping.
+        accumulate: batches a step.
+        ema: decay of an exponential moving average of the weights and buffers, made after every step; None for
+            none.
+
+    Raises:
+        UserError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        amp: torch.dtype | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        ema: float | None = None,
+    ) -> None:
+        if clip_norm is not None and not clip_norm > 0.0:
+            raise UserError(f"clip_norm {clip_norm}: wanted more than 0, or None")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise UserError(f"accumulate {accumulate}: wanted a number of batches, at least 1")
+        if ema is not None and not 0.0 < ema < 1.0:
+            raise UserError(f"ema {ema}: wanted a decay above 0 and below 1, or None")
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.clip_norm, self.accumulate, self.decay = clip_norm, accumulate, ema
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+        average = None if ema is None else get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
+        self.ema = None if ema is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.batches = 0  # since the last step
+        self.first: int | Tensor | None = None  # divisor of the first of them that had rows,
+        self.total: int | Tensor = 0  # and the sum of all of them
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate and keep: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def nothing_in(self, kept: Kept) -> bool:
+        """Whether there is no row; False where only the device knows and the step can be skipped there."""
+        if kept.targets.shape[0] == 0:
+            return True
+        return isinstance(kept.rows, Tensor) and not self.skips_on_device() and int(kept.rows) == 0  # waits
+
+    def add(self, losses: Tensor, kept: Kept) -> None:
+        """Backward pass of a batch's losses, and the step where it is the last batch of one."""
+        if self.first is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        divisor = losses.shape[0] if kept.weight is None else kept.divisor
+        loss = losses.mean() if kept.weight is None else (losses * kept.weight).sum() / divisor
+        if self.first is None:
+            self.first = divisor
+        elif self.accumulate > 1:
+            loss = loss * (divisor / self.first)
+        # Of an empty padded batch the divisor is no number of rows.
+        self.total += torch.where(kept.rows == 0, 0, divisor) if isinstance(kept.rows, Tensor) else divisor
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.skip()
+
+    def skip(self) -> None:
+        """A batch has gone by, with or without rows to add."""
+        self.batches += 1
+        if self.batches >= self.accumulate:
+            self.step()
+
+    def step(self) -> None:
+        """The optimiser step of what was added since the last one; none if that was nothing."""
+        self.batches = 0
+        first, total = self.first, self.total
+        self.first, self.total = None, 0
+        if first is None:
+            return
+        empty = (total == 0).float().reshape(()) if isinstance(total, Tensor) and self.skips_on_device() else None
+        if self.accumulate > 1:
+            self.scaler.unscale_(self.optimizer)
+            gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            total = total.clamp(min=1) if isinstance(total, Tensor) else total
+            torch._foreach_mul_(gradients, torch.as_tensor(first / total, device=self.device))
+        if self.clip_norm is not None:
+            if self.accumulate == 1:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+        if empty is not None:
+            self.optimizer.found_inf = empty  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if empty is not None:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those the optimiser moves."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def skips_on_device(self) -> bool:
+        """Fused optimisers leave everything as it is where ``found_inf`` is 1, without a host sync."""
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return fused and self.device.type == "cuda" and not self.scaler.is_enabled()
+
+    def state_dict(self) -> dict[str, Any]:
+        pending = None
+        if self.first is not None:  # the gradients of a step that is not complete
+            pending = {"first": self.first, "total": self.total, "gradients": [p.grad for p in self._parameters()]}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "batches": self.batches,
+            "pending": pending,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.batches = int(state["batches"])
+        self.first, self.total = None, 0
+        if (pending := state["pending"]) is not None:
+            self.first, self.total = pending["first"], pending["total"]
+            for parameter, gradient in zip(self._parameters(), pending["gradients"], strict=True):
+                parameter.grad = None if gradient is None else gradient.to(parameter)
