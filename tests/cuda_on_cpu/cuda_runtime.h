@@ -208,6 +208,9 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return before;
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {
+  return uint32_t((uint64_t(high) << 32 | low) >> by % 32);
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline uint32_t __ballot_sync(uint32_t mask, bool flag) {
   return uint32_t(cuda_on_cpu::exchange(mask, flag, [](const uint64_t* lanes) {
