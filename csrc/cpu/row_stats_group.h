@@ -39,21 +39,29 @@ struct Sums {
   }
 };
 
+// Vectors added one to another before their sum joins the rest: equal terms round the same way each
+// time, and the error of one long sum would grow with the square of its terms.
+constexpr int kRun = 32;
+
 // d(0) to d(count - 1), in two sums: more would not fit into AVX2's registers, and with one each
 // term would wait for the one before. ahead(i) is called before every fourth.
 template <bool kSquares, class D, class Ahead>
 inline Sums sum_of(int count, const Exponential& exponential, const D& d, const Ahead& ahead) {
-  Sums even, odd;
-  int i = 0;
-  for (; i + 4 <= count; i += 4) {
-    ahead(i);
-    even.add<kSquares>(d(i), exponential);
-    odd.add<kSquares>(d(i + 1), exponential);
-    even.add<kSquares>(d(i + 2), exponential);
-    odd.add<kSquares>(d(i + 3), exponential);
+  Sums total;
+  for (int i = 0; i < count;) {
+    const int end = count - i < kRun ? count : i + kRun;
+    Sums even, odd;
+    for (; i + 4 <= end; i += 4) {
+      ahead(i);
+      even.add<kSquares>(d(i), exponential);
+      odd.add<kSquares>(d(i + 1), exponential);
+      even.add<kSquares>(d(i + 2), exponential);
+      odd.add<kSquares>(d(i + 3), exponential);
+    }
+    for (; i < end; ++i) even.add<kSquares>(d(i), exponential);
+    total = total + (even + odd);
   }
-  for (; i < count; ++i) even.add<kSquares>(d(i), exponential);
-  return even + odd;
+  return total;
 }
 
 struct Plan {

@@ -1,4 +1,4 @@
-"""The command line: ``sparse-train train | compare | resume | report``.
+"""The command line: ``sparse-train train | compare | study | resume | report``.
 
 What a user got wrong is one line on stderr and exit code 2, before anything is written. SIGINT and
 SIGTERM end a run at a step, with what is needed to resume it on disk, and exit with 128 + the signal.
@@ -25,9 +25,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import sparse_kernels
 from sparse_training import checkpoint as files
 from sparse_training import compare as comparison
+from sparse_training import study as studies
 from sparse_training.data import DATASETS, load_data
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
+from sparse_training.memory import keep_freed_memory
 from sparse_training.models import MODELS, build_model
 from sparse_training.policies import POLICIES, make_policy
 from sparse_training.record import Status
@@ -36,6 +38,9 @@ from sparse_training.schedules import SHAPES
 from sparse_training.scorers import FORMS as SCORER_FORMS
 from sparse_training.scorers import make_scorer
 from sparse_training.scoring import PRECISIONS
+from sparse_training.store import CALIBRATION
+from sparse_training.study_report import load_study, print_calibration, print_study, write_study
+from sparse_training.tasks import TASKS
 from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
 OPTIONS, MODEL, RESULT = "options.json", "model.pt", "result.json"
@@ -149,9 +154,29 @@ def _scorer(context: click.Context, parameter: click.Parameter, text: str | None
 def _names(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
     found = [part.strip() for part in text.split(",")]
     for name in found:
-        _policy(context, parameter, name)
+        if name != studies.AGAIN or parameter.name != "arms":
+            _policy(context, parameter, name)
     if len(set(found)) != len(found):
         raise click.BadParameter(f"{text!r}: wanted each policy once")
+    return found
+
+
+def _tasks(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",")]
+    if unknown := [name for name in found if name not in TASKS]:
+        raise click.BadParameter(f"{unknown[0]!r}: wanted some of {', '.join(TASKS)}")
+    if len(set(found)) != len(found):
+        raise click.BadParameter(f"{text!r}: wanted each task once")
+    return found
+
+
+def _fractions(context: click.Context, parameter: click.Parameter, text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0.0 < fraction <= 1.0 for fraction in found):
+        raise click.BadParameter(f"{text!r}: wanted fractions above 0 and at most 1, such as 1,0.5")
     return found
 
 
@@ -179,12 +204,6 @@ SHARED = (
         default=0.125,
         help="Fraction of the run that is dense, at its end.",
     ),
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", *PRECISIONS]),
-        default="auto",
-        help="Of the scoring pass.",
-    ),
     click.option("--device", default="cpu", help="A device of PyTorch's."),
     click.option("--threads", type=COUNT, help="CPU threads; PyTorch's choice by default."),
     click.option(
@@ -192,6 +211,11 @@ SHARED = (
         type=click.Path(),
         help="Folder of the run, new or empty.  [default: runs/<time>-<command>]",
     ),
+)
+
+
+PRECISION = click.option(
+    "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", help="Of the scoring pass."
 )
 
 
@@ -209,6 +233,7 @@ def cli() -> None:
 
 @cli.command()
 @_shared
+@PRECISION
 @click.option("--policy", default="gate", callback=_policy, help=f"{', '.join(POLICIES)}, or policy@scorer.")
 @click.option("--scorer", callback=_scorer, help=f"What rows are judged by: {SCORER_FORMS}.  [default: policy's]")
 @click.option("--epochs", type=POSITIVE, help="Budget; one of the three is wanted.")
@@ -226,6 +251,7 @@ def train(context: _Context, /, out: str | None, **options: Any) -> None:
 
 @cli.command()
 @_shared
+@PRECISION
 @click.option(
     "--policies",
     default="dense,random,gate",
@@ -247,6 +273,38 @@ def compare(context: _Context, /, out: str | None, resume: bool, **options: Any)
 
 
 @cli.command()
+@_shared
+@click.option("--tasks", default=",".join(TASKS), callback=_tasks, help="What is learned.")
+@click.option(
+    "--arms",
+    default=",".join(studies.ARMS),
+    callback=_names,
+    help=f"Policies, and {studies.AGAIN}: random with other draws. random is always among them.",
+)
+@click.option("--seconds", type=POSITIVE, default=20.0, help="Of the calibrated clock, for each run.")
+@click.option("--fractions", default="1", callback=_fractions, help="Of the seconds: 1,0.5 adds runs of half the time.")
+@click.option("--seeds", default="3", callback=_numbers, help="How many (3), or which (0,1,2).")
+@click.option("--evaluations", type=COUNT, default=8, help="Times a whole run is tested, off the clock.")
+@click.option("--amp", type=click.Choice(["auto", *PRECISIONS]), default="auto", help="Of training and scoring.")
+@click.option("--calibrate-only", is_flag=True, help="Time the arms' steps, which wants an idle machine, and end.")
+@click.option(
+    "--resume", is_flag=True, help="Go on in --out, by its calibration; with more tasks, arms or seeds, if asked."
+)
+@click.pass_obj
+def study(context: _Context, /, out: str | None, resume: bool, calibrate_only: bool, **options: Any) -> None:
+    """Compare policies with random on several tasks, at equal cost, pair by pair of seeds.
+
+    --batch-size is rows trained a step: arms that keep a fraction r are offered batch size / r.
+    """
+    if resume and out is None:
+        raise UserError("--resume without --out: wanted the folder to go on with")
+    resume = resume and out is not None and Path(out).exists()
+    folder = Path(out) if resume and out is not None else _new_folder(out, "study")
+    options = {"command": "study", "line": context.command, **options}
+    _study(context, folder, options, resume, calibrate_only)
+
+
+@cli.command()
 @click.argument("folder", type=click.Path())
 @click.pass_obj
 def resume(context: _Context, folder: str) -> None:
@@ -254,6 +312,8 @@ def resume(context: _Context, folder: str) -> None:
     options = files.read_json(Path(folder) / OPTIONS)
     if options.get("command") == "train":
         _train(context, Path(folder), options, resume=True)
+    elif options.get("command") == "study":
+        _study(context, Path(folder), options, resume=True)
     else:
         _compare(context, Path(folder), options, resume=True)
 
@@ -261,7 +321,12 @@ def resume(context: _Context, folder: str) -> None:
 @cli.command()
 @click.argument("folder", type=click.Path())
 def report(folder: str) -> None:
-    """Draw the comparison in FOLDER again."""
+    """Draw the comparison or the study in FOLDER again."""
+    if (Path(folder) / studies.RESULT).exists():
+        found = load_study(Path(folder) / studies.RESULT)
+        print_study(found)
+        write_study(found, folder)
+        return
     result = load_result(Path(folder) / comparison.RESULT)
     print_table(result)
     write_report(result, folder)
@@ -381,12 +446,43 @@ def _compare(context: _Context, folder: Path, options: dict[str, Any], resume: b
     print(f"written: {', '.join(str(folder / name) for name in ('compare.json', 'compare.png', 'report.html'))}")
 
 
+def _study(
+    context: _Context, folder: Path, options: dict[str, Any], resume: bool, calibrate_only: bool = False
+) -> None:
+    device = _prepare(options)
+    data = load_data(options["data"], options["root"])
+    fixed = ("command", "line", "data", "root", "out", "device", "threads")
+    given = {name: value for name, value in options.items() if name not in fixed}
+    made = studies.Study(data, device=device, folder=folder, resume=resume, command=options["line"], **given)
+    files.write_json(folder / OPTIONS, options)
+    if calibrate_only:
+        print_calibration(made.costs())
+        print(f"written: {folder / CALIBRATION}; to go on: sparse-train resume {shlex.quote(str(folder))}")
+        return
+    missing = made.missing()
+    print(f"{len(missing)} of {len(made.cells)} runs to do", file=sys.stderr)
+    display = _StudyDisplay(missing)
+    try:
+        with display:
+            made.run(progress=display.step, stop=context.signals.stop)
+    except studies.Interrupted:
+        if len(made.missing()) < len(made.cells):
+            write_study(made.result(), folder)
+        _say_resume(folder)
+        return
+    result = made.result()
+    write_study(result, folder)
+    print_study(result)
+    print(f"written: {folder / studies.RESULT}")
+
+
 def _prepare(options: dict[str, Any]) -> torch.device:
     """The device, with the threads set; whatever a name can get wrong is found here.
 
     Raises:
         UserError: no such device here, no such backend, or phases that leave nothing to gate.
     """
+    keep_freed_memory()
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     sparse_kernels.compact(torch.ones(1, dtype=torch.bool))  # refuses a backend that is not there
@@ -470,3 +566,39 @@ class _Display:
         if (trace := status.policy.trace()) is not None:
             found.append(f"rate {float(trace[0]):.1%}")
         return found
+
+
+class _StudyDisplay(_Display):
+    """One bar for all runs of a study, and the time left; a line for each finished run where there is no terminal."""
+
+    def __init__(self, cells: Sequence[studies.Cell]) -> None:
+        self.share = {cell: cell.fraction for cell in cells}
+        super().__init__(total=math.ceil(sum(self.share.values())))
+        self.runs, self.done, self.spent = len(cells), 0, 0.0
+        self.began = time.monotonic()
+
+    def step(self, cell: studies.Cell, status: Status) -> None:
+        """After a step of that run."""
+        ended = status.progress >= 1.0
+        share = self.share.get(cell, 0.0)  # 0 for the weights that runs start from
+        spent = self.spent + share * min(status.progress, 1.0)
+        if ended:
+            self.done, self.spent = self.done + (cell in self.share), spent
+        what = f"{cell.task} {cell.arm} seed {cell.seed}" + (f" x{cell.fraction:g}" if cell.fraction != 1.0 else "")
+        if self.console.is_terminal:
+            if ended or time.monotonic() - self.last > 0.1:
+                self.last = time.monotonic()
+                said = "  ".join([f"{self.done}/{self.runs}", what, status.phase, *self.figures(status)])
+                self.bar.update(self.task, completed=spent, total=sum(self.share.values()), description=said)
+        elif ended:
+            elapsed = time.monotonic() - self.began
+            left = elapsed * (sum(self.share.values()) / spent - 1.0) if spent else math.nan
+            said = f"{self.done}/{self.runs}, {_duration(left)} left"
+            print("  ".join([said, what, f"{status.step} steps", *self.figures(status)]), flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s"

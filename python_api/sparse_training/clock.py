@@ -1,7 +1,7 @@
 """The calibrated clock: a run's time as the sum of what its steps cost on an idle machine.
 
 On a machine that others use, raw wall-clock gives one arm of a comparison more steps than another. So
-each kind of work is timed beforehand, the arms' steps interleaved so that a drift hits them alike, and
+each kind of work is timed beforehand, blocks of the arms' steps interleaved so that a drift hits them alike, and
 a run's clock advances by the medians. Raw seconds are recorded beside it.
 """
 
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from sparse_training.trainer import SparseTrainer
 
 STAGES = ("load", "score", "select", "train")
-STEPS_A_ROUND = 3
+BLOCK, SETTLING = 12, 2  # consecutive steps of an arm, of which the first are not timed
+SHORT_BLOCK = 3  # on the short last batch of an epoch
 MIN_ROUNDS, MAX_ROUNDS, CALIBRATION_SECONDS = 5, 101, 5.0
-BLOCK = 1 << 14  # rows told of at once
+TOLD = 1 << 14  # rows told of at once
 
 Curve = tuple[tuple[int, ...], tuple[float, ...]]  # rows ascending, median seconds of each
 
@@ -74,10 +75,13 @@ class Costs:
             rows = {"load": loaded, "score": loaded, "select": offered, "train": trained}
             curves = {**self.shared, **self.own[arm]}
             cost = {stage: _interpolate(curves[stage], rows[stage]) for stage in STAGES}
-            if "observe" in self.own[observer]:
-                cost["select"] += _interpolate(self.own[observer]["observe"], trained)
+            cost["select"] += self.beside(observer, trained)
             self._known[key] = {**cost, "total": sum(cost.values())}
         return self._known[key]
+
+    def beside(self, arm: str, trained: int) -> float:
+        """Seconds, in each step, of keeping the losses of the rows trained on and of training a scorer on them."""
+        return _interpolate(self.own[arm]["observe"], trained) if "observe" in self.own[arm] else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint or JSON; ``from_dict`` is its inverse, bit for bit."""
@@ -142,6 +146,7 @@ def calibrate(
     loader: Loader,
     policies: Mapping[str, Policy] | None = None,
     *,
+    loaders: Mapping[str, Loader] | None = None,
     rounds: int | None = None,
     seconds: float = CALIBRATION_SECONDS,
 ) -> Costs:
@@ -151,6 +156,7 @@ def calibrate(
         trainer: whose model and optimiser are copied.
         loader: of the batches to time; its epoch and position stay as they are.
         policies: the arms; by default the trainer's own policy. Dense steps are always timed too.
+        loaders: by arm, where one is offered other batches than those of ``loader``.
         rounds: over all arms and batch sizes; by default as many as take ``seconds``, within
             MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
     """
@@ -158,78 +164,90 @@ def calibrate(
     twin.compile()
     memo = {id(trainer.model): twin.model}  # of a scorer that is attached to it
     arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
-    arms = list({policy.name: twin.attach(policy) for policy in arms}.values())
-    for policy in arms:
-        policy.prepare(loader.size, loader.labels)
+    sources = [
+        _Source(twin.attach(policy), (loaders or {}).get(policy.name, loader))
+        for policy in {policy.name: policy for policy in arms}.values()
+    ]
     samples: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-    kinds = 2 if (loader.batches() or 0) > 1 else 1  # full and last batches
     devices = [twin.device] if twin.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        items = loader.probe()
-        first = next(items)
-        for policy in arms:
-            twin.policy = policy
-            twin.check(loader.load(first))
-        _fill(twin, loader, arms, first)
-        for _ in range(kinds):
-            _warm_up(twin, loader, arms, next(items))
+        for source in sources:
+            twin.policy = source.policy
+            twin.check(loader.load(source.items()[0]))
+            _fill(twin, source)
+            _warm_up(twin, source)
         done, began = 0, time.perf_counter()
         while done < (rounds or MIN_ROUNDS) or (rounds is None and done < MAX_ROUNDS and _since(began) < seconds):
-            for _ in range(kinds):
-                _time_arms(twin, loader, arms, next(items), samples)
+            for source in sources:
+                for item, steps in zip(source.items(), (BLOCK, SHORT_BLOCK), strict=False):
+                    _time_block(twin, source, item, steps, samples)
             done += 1
     shared = {stage: _curve(samples, "", stage) for stage in ("load", "train")}
     stages = ("score", "select", "observe")
-    own = {arm.name: {stage: _curve(samples, arm.name, stage) for stage in stages} for arm in arms}
+    names = [source.policy.name for source in sources]
+    own = {name: {stage: _curve(samples, name, stage) for stage in stages} for name in names}
     return Costs(shared, own, done)
 
 
-def _time_arms(
-    twin: SparseTrainer,
-    loader: Loader,
-    arms: list[Policy],
-    item: Any,
-    samples: dict[tuple[str, str, int], list[float]],
-) -> None:
-    """A few steps of each arm on the same item, then training on other row counts it may come to.
+class _Source:
+    """An arm's policy and the batches that it is offered."""
 
-    The first of them only brings caches and the allocator to the state that a run of this arm keeps
-    them in: timed straight after another arm's step, a gate's step was seen to cost 1.3 times its own.
+    def __init__(self, policy: Policy, loader: Loader) -> None:
+        self.policy, self.loader = policy, loader
+        policy.prepare(loader.size, loader.labels)
+        self._probe = loader.probe()
+
+    def items(self) -> list[Any]:
+        """A full batch and, where an epoch has more than one, the short last one."""
+        return [next(self._probe) for _ in range(2 if (self.loader.batches() or 0) > 1 else 1)]
+
+
+def _time_block(
+    twin: SparseTrainer, source: _Source, item: Any, steps: int, samples: dict[tuple[str, str, int], list[float]]
+) -> None:
+    """Consecutive steps of an arm on one item, then training on other row counts it may come to.
+
+    A run takes its steps in a row, so they are timed in a row: the first ones only bring the caches and the
+    allocator to the state that a run of this arm keeps them in. Timed straight after another arm's step, a
+    gate's step was seen to cost 1.3 times its own.
     """
-    for policy in arms:
-        twin.policy = policy
-        watch = Stopwatch(twin.device)
-        for repeat in range(STEPS_A_ROUND):
-            watch.lap()
-            choice = policy.choose(loader.offer(item))
-            choose = watch.lap()
-            batch = loader.load(item, choice)
-            load = watch.lap()
-            scores = policy.score(batch)
-            score = watch.lap()
-            policy.select(scores, batch)
-            select = watch.lap()
-            ladder = _ladder(policy.likely_rows(batch.rows), batch.rows)
-            usual = ladder[len(ladder) // 3]
-            kept = twin.head(batch, usual)
-            watch.lap()
-            learned = twin.learn(kept)
-            train = watch.lap()
-            twin.report(policy, batch, kept, learned)
-            observe = watch.lap()
-            if repeat:
-                samples[policy.name, "select", batch.offered].append(choose + select)
-                samples[policy.name, "score", batch.rows].append(score)
-                samples[policy.name, "observe", usual].append(observe)
-                if batch.rows:  # a policy may let a batch go by
-                    samples["", "load", batch.rows].append(load)
-                    samples["", "train", usual].append(train)
-        for rows in ladder if batch.rows else ():
-            kept = twin.head(batch, rows)
-            twin.learn(kept)
-            watch.lap()
-            twin.learn(kept)
-            samples["", "train", rows].append(watch.lap())
+    policy, loader = source.policy, source.loader
+    twin.policy = policy
+    watch = Stopwatch(twin.device)
+    for step in range(steps):
+        watch.lap()
+        choice = policy.choose(loader.offer(item))
+        choose = watch.lap()
+        batch = loader.load(item, choice)
+        load = watch.lap()
+        scores = policy.score(batch)
+        score = watch.lap()
+        policy.select(scores, batch)
+        select = watch.lap()
+        ladder = _ladder(policy.likely_rows(batch.rows), batch.rows)
+        usual = ladder[len(ladder) // 3]
+        kept = twin.head(batch, usual)
+        watch.lap()
+        learned = twin.learn(kept)
+        train = watch.lap()
+        twin.report(policy, batch, kept, learned)
+        observe = watch.lap()
+        if step < min(SETTLING, steps // 2):
+            continue
+        samples[policy.name, "select", batch.offered].append(choose + select)
+        samples[policy.name, "score", batch.rows].append(score)
+        samples[policy.name, "observe", usual].append(observe)
+        if batch.rows:  # a policy may let a batch go by
+            samples["", "load", batch.rows].append(load)
+            samples["", "train", usual].append(train)
+    if len(policy.likely_rows(batch.rows)) == 1:
+        return
+    for rows in ladder if batch.rows else ():
+        kept = twin.head(batch, rows)
+        twin.learn(kept)
+        watch.lap()
+        twin.learn(kept)
+        samples["", "train", rows].append(watch.lap())
 
 
 def _ladder(likely: range, rows: int) -> list[int]:
@@ -239,29 +257,30 @@ def _ladder(likely: range, rows: int) -> list[int]:
     return sorted({1, likely[0], likely[len(likely) // 3], likely[-1], max(1, rows // 2), rows})
 
 
-def _fill(twin: SparseTrainer, loader: Loader, arms: list[Policy], item: Any) -> None:
-    """Tell the arms of every row, as in the midst of a run: choosing by past losses takes its usual path."""
-    batch = loader.load(item)
+def _fill(twin: SparseTrainer, source: _Source) -> None:
+    """Tell an arm of every row, as in the midst of a run: choosing by past losses takes its usual path."""
+    size = source.loader.size
+    batch = source.loader.load(source.items()[0])
     learned = twin.learn(twin.head(batch, batch.rows))
-    if loader.size is None or learned is None:
+    if size is None or learned is None:
         return
-    losses = torch.linspace(0.0, 1.0, loader.size, device=batch.targets.device)
-    for start in range(0, loader.size, BLOCK):
-        ids = torch.arange(start, min(start + BLOCK, loader.size), device=losses.device)
-        logits = pytree.tree_map_only(Tensor, operator.itemgetter(ids % batch.rows), learned.logits)
-        for policy in arms:
-            policy.observe(ids, losses[ids], logits)
+    losses = torch.linspace(0.0, 1.0, size, device=batch.targets.device)
+    for start in range(0, size, TOLD):
+        ids = torch.arange(start, min(start + TOLD, size), device=losses.device)
+        of_rows = ids % batch.rows
+        logits = pytree.tree_map_only(Tensor, operator.itemgetter(of_rows), learned.logits)
+        source.policy.observe(ids, losses[ids], logits)
 
 
-def _warm_up(twin: SparseTrainer, loader: Loader, arms: list[Policy], item: Any) -> None:
+def _warm_up(twin: SparseTrainer, source: _Source) -> None:
     """Train once on each likely row count, the middle ones first, for at most CALIBRATION_SECONDS.
 
     Libraries prepare a kernel for each shape they meet: that is paid once a process, not every step.
     """
     began = time.perf_counter()
-    for policy in arms:
-        batch = loader.load(item, policy.choose(loader.offer(item)))
-        likely = policy.likely_rows(batch.rows)
+    for item in source.items():
+        batch = source.loader.load(item, source.policy.choose(source.loader.offer(item)))
+        likely = source.policy.likely_rows(batch.rows)
         middle = likely[len(likely) // 3]
         for rows in sorted(likely, key=lambda rows: abs(rows - middle)):
             if _since(began) > CALIBRATION_SECONDS:

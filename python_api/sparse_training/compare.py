@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import sparse_kernels
-from sparse_training import checkpoint as files
+from sparse_training.ceilings import ceiling
 from sparse_training.clock import CALIBRATION_SECONDS, Clock, Costs, calibrate
 from sparse_training.data import ImageData
 from sparse_training.errors import UserError
@@ -25,10 +25,11 @@ from sparse_training.loader import ResidentLoader
 from sparse_training.models import build_model
 from sparse_training.policies import Policy, make_policy
 from sparse_training.record import History, Status
+from sparse_training.store import Store
 from sparse_training.trainer import SparseTrainer
 
 FORMAT, VERSION = "sparse-training-compare", 1
-RESULT, SETTINGS, CALIBRATION = "compare.json", "settings.json", "calibration.json"
+RESULT = "compare.json"
 GALLERY_ROWS = 16
 EVALUATION_BATCH = 1000
 CALIBRATION_SHARE = 0.1
@@ -142,7 +143,7 @@ def compare(
         "train_rows": len(data.train),
         "test_rows": len(data.test),
     }
-    store = _Store(None if folder is None else Path(folder), settings, resume)
+    store = Store(None if folder is None else Path(folder), settings, resume)
     costs = store.costs()
     if costs is None:
         # A machine's mood may last seconds: the clock that all runs go by is worth a tenth of their time.
@@ -153,7 +154,7 @@ def compare(
     counts = torch.zeros(2, len(data.train), dtype=torch.int64)  # times selected, times seen
     for seed in seeds:
         for name in policies:
-            found = store.run(name, seed)
+            found = store.run(f"{name}-{seed}")
             if found is None:
                 trainer, loader = make(name, seed)
                 history = trainer.fit(
@@ -167,14 +168,15 @@ def compare(
                 )
                 if history.interrupted:
                     raise Interrupted
-                found = store.keep_run(name, seed, _run(history, seed, trainer.policy.target), history)
-            run, selected, seen = found
+                run = _run(history, seed, trainer.policy.target)
+                found = store.keep_run(f"{name}-{seed}", run, {"selected": history.selected, "seen": history.seen})
+            run, by_row = found
             runs[name].append(run)
-            if name == "gate" and selected is not None and seen is not None:
-                counts += torch.stack((selected, seen)).cpu()
+            if name == "gate" and by_row:
+                counts += torch.stack((by_row["selected"], by_row["seen"])).cpu()
     summaries = {name: _summary(found) for name, found in runs.items()}
     shares = {name: arm.target or summaries[name]["rate_mean"] or 1.0 for name, arm in arms.items()}
-    steps = _stage_costs(costs, arms, shares, batch_size)
+    steps = stage_costs(costs, arms, shares, batch_size)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -186,64 +188,10 @@ def compare(
             "rounds": costs.rounds,
             "arms": steps,
         },
-        "speedup": _speedup(steps, arms, shares),
+        "speedup": _speedup(costs, arms, shares, batch_size),
         "arms": {name: {"runs": found, "summary": summaries[name]} for name, found in runs.items()},
         "gallery": _gallery(data, *counts),
     }
-
-
-class _Store:
-    """A comparison's folder: its settings, its calibration, and a file for each finished run."""
-
-    def __init__(self, folder: Path | None, settings: dict[str, Any], resume: bool) -> None:
-        self.folder = folder
-        if folder is None:
-            return
-        path = folder / SETTINGS
-        if path.exists():
-            if not resume:
-                raise UserError(f"{folder} holds a comparison already: resume it, or choose another folder")
-            made = files.read_json(path)
-            if differing := [name for name in settings if made.get(name) != settings[name]]:
-                said = ", ".join(f"{name} {made.get(name)} is now {settings[name]}" for name in differing)
-                raise UserError(f"{folder} was made with other settings: {said}")
-        else:
-            (folder / "runs").mkdir(parents=True, exist_ok=True)
-            files.write_json(path, settings)
-
-    def costs(self) -> Costs | None:
-        if self.folder is None or not (self.folder / CALIBRATION).exists():
-            return None
-        return Costs.from_dict(files.read_json(self.folder / CALIBRATION))
-
-    def keep_costs(self, costs: Costs) -> Costs:
-        if self.folder is not None:
-            files.write_json(self.folder / CALIBRATION, costs.to_dict())
-        return costs
-
-    def run(self, arm: str, seed: int) -> tuple[dict[str, Any], Tensor | None, Tensor | None] | None:
-        """A finished run and its counts of selection; None if it is still to be done."""
-        if self.folder is None or not (path := self._path(arm, seed)).exists():
-            return None
-        counts = path.with_suffix(".counts")
-        found = files.load(counts) if counts.exists() else {}
-        return files.read_json(path), found.get("selected"), found.get("seen")
-
-    def keep_run(
-        self, arm: str, seed: int, run: dict[str, Any], history: History
-    ) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
-        """File a run; its JSON comes last, for that is what says that it is finished."""
-        if self.folder is not None:
-            path = self._path(arm, seed)
-            if history.selected is not None:
-                found = {"selected": history.selected, "seen": history.seen}
-                files.save(path.with_suffix(".counts"), found)
-            files.write_json(path, run)
-        return run, history.selected, history.seen
-
-    def _path(self, arm: str, seed: int) -> Path:
-        assert self.folder is not None
-        return self.folder / "runs" / f"{arm}-{seed}.json"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -301,7 +249,7 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _stage_costs(
+def stage_costs(
     costs: Costs, arms: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
 ) -> dict[str, dict[str, float]]:
     """Seconds of each stage of a step, dense and of each arm, that keeps exactly the arm's share of the batch.
@@ -310,13 +258,13 @@ def _stage_costs(
     """
     steps = {"dense": costs.step("dense", batch_size, batch_size)}
     for name, arm in arms.items():
-        kept = max(1, round(shares[name] * batch_size))
+        kept = batch_size if arm.masks else max(1, round(shares[name] * batch_size))
         steps[name] = costs.step(name, kept if arm.before_loading else batch_size, kept, batch_size)
     return steps
 
 
 def _speedup(
-    steps: Mapping[str, Mapping[str, float]], arms: Mapping[str, Policy], shares: Mapping[str, float]
+    costs: Costs, arms: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
 ) -> dict[str, dict[str, float]]:
     """Measured speed-up of a step beside its ceiling.
 
@@ -324,19 +272,17 @@ def _speedup(
     forward passes, so one that scores with the model's own forward cannot exceed 3/(1+3r); with its
     scoring at s forward passes, 3/(s+3r) is its own ceiling.
     """
-    dense = steps["dense"]
     found = {}
     for name, arm in arms.items():
         if name == "dense":
             continue
-        rate = shares[name]
-        found[name] = {"measured": dense["total"] / steps[name]["total"], "ceiling": 1.0 / rate}
+        reached = ceiling(costs, arm, batch_size=batch_size, rate=shares[name])
+        found[name] = {"measured": reached.speedup, "ceiling": 1.0 / shares[name]}
         if not arm.before_loading:
-            scorer = 3.0 * steps[name]["score"] / dense["train"]
             found[name] |= {
-                "ceiling": 3.0 / (1.0 + 3.0 * rate),
-                "scorer_cost": scorer,
-                "own_ceiling": 3.0 / (scorer + 3.0 * rate),
+                "ceiling": 3.0 / (1.0 + 3.0 * (1.0 if arm.masks else shares[name])),
+                "scorer_cost": reached.scorer_cost,
+                "own_ceiling": reached.ceiling,
             }
     return found
 
@@ -349,24 +295,22 @@ def _gallery(data: ImageData, selected: Tensor, seen: Tensor) -> dict[str, Any]:
     known = seen.nonzero().squeeze(1).tolist()
     share = {row: selected[row].item() / seen[row].item() for row in known}
 
-    def picture(row: int) -> dict[str, Any]:
-        label = int(data.train.labels[row])
-        return {
-            "index": row,
-            "label": label,
-            "class": data.classes[label],
-            "selected": int(selected[row]),
-            "seen": int(seen[row]),
-            "png": _png(data.train.images[row]),
-        }
+    def counted(row: int) -> dict[str, Any]:
+        return {**picture(data, row), "selected": int(selected[row]), "seen": int(seen[row])}
 
     most = sorted(known, key=lambda row: (-share[row], -int(seen[row]), row))[:GALLERY_ROWS]
     least = sorted(known, key=lambda row: (share[row], -int(seen[row]), row))[:GALLERY_ROWS]
     return {
         "arm": "gate",
-        "most": [picture(row) for row in most],
-        "least": [picture(row) for row in least],
+        "most": [counted(row) for row in most],
+        "least": [counted(row) for row in least],
     }
+
+
+def picture(data: ImageData, row: int) -> dict[str, Any]:
+    """A training row for a gallery: its number, label, class and image."""
+    label = int(data.train.labels[row])
+    return {"index": row, "label": label, "class": data.classes[label], "png": _png(data.train.images[row])}
 
 
 def _png(image: Tensor) -> str:

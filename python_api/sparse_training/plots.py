@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from .paired import common_curve
+
 Result = Mapping[str, Any]
 
 INK = "#1c2733"  # becomes `currentColor` in the SVGs, which so follow the page's light or dark mode
@@ -122,29 +124,6 @@ def _curve(run: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     seconds, accuracy = (_finite(column) for column in zip(*points, strict=True))
     good = np.isfinite(seconds) & np.isfinite(accuracy)
     return seconds[good], 100 * accuracy[good]
-
-
-def common_curve(
-    curves: list[tuple[np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and deviation over runs evaluated at different moments.
-
-    The grid is the union of the moments, cut to the span that every run covers: nothing is
-    extrapolated, and no run drops out half way.
-
-    Returns:
-        (seconds, mean, deviation), float64, of one length, which is 0 if no span is shared.
-        The deviation (n - 1) is 0 for one run.
-    """
-    curves = [curve for curve in curves if len(curve[0])]
-    if not curves:
-        return (np.empty(0),) * 3
-    start, end = max(t[0] for t, _ in curves), min(t[-1] for t, _ in curves)
-    grid = np.unique(np.concatenate([t for t, _ in curves]))
-    grid = grid[(grid >= start) & (grid <= end)]
-    values = np.stack([np.interp(grid, t, a) for t, a in curves])
-    deviation = values.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(grid))
-    return grid, values.mean(0), deviation
 
 
 def _accuracy(ax: Axes, result: Result) -> None:

@@ -55,6 +55,7 @@ class Policy(nn.Module):
 
     name = "dense"
     scored_by: str | None = None
+    masks = False  # whether the rows left out are masked out of the loss, and cost as much as the others
     phased = True  # whether a run's warm-up and anneal train on every row; if not, it chooses in them too
 
     def __init_subclass__(cls) -> None:
@@ -245,7 +246,7 @@ class GatePolicy(Policy):
 
     def likely_rows(self, rows: int) -> range:
         if self.before_loading:  # these are the rows that it chose this time
-            return range(max(1, rows // 2), rows + 1)
+            return range(min(rows, max(1, rows // 2)), rows + 1)
         if self.gate.capacity is not None:
             return super().likely_rows(min(self.gate.capacity, rows))
         aim = max(1, round(self.rate * rows))
@@ -375,7 +376,7 @@ class BatchInfoBatchPolicy(DrawingPolicy):
         return torch.where(losses < losses.mean(), 1.0 - self.prune, 1.0)
 
     def likely_rows(self, rows: int) -> range:
-        return range(max(1, rows // 2), rows + 1)
+        return range(min(rows, max(1, rows // 2)), rows + 1)
 
 
 class MaskedPolicy(Policy):
@@ -390,6 +391,7 @@ class MaskedPolicy(Policy):
 
     name = "masked"
     scored_by = "self"
+    masks = True
 
     def __init__(self, rate: float = 0.4, seed: int = 0) -> None:
         super().__init__(rate, seed)

@@ -29,7 +29,7 @@ class History:
     warnings: list[str] = field(default_factory=list)
     interrupted: bool = False
     selected: Tensor | None = None  # int32 [rows of the data set]: times kept in the sparse phase,
-    seen: Tensor | None = None  # and times scored, where the loader knows rows by number
+    seen: Tensor | None = None  # and times scored (None if not), where the loader knows rows by number
 
     @property
     def rate(self) -> float | None:

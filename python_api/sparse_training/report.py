@@ -287,12 +287,12 @@ def print_table(result: Result, console: Console | None = None) -> None:
 
 def write_png(result: Result, path: str | Path) -> Path:
     """Draw the comparison's figure to `path` (PNG, 1800 x 1152 pixels), atomically."""
-    return _replace(path, plots.png(result, _titles(result)))
+    return replace(path, plots.png(result, _titles(result)))
 
 
 def write_html(result: Result, path: str | Path) -> Path:
     """Write the page: one file with its style, curves and images inside, atomically."""
-    return _replace(path, _html(result).encode())
+    return replace(path, _html(result).encode())
 
 
 def write_report(result: Result, folder: str | Path) -> tuple[Path, Path, Path]:
@@ -304,21 +304,21 @@ def write_report(result: Result, folder: str | Path) -> tuple[Path, Path, Path]:
         UserError: if the folder cannot be written.
     """
     contents = (
-        (json.dumps(_jsonable(result), indent=1, allow_nan=False) + "\n").encode(),
+        (json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n").encode(),
         plots.png(result, _titles(result)),
         _html(result).encode(),
     )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         data, image, page = (
-            _replace(Path(folder, name), content) for name, content in zip(FILES, contents, strict=True)
+            replace(Path(folder, name), content) for name, content in zip(FILES, contents, strict=True)
         )
     except OSError as error:
         raise UserError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from error
     return data, image, page
 
 
-def _replace(path: str | Path, content: bytes) -> Path:
+def replace(path: str | Path, content: bytes) -> Path:
     """Write to a file beside `path`, then move it there: readers see the old or the new, whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -330,12 +330,12 @@ def _replace(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """The same value with NaN and infinities, which JSON does not have, as None."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

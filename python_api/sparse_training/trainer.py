@@ -253,7 +253,8 @@ class SparseTrainer:
         """The first rows of a batch, to train on."""
         parts = (batch.inputs, batch.targets, batch.weight)
         inputs, targets, weight = pytree.tree_map_only(Tensor, lambda tensor: tensor[:rows], parts)
-        return Kept(inputs, targets, rows, None, weight, rows)
+        positions = None if rows == batch.rows else torch.arange(rows, device=batch.targets.device)
+        return Kept(inputs, targets, rows, positions, weight, rows)
 
     def set_learning_rate(self, factor: float) -> None:
         """Each group's learning rate as a multiple of its first one."""
@@ -430,12 +431,17 @@ class SparseTrainer:
             return
         history.offered += offered
         history.kept += kept.rows
-        if kept.positions is None or batch.ids is None or loader.size is None:
+        if batch.ids is None or loader.size is None:
+            return
+        zeros = torch.zeros(loader.size if history.selected is None else 0, dtype=torch.int32, device=self.device)
+        one = torch.ones_like(batch.ids, dtype=torch.int32)
+        if kept.positions is None:
+            if self.policy.before_loading:
+                history.selected = zeros if history.selected is None else history.selected
+                history.selected.index_add_(0, batch.ids, one)
             return
         if history.selected is None or history.seen is None:
-            zeros = torch.zeros(loader.size, dtype=torch.int32, device=self.device)
             history.selected, history.seen = zeros, zeros.clone()
-        one = torch.ones_like(batch.ids, dtype=torch.int32)
         history.seen.index_add_(0, batch.ids, one)
         valid = one[: len(kept.positions)] if kept.weight is None else (kept.weight > 0).int()
         history.selected.index_add_(0, batch.ids[kept.positions], valid)

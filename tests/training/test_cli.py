@@ -108,6 +108,52 @@ def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeyp
     assert len(read(here / "out" / "compare.json")["arms"]) == 3
 
 
+STUDY = ["study", "--model", "test_cli:model", "--batch-size", "32", "--rate", "0.25", "--seconds", "0.05"]
+STUDY += ["--tasks", "clean,noise", "--arms", "random-again,gate", "--seeds", "2", "--evaluations", "2"]
+
+
+def test_study_says_whether_chance_shows_before_any_difference(here, capsys, monkeypatch):
+    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("sparse_training.study.LONGEST_CALIBRATION", 0.0)
+    assert main([*STUDY, "--fractions", "1,0.5", "--out", "out", "--calibrate-only"]) == 0
+    assert sorted(os.listdir("out")) == ["calibration.json", "options.json", "runs", "settings.json"]
+    timed = (here / "out" / "calibration.json").read_bytes()
+    capsys.readouterr()
+    assert main(["resume", "out"]) == 0
+    assert (here / "out" / "calibration.json").read_bytes() == timed
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(" left  " in line for line in lines) == 2 * 3 * 2 * 2
+    said = lines[24]
+    assert said.startswith("A/A")
+    result = read(here / "out" / "study.json")
+    assert result["command"].endswith("--calibrate-only")
+    assert {(row["task"], row["arm"]) for row in result["table"]} == {
+        (task, arm) for task in ("clean", "noise") for arm in ("random", "random-again", "gate")
+    }
+    assert main(["report", "out"]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
+    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    step = cli._StudyDisplay.step
+
+    def signalled(self, cell, status):
+        step(self, cell, status)
+        if cell.arm == "gate":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._StudyDisplay, "step", signalled)
+        assert main([*STUDY, "--out", "out"]) == 143
+    assert "sparse-train resume out" in capsys.readouterr().err
+    assert read(here / "out" / "study.json")["missing"] == 10
+    before = (here / "out/runs/clean-random-1-0.json").read_bytes()
+    assert main([*STUDY, "--out", "out", "--resume"]) == 0
+    assert (here / "out/runs/clean-random-1-0.json").read_bytes() == before
+    assert read(here / "out" / "study.json")["missing"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -144,6 +190,14 @@ def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeyp
         ("compare --batch-size 5000", "batch size 5000"),
         ("compare --model vgg", "'vgg'"),
         ("compare --resume", "wanted the folder"),
+        ("study --tasks hard", "'hard': wanted some of clean, noise, longtail, duplicated, finetune"),
+        ("study --arms best", "best"),
+        ("study --arms random,random", "wanted each policy once"),
+        ("study --fractions 1,2", "'1,2': wanted fractions above 0 and at most 1"),
+        ("study --fractions half", "'half': wanted fractions"),
+        ("study --out used", "used exists and is not empty"),
+        ("study --resume", "wanted the folder"),
+        ("compare --policies random-again", "random-again"),
         ("resume nowhere", "nowhere/options.json: no such file"),
         ("report nowhere", "nowhere"),
         ("draw", "draw"),

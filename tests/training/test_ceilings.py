@@ -1,0 +1,57 @@
+"""What a scorer costs and what that allows, from costs that are given and from ones that are measured."""
+
+import pytest
+import torch
+from test_scorers import network, resident
+
+from sparse_training.ceilings import ceiling, ceilings
+from sparse_training.clock import Costs
+from sparse_training.errors import UserError
+from sparse_training.policies import MaskedPolicy, make_policy
+from sparse_training.trainer import SparseTrainer
+
+FREE = {"score": ((100,), (0.0,)), "select": ((100,), (0.0,))}
+COSTS = Costs(
+    shared={"load": ((10, 100), (1.0, 10.0)), "train": ((1, 100), (1.0, 100.0))},
+    own={
+        "dense": FREE,
+        "topk": {"score": ((100,), (15.0,)), "select": ((100,), (2.0,))},
+        "topk@proxy": {"score": ((100,), (4.0,)), "select": ((100,), (2.0,)), "observe": ((10, 100), (1.0, 10.0))},
+        "topk@history": FREE,
+        "masked": {"score": ((100,), (30.0,)), "select": ((100,), (0.0,))},
+    },
+    rounds=7,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "s", "step"),
+    [("topk", 0.45, 10 + 15 + 2 + 10), ("topk@proxy", 0.15, 10 + 4 + 2 + 10 + 1), ("topk@history", 0.0, 1 + 10)],
+)
+def test_the_ceiling_is_what_the_scorer_leaves(name, s, step):
+    found = ceiling(COSTS, make_policy(name, rate=0.1, seed=0), batch_size=100, rate=0.1)
+    assert found.scorer_cost == pytest.approx(s)
+    assert found.ceiling == pytest.approx(3 / (s + 0.3))
+    assert found.speedup == pytest.approx(110 / step)
+    assert found.share == pytest.approx(found.speedup / found.ceiling)
+
+
+def test_what_is_masked_out_costs_as_much_as_what_is_not():
+    found = ceiling(COSTS, MaskedPolicy(0.1), batch_size=100, rate=0.1)
+    assert found.ceiling == pytest.approx(3 / 3.9)
+    assert found.speedup == pytest.approx(110 / 140)
+
+
+def test_ceilings_are_measured_on_a_model_that_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.2)  # nothing is made of the seconds
+    trainer = SparseTrainer(network(), policy="dense")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    names = ["topk", "topk@early:2", "topk@proxy", "gate@history", "random"]
+    found = ceilings(trainer, resident(), names, (0.25, 0.5), rounds=2)
+    assert [(one.policy, one.rate) for one in found] == [(name, rate) for rate in (0.25, 0.5) for name in names]
+    assert [one.scorer for one in found[:5]] == ["self", "early", "proxy", "history", None]
+    assert all(one.speedup > 0 for one in found)
+    assert all(one.scorer_cost > 0 for one in found[:3])
+    torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
+    with pytest.raises(UserError, match="no layer 'x'"):
+        ceilings(trainer, resident(), ["topk@early:x"], (0.5,))

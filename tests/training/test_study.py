@@ -1,0 +1,286 @@
+"""A study compares at equal cost, goes on after any interruption, and says what its runs say."""
+
+import json
+
+import pytest
+import torch
+
+from sparse_training import study as studies
+from sparse_training.clock import Costs
+from sparse_training.data import ImageData, Split
+from sparse_training.errors import UserError
+from sparse_training.study import Cell, Interrupted, Study, verdicts
+
+FREE = {"score": ((1,), (0.0,)), "select": ((1,), (0.0,))}
+COSTS = Costs(
+    {"load": ((1, 100), (0.01, 1.0)), "train": ((1, 100), (0.1, 10.0))},
+    {"dense": FREE, "random": FREE, "infobatch": FREE, "gate": {**FREE, "score": ((1, 100), (0.03, 3.0))}},
+    5,
+)
+ARMS = ("dense", "random", "random-again", "infobatch", "gate")
+
+
+def model(shape, classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(shape[1] * shape[2], classes))
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (300,), generator=generator)
+    images = torch.randint(0, 120, (300, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    images[:, 0, 0, :] += (40 * labels)[:, None].to(torch.uint8)
+    train, test = Split(images[:200], labels[:200]), Split(images[200:], labels[200:])
+    return ImageData.from_splits("stripes", train, test, ("a", "b", "c"), "made up")
+
+
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch):
+    """Known costs instead of measured ones, and the arms and loaders that they were asked for."""
+    asked = []
+
+    def calibrate(trainer, loader, policies, *, loaders, seconds):
+        asked.append((policies, loaders))
+        return COSTS
+
+    monkeypatch.setattr(studies, "calibrate", calibrate)
+    return asked
+
+
+def make(folder, **options):
+    settings = {
+        "model": f"{__name__}:model",
+        "tasks": ("clean", "noise"),
+        "arms": ARMS,
+        "seeds": (0, 1),
+        "rate": 0.25,
+        "batch_size": 16,
+        "seconds": 60.0,
+        "lr": 0.01,
+        "amp": "float32",
+        "evaluations": 4,
+    }
+    return Study(data(), folder=folder, **{**settings, **options})
+
+
+def read(folder):
+    return {path.name: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
+
+
+def without_time(run):
+    return {name: value for name, value in run.items() if name != "raw_seconds"}
+
+
+def test_every_arm_trains_on_equally_many_rows_a_step_and_spends_equal_time(tmp_path):
+    study = make(tmp_path)
+    study.run()
+    for run in read(tmp_path).values():
+        assert 60.0 <= run["seconds"] < 66.0
+        phases = run["phases"]
+        if run["arm"] in ("dense", "random", "random-again"):
+            assert run["rows_trained"] == 16 * run["steps"]
+        if run["arm"] == "gate":
+            assert run["rows_trained"] / run["steps"] == pytest.approx(16, rel=0.35)
+        assert phases["warmup"] > 0
+        assert phases["anneal"] > 0
+    steps = {run["arm"]: run["steps"] for run in read(tmp_path).values()}
+    assert steps["random"] == pytest.approx(steps["dense"], abs=4)
+    assert steps["gate"] < steps["random"] / 1.5  # it pays for scoring and loading four times the rows
+
+
+def test_calibration_offers_each_arm_its_own_rows_and_is_made_once(tmp_path, calibrated):
+    make(tmp_path).costs()
+    make(tmp_path, resume=True).costs()
+    ((policies, loaders),) = calibrated
+    assert set(policies) == {"dense", "random", "infobatch", "gate"}
+    assert {name: loader.batch_size for name, loader in loaders.items()} == {
+        "dense": 16,
+        "infobatch": 16,
+        "random": 64,
+        "gate": 64,
+    }
+    with pytest.raises(UserError, match="was calibrated for dense, random, infobatch, gate: wanted no importance"):
+        make(tmp_path, resume=True, arms=("importance",)).costs()
+
+
+def test_the_arm_of_other_draws_differs_in_its_draws_alone(tmp_path):
+    study = make(tmp_path, arms=("random-again",), tasks=("clean",), seeds=(0,))
+    (one, loader), (other, its) = (study._make(study.data, arm, 0) for arm in ("random", "random-again"))
+    assert torch.equal(loader.order(0), its.order(0))
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+    offer = loader.offer(next(loader.probe()))
+    drawn, again = one.policy.choose(offer).ids, other.policy.choose(offer).ids
+    assert len(drawn) == len(again) == 16
+    assert not torch.equal(drawn.sort().values, again.sort().values)
+    assert study.arms == ("random", "random-again")
+
+
+def test_half_a_run_is_a_whole_schedule(tmp_path):
+    study = make(tmp_path, tasks=("clean",), arms=("random",), seeds=(0,), fractions=(1.0, 0.5))
+    study.run()
+    half, whole = read(tmp_path).values()
+    assert (half["fraction"], whole["fraction"]) == (0.5, 1.0)
+    assert 30.0 <= half["seconds"] < 33.0
+    assert half["phases"]["anneal"] == pytest.approx(whole["phases"]["anneal"] / 2, abs=1)
+    assert (len(half["evals"]), len(whole["evals"])) == (2, 4)
+
+
+@pytest.mark.parametrize("steps", [1, 20, 60])
+def test_a_study_stopped_anywhere_goes_on_to_the_same_runs(tmp_path, monkeypatch, steps):
+    options = {"tasks": ("finetune",), "arms": ("gate",), "seeds": (0,)}
+    monkeypatch.setattr(studies, "CHECKPOINT_STEPS", 7)
+    make(tmp_path / "whole", **options).run()
+    taken = []
+    with pytest.raises(Interrupted):
+        make(tmp_path / "part", **options).run(progress=lambda *_: taken.append(1), stop=lambda: len(taken) >= steps)
+    make(tmp_path / "part", resume=True, **options).run()
+    whole, part = read(tmp_path / "whole"), read(tmp_path / "part")
+    assert [without_time(run) for run in whole.values()] == [without_time(run) for run in part.values()]
+    assert not [path for path in (tmp_path / "part" / "runs").iterdir() if path.is_dir()]
+
+
+def test_finetuning_starts_from_one_checkpoint_of_the_first_half(tmp_path, monkeypatch):
+    seen = []
+    fit = studies.SparseTrainer.fit
+
+    def watched(self, loader, **options):
+        seen.append((len(loader.labels), next(self.model.parameters()).detach().clone()))
+        return fit(self, loader, **options)
+
+    monkeypatch.setattr(studies.SparseTrainer, "fit", watched)
+    make(tmp_path, tasks=("finetune",), arms=("dense",), seeds=(3, 4)).run()
+    assert [rows for rows, _ in seen] == [100, 200, 200, 200, 200]
+    assert all(torch.equal(seen[1][1], weights) for _, weights in seen[2:])
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_a_study_may_grow_but_not_change(tmp_path):
+    make(tmp_path, tasks=("clean",), arms=("random",), seeds=(0,)).run()
+    before = (tmp_path / "runs" / "clean-random-1-0.json").read_bytes()
+    grown = make(tmp_path, tasks=("clean",), arms=("random", "gate"), seeds=(0, 1), resume=True)
+    assert [cell.name for cell in grown.missing()] == ["clean-gate-1-0", "clean-random-1-1", "clean-gate-1-1"]
+    grown.run()
+    assert (tmp_path / "runs" / "clean-random-1-0.json").read_bytes() == before
+    with pytest.raises(UserError, match=r"other settings: lr 0\.01 is now 0\.02"):
+        make(tmp_path, lr=0.02, resume=True)
+    with pytest.raises(UserError, match="holds a study already"):
+        make(tmp_path)
+
+
+def test_an_unfinished_study_is_read_as_far_as_it_goes(tmp_path):
+    study = make(tmp_path, tasks=("clean",), arms=("gate",))
+    with pytest.raises(UserError, match="no finished run of random yet"):
+        study.result()
+    study._run(Cell("clean", "random", 1.0, 0), COSTS, None, None)
+    study._run(Cell("clean", "random", 1.0, 1), COSTS, None, None)
+    study._run(Cell("clean", "gate", 1.0, 1), COSTS, None, None)
+    result = study.result()
+    assert result["missing"] == 1
+    rows = {row["arm"]: row for row in result["table"]}
+    assert (rows["random"]["n"], rows["gate"]["n"]) == (2, 1)
+    accuracy = {(run["arm"], run["seed"]): run["accuracy"] for run in read(tmp_path).values()}
+    assert rows["gate"]["difference"]["mean"] == accuracy["gate", 1] - accuracy["random", 1]
+
+
+def test_the_gate_finds_planted_noise_and_the_gallery_shows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "TOP", 20)
+    study = make(tmp_path, tasks=("noise",), seeds=(0,))
+    study.run()
+    result = json.loads(json.dumps(study.result()))
+    noise = result["tasks"]["noise"]
+    assert noise["planted_share"] == pytest.approx(0.2)
+    (gate,) = noise["arms"]["gate"]["1"]
+    assert gate["planted"]["selected most"] > 0.3 > gate["planted"]["selected least"]
+    shown = noise["galleries"]["gate"]["selected most"]
+    assert len(shown) == studies.GALLERY_ROWS
+    task = study.task("noise")
+    for row in shown:
+        assert row["planted"] == bool(task.planted[row["index"]])
+        assert row["label"] == task.data.train.labels[row["index"]]
+    assert set(noise["galleries"]["infobatch"]) == {"selected most", "selected least", "highest loss"}
+    assert noise["galleries"]["random"].keys() == {"selected most", "selected least"}
+    assert "dense" not in noise["galleries"]
+
+
+# --- verdicts on made-up runs ---------------------------------------------------------------------
+
+
+def runs(accuracies, early=0.0, seconds=10.0):
+    return [
+        {
+            "seed": seed,
+            "accuracy": accuracy,
+            "evals": [{"seconds": seconds / 2, "accuracy": early}, {"seconds": seconds, "accuracy": accuracy}],
+        }
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+def made_up(again=(0.901, 0.899, 0.9005), gate=(0.91, 0.912, 0.911), early=0.5, half=(0.89, 0.9, 0.88)):
+    arms = {
+        "random": {"1": runs([0.9, 0.9, 0.9]), "0.5": runs([0.88, 0.88, 0.88])},
+        "random-again": {"1": runs(again), "0.5": []},
+        "gate": {"1": runs(gate, early), "0.5": runs(half)},
+    }
+    return {"clean": {"arms": arms}}
+
+
+def test_differences_are_paired_by_seed_and_a_half_run_reaches_or_does_not():
+    found = verdicts(made_up(), (1.0, 0.5))
+    rows = {row["arm"]: row for row in found["table"]}
+    assert rows["gate"]["difference"]["mean"] == pytest.approx(0.011)
+    assert rows["gate"]["difference"]["p"] < 0.01
+    assert rows["gate"]["parts"]["0.5"] == {
+        "accuracy": pytest.approx(0.89),
+        "reaches": False,
+        "difference": pytest.approx(rows["gate"]["parts"]["0.5"]["difference"]),
+    }
+    assert verdicts(made_up(half=(0.9, 0.91, 0.9)), (1.0, 0.5))["table"][-1]["parts"]["0.5"]["reaches"]
+    assert rows["random"]["reached"] == pytest.approx(1.0)
+    assert rows["random"]["difference"] is None
+    # The mean curve goes from 0.5 at half time to 0.911 at the end: 0.9 is reached near the end.
+    assert rows["gate"]["reached"] == pytest.approx(0.5 + 0.5 * 0.4 / 0.411)
+    assert verdicts(made_up(early=0.95), (1.0,))["table"][-1]["reached"] == 0.5
+    assert verdicts(made_up(gate=(0.8, 0.8, 0.8)), (1.0,))["table"][-1]["reached"] is None
+
+
+def test_the_score_counts_tasks():
+    tasks = {**made_up(), "noise": made_up(gate=(0.8985, 0.9, 0.899))["clean"]}
+    score = verdicts(tasks, (1.0, 0.5))["score"]
+    assert set(score) == {"gate"}
+    assert score["gate"] == {
+        "tasks": 2,
+        "not_worse": 2,  # -0.083 points is within 0.1
+        "worst": pytest.approx(-0.000833, abs=1e-6),
+        "better": 1,
+        "surely_better": 1,
+        "surely_worse": 0,
+        "in_half": 0,
+        "half_runs": 0,
+    }
+
+
+def test_random_against_random_must_not_differ():
+    again = verdicts(made_up(), (1.0,))["again"]
+    assert again["passed"]
+    assert again["differs"] == []
+    assert again["noise"] == pytest.approx(2.5857e-3, rel=1e-3)  # 4.303 (2 degrees) * 0.00104 / sqrt(3)
+    failed = verdicts(made_up(again=(0.905, 0.9051, 0.9049)), (1.0,))["again"]
+    assert not failed["passed"]
+    assert failed["differs"] == ["clean"]
+    assert failed["largest"] == pytest.approx(0.005)
+    alone = made_up()
+    del alone["clean"]["arms"]["random-again"]
+    assert verdicts(alone, (1.0,))["again"] is None
+
+
+def test_what_is_wrong_is_refused_before_the_folder_is_made(tmp_path):
+    for options, words in (
+        ({"tasks": ("hard",)}, "task 'hard': wanted some of clean"),
+        ({"arms": ("best",)}, "policy 'best'"),
+        ({"fractions": (1.0, 2.0)}, "fraction 2.0"),
+        ({"seconds": 0.0}, "seconds 0.0"),
+        ({"seeds": ()}, "no seed"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
