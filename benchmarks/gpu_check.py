@@ -105,7 +105,7 @@ def steps(device: str, rows: int) -> Iterator[tuple]:
         state = control_law.initial_state(torch.tensor(2.0, device=device))
         setpoint = torch.tensor(0.3, device=device)
         for number in range(3):
-            before = [x.cpu() for x in state]
+            before = [x.cpu().clone() for x in state]
             given = (logits.to(device), labels.to(device), state, setpoint)
             gated, found, _ = gate_step(*given, weights={"loss": 1.0}, capacity=rows // 3, **settings)
             kept = gated.mask.cpu().nonzero().squeeze(-1)
