@@ -37,7 +37,10 @@ def test_train_writes_a_model_a_result_and_a_checkpoint(here, capsys, policy):
     assert run["steps"] == 20 * 6
     assert run["evals"][-1]["accuracy"] > 0.6
     assert set(torch.load("out/model.pt", weights_only=True)) == {"2.weight", "2.bias"}
-    assert f"accuracy {run['evals'][-1]['accuracy']:.2%} after 120 steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"accuracy {run['evals'][-1]['accuracy']:.2%} after 120 steps" in out
+    assert f"{run['flops']['counted']:.3g} FLOPs counted, " in out
+    assert run["flops"]["counted"] > 0
 
 
 def test_a_run_without_a_name_goes_under_runs(here):
@@ -157,7 +160,7 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train", "no budget: wanted one of --epochs, --steps, --seconds"),
+        ("train", "no budget: wanted one of --epochs, --steps, --rows, --seconds"),
         ("train --steps 3 --epochs 2", "--epochs and --steps: wanted one of"),
         ("train --steps 0", "--steps"),
         ("train --seconds -1", "--seconds"),
@@ -166,7 +169,7 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
         ("train --steps 3 --rate nan", "rate"),
         ("train --steps 3 --lr nan", "lr"),
         ("train --seconds nan", "seconds"),
-        ("train --steps 3 --policy best", "policy 'best': wanted one of dense, random, gate, topk, importance"),
+        ("train --steps 3 --policy best", "policy 'best': wanted one of dense, random, adaptive, gate, topk"),
         ("train --steps 3 --policy gate@best", "scorer 'best': wanted one of self, self:SCALE, early:LAYER"),
         ("train --steps 3 --scorer early", "scorer 'early': wanted one of self, self:SCALE, early:LAYER"),
         ("train --steps 3 --policy random --scorer self", "scorer self for the policy random, which asks none"),
@@ -183,7 +186,7 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
         ("compare --out used", "used exists and is not empty"),
         ("compare --seconds 0", "--seconds"),
         ("compare --seconds nan", "seconds"),
-        ("compare --policies dense,best", "policy 'best': wanted one of dense, random, gate, topk, importance"),
+        ("compare --policies dense,best", "policy 'best': wanted one of dense, random, adaptive, gate, topk"),
         ("compare --policies gate,gate", "wanted each policy once"),
         ("compare --seeds some", "'some': wanted how many"),
         ("compare --seeds 1,1", "'1,1': wanted how many"),

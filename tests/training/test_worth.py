@@ -1,0 +1,233 @@
+"""The worth of rows: what sets them apart, what does not, and that draws follow it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparse_training.errors import UserError
+from sparse_training.loader import Offer, ResidentLoader
+from sparse_training.policies import AdaptivePolicy
+from sparse_training.worth import NOISE, Worth
+
+CLASSES = 10
+
+
+def labels(rows=20_000, seed=0):
+    return torch.randint(0, CLASSES, (rows,), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_for(targets, probability):
+    """Logits that give the targets this probability, the rest of it shared by the other classes."""
+    p = probability[:, None].expand(-1, CLASSES)
+    others = ((1.0 - p) / (CLASSES - 1)).clone()
+    return others.scatter(1, targets[:, None], p[:, :1]).log()
+
+
+def told(law, logits, targets):
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    law.update(torch.arange(law.rows), losses, logits)
+    return law
+
+
+def one_pass(law, progress=0.1):
+    """How often each row comes in the next pass."""
+    parts = [law.draw(1, progress)]
+    parts.append(law.draw(len(law.order), progress))
+    return torch.bincount(torch.cat(parts), minlength=law.rows)
+
+
+def noisy(rate, rows=20_000):
+    """A law, the rows whose labels were replaced, and a model that knows the right ones but for an honest confusion."""
+    right = labels(rows)
+    generator = torch.Generator().manual_seed(1)
+    wrong = torch.rand(rows, generator=generator) < rate
+    given = torch.where(wrong, (right + torch.randint(1, CLASSES, (rows,), generator=generator)) % CLASSES, right)
+    believed = right.clone()
+    confused = (right == 6) & (torch.rand(rows, generator=generator) < 0.3)
+    believed[confused] = 0
+    law = Worth(rows, given)
+    one_pass(law)
+    return told(law, logits_for(believed, torch.full((rows,), min(0.95, 1.0 - rate))), given), wrong, confused
+
+
+def test_the_first_pass_has_every_row_once_in_an_order_of_its_seed():
+    law, same, other = (Worth(1000, labels(1000), seed=seed) for seed in (3, 3, 4))
+    first = torch.cat([law.draw(7, 0.0) for _ in range(142)])
+    assert torch.equal(first.sort().values.unique(), first.sort().values)
+    assert torch.equal(first, same.draw(994, 0.0))
+    assert not torch.equal(first, other.draw(994, 0.0))
+
+
+@pytest.mark.parametrize("progress", [0.1, 0.9])
+def test_nothing_that_sets_rows_apart_makes_passes_epochs(progress):
+    targets = torch.arange(2000) % CLASSES
+    law = Worth(2000, targets)
+    one_pass(law)
+    told(law, logits_for(targets, torch.full((2000,), 0.5)), targets)
+    for _ in range(3):
+        assert (one_pass(law, progress) == 1).all()
+
+
+def test_well_learned_rows_come_a_third_as_often_over_the_passes():
+    rows = 6000
+    law = Worth(rows, learned=1.0 / 3.0)
+    one_pass(law)
+    sure = torch.arange(rows) < rows // 2
+    law.update(torch.arange(rows), torch.where(sure, 0.0, 1.0))
+    counts = sum(one_pass(law) for _ in range(10))
+    assert int(counts.sum()) == pytest.approx(10 * rows, rel=0.01)
+    assert float(counts[~sure].float().mean() / counts[sure].float().mean()) == pytest.approx(3.0, rel=0.02)
+    assert counts[sure].max() - counts[sure].min() <= 1  # to within one: what is left over is not lost
+
+
+@pytest.mark.parametrize("targets", [None, torch.arange(3000) % CLASSES])
+def test_copies_share_the_draws_of_one_row_from_the_first_pass_on(targets):
+    copies = torch.where(torch.arange(3000) < 2000, 10, 1)
+    law = Worth(3000, targets, copies)
+    counts = sum(one_pass(law) for _ in range(10)).float()
+    assert float(counts.sum()) == pytest.approx(30_000, rel=0.01)
+    assert float(counts[2000:].mean() / counts[:2000].mean()) == pytest.approx(10.0, rel=0.03)
+    assert counts[2000:].max() - counts[2000:].min() <= 1
+
+
+def test_the_loader_finds_copies():
+    images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[[3, 5, 8]] = images[0].clone()
+    images[7] = images[1].clone()
+    images[7, 0, 3, 3] ^= 1
+    loader = ResidentLoader(SimpleNamespace(images=images, labels=torch.arange(9)), batch_size=3)
+    assert loader.copies().tolist() == [4, 1, 1, 4, 1, 4, 1, 1, 4]
+
+
+def test_no_class_gains_by_being_hard():
+    targets = labels(5000)
+    law = Worth(5000, targets, learned=1.0 / 3.0)
+    one_pass(law)
+    told(law, logits_for(targets, torch.where(targets < 3, 0.3, 0.999)), targets)
+    counts = torch.bincount(targets, weights=one_pass(law).double())
+    torch.testing.assert_close(counts, torch.bincount(targets).double(), rtol=0.05, atol=5.0)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.4])
+def test_wrong_labels_are_counted_and_seldom_drawn(rate):
+    law, wrong, confused = noisy(rate)
+    counts = one_pass(law).float()
+    assert law.noise == pytest.approx(rate, abs=0.03)
+    assert counts[wrong & ~confused].mean() < 0.02
+    assert counts[~wrong & ~confused].mean() > 0.9
+
+
+def test_honest_confusion_between_two_classes_is_not_noise():
+    law, _, confused = noisy(0.0)
+    counts = one_pass(law).float()
+    assert law.noise < NOISE
+    assert counts[confused].mean() > 0.9
+
+
+def test_a_model_that_is_not_sure_rejects_nothing():
+    law, wrong, _ = noisy(0.2)
+    targets = law.targets.long()
+    told(law, torch.randn(law.rows, CLASSES, generator=torch.Generator().manual_seed(0)) * 0.1, targets)
+    assert law.estimate_noise() == 0.0
+    law.noise = 0.2
+    assert law.worth()[wrong].mean() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("balance_from", [0.6, None])
+def test_classes_are_balanced_late_in_the_run_and_the_pass_is_cut_for_it(balance_from):
+    targets = torch.cat((torch.zeros(4000), torch.ones(400), torch.full((40,), 2.0))).long()
+    law = Worth(len(targets), targets, balance_from=balance_from)
+    told(law, torch.zeros(len(targets), 3), targets)
+    before = law.draw(1000, 0.59)
+    assert torch.bincount(targets[before]).tolist() == pytest.approx([900, 90, 9], abs=40)
+    after = torch.bincount(targets[law.draw(9000, 0.6)], minlength=3)
+    if balance_from is None:
+        assert after[0] > 7000
+    else:
+        assert after.tolist() == pytest.approx([3000, 3000, 3000], rel=0.05)
+
+
+def test_a_balanced_set_is_not_cut_short():
+    law = Worth(100, torch.arange(100) % CLASSES)
+    first = torch.cat((law.draw(50, 0.5), law.draw(50, 0.7)))
+    assert len(first.unique()) == 100
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        None,
+        torch.zeros(50, 3),
+        torch.rand(50),
+        torch.zeros(50, 4, 4, dtype=torch.int64),
+        torch.arange(50) - 1,
+        torch.zeros(50, dtype=torch.int64),
+    ],
+    ids=["none", "soft", "regression", "pixels", "ignored", "one class"],
+)
+def test_targets_of_any_kind(targets):
+    law = Worth(50, targets)
+    for progress in (0.0, 0.3, 0.7, 0.9):
+        index = law.draw(32, progress)
+        assert len(index) == 32
+        law.update(index, torch.rand(32), torch.zeros(32, 3))
+    assert law.noise == 0.0
+
+
+def test_what_is_not_finite_is_counted_and_a_repeated_row_keeps_its_last():
+    law = Worth(4)
+    law.update(torch.tensor([0, 1, 1, 2]), torch.tensor([torch.nan, 1.0, 2.0, torch.inf]))
+    assert law.invalid == 2
+    expected = torch.tensor([torch.nan, torch.nan, torch.nan, torch.nan])
+    expected[1] = torch.exp(torch.tensor(-2.0))
+    torch.testing.assert_close(law.probability, expected, equal_nan=True)
+
+
+def test_arguments_and_states_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="learned 0: wanted more than 0"):
+        Worth(5, learned=0)
+    with pytest.raises(UserError, match="0 rows to draw from"):
+        Worth(0)
+    with pytest.raises(UserError, match="a state of 5 rows: wanted one of 6"):
+        Worth(6).load_state_dict(Worth(5).state_dict())
+
+
+def test_the_policy_goes_on_from_its_state_bit_for_bit():
+    targets = labels(300)
+    generator = torch.Generator().manual_seed(2)
+    made = [(torch.rand(64, generator=generator), torch.randn(64, CLASSES, generator=generator)) for _ in range(30)]
+
+    def steps(policy, begin, end):
+        drawn = []
+        for step in range(begin, end):
+            policy.at(step / 30)
+            drawn.append(policy.choose(Offer(torch.arange(64), 0)).ids)
+            policy.observe(drawn[-1], *made[step])
+        return torch.stack(drawn)
+
+    whole, first, later = (AdaptivePolicy(seed=5) for _ in range(3))
+    for policy in (whole, first):
+        policy.prepare(300, targets)
+    expected = steps(whole, 0, 30)[17:]
+    steps(first, 0, 17)
+    later.load_state_dict(first.state_dict())  # before it knows the data
+    later.prepare(300, targets)
+    assert torch.equal(steps(later, 17, 30), expected)
+    with pytest.raises(UserError, match="knows 300 rows: wanted as many, given 299"):
+        later.prepare(299, targets[:299])
+
+
+def test_the_policy_says_what_it_assumed():
+    law = noisy(0.2)[0]
+    policy = AdaptivePolicy()
+    policy.prepare(law.rows, law.targets)
+    assert "20000 of 20000 rows were never trained on" in policy.warnings(None)[0]
+    law.draw(law.rows, 0.1)
+    policy.law = law
+    assert any("of the labels seem wrong" in text for text in policy.warnings(None))
+    stream = AdaptivePolicy()
+    stream.prepare(None)
+    assert stream.choose(Offer(torch.arange(4), 0)) is None
+    assert "rows without numbers" in stream.warnings(None)[0]
+    assert AdaptivePolicy(balance=False).balance is False
