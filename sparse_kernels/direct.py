@@ -24,7 +24,7 @@ _NO_STATS = RowStats()
 def _exchange() -> bool:
     """Whether C++ and this PyTorch share an exchange interface."""
     interface = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if interface is None or cpp_backend.unavailable() is not None:
+    if interface is None or not hasattr(_cpp, "use_exchange_api"):  # not built, or not since it is there
         return False
     return bool(_cpp.use_exchange_api(interface, Tensor, torch.nn.Parameter))
 
