@@ -9,7 +9,8 @@ To have it by name, enter it in POLICIES.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from sparse_training.gate import Gate
 from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable
 from sparse_training.loader import Batch, Choice, Offer
 from sparse_training.original import PackageLaw
+from sparse_training.ranks import own_seed, place
 from sparse_training.scorers import make_scorer
 from sparse_training.scoring import Scorer, Scores, forward
 from sparse_training.worth import NOISE, Worth
@@ -80,12 +82,15 @@ class Policy(nn.Module):
         """The fraction of rows that it aims to keep; None where it aims at none."""
         return None
 
-    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+    def prepare(
+        self, rows: int | None, targets: Tensor | None = None, copies: Callable[[], Tensor | None] | None = None
+    ) -> None:
         """Told before a run what it is about.
 
         Args:
             rows: of the data set; None where none can be had by its number.
             targets: [rows, ...], of all of them, where the loader holds them.
+            copies: asks the loader for int64 [rows], how many rows have the same inputs; ``Loader.copies``.
         """
         self.scorer.prepare(rows)
 
@@ -212,6 +217,9 @@ class GatePolicy(Policy):
     def select(self, scores: Scores | None, batch: Batch) -> Kept:
         if scores is None:
             return super().select(scores, batch)
+        if self.gate.capacity is None and batch.targets.device.type == "xla":  # a program for each number of rows kept
+            steady = self.gate.schedule is None and not self.gate.by_mass
+            self.gate.capacity = min(batch.rows, math.ceil(2 * self.rate * batch.rows)) if steady else batch.rows
         selection = self.gated(scores)
         inputs, targets = selection.take((batch.inputs, batch.targets))
         padded = self.gate.capacity is not None
@@ -452,7 +460,9 @@ class HistoryPolicy(Policy):
     def before_loading(self) -> bool:
         return True
 
-    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+    def prepare(
+        self, rows: int | None, targets: Tensor | None = None, copies: Callable[[], Tensor | None] | None = None
+    ) -> None:
         if rows is None:
             raise UserError(
                 f"the policy {self.name} asks for rows by their number: wanted data held in memory (ResidentLoader); "
@@ -579,10 +589,11 @@ class InfoBatchPolicy(HistoryPolicy):
 class AdaptivePolicy(Policy):
     """As many rows as are offered, of the whole data set, each as often as it is worth; see ``worth.Worth``.
 
-    Rows whose labels seem wrong come seldom, well-learned rows less often, and towards the end every class comes as
-    often as the others (``balance``; off where the classes' shares in the data are those that count). On data that
-    gives no reason for any of it this is an epoch as any other. It costs no forward pass. ``rate`` is not used, and
-    neither are the trainer's dense phases. Rows without numbers, of a stream, are all trained on as they come.
+    Rows whose labels seem wrong come seldom, copies of one input as often together as any other, and towards the end
+    every class as often as the others (``balance``; off where the classes' shares in the data are those that count).
+    On data that gives no reason for any of it this is an epoch as any other. It costs no forward pass. ``rate`` is not
+    used, and neither are the trainer's dense phases. Rows without numbers, of a stream, are trained on as they come.
+    Processes that train together, each on the whole data set, want seeds of their own.
     """
 
     name = "adaptive"
@@ -601,12 +612,16 @@ class AdaptivePolicy(Policy):
     def before_loading(self) -> bool:
         return True
 
-    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+    def prepare(
+        self, rows: int | None, targets: Tensor | None = None, copies: Callable[[], Tensor | None] | None = None
+    ) -> None:
         self._stream = rows is None
         if rows is None:
             return
         if self.law is None:
-            self.law = Worth(rows, targets, seed=self.seed, balance_from=0.6 if self.balance else None)
+            balance_from = 0.6 if self.balance else None
+            found = None if copies is None else copies()
+            self.law = Worth(rows, targets, found, seed=self.seed, balance_from=balance_from)
             if self._state is not None:
                 self.law.load_state_dict(self._state)
         elif self.law.rows != rows:
@@ -678,7 +693,8 @@ def make_policy(
 ) -> Policy:
     """A policy from its name, from a gate, or as it is.
 
-    A gate made here sees the loss the model is trained on: its ignore_index and label smoothing.
+    A gate made here sees the loss the model is trained on: its ignore_index and label smoothing; of several
+    processes of torch.distributed all share its threshold. Other policies made here draw by a seed of each process.
 
     Args:
         policy: a name in POLICIES, or policy@scorer, such as "gate@early:3", which is then its name; a Policy, or a
@@ -689,6 +705,7 @@ def make_policy(
         UserError: an unknown name, a rate outside (0, 1], a scorer for a policy that asks none or has its own, or two.
     """
     check_rate(rate)
+    rank, ranks = place()
     said = policy
     if isinstance(policy, str) and "@" in policy:
         if scorer is not None:
@@ -703,10 +720,11 @@ def make_policy(
         raise UserError(f"policy {policy!r}: wanted one of {', '.join(POLICIES)}")
     elif policy == "gate":
         known = ("ignore_index", "label_smoothing")
-        made = GatePolicy(rate, seed, **{name: getattr(loss, name) for name in known if hasattr(loss, name)})
+        shared = {name: getattr(loss, name) for name in known if hasattr(loss, name)}
+        made = GatePolicy(rate, seed, process_group="world" if ranks > 1 else None, **shared)
     else:
         kinds = POLICIES if scorer is None or scorer.before_loading else {**POLICIES, **BY_SCORES}
-        made = kinds[policy](rate, seed)
+        made = kinds[policy](rate, own_seed(seed, rank))
     if scorer is not None and not (scorer.before_loading and isinstance(made, HistoryPolicy)):
         if made.scored_by is None or isinstance(made, MaskedPolicy):
             raise UserError(f"scorer {scorer.name} for the policy {made.name}, which asks none: wanted no scorer")
