@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,22 @@ def test_the_derivation_of_the_row_statistics():
         )
         for name, value in found.items():
             torch.testing.assert_close(value, getattr(exact, name)[0], rtol=1e-12, atol=1e-12, msg=f"{name} {cuts}")
+
+
+def test_the_example_of_a_policy_runs_and_is_short():
+    """As it is written in CONTRIBUTING: three tenths of each batch, by an early layer."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    torch.manual_seed(0)
+    dataset = torch.utils.data.TensorDataset(torch.randn(1000, 20), torch.randint(0, 10, (1000,)))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10)
+    )
+    names = {"model": model, "loader": torch.utils.data.DataLoader(dataset, batch_size=100)}
+    exec(code, names)
+    assert names["history"].steps == 30
+    assert names["history"].rate == 0.3
+    assert names["trainer"].scorer.name == "early"
+    losses = torch.arange(100.0)
+    scores = types.SimpleNamespace(losses=losses)
+    assert sorted(names["Band"](rate=0.3).decide(scores).index.tolist()) == list(range(60, 90))

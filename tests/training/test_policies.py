@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
@@ -11,11 +12,15 @@ from sparse_training.gate import Gate
 from sparse_training.loader import Batch, Offer
 from sparse_training.policies import (
     POLICIES,
+    BatchImportancePolicy,
+    BatchInfoBatchPolicy,
     GatePolicy,
     ImportancePolicy,
     InfoBatchPolicy,
+    MaskedPolicy,
     Policy,
     RandomPolicy,
+    TopKPolicy,
     make_policy,
 )
 from sparse_training.significance import Significance
@@ -110,6 +115,80 @@ def test_the_gate_sees_the_loss_that_is_trained_on():
         kept = scored(policy, some)
     assert len(kept.targets)
     assert not (kept.targets == 2).any()
+
+
+def test_topk_keeps_the_largest_losses_and_none_that_is_not_a_number():
+    some = batch(64)
+    some.inputs[5] = torch.nan
+    losses = nn.functional.cross_entropy(some.inputs, some.targets, reduction="none")
+    kept = scored(TopKPolicy(0.25), some)
+    assert kept.rows == 16
+    assert sorted(losses[kept.positions].tolist()) == sorted(losses.nan_to_num(-1).topk(16).values.tolist())
+    assert torch.equal(kept.positions, kept.positions.sort().values)
+    assert kept.weight is None
+
+
+@pytest.mark.parametrize("policy", [BatchImportancePolicy(0.3), BatchInfoBatchPolicy()], ids=lambda policy: policy.name)
+def test_rows_drawn_within_a_batch_estimate_its_mean_without_bias(policy):
+    some = batch(128)
+    loss = nn.functional.cross_entropy(some.inputs, some.targets, reduction="none")
+    estimates, counts = [], []
+    for _ in range(600):
+        kept = scored(policy, some)
+        assert len(set(kept.positions.tolist())) == kept.rows
+        # Of something other than what they are drawn by, for that has no variance.
+        estimates.append((loss.square()[kept.positions] * kept.weight).sum() / kept.divisor)
+        counts.append(kept.rows)
+    estimates = torch.stack(estimates)
+    error = estimates.std() / len(estimates) ** 0.5
+    assert abs(estimates.mean() - loss.square().mean()) < 4 * error
+    assert 0 < error < 0.05 * loss.square().mean()
+    if policy.name == "importance":
+        assert max(abs(count - 0.3 * 128) for count in counts) <= 1
+    else:
+        learned = int((loss < loss.mean()).sum())
+        assert max(abs(count - (128 - learned / 2)) for count in counts) <= 1
+
+
+def test_within_a_batch_as_beyond_it_drawing_goes_on_from_its_state():
+    policy, some = BatchImportancePolicy(0.3, seed=1), batch(64)
+    scored(policy, some)
+    other = BatchImportancePolicy(0.3, seed=2)
+    other.load_state_dict(policy.state_dict())
+    assert torch.equal(scored(policy, some).positions, scored(other, some).positions)
+
+
+def test_losses_that_are_all_nought_are_drawn_evenly():
+    p = BatchImportancePolicy(0.25).probability(torch.zeros(16))
+    assert torch.allclose(p, torch.full((16,), 0.25))
+
+
+def test_the_masked_step_is_the_originals():
+    """By hand: 0.7 CE + 0.3 H above 3, or the top tenth; masked losses over their number; twice a forward, all back."""
+    policy, some = MaskedPolicy(0.4), batch(64)
+    with FlopCounterMode(display=False) as counter:
+        model = nn.Linear(5, 5)
+        policy.scorer.attach(model, nn.CrossEntropyLoss(reduction="none"), device=torch.device("cpu"))
+        kept = policy.select(policy.score(some), some)
+        losses = nn.functional.cross_entropy(model(kept.inputs), kept.targets, reduction="none")
+        ((losses * kept.weight).sum() / kept.divisor).backward()
+    one = 2 * 64 * 5 * 5
+    assert counter.get_total_flops() == 3 * one  # forward twice; the layer's inputs ask for no gradient
+    logits = model(some.inputs).detach()
+    p = logits.softmax(1)
+    significance = 0.7 * nn.functional.cross_entropy(logits, some.targets, reduction="none")
+    significance -= 0.3 * (p * (p + 1e-8).log()).sum(1)
+    mask = significance > 3.0
+    if mask.sum() < 6:
+        mask = significance >= significance.topk(6).values[-1]
+    assert torch.equal(kept.weight, mask.float())
+    assert kept.inputs is some.inputs
+    assert (kept.rows, kept.divisor) == (int(mask.sum()), int(mask.sum()))
+    rate = 0.1 * kept.rows / 64 + 0.9 * 0.4
+    assert float(policy.law.rate) == pytest.approx(rate)
+    assert float(policy.law.threshold) == pytest.approx(3.0 + 0.0051 * (rate - 0.4))
+    assert "for comparison only" in policy.warnings(0.1)[0]
+    assert list(policy.likely_rows(64)) == [64]
 
 
 def test_the_clock_is_told_what_may_be_kept():
