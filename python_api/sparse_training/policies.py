@@ -588,6 +588,7 @@ class AdaptivePolicy(Policy):
     every class as often as the others (``balance``; off where the classes' shares in the data are those that count).
     On data that gives no reason for any of it this is an epoch as any other. It costs no forward pass. ``rate`` is not
     used, and neither are the trainer's dense phases. Rows without numbers, of a stream, are trained on as they come.
+    Processes that train together, each on the whole data set, want seeds of their own.
     """
 
     name = "adaptive"

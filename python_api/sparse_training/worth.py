@@ -95,17 +95,16 @@ class Worth:
             losses: [n]. One that is not finite is counted, and its row stays what it was.
             logits: [n, classes]; of any other shape, the label's probability is exp(-loss).
         """
-        probability = (-losses.detach().float()).exp().clamp(max=1.0)
-        rows = index.detach().cpu()
-        predicted = torch.full(rows.shape, -1, dtype=torch.int32)
-        known = isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] >= self.classes
-        if known and self.targets is not None:
-            p = logits.detach().float().softmax(1)
+        rows, losses = index.detach().cpu(), losses.detach().float().cpu()
+        if self.targets is not None and isinstance(logits, Tensor) and _one_a_class(logits, self.classes):
+            p = logits.detach().float().softmax(1).cpu()
             largest, at = p.max(1)
-            predicted = torch.where(largest > SURE, at, -1).int().cpu()
-            probability = p.gather(1, self.targets[rows].long().to(p.device)[:, None]).squeeze(1)
-        probability = probability.cpu()
-        finite = losses.detach().isfinite().cpu() & probability.isfinite()
+            predicted = torch.where(largest > SURE, at, -1)
+            probability = p.gather(1, self.targets[rows].long()[:, None]).squeeze(1)
+        else:
+            predicted = torch.full_like(rows, -1)
+            probability = (-losses).exp().clamp(max=1.0)
+        finite = (losses + probability).isfinite()
         if not finite.all():
             self.invalid += int((~finite).sum())
             rows, probability, predicted = rows[finite], probability[finite], predicted[finite]
@@ -193,6 +192,10 @@ class Worth:
         for name in self._KEPT:
             value = state[name]
             setattr(self, name, value.cpu().clone() if isinstance(value, Tensor) else value)
+
+
+def _one_a_class(logits: Tensor, classes: int) -> bool:
+    return logits.ndim == 2 and logits.shape[1] >= classes
 
 
 def _classes(targets: Tensor | None, rows: int) -> Tensor | None:
