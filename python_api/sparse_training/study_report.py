@@ -349,14 +349,21 @@ def _energy_rows(result: Result) -> tuple[list[tuple[str, ...]], list[tuple[str,
     for task in result["tasks"].values():
         for arm, by_fraction in task["arms"].items():
             arms[arm] += by_fraction["1"]
-    present = [k for k in known if any(run.get(k[0]) is not None for runs in arms.values() for run in runs)]
+    whole = [run for runs in arms.values() for run in runs]
+    present = [kind for kind in known if any(_amount(run, kind[0], kind[2]) is not None for run in whole)]
     for arm, runs in arms.items():
         cells = [arm]
-        for key, _, _ in present:
-            values = [run[key] for run in runs if run.get(key) is not None]
+        for key, _, how in present:
+            values = [value for run in runs if (value := _amount(run, key, how)) is not None]
             cells.append(f"{fmean(values):.4g}" if values else "–")
         rows.append(tuple(cells))
     return (rows if present else []), [("arm", ""), *((heading, how) for _, heading, how in present)]
+
+
+def _amount(run: Mapping[str, Any], key: str, how: str) -> float | None:
+    """What a run took of something, None where nobody measured or counted it."""
+    found: float | None = (run.get(key) or {}).get(how)
+    return found
 
 
 def page(result: Result) -> str:
