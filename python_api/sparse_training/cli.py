@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,10 +41,11 @@ from sparse_training.scoring import PRECISIONS
 from sparse_training.store import CALIBRATION
 from sparse_training.study_report import PAGE, load_study, print_calibration, print_study, write_study
 from sparse_training.tasks import TASKS
+from sparse_training.tensorboard import TensorBoard
 from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
 BUDGETS = ("epochs", "steps", "rows", "seconds")
-OPTIONS, MODEL, RESULT = "options.json", "model.pt", "result.json"
+OPTIONS, MODEL, RESULT, BOARD = "options.json", "model.pt", "result.json", "tensorboard"
 
 
 class _Positive(click.FloatRange):
@@ -253,6 +254,7 @@ def cli() -> None:
 @click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Of training.")
 @click.option("--compile", is_flag=True, help="Compile the model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's scalars into the run's folder.")
 @click.option("--checkpoint-every", type=COUNT, help="Steps.  [default: at the end, and when stopped]")
 @click.pass_obj
 def train(context: _Context, /, out: str | None, **options: Any) -> None:
@@ -389,7 +391,14 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
         **facts,
     )
     _start(folder, options, resume)
-    with _Display(total=1) as display:
+    board = TensorBoard(folder / BOARD, trainer.optimizer) if options.get("tensorboard") else None
+
+    def tell(status: Status) -> None:
+        display.update(options["policy"], seed, status)
+        if board is not None:
+            board(status)
+
+    with _Display(total=1) as display, board or nullcontext():
         history = trainer.fit(
             loader,
             **budget,
@@ -397,7 +406,7 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
             checkpoint=folder,
             every=options["checkpoint_every"],
             resume=resume,
-            progress=lambda status: display.update(options["policy"], seed, status),
+            progress=tell,
             stop=context.signals.stop,
         )
     if history.interrupted:
