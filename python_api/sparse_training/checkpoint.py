@@ -7,6 +7,7 @@ is checked first, for PyTorch's own reader does not notice a damaged tensor.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -28,17 +29,26 @@ _HEADER = len(MAGIC) + 64 + 1  # the digest in hexadecimal, a line's end
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    """Write a file so that a crash leaves the old one or the new one, never half of one.
+
+    Raises:
+        UserError: it cannot be written, for want of space or otherwise; the old one is still there.
+    """
     _write(path, lambda file: file.write(data))
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        fill(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk, a limit: what was there stays, and half a file is not left to fill it
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     if hasattr(os, "O_DIRECTORY"):  # POSIX: the new name must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -77,12 +87,17 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint; the one it replaces is kept beside it as ``<name>.prev``.
 
     It goes straight to the disk: a table of 100 million scores is not held in memory twice.
+
+    Raises:
+        UserError: it cannot be written; the one before is still there, under either name.
     """
 
     def fill(file: BinaryIO) -> None:
         hashed = _Hashed(file)
         file.write(MAGIC + hashed.hexdigest() + b"\n")
         torch.save(dict(state), hashed)  # type: ignore[arg-type]  # it writes and flushes, no more
+        if hashed.failed is not None:
+            raise hashed.failed
         file.seek(len(MAGIC))
         file.write(hashed.hexdigest())
 
@@ -92,17 +107,30 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 class _Hashed:
-    """A file to write to that keeps the digest of what was written."""
+    """A file to write to that keeps the digest of what was written, and the first failure to write it.
+
+    ``torch.save`` would make another exception of it, which no longer says that the disk is full.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self.failed: OSError | None = None
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
+        if self.failed is None:
+            try:
+                self.digest.update(data)
+                return self.file.write(data)
+            except OSError as error:
+                self.failed = error
+        return len(data)
 
     def flush(self) -> None:
-        self.file.flush()
+        if self.failed is None:
+            try:
+                self.file.flush()
+            except OSError as error:
+                self.failed = error
 
     def hexdigest(self) -> bytes:
         return self.digest.hexdigest().encode()

@@ -43,6 +43,7 @@ from sparse_training.study_report import load_study, print_calibration, print_st
 from sparse_training.tasks import TASKS
 from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
+BUDGETS = ("epochs", "steps", "rows", "seconds")
 OPTIONS, MODEL, RESULT = "options.json", "model.pt", "result.json"
 
 
@@ -236,11 +237,16 @@ def cli() -> None:
 @PRECISION
 @click.option("--policy", default="gate", callback=_policy, help=f"{', '.join(POLICIES)}, or policy@scorer.")
 @click.option("--scorer", callback=_scorer, help=f"What rows are judged by: {SCORER_FORMS}.  [default: policy's]")
-@click.option("--epochs", type=POSITIVE, help="Budget; one of the three is wanted.")
+@click.option("--epochs", type=POSITIVE, help="Budget; one of the four is wanted.")
 @click.option("--steps", type=COUNT, help="Budget.")
+@click.option("--rows", type=COUNT, help="Budget: gone through, trained on or not.")
 @click.option("--seconds", type=POSITIVE, help="Budget, on the calibrated clock.")
 @click.option("--schedule", type=click.Choice(SHAPES), default="cosine")
+@click.option("--accumulate", type=COUNT, default=1, help="Batches an optimiser step.")
 @click.option("--clip-norm", type=POSITIVE, help="Largest norm of the gradient.")
+@click.option("--ema", type=FRACTION, help="Decay of an average of the weights, to be tested and kept.")
+@click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Of training.")
+@click.option("--compile", is_flag=True, help="Compile the model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--checkpoint-every", type=COUNT, help="Steps.  [default: at the end, and when stopped]")
 @click.pass_obj
@@ -333,11 +339,12 @@ def report(folder: str) -> None:
 
 
 def _train(context: _Context, folder: Path, options: dict[str, Any], resume: bool = False) -> None:
-    budget = {name: options[name] for name in ("epochs", "steps", "seconds")}
+    budget: dict[str, Any] = {name: options.get(name) for name in BUDGETS}
     given = [name for name, amount in budget.items() if amount is not None]
     if len(given) != 1:
         raise UserError(
-            f"{' and '.join(f'--{name}' for name in given) or 'no budget'}: wanted one of --epochs, --steps, --seconds"
+            f"{' and '.join(f'--{name}' for name in given) or 'no budget'}: "
+            f"wanted one of {', '.join(f'--{name}' for name in BUDGETS)}"
         )
     device = _prepare(options)
     data = load_data(options["data"], options["root"])
@@ -357,10 +364,15 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
                 "anneal",
                 "lr",
                 "schedule",
+                "accumulate",
                 "clip_norm",
+                "ema",
                 "precision",
+                "amp",
+                "compile",
                 "seed",
             )
+            if name in options
         },
     )
     facts: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
@@ -392,13 +404,15 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
         "run": history.to_dict(),
     }
     files.write_json(folder / RESULT, result)
-    files.write_torch(folder / MODEL, trainer.model.state_dict())
+    files.write_torch(folder / MODEL, trainer.update.evaluated.state_dict())
     final, rate = history.evals[-1], history.rate
     kept = "" if rate is None else f", {rate:.1%} of the rows kept in the sparse phase"
     print(
         f"accuracy {final['accuracy']:.2%} after {history.steps} steps, {history.seconds:.1f} s, "
         f"{int(history.rows_trained)} of {history.rows_seen} rows trained on{kept}"
     )
+    joules = "no meter of joules" if history.joules is None else f"{history.joules:.1f} J measured ({history.meter})"
+    print(f"{sum(history.operations.values()):.3g} FLOPs counted, {joules}")
     for warning in history.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"written: {folder / MODEL}, {folder / RESULT}, {folder / CHECKPOINT}")
@@ -503,7 +517,8 @@ def _new_folder(out: str | None, command: str) -> Path:
         UserError: it exists and is not an empty folder.
     """
     folder = Path(out) if out is not None else Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # Of a run that was killed before it began nothing may be left but half a file of its options.
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {OPTIONS + ".tmp"}):
         raise UserError(f"{folder} exists and is not empty: wanted a new folder, or: sparse-train resume {folder}")
     return folder
 

@@ -26,6 +26,9 @@ class History:
     trace: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # step, rate, threshold
     seconds: float = 0.0
     raw_seconds: float = 0.0
+    joules: float | None = None  # measured, without evaluation; None where there is no meter
+    meter: str = "no meter"
+    operations: dict[str, float] = field(default_factory=dict)  # counted: "score" and "train"
     warnings: list[str] = field(default_factory=list)
     interrupted: bool = False
     selected: Tensor | None = None  # int32 [rows of the data set]: times kept in the sparse phase,
@@ -55,6 +58,8 @@ class History:
                 {"step": step, "rate": float(rate), "threshold": float(threshold)}
                 for step, rate, threshold in self.trace
             ],
+            "joules": {"measured": self.joules, "by": self.meter},
+            "flops": {"counted": sum(self.operations.values()), **self.operations},
             "warnings": list(self.warnings),
         }
 

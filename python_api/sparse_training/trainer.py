@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from sparse_training import checkpoint as files
 from sparse_training.clock import Clock, calibrate
 from sparse_training.criterion import Criterion, Loss
+from sparse_training.energy import Energy, Meter, Operations, find_meter
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.loader import Batch, Loader, Offer, StreamLoader
@@ -133,6 +134,7 @@ class SparseTrainer:
             self.model, self.optimizer,
             device=self.device, amp=self.amp, clip_norm=clip_norm, accumulate=accumulate, ema=ema,
         )  # fmt: skip
+        self.operations = Operations()
         self.compiled = compile
         self.compile()
         self._checked = False
@@ -169,12 +171,16 @@ class SparseTrainer:
     def step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, Kept]:
         """Load, score, select and train on one item of the loader."""
         if self.criterion.rows == "elements":
-            return self._step_on_elements(policy, loader.load(item))
+            samples = loader.load(item)
+            with self.operations.of("train", samples.rows):
+                return self._step_on_elements(policy, samples)
         batch = loader.load(item, policy.choose(loader.offer(item)))
         if not self._checked:
             self.check(batch)
-        kept = policy.select(policy.score(batch), batch)
-        self.report(self.policy, batch, kept, self.learn(kept))
+        with self.operations.of("score", batch.rows, policy.name):
+            kept = policy.select(policy.score(batch), batch)
+        with self.operations.of("train", kept.targets.shape[0]):
+            self.report(self.policy, batch, kept, self.learn(kept))
         return batch, kept
 
     def _step_on_elements(self, policy: Policy, samples: Batch) -> tuple[Batch, Kept]:
@@ -314,6 +320,7 @@ class SparseTrainer:
         evaluate: Iterable[Any] | Callable[[nn.Module], Mapping[str, float]] | None = None,
         evaluations: int = 20,
         clock: Clock | None = None,
+        meter: Meter | None = None,
         checkpoint: str | Path | None = None,
         every: int | None = None,
         resume: bool = False,
@@ -328,6 +335,7 @@ class SparseTrainer:
             seconds: of the clock; without a clock given, one is calibrated first.
             evaluate: data, or a function of the model; done so many ``evaluations`` times a run,
                 evenly spaced, the last at its end. Evaluation is not charged to the clock.
+            meter: of joules; by default what can be read here, see ``energy``. Evaluation is not in them.
             checkpoint: folder for checkpoint.pt, written after ``every`` so many steps, when
                 stopped, and at the end.
             resume: go on from the folder's checkpoint, bit for bit; start if there is none.
@@ -345,12 +353,13 @@ class SparseTrainer:
         previous = path is not None and (path.exists() or files.previous_of(path).exists())
         if previous and not resume:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
-        history = History()
+        history, self.operations = History(), Operations()
+        energy = Energy(meter or find_meter(self.device))
         elements = self.criterion.rows == "elements"
         self.policy.prepare(*(None, None) if elements else (loader.size, loader.labels))
         if path is not None and previous:
             clock = clock or Clock()
-            self._restore(files.load(path, self.device), settings, loader, history, clock)
+            self._restore(files.load(path, self.device), settings, loader, history, clock, energy)
         elif clock is None:
             clock = Clock(calibrate(self, loader) if kind == "seconds" and not elements else None)
         elif clock.costs is not None and elements:
@@ -365,11 +374,19 @@ class SparseTrainer:
 
         def save() -> None:
             if path is not None:
-                files.save(path, self._state(settings, loader, history, clock))
+                files.save(path, self._state(settings, loader, history, clock, energy))
+
+        def pause() -> None:
+            clock.stop(self.device)
+            energy.stop()
+
+        def go_on() -> None:
+            energy.start()
+            clock.start()
 
         items = _endless(loader)
         latest = history.evals[-1] if history.evals else None
-        clock.start()
+        go_on()
         fraction = done()
         while fraction < 1.0:
             phase = self.schedule.phase(fraction) if self.policy.phased else "sparse"
@@ -387,20 +404,21 @@ class SparseTrainer:
                 history.trace.append((history.steps, *point))
             due = int(min(fraction, 1.0) * evaluations) > len(history.evals)
             if evaluate is not None and (due or fraction >= 1.0):
-                clock.stop(self.device)
+                pause()
                 latest = self._evaluation(evaluate, history, clock)
-                clock.start()
+                go_on()
             if progress is not None:
                 progress(Status(fraction, phase, history.steps, clock.seconds, latest, policy))
             history.interrupted = stop is not None and stop() and fraction < 1.0
             if history.interrupted:
                 break
             if every and history.steps % every == 0 and fraction < 1.0:
-                clock.stop(self.device)
+                pause()
                 save()
-                clock.start()
-        clock.stop(self.device)
+                go_on()
+        pause()
         history.seconds, history.raw_seconds = clock.seconds, clock.raw_seconds
+        history.joules, history.meter, history.operations = energy.joules, energy.source, self.operations.total
         save()
         if not history.interrupted:
             history.warnings = self.policy.warnings(history.rate)
@@ -489,7 +507,9 @@ class SparseTrainer:
             "rows": loader.size,
         }
 
-    def _state(self, settings: dict[str, Any], loader: Loader, history: History, clock: Clock) -> dict[str, Any]:
+    def _state(
+        self, settings: dict[str, Any], loader: Loader, history: History, clock: Clock, energy: Energy
+    ) -> dict[str, Any]:
         return {
             "settings": settings,
             "model": self.model.state_dict(),
@@ -497,6 +517,8 @@ class SparseTrainer:
             "policy": self.policy.state_dict(),
             "loader": loader.state_dict(),
             "clock": clock.state_dict(),
+            "energy": energy.state_dict(),
+            "operations": self.operations.state_dict(),
             "history": history.state_dict(),
             "rng": files.rng_state(self.device),
         }
@@ -508,6 +530,7 @@ class SparseTrainer:
         loader: Loader,
         history: History,
         clock: Clock,
+        energy: Energy,
     ) -> None:
         differing = [name for name, value in settings.items() if state["settings"].get(name) != value]
         if differing:
@@ -518,6 +541,8 @@ class SparseTrainer:
         self.policy.load_state_dict(state["policy"])
         loader.load_state_dict(state["loader"])
         clock.load_state_dict(state["clock"])
+        energy.load_state_dict(state["energy"])
+        self.operations.load_state_dict(state["operations"])
         vars(history).update(state["history"], interrupted=False)
         files.set_rng_state(state["rng"], self.device)
 

@@ -37,7 +37,10 @@ def test_train_writes_a_model_a_result_and_a_checkpoint(here, capsys, policy):
     assert run["steps"] == 20 * 6
     assert run["evals"][-1]["accuracy"] > 0.6
     assert set(torch.load("out/model.pt", weights_only=True)) == {"2.weight", "2.bias"}
-    assert f"accuracy {run['evals'][-1]['accuracy']:.2%} after 120 steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"accuracy {run['evals'][-1]['accuracy']:.2%} after 120 steps" in out
+    assert f"{run['flops']['counted']:.3g} FLOPs counted, " in out
+    assert run["flops"]["counted"] > 0
 
 
 def test_a_run_without_a_name_goes_under_runs(here):
@@ -157,7 +160,7 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train", "no budget: wanted one of --epochs, --steps, --seconds"),
+        ("train", "no budget: wanted one of --epochs, --steps, --rows, --seconds"),
         ("train --steps 3 --epochs 2", "--epochs and --steps: wanted one of"),
         ("train --steps 0", "--steps"),
         ("train --seconds -1", "--seconds"),
