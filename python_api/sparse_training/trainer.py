@@ -23,6 +23,7 @@ from sparse_training.policies import Kept, Policy, make_policy
 from sparse_training.record import History, Status
 from sparse_training.schedules import Schedule
 from sparse_training.scoring import PRECISIONS, Scorer, Scores, SelfScorer, evaluation_statistics, forward
+from sparse_training.spending import Spending
 from sparse_training.update import Update
 
 CHECKPOINT = "checkpoint.pt"
@@ -135,6 +136,7 @@ class SparseTrainer:
             device=self.device, amp=self.amp, clip_norm=clip_norm, accumulate=accumulate, ema=ema,
         )  # fmt: skip
         self.operations = Operations()
+        self.spending: Spending | None = None
         self.compiled = compile
         self.compile()
         self._checked = False
@@ -320,6 +322,7 @@ class SparseTrainer:
         evaluate: Iterable[Any] | Callable[[nn.Module], Mapping[str, float]] | None = None,
         evaluations: int = 20,
         clock: Clock | None = None,
+        within: tuple[float, str] | None = None,
         meter: Meter | None = None,
         checkpoint: str | Path | None = None,
         every: int | None = None,
@@ -335,6 +338,8 @@ class SparseTrainer:
             seconds: of the clock; without a clock given, one is calibrated first.
             evaluate: data, or a function of the model; done so many ``evaluations`` times a run,
                 evenly spaced, the last at its end. Evaluation is not charged to the clock.
+            within: what all of the run's steps are to take, with its unit: (2e15, "flops") or (60.0, "seconds") of the
+                clock; the rate of the sparse phase follows what is left of it. Wants a budget of steps or epochs.
             meter: of joules; by default what can be read here, see ``energy``. Evaluation is not in them.
             checkpoint: folder for checkpoint.pt, written after ``every`` so many steps, when
                 stopped, and at the end.
@@ -348,22 +353,32 @@ class SparseTrainer:
         """
         loader = self.loader(train)
         kind, budget = self._budget(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
-        settings = self._settings(loader, kind, budget)
+        settings = {**self._settings(loader, kind, budget), "within": str(within)}
         path = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
         previous = path is not None and (path.exists() or files.previous_of(path).exists())
         if previous and not resume:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history, self.operations = History(), Operations()
+        state = None
         energy = Energy(meter or find_meter(self.device))
         elements = self.criterion.rows == "elements"
         self.policy.prepare(*(None, None) if elements else (loader.size, loader.labels))
         if path is not None and previous:
             clock = clock or Clock()
-            self._restore(files.load(path, self.device), settings, loader, history, clock, energy)
+            state = files.load(path, self.device)
+            self._restore(state, settings, loader, history, clock, energy)
         elif clock is None:
-            clock = Clock(calibrate(self, loader) if kind == "seconds" and not elements else None)
+            timed = kind == "seconds" or (within is not None and within[1] == "seconds")
+            clock = Clock(calibrate(self, loader) if timed and not elements else None)
         elif clock.costs is not None and elements:
             raise UserError('a calibrated clock with rows="elements": wanted Clock(), of raw seconds')
+        self.spending = None
+        if within is not None:
+            if kind != "steps":
+                raise UserError(f"within {within[0]:g} {within[1]} and a budget of {kind}: wanted steps or epochs")
+            self.spending = Spending(self, loader, *within, steps=int(budget), costs=clock.costs)
+            if state is not None:
+                self.spending.load_state_dict(state["spending"])
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -384,6 +399,9 @@ class SparseTrainer:
             energy.start()
             clock.start()
 
+        def spent() -> float:
+            return clock.seconds if within and within[1] == "seconds" else sum(self.operations.total.values())
+
         items = _endless(loader)
         latest = history.evals[-1] if history.evals else None
         go_on()
@@ -393,8 +411,13 @@ class SparseTrainer:
             self.set_learning_rate(self.schedule.factor(fraction))
             policy = self.policy if phase == "sparse" else self.dense
             policy.at(fraction)
+            steered = self.spending if phase == "sparse" else None
+            if steered is not None:
+                steered.before(policy, spent())
             batch, kept = self.step(policy, loader, next(items))
             clock.charge(policy.name, batch.rows, kept.targets.shape[0], batch.offered, observer=self.policy.name)
+            if steered is not None:
+                steered.after(spent())
             self._record(history, phase, loader, batch, kept)
             fraction = done()
             if fraction >= 1.0:
@@ -422,6 +445,8 @@ class SparseTrainer:
         save()
         if not history.interrupted:
             history.warnings = self.policy.warnings(history.rate)
+            if self.spending is not None:
+                history.warnings += self.spending.warnings()
         return history
 
     def _evaluation(
@@ -519,6 +544,7 @@ class SparseTrainer:
             "clock": clock.state_dict(),
             "energy": energy.state_dict(),
             "operations": self.operations.state_dict(),
+            "spending": None if self.spending is None else self.spending.state_dict(),
             "history": history.state_dict(),
             "rng": files.rng_state(self.device),
         }
