@@ -8,6 +8,7 @@ Small, it launches each kernel once or twice: what compute-sanitizer is run on. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 import sparse_kernels as sk
+from sparse_kernels import backends, control_law
+from sparse_kernels.ops import gate_step
 
 SHAPES = [(130, 10), (1000, 21), (64, 1000), (6, 4097), (2, 151936), (4, 21, 32, 33)]  # the last one: classes in dim 1
 SMALL = [(37, 10), (5, 1000), (2, 4097), (2, 21, 4, 5)]
-ROWS = [1, 1000, 65536, 65537, 1 << 20]  # about where one launch no longer serves, and above
+ROWS = [1, 1000, 65536, 65537, 1 << 20]  # about where tiles end and shares begin, and above
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -94,6 +97,33 @@ def packing(device: str, backend: str | None, rows: int) -> Iterator[tuple]:
         yield f"scatter {rows}, capacity {capacity}", float(not same), 0.0
 
 
+def steps(device: str, rows: int) -> Iterator[tuple]:
+    """A gate's step in as few launches as there are: its own decisions packed exactly, and the law in float64."""
+    for settings in ({}, {"by_mass": True}, {"gate_temperature": 0.5, "p_min": 0.01}):
+        logits, labels = torch.randn(rows, 5), torch.randint(0, 5, (rows,))
+        logits[::97, 2], labels[::11] = torch.nan, -100
+        state = control_law.initial_state(torch.tensor(2.0, device=device))
+        setpoint = torch.tensor(0.3, device=device)
+        for number in range(3):
+            before = [x.cpu().clone() for x in state]
+            given = (logits.to(device), labels.to(device), state, setpoint)
+            gated, found, _ = gate_step(*given, weights={"loss": 1.0}, capacity=rows // 3, **settings)
+            kept = gated.mask.cpu().nonzero().squeeze(-1)
+            filled = min(len(kept), rows // 3)
+            same = torch.equal(found.index[:filled].cpu(), kept[:filled]) and int(found.overflow) == len(kept) - filled
+            same &= int(gated.invalid) == int(gated.significance.isnan().sum())
+            yield f"step {number} of {settings}, packed", float(not same), 0.0
+            significance, mass = gated.significance.double().cpu(), gated.stats.grad_norm
+            exact = sk.ControlState(before[0].double(), before[1])
+            soft = {name: value for name, value in settings.items() if name != "by_mass"}
+            batch = control_law.summarise(
+                significance, labels != -100, None if mass is None else mass.double().cpu(), exact.values[0], **soft
+            )
+            exact = control_law.advance(exact, batch, setpoint.double().cpu(), found.overflow.cpu())
+            yield f"step {number} of {settings}, state", relative(state.values, exact.values), 1e-3
+            yield f"step {number} of {settings}, counters", relative(state.counters, exact.counters), 0.0
+
+
 def checks(device: str, small: bool) -> Iterator[tuple[str, Iterator[tuple]]]:
     score, pack = ("triton", "cuda") if device == "cuda" else (None, None)
     for dtype in DTYPES[:2] if small else DTYPES:
@@ -102,6 +132,8 @@ def checks(device: str, small: bool) -> Iterator[tuple[str, Iterator[tuple]]]:
     yield "gate_rows", decisions(device, score)
     for rows in (1000, 70000) if small else ROWS:
         yield "packing", packing(device, pack, rows)
+    for rows in (1000, 9000, 70000) if small else ROWS:
+        yield "gate_step", steps(device, rows)
 
 
 def compare(what: str, found: Iterator[tuple], errors: list[bool]) -> str:
@@ -126,10 +158,11 @@ def main() -> int:
     torch.manual_seed(seed)
     errors: list[bool] = []
     not_served: dict[str, str] = {}
-    for what, found in checks(options.device, options.small):
-        reason = compare(what, found, errors)
-        if reason:
-            not_served[what.split()[0]] = reason
+    with backends.forced("cuda") if options.device == "cuda" else contextlib.nullcontext():  # where none is named
+        for what, found in checks(options.device, options.small):
+            reason = compare(what, found, errors)
+            if reason:
+                not_served[what.split()[0]] = reason
     for what, reason in not_served.items():
         print(f"not served: {what}: {reason}")
     hold = len(errors) - sum(errors)

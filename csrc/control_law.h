@@ -2,8 +2,7 @@
 // The specification, with the derivation, is sparse_kernels/control_law.py; names are the same.
 //
 // Sums are kept in double, so that they may be taken in any order; the law itself is float, as its
-// state is. A kernel accumulates ControlSums over rows, merges them, and one thread calls
-// control_advance.
+// state is. A kernel accumulates sums over rows, merges them, and one thread calls control_advance.
 //
 // Hazards: a threshold of -inf makes every excess infinite, so rows that do not count are left out
 // by selection, never by a factor of 0; NaN is kept out where a row is added, and a threshold that
@@ -43,23 +42,28 @@ struct ControlSettings {
   float p_min;
 };
 
-// What a batch's rows add up to. A row counts by its mass, 1 where the set-point is a rate.
-struct ControlSums {
-  double mass = 0;      // of the valid rows
-  double mass_sq = 0;   // sum of their squares
-  double kept = 0;      // mass of the rows kept; a soft gate's expectation
-  double selected = 0;  // mass above the threshold
-  double rejected = 0;  // the other valid mass
-  double finite = 0;    // mass of the rows of finite significance, which alone count below
-  double total = 0;     // of mass times significance
-  double excess = 0;    // of mass times the way above the threshold
-  double deficit = 0;   // of mass times the way below it
+// What a batch's rows add up to. A row counts by its mass, 1 where the set-point is a rate. Some
+// hundreds of rows of mass 1 may be summed in float, on their way to a sum in double.
+template <class Real>
+struct ControlSumsOf {
+  Real mass = 0;      // of the valid rows
+  Real mass_sq = 0;   // sum of their squares
+  Real kept = 0;      // mass of the rows kept; a soft gate's expectation
+  Real selected = 0;  // mass above the threshold
+  Real rejected = 0;  // the other valid mass
+  Real finite = 0;    // mass of the rows of finite significance, which alone count below
+  Real total = 0;     // of mass times significance
+  Real excess = 0;    // of mass times the way above the threshold
+  Real deficit = 0;   // of mass times the way below it
   float low = INFINITY;
   float high = -INFINITY;
   int64_t invalid = 0;  // rows of NaN
 };
+using ControlSums = ControlSumsOf<double>;
 
-SPARSE_KERNELS_HOST_DEVICE inline void control_merge(ControlSums& sums, const ControlSums& other) {
+template <class Real, class Part>
+SPARSE_KERNELS_HOST_DEVICE inline void control_merge(ControlSumsOf<Real>& sums,
+                                                     const ControlSumsOf<Part>& other) {
   sums.mass += other.mass;
   sums.mass_sq += other.mass_sq;
   sums.kept += other.kept;
@@ -75,8 +79,10 @@ SPARSE_KERNELS_HOST_DEVICE inline void control_merge(ControlSums& sums, const Co
 }
 
 // Adds a row that is not ignored. A mass of NaN, infinity, 0 or less does not count.
-SPARSE_KERNELS_HOST_DEVICE inline void control_add_row(ControlSums& sums, float significance,
-                                                       float mass, float threshold,
+template <class Real>
+SPARSE_KERNELS_HOST_DEVICE inline void control_add_row(ControlSumsOf<Real>& sums,
+                                                       float significance, float mass,
+                                                       float threshold,
                                                        const ControlSettings& settings) {
   if (significance != significance) {
     ++sums.invalid;
@@ -87,7 +93,7 @@ SPARSE_KERNELS_HOST_DEVICE inline void control_add_row(ControlSums& sums, float 
   const float above = significance == -INFINITY ? -INFINITY : significance - threshold;
   const bool finite = fabsf(significance) < INFINITY;
   sums.mass += mass;
-  sums.mass_sq += double(mass) * mass;
+  sums.mass_sq += Real(mass) * mass;
   float excess, deficit;
   if (settings.gate_temperature > 0.0f) {
     const float scaled = above / settings.gate_temperature;
@@ -95,13 +101,13 @@ SPARSE_KERNELS_HOST_DEVICE inline void control_add_row(ControlSums& sums, float 
     const float likely = 1.0f / (1.0f + e), unlikely = e / (1.0f + e);
     const float near = log1pf(e) * settings.gate_temperature;
     const float p = scaled > 0.0f ? likely : unlikely;
-    sums.selected += double(mass) * p;
-    sums.kept += double(mass) * fmaxf(p, settings.p_min);
-    sums.rejected += double(mass) * (scaled > 0.0f ? unlikely : likely);
+    sums.selected += Real(mass) * p;
+    sums.kept += Real(mass) * fmaxf(p, settings.p_min);
+    sums.rejected += Real(mass) * (scaled > 0.0f ? unlikely : likely);
     excess = near + fmaxf(above, 0.0f);
     deficit = near + fmaxf(-above, 0.0f);
   } else {
-    const double selected = above > 0.0f ? mass : 0.0f;
+    const Real selected = above > 0.0f ? mass : 0.0f;
     sums.selected += selected;
     sums.kept += selected;
     sums.rejected += above > 0.0f ? 0.0f : mass;
@@ -110,9 +116,9 @@ SPARSE_KERNELS_HOST_DEVICE inline void control_add_row(ControlSums& sums, float 
   }
   if (!finite) return;
   sums.finite += mass;
-  sums.total += double(mass) * significance;
-  sums.excess += double(mass) * excess;
-  sums.deficit += double(mass) * deficit;
+  sums.total += Real(mass) * significance;
+  sums.excess += Real(mass) * excess;
+  sums.deficit += Real(mass) * deficit;
   sums.low = fminf(sums.low, significance);
   sums.high = fmaxf(sums.high, significance);
 }

@@ -10,9 +10,10 @@ Environment: SPARSE_KERNELS_BACKEND names the backend for every operation, as ``
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ ORDER: dict[str, tuple[str, ...]] = dict.fromkeys(OPS, ("cpp", "torch"))
 # Served only when asked for by name: the Triton kernels are tested interpreted and compiled ahead of time, the CUDA
 # kernels run on a CPU, but until they have been run and measured on a GPU, the reference serves there by default.
 BY_NAME: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("row_stats", "gate_rows"), ("triton",)),
-    **dict.fromkeys(("compact", "gather_rows", "scatter_rows"), ("cuda",)),
+    **dict.fromkeys(("row_stats", "gate_rows"), ("triton", "cuda")),
+    **dict.fromkeys(("compact", "control", "gather_rows", "scatter_rows", "select", "gate_step"), ("cuda",)),
 }
 # Operations made of others, which these backends have as one call.
 FUSED: dict[str, tuple[str, ...]] = {"select": ("cpp",), "gate_step": ("cpp",)}
@@ -47,7 +48,7 @@ def _functions(op: str, name: str) -> tuple[Callable[[Any], str | None], Callabl
 # Looked up once: a call of a few rows is over in microseconds.
 _TABLE = {op: {name: _functions(op, name) for name in (*ORDER[op], *BY_NAME.get(op, ()))} for op in OPS}
 _DEFAULT = {op: [(name, *_TABLE[op][name]) for name in ORDER[op]] for op in OPS}
-_FUSED = {op: [(name, *_functions(op, name)) for name in names] for op, names in FUSED.items()}
+_FUSED = {op: [(name, *_functions(op, name)) for name in (*names, *BY_NAME.get(op, ()))] for op, names in FUSED.items()}
 _forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
 
 
@@ -77,9 +78,21 @@ def fused(op: str, call: Any, name: str | None) -> Any | None:
     """The result of the first backend that has ``op`` as one call and serves it; None where the caller must compose."""
     name = name or _forced
     for candidate, refuse, serve in _FUSED[op]:
-        if name in (None, candidate) and refuse(call) is None:
+        wanted = candidate == name if name else candidate in FUSED[op]
+        if wanted and refuse(call) is None:
             return serve(call)
     return None
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Every operation called within is served by the backend of that name, as with SPARSE_KERNELS_BACKEND."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def _log_once(message: str) -> None:

@@ -221,7 +221,7 @@ def _constants(outputs: tuple[str, ...], weights: tuple[str, ...]) -> dict[str, 
     asked = {*outputs, *weights}
     pointers = (
         *STATISTICS, "maximum", "total", "sums", "lowest", "mask", "significance", "weight", "offset", "threshold",
-        "invalid", "step",
+        "invalid", "finished", "step",
     )  # fmt: skip
     return {
         **dict.fromkeys(f"{name}_ptr" for name in pointers),
@@ -336,12 +336,23 @@ def row_stats_backward(
 
 def gate_rows(call: GateCall) -> GatedRows:
     """See ``sparse_kernels.gate_rows``."""
+    return _gate_rows(call, torch.zeros((), dtype=torch.int32, device=call.logits.device))
+
+
+def gate_rows_uncounted(call: GateCall, finished: Tensor) -> GatedRows:
+    """``gate_rows`` in one launch, its ``invalid`` left to be written by a kernel that follows on the stream.
+
+    ``finished``, int32, is for that kernel too: where there are rows, its first element is 0 by then.
+    """
+    return _gate_rows(call, torch.empty((), dtype=torch.int32, device=call.logits.device), finished)
+
+
+def _gate_rows(call: GateCall, invalid: Tensor, finished: Tensor | None = None) -> GatedRows:
     call = _detached(call)
     targets, device = call.targets.contiguous(), call.logits.device
     mask = torch.empty_like(targets, dtype=torch.bool)
     significance = torch.empty_like(targets, dtype=_accumulator(call))
     weight = torch.empty_like(targets, dtype=torch.float32) if call.gate_temperature else None
-    invalid = torch.zeros((), dtype=torch.int32, device=device)
     on_device = isinstance(call.step, Tensor) and call.step.device == device and weight is not None
     gate = {
         "mask_ptr": mask.view(torch.int8),
@@ -349,7 +360,8 @@ def gate_rows(call: GateCall) -> GatedRows:
         "weight_ptr": weight,
         "offset_ptr": None if call.offset is None else call.offset.detach().contiguous(),
         "threshold_ptr": call.threshold.detach(),
-        "invalid_ptr": invalid,
+        "invalid_ptr": invalid if finished is None else None,
+        "finished_ptr": finished,
         "gate_temperature": float(call.gate_temperature or 1.0),
         "p_min": float(call.p_min),
         "seed": _signed(call.seed),

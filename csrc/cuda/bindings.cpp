@@ -4,9 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "compact.h"
+#include "control.h"
 #include "gather.h"
 
 namespace py = pybind11;
@@ -32,6 +35,20 @@ std::vector<sk::RowsToMove> rows_to_move(const std::vector<std::array<int64_t, 4
   return moves;
 }
 
+// significance, labels, their bytes, ignore_index, mass, values, counters, setpoint, invalid, the
+// gate's temperature and p_min.
+using Control = std::tuple<Address, Address, int, int64_t, Address, Address, Address, Address,
+                           Address, float, float>;
+
+sk::ControlArgs control_args(const Control& of) {
+  const auto [significance, labels, label_bytes, ignore_index, mass, values, counters, setpoint,
+              invalid, gate_temperature, p_min] = of;
+  return {
+      at<float>(significance), at<void>(labels),         label_bytes,           ignore_index,
+      at<float>(mass),         at<float>(values),        at<int64_t>(counters), at<float>(setpoint),
+      at<int32_t>(invalid),    {gate_temperature, p_min}};
+}
+
 }  // namespace
 
 // A call only enqueues, but that waits where the device's queue is full: not with the GIL held.
@@ -39,21 +56,31 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of sparse_kernels; called by sparse_kernels.cuda_backend alone.";
 
   // A size that int32_t cannot hold is refused by the cast: TypeError.
-  m.def("compact_storage_bytes", [](int32_t rows, int device, Address stream) {
-    return sk::compact_storage_bytes(rows, place(device, stream));
+  m.def("compact_storage_bytes", [](int32_t rows, bool with_control, int device, Address stream) {
+    return sk::compact_storage_bytes(rows, with_control, place(device, stream));
   });
 
-  m.def("compact", [](Address mask, Address weight_in, int32_t rows, int32_t capacity,
-                      Address index, Address weight, Address count, Address overflow,
-                      Address storage, int64_t storage_bytes, int device, Address stream) {
-    const sk::CompactArgs args{
-        at<uint8_t>(mask),
-        rows,
-        {at<float>(weight_in), at<int64_t>(index), at<float>(weight), capacity},
-        at<int32_t>(count),
-        at<int32_t>(overflow)};
+  m.def("compact",
+        [](Address mask, Address weight_in, int32_t rows, int32_t capacity, Address index,
+           Address weight, Address count, Address overflow, const std::optional<Control>& control,
+           Address storage, int64_t storage_bytes, int device, Address stream) {
+          const sk::CompactArgs args{
+              at<uint8_t>(mask),
+              rows,
+              {at<float>(weight_in), at<int64_t>(index), at<float>(weight), capacity},
+              at<int32_t>(count),
+              at<int32_t>(overflow)};
+          const sk::ControlArgs with = control ? control_args(*control) : sk::ControlArgs{};
+          py::gil_scoped_release unlocked;
+          sk::compact(args, control ? &with : nullptr, at<void>(storage), storage_bytes,
+                      place(device, stream));
+        });
+
+  m.def("control", [](const Control& control, Address overflow, int64_t states, int64_t rows,
+                      int device, Address stream) {
+    const sk::ControlArgs args = control_args(control);
     py::gil_scoped_release unlocked;
-    sk::compact(args, at<void>(storage), storage_bytes, place(device, stream));
+    sk::control(args, at<int32_t>(overflow), states, rows, place(device, stream));
   });
 
   m.def("gather_rows", [](const std::vector<std::array<int64_t, 4>>& tensors, Address index,

@@ -36,7 +36,8 @@ void move(const RowsToMove* tensors, int count, const int64_t* index, int64_t sl
       blocks += (slots * table.chunks[t] + groups - 1) / groups;
       if (blocks > INT32_MAX) throw std::invalid_argument("more rows than a grid has blocks for");
     }
-    if (blocks > 0) launch("move_rows", move_rows<kScatter>, blocks, kMoveThreads, place, table);
+    if (blocks > 0)
+      launch("move_rows", move_rows<kScatter>, blocks, kMoveThreads, place, false, table);
   }
 }
 

@@ -3,9 +3,11 @@
 // A row is cut into chunks of kChunk bytes, and a group of 1 to 32 lanes moves a chunk: 32 for rows
 // of 512 bytes and more, down to one for a label, so that lanes have work whatever the row's size.
 // Each lane has kInFlight loads under way before its first store: 128 bytes of 16 each.
-// The accesses are of the widest size at which source and destination agree: 16 bytes where their
-// addresses are equal modulo 16, and at worst that of an element. What lies before the
-// first and after the last whole word goes byte by byte.
+// Accesses are of 16 bytes where a row is not short, wherever it lies. Where source and destination
+// differ modulo 16, a lane reads the two words that its word is spread over (the second is in L1,
+// by its neighbour) and shifts. In rows of less than kShifted bytes, most of which would be edges,
+// they are of the widest size at which both agree, at worst that of an element. What lies before
+// the first and after the last whole word goes byte by byte; nothing outside of a row is touched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,6 +19,8 @@ namespace sparse_kernels::cuda {
 constexpr int kMoveThreads = 256;
 constexpr int kInFlight = 8;
 constexpr int64_t kChunk = 32 * 16 * kInFlight;
+constexpr int kShiftedInFlight = 4;  // each is two loads
+constexpr int kShifted = 512;        // bytes: a warp's, and no lane has two bytes of an edge
 
 struct Table {
   RowsToMove tensors[kTensors];
@@ -46,20 +50,60 @@ __device__ inline void move_words(const char* from, char* to, int bytes, int lan
   }
 }
 
+// 16 bytes from the ``by``-th of ``low`` on, by in [0, 16).
+__device__ inline uint4 shifted(const uint4& low, const uint4& high, int by) {
+  uint32_t word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int k = 0; k < 6; ++k) word[k] = by & 8 ? word[k + 2] : word[k];
+#pragma unroll
+  for (int k = 0; k < 5; ++k) word[k] = by & 4 ? word[k + 1] : word[k];
+  const int bits = by % 4 * 8;
+  return {__funnelshift_r(word[0], word[1], bits), __funnelshift_r(word[1], word[2], bits),
+          __funnelshift_r(word[2], word[3], bits), __funnelshift_r(word[3], word[4], bits)};
+}
+
+// To an address that is a multiple of 16, from one that is ``by`` past such.
+__device__ inline void move_shifted(const char* from, char* to, int words, int by, int lane,
+                                    int lanes) {
+  const uint4* const in = reinterpret_cast<const uint4*>(from - by);
+  uint4* const out = reinterpret_cast<uint4*>(to);
+  for (int first = lane; first < words; first += lanes * kShiftedInFlight) {
+    uint4 low[kShiftedInFlight], high[kShiftedInFlight];
+#pragma unroll
+    for (int k = 0; k < kShiftedInFlight; ++k) {
+      const int i = first + k * lanes;
+      if (i < words) low[k] = in[i], high[k] = in[i + 1];
+    }
+#pragma unroll
+    for (int k = 0; k < kShiftedInFlight; ++k)
+      if (first + k * lanes < words) out[first + k * lanes] = shifted(low[k], high[k], by);
+  }
+}
+
 __device__ inline void move_bytes(const char* from, char* to, int bytes, int lane, int lanes) {
-  const uintptr_t apart = reinterpret_cast<uintptr_t>(from) - reinterpret_cast<uintptr_t>(to);
-  const int width = apart % 16 == 0  ? 16
-                    : apart % 8 == 0 ? 8
-                    : apart % 4 == 0 ? 4
-                                     : 1 + (apart % 2 == 0);
-  const int to_aligned = int(-reinterpret_cast<uintptr_t>(to) % unsigned(width));
-  const int head = to_aligned < bytes ? to_aligned : bytes;
-  const int body = (bytes - head) / width * width;
+  const uintptr_t source = reinterpret_cast<uintptr_t>(from);
+  const uintptr_t target = reinterpret_cast<uintptr_t>(to);
+  const uintptr_t apart = source - target;
+  const bool shift = apart % 16 != 0 && bytes >= kShifted;
+  const int width = shift || apart % 16 == 0 ? 16
+                    : apart % 8 == 0         ? 8
+                    : apart % 4 == 0         ? 4
+                                             : 1 + (apart % 2 == 0);
+  int head = int(-target % unsigned(width)), spare = 0;
+  const int by = int((source + unsigned(head)) % 16);
+  if (shift) {  // the first word read begins in the row, and the last ends in it
+    if (head < by) head += 16;
+    spare = 16 - by;
+  }
+  head = head < bytes ? head : bytes;
+  const int body = (bytes - head - spare) / width * width;
   for (int i = lane; i < head; i += lanes) to[i] = from[i];
   for (int i = head + body + lane; i < bytes; i += lanes) to[i] = from[i];
   from += head;
   to += head;
-  if (width == 16)
+  if (shift)
+    move_shifted(from, to, body / 16, by, lane, lanes);
+  else if (width == 16)
     move_words<uint4>(from, to, body, lane, lanes);
   else if (width == 8)
     move_words<uint2>(from, to, body, lane, lanes);

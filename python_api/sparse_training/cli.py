@@ -134,10 +134,11 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> l
     return found
 
 
-def _policy(context: click.Context, parameter: click.Parameter, text: str) -> str:
+def _policy(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
     """A policy's name, or policy@scorer."""
     try:
-        make_policy(text, rate=1.0, seed=0)
+        if text is not None:
+            make_policy(text, rate=1.0, seed=0)
     except UserError as error:
         raise click.BadParameter(str(error)) from None
     return text
@@ -235,7 +236,11 @@ def cli() -> None:
 @cli.command()
 @_shared
 @PRECISION
-@click.option("--policy", default="gate", callback=_policy, help=f"{', '.join(POLICIES)}, or policy@scorer.")
+@click.option(
+    "--policy",
+    callback=_policy,
+    help=f"{', '.join(POLICIES)}, or policy@scorer.  [default: adaptive, or gate with a --scorer]",
+)
 @click.option("--scorer", callback=_scorer, help=f"What rows are judged by: {SCORER_FORMS}.  [default: policy's]")
 @click.option("--epochs", type=POSITIVE, help="Budget; one of the four is wanted.")
 @click.option("--steps", type=COUNT, help="Budget.")

@@ -194,7 +194,7 @@ class _Source:
 
     def __init__(self, policy: Policy, loader: Loader) -> None:
         self.policy, self.loader = policy, loader
-        policy.prepare(loader.size, loader.labels)
+        policy.prepare(loader.size, loader.labels, loader.copies)
         self._probe = loader.probe()
 
     def items(self) -> list[Any]:

@@ -95,6 +95,10 @@ class Loader(ABC):
     def batches(self) -> int | None:
         """Items in an epoch, None where unknown."""
 
+    def copies(self) -> Tensor | None:
+        """int64 [size], on the CPU: how many rows have the same inputs as each, itself included; None where unknown."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position}
 
@@ -147,6 +151,14 @@ class ResidentLoader(Loader):
         return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
 
     __len__ = batches
+
+    def copies(self) -> Tensor:
+        """Goes through all images once."""
+        images = self.images.flatten(1).cpu().numpy()
+        keys = torch.tensor([hash(image.tobytes()) for image in images])
+        _, number, count = torch.unique(keys, return_inverse=True, return_counts=True)
+        copies: Tensor = count[number]
+        return copies
 
     def order(self, epoch: int) -> Tensor:
         """int64 [N], on the CPU: the rows in the order of that epoch."""

@@ -9,7 +9,7 @@ To have it by name, enter it in POLICIES.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -80,12 +80,15 @@ class Policy(nn.Module):
         """The fraction of rows that it aims to keep; None where it aims at none."""
         return None
 
-    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+    def prepare(
+        self, rows: int | None, targets: Tensor | None = None, copies: Callable[[], Tensor | None] | None = None
+    ) -> None:
         """Told before a run what it is about.
 
         Args:
             rows: of the data set; None where none can be had by its number.
             targets: [rows, ...], of all of them, where the loader holds them.
+            copies: asks the loader for int64 [rows], how many rows have the same inputs; ``Loader.copies``.
         """
         self.scorer.prepare(rows)
 
@@ -463,7 +466,9 @@ class HistoryPolicy(Policy):
     def before_loading(self) -> bool:
         return True
 
-    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+    def prepare(
+        self, rows: int | None, targets: Tensor | None = None, copies: Callable[[], Tensor | None] | None = None
+    ) -> None:
         if rows is None:
             raise UserError(
                 f"the policy {self.name} asks for rows by their number: wanted data held in memory (ResidentLoader); "
@@ -590,10 +595,11 @@ class InfoBatchPolicy(HistoryPolicy):
 class AdaptivePolicy(Policy):
     """As many rows as are offered, of the whole data set, each as often as it is worth; see ``worth.Worth``.
 
-    Rows whose labels seem wrong come seldom, well-learned rows less often, and towards the end every class comes as
-    often as the others (``balance``; off where the classes' shares in the data are those that count). On data that
-    gives no reason for any of it this is an epoch as any other. It costs no forward pass. ``rate`` is not used, and
-    neither are the trainer's dense phases. Rows without numbers, of a stream, are all trained on as they come.
+    Rows whose labels seem wrong come seldom, copies of one input as often together as any other, and towards the end
+    every class as often as the others (``balance``; off where the classes' shares in the data are those that count).
+    On data that gives no reason for any of it this is an epoch as any other. It costs no forward pass. ``rate`` is not
+    used, and neither are the trainer's dense phases. Rows without numbers, of a stream, are trained on as they come.
+    Processes that train together, each on the whole data set, want seeds of their own.
     """
 
     name = "adaptive"
@@ -612,12 +618,16 @@ class AdaptivePolicy(Policy):
     def before_loading(self) -> bool:
         return True
 
-    def prepare(self, rows: int | None, targets: Tensor | None = None) -> None:
+    def prepare(
+        self, rows: int | None, targets: Tensor | None = None, copies: Callable[[], Tensor | None] | None = None
+    ) -> None:
         self._stream = rows is None
         if rows is None:
             return
         if self.law is None:
-            self.law = Worth(rows, targets, seed=self.seed, balance_from=0.6 if self.balance else None)
+            balance_from = 0.6 if self.balance else None
+            found = None if copies is None else copies()
+            self.law = Worth(rows, targets, found, seed=self.seed, balance_from=balance_from)
             if self._state is not None:
                 self.law.load_state_dict(self._state)
         elif self.law.rows != rows:

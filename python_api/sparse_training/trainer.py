@@ -54,7 +54,8 @@ class SparseTrainer:
         class_dim: of the logits of tokens or pixels, 1 or -1, where shapes leave that open.
         optimizer: None for AdamW, a factory called with (parameters, lr=lr), or an optimiser.
         policy: a name in POLICIES, a Policy, or a Gate; policy@scorer, such as "gate@early:3", names both. A gate
-            scores targets that are not class indices by the loss itself.
+            scores targets that are not class indices by the loss itself. None for adaptive, or for gate where a
+            scorer is given.
         scorer: what the policy judges rows by: self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE,
             history, or a Scorer. None for the policy's own, the model itself for a gate.
         rate: fraction of rows to keep in the sparse phase, in (0, 1].
@@ -85,7 +86,7 @@ class SparseTrainer:
         rows: str = "samples",
         class_dim: int | None = None,
         optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
-        policy: str | Policy | Gate = "gate",
+        policy: str | Policy | Gate | None = None,
         scorer: str | Scorer | None = None,
         rate: float = 0.1,
         warmup: float = 0.05,
@@ -110,6 +111,8 @@ class SparseTrainer:
         if amp is not None and amp not in PRECISIONS:
             raise UserError(f"amp {amp!r}: wanted None, {', '.join(PRECISIONS)}")
         self.schedule = Schedule(warmup, anneal, schedule)
+        if policy is None:
+            policy = "adaptive" if scorer is None else "gate"
         self.policy = make_policy(policy, rate=rate, seed=seed, loss=self.criterion.loss, scorer=scorer)
         if rows == "elements" and self.policy.scored_by is not None and type(self.policy.scorer) is not SelfScorer:
             raise UserError(
@@ -362,7 +365,10 @@ class SparseTrainer:
         state = None
         energy = Energy(meter or find_meter(self.device))
         elements = self.criterion.rows == "elements"
-        self.policy.prepare(*(None, None) if elements else (loader.size, loader.labels))
+        if elements:
+            self.policy.prepare(None)
+        else:
+            self.policy.prepare(loader.size, loader.labels, loader.copies)
         if path is not None and previous:
             clock = clock or Clock()
             state = files.load(path, self.device)

@@ -1,7 +1,6 @@
 """How much each row of a data set is worth training on, by what the model made of it, and draws by that.
 
-A run is a row of passes. In the first, every row comes once, in random order: it is an epoch as any other.
-Before each later one every row gets a worth, the product of
+A run is a row of passes. Before each of them every row gets a worth, the product of
 
 ``honest``   the probability that its label is right. Labels replaced at random spread evenly over all pairs of
     classes, whereas a model's honest confusions sit in few of them; so the median over the pairs, of how many
@@ -11,8 +10,9 @@ Before each later one every row gets a worth, the product of
     right one at least r = e / (classes - 1), which is what the noise alone gives; a row whose label it gives
     probability q, and another class most of it, is honest with probability (1 - e) (q - r) / (q (1 - e - r)).
     Below ``NOISE`` the estimate counts as none.
+``single``   one by the number of rows that have the same inputs: copies share the draws of one row.
 ``new``      from 1 for a row whose label had a probability of at most 0.9 down to ``learned`` for one that the
-    model was sure of: rows seen often, such as copies, wait for the others.
+    model was sure of. It is 1 for all by default: nothing was found to gain by less.
 ``share``    of its class. From ``balance_from`` of the run on, every class is drawn equally often; before it,
     as often as it comes: balancing from the start teaches the rare rows by heart (deferred re-weighting: Cao
     et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019; Kang et al.,
@@ -42,12 +42,14 @@ KNOWN = 0.1  # a row is wholly new down to this distance of its label's probabil
 class Worth:
     """What the model made of each of ``rows`` rows when it was last trained on, and draws by that.
 
-    Eight bytes a row, four more for its class, and four for each row of the pass.
+    Twelve bytes a row, four more for its class where it has one, four where there are copies, and eight for each row
+    still to come in a pass.
 
     Args:
         rows: of the data set.
         targets: int64 [rows], their classes; None, or any other shape or dtype or a negative number, where rows
             are not of one class each: then only ``new`` is told apart.
+        copies: int64 [rows], how many rows have the same inputs as each, itself included; None for 1.
         learned: worth of a row that the model was sure of, in (0, 1].
         balance_from: progress from which every class is drawn equally often; None for never.
         seed: with the number of a pass it determines its order.
@@ -60,6 +62,7 @@ class Worth:
         self,
         rows: int,
         targets: Tensor | None = None,
+        copies: Tensor | None = None,
         *,
         learned: float = 1.0,
         balance_from: float | None = 0.6,
@@ -70,6 +73,7 @@ class Worth:
         if not 0.0 < learned <= 1.0:
             raise UserError(f"learned {learned}: wanted more than 0, or rows are never seen again, and at most 1")
         self.rows, self.learned, self.balance_from, self.seed = rows, learned, balance_from, seed
+        self.single = None if copies is None or int(copies.max()) == 1 else 1.0 / copies.float()  # float32 [rows]
         self.targets = _classes(targets, rows)
         self.classes = 0 if self.targets is None else int(self.targets.max()) + 1
         self.probability = torch.full((rows,), torch.nan)  # float32 [rows], of the label; NaN before a row's first time
@@ -91,17 +95,16 @@ class Worth:
             losses: [n]. One that is not finite is counted, and its row stays what it was.
             logits: [n, classes]; of any other shape, the label's probability is exp(-loss).
         """
-        probability = (-losses.detach().float()).exp().clamp(max=1.0)
-        rows = index.detach().cpu()
-        predicted = torch.full(rows.shape, -1, dtype=torch.int32)
-        known = isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] >= self.classes
-        if known and self.targets is not None:
-            p = logits.detach().float().softmax(1)
+        rows, losses = index.detach().cpu(), losses.detach().float().cpu()
+        if self.targets is not None and isinstance(logits, Tensor) and _one_a_class(logits, self.classes):
+            p = logits.detach().float().softmax(1).cpu()
             largest, at = p.max(1)
-            predicted = torch.where(largest > SURE, at, -1).int().cpu()
-            probability = p.gather(1, self.targets[rows].long().to(p.device)[:, None]).squeeze(1)
-        probability = probability.cpu()
-        finite = losses.detach().isfinite().cpu() & probability.isfinite()
+            predicted = torch.where(largest > SURE, at, -1)
+            probability = p.gather(1, self.targets[rows].long()[:, None]).squeeze(1)
+        else:
+            predicted = torch.full_like(rows, -1)
+            probability = (-losses).exp().clamp(max=1.0)
+        finite = (losses + probability).isfinite()
         if not finite.all():
             self.invalid += int((~finite).sum())
             rows, probability, predicted = rows[finite], probability[finite], predicted[finite]
@@ -119,7 +122,7 @@ class Worth:
         return (k - 1) * float(shares[~torch.eye(k, dtype=torch.bool)].median())
 
     def worth(self) -> Tensor:
-        """float32 [rows], at least 0, for the present estimate of the noise; of rows not seen yet, 1."""
+        """float32 [rows], at least 0, by the present estimate of the noise."""
         q = self.probability
         worth = self.learned + (1.0 - self.learned) * ((1.0 - q) / KNOWN).clamp(max=1.0)
         if self.targets is not None and self.noise >= NOISE:
@@ -127,14 +130,15 @@ class Worth:
             honest = (1.0 - self.noise) * (q - r) / (q * (1.0 - self.noise - r)).clamp(min=1e-12)
             doubted = (self.predicted >= 0) & (self.predicted != self.targets)
             worth = torch.where(doubted, worth * honest.clamp(0.0, 1.0), worth)
-        worth = worth.nan_to_num(1.0)
+        worth = worth.nan_to_num(1.0)  # of rows not seen yet
+        single = torch.ones(self.rows) if self.single is None else self.single
+        worth = worth * single
         if self.targets is None:
             return worth
         # No class gains or loses by what is known of its rows; only by balance.
         targets = self.targets.long()
-        count = torch.bincount(targets, minlength=self.classes).float()
-        wanted = torch.full_like(count, self.rows / int((count > 0).sum())) if self.balanced else count
-        sums = torch.zeros(self.classes, dtype=torch.float64).index_add_(0, targets, worth.double())
+        count, sums = (torch.bincount(targets, part.double(), self.classes) for part in (single, worth))
+        wanted = (count > 0).double() if self.balanced else count
         return worth * (wanted / sums.clamp(min=1e-12)).float()[targets]
 
     # --- drawing --------------------------------------------------------------------------------
@@ -158,15 +162,14 @@ class Worth:
 
     def _begin(self) -> None:
         """A new pass."""
-        if self.passes == 0:
-            ids = torch.arange(self.rows)
-        else:
-            self.noise = self.estimate_noise()
-            worth = self.worth()
-            due = self.due + worth * (self.rows / worth.sum())
-            times = due.floor()
-            self.due = due - times
-            ids = torch.repeat_interleave(torch.arange(self.rows), times.long())
+        self.noise = self.estimate_noise()
+        worth = self.worth()
+        worth = worth * (self.rows / worth.sum(dtype=torch.float64)).float()
+        # Epochs stay epochs: a worth of 1 but for rounding is 1.
+        due = self.due + torch.where((worth - 1.0).abs() < 1e-4, 1.0, worth)
+        times = due.floor()
+        self.due = due - times
+        ids = torch.repeat_interleave(torch.arange(self.rows), times.long())
         self.order = ids[torch.randperm(len(ids), generator=self._generator(self.passes))]
         self.passes += 1
 
@@ -189,6 +192,10 @@ class Worth:
         for name in self._KEPT:
             value = state[name]
             setattr(self, name, value.cpu().clone() if isinstance(value, Tensor) else value)
+
+
+def _one_a_class(logits: Tensor, classes: int) -> bool:
+    return logits.ndim == 2 and logits.shape[1] >= classes
 
 
 def _classes(targets: Tensor | None, rows: int) -> Tensor | None:

@@ -195,7 +195,8 @@ def row_stats_kernel(
     weight_ptr,  # None: a plain threshold
     offset_ptr,  # or None
     threshold_ptr,
-    invalid_ptr,
+    invalid_ptr,  # int32, 0 before; or None, and a kernel after this one counts
+    finished_ptr,  # int32, for such a kernel to find 0 in; or None
     w_loss: tl.float64,
     w_entropy: tl.float64,
     w_grad_norm: tl.float64,
@@ -456,8 +457,11 @@ def row_stats_kernel(
         else:
             kept = (significance > threshold) & live
         tl.store(mask_ptr + row, kept.to(tl.int8), mask=inside)
-        invalid = tl.sum(((significance != significance) & inside).to(tl.int32), 0)
-        tl.atomic_add(invalid_ptr, invalid, mask=invalid > 0, sem="relaxed")
+        if invalid_ptr is not None:
+            invalid = tl.sum(((significance != significance) & inside).to(tl.int32), 0)
+            tl.atomic_add(invalid_ptr, invalid, mask=invalid > 0, sem="relaxed")
+        if finished_ptr is not None:
+            tl.store(finished_ptr, 0, mask=tl.program_id(0) == 0)
 
 
 INTERPRETED = isinstance(row_stats_kernel, InterpretedFunction)

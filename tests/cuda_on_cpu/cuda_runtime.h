@@ -3,7 +3,9 @@
 // only.
 //
 // Fibers of a block run in an order that changes with every round, so that a missing barrier shows.
-// A thread that waits for one that never comes ends the program. Blocks run one after the other.
+// A thread that waits for one that never comes ends the program. Blocks run one after the other, in
+// any order; those of a cooperative launch take turns, each with its own shared memory. That begins
+// as it is on a GPU: with anything in it.
 #pragma once
 
 #include <ucontext.h>
@@ -11,6 +13,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -20,7 +23,12 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
+// All shared memory is one section, which is put aside when another block has its turn.
+#define __shared__ static __attribute__((section("cuda_shared")))
+extern char cuda_shared_begin[] __asm__("__start_cuda_shared")
+    __attribute__((weak, visibility("hidden")));
+extern char cuda_shared_end[] __asm__("__stop_cuda_shared")
+    __attribute__((weak, visibility("hidden")));
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -38,6 +46,7 @@ namespace cuda_on_cpu {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
+constexpr int kProcessors = 3;  // each holds one block of a cooperative launch
 
 // Threads that wait until ``expected`` of them have come.
 struct Barrier {
@@ -49,16 +58,18 @@ struct Block {
     ucontext_t context;
     bool done = false;
   };
-  unsigned size;
+  unsigned index, left;  // threads that are not done
   std::vector<Thread> threads;
-  std::vector<uint32_t> lanes;  // what each thread last gave to its warp
+  std::vector<uint64_t> lanes;  // what each thread last gave to its warp
   std::vector<Barrier> warps;
+  std::vector<char> shared;
   Barrier all;
-  bool moved = false;  // since this round began
-  const std::function<void()>* body = nullptr;
-  ucontext_t scheduler;
 };
-inline Block* block = nullptr;
+inline Block* block = nullptr;   // the one whose turn it is
+inline Barrier* grid = nullptr;  // of a cooperative launch
+inline bool moved = false;       // anything, since this round began
+inline const std::function<void()>* body = nullptr;
+inline ucontext_t scheduler;
 
 [[noreturn]] inline void die(const char* what) {
   std::fprintf(stderr, "cuda_on_cpu: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
@@ -67,108 +78,194 @@ inline Block* block = nullptr;
 
 inline void wait(Barrier& barrier) {
   const unsigned me = threadIdx.x, generation = barrier.generation;
-  block->moved = true;
+  moved = true;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-  while (barrier.generation == generation)
-    swapcontext(&block->threads[me].context, &block->scheduler);
+  while (barrier.generation == generation) swapcontext(&block->threads[me].context, &scheduler);
+}
+
+inline void wait_for_grid() {
+  if (!grid) die("a launch that is not cooperative waits for its grid");
+  wait(*grid);
 }
 
 // This thread's value goes to its warp; ``read`` sees the values of all 32 lanes.
 template <class Read>
-uint32_t exchange(uint32_t mask, uint32_t value, const Read& read) {
+uint64_t exchange(uint32_t mask, uint64_t value, const Read& read) {
   if (mask != 0xffffffffu) die("a warp intrinsic with a partial mask");
   Barrier& warp = block->warps[threadIdx.x / kWarp];
   block->lanes[threadIdx.x] = value;
   wait(warp);
-  const uint32_t result = read(&block->lanes[threadIdx.x / kWarp * kWarp]);
+  const uint64_t result = read(&block->lanes[threadIdx.x / kWarp * kWarp]);
   wait(warp);  // nobody gives its next value before all have read this one
   return result;
 }
 
-inline void run_thread() {
-  (*block->body)();
-  block->threads[threadIdx.x].done = true;
-  block->moved = true;
+// The value of lane ``from``.
+template <class Value>
+Value shuffle(uint32_t mask, Value value, unsigned from) {
+  static_assert(sizeof(Value) == 4 || sizeof(Value) == 8, "what a shuffle takes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(Value));
+  bits = exchange(mask, bits, [=](const uint64_t* lanes) { return lanes[from % kWarp]; });
+  std::memcpy(&value, &bits, sizeof(Value));
+  return value;
 }
 
-inline void run_block(Block& state, char* stacks) {
-  block = &state;
-  for (unsigned i = 0; i < state.size; ++i) {
-    ucontext_t& context = state.threads[i].context;
+// By hand: the section may hold the sanitizer's red zones, which nobody else may touch.
+__attribute__((no_sanitize("address"))) inline void copy(volatile char* to, const char* from,
+                                                         size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) to[i] = from[i];
+}
+
+inline void run_thread() {
+  (*body)();
+  block->threads[threadIdx.x].done = true;
+  --block->left;
+  moved = true;
+}
+
+// ``slot``: which of the blocks that are live together; their stacks are kept for those after them.
+inline std::unique_ptr<Block> make_block(unsigned index, unsigned size, unsigned slot) {
+  static std::unique_ptr<char[]> stacks[kProcessors];
+  if (!stacks[slot]) stacks[slot].reset(new char[1024 * kStack]);  // untouched until used
+  auto made = std::make_unique<Block>();
+  made->index = index;
+  made->left = size;
+  made->threads.resize(size);
+  made->lanes.resize(size);
+  made->warps.assign(size / kWarp, Barrier{kWarp});
+  made->shared.assign(cuda_shared_end - cuda_shared_begin, char(0xa5));
+  made->all.expected = size;
+  for (unsigned i = 0; i < size; ++i) {
+    ucontext_t& context = made->threads[i].context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks + i * kStack;
+    context.uc_stack.ss_sp = &stacks[slot][i * kStack];
     context.uc_stack.ss_size = kStack;
-    context.uc_link = &state.scheduler;
+    context.uc_link = &scheduler;
     makecontext(&context, run_thread, 0);
   }
-  static uint32_t order = 1;
-  for (unsigned left = state.size; left > 0;) {
-    order = order * 1664525u + 1013904223u;
-    const unsigned start = (order >> 8) % state.size;
-    const bool backwards = order >> 31;
-    state.moved = false;
-    for (unsigned k = 0; k < state.size; ++k) {
-      const unsigned i = (start + (backwards ? state.size - k : k)) % state.size;
-      if (state.threads[i].done) continue;
-      threadIdx.x = i;
-      swapcontext(&state.scheduler, &state.threads[i].context);
-      left -= state.threads[i].done;
-    }
-    if (left > 0 && !state.moved) die("threads wait for others that never come");
-  }
+  return made;
 }
 
-inline void run(dim3 grid, dim3 threads, const std::function<void()>& body) {
+// Calls ``visit`` with 0 to ``size`` - 1 from another one on each time, up or down.
+template <class Visit>
+void in_some_order(unsigned size, const Visit& visit) {
+  static uint32_t order = 1;
+  order = order * 1664525u + 1013904223u;
+  const unsigned start = (order >> 8) % size;
+  const bool backwards = order >> 31;
+  for (unsigned k = 0; k < size; ++k) visit((start + (backwards ? size - k : k)) % size);
+}
+
+// Each thread as far as it gets.
+inline void take_turn(Block& of) {
+  block = &of;
+  blockIdx.x = of.index;
+  copy(cuda_shared_begin, of.shared.data(), of.shared.size());
+  in_some_order(unsigned(of.threads.size()), [&](unsigned i) {
+    if (of.threads[i].done) return;
+    threadIdx.x = i;
+    swapcontext(&scheduler, &of.threads[i].context);
+  });
+  copy(of.shared.data(), cuda_shared_begin, of.shared.size());
+}
+
+inline void run(dim3 blocks, dim3 threads, bool cooperative, const std::function<void()>& kernel) {
   if (threads.x % kWarp || threads.x > 1024) die("a block that is not whole warps, or over 1,024");
-  static const std::unique_ptr<char[]> stacks(new char[1024 * kStack]);  // untouched until used
-  gridDim = grid;
+  gridDim = blocks;
   blockDim = threads;
-  for (unsigned b = 0; b < grid.x; ++b) {
-    blockIdx.x = b;
-    Block state;
-    state.size = threads.x;
-    state.threads.resize(threads.x);
-    state.lanes.resize(threads.x);
-    state.warps.assign(threads.x / kWarp, Barrier{kWarp});
-    state.all.expected = threads.x;
-    state.body = &body;
-    run_block(state, stacks.get());
-  }
+  body = &kernel;
+  const unsigned together = cooperative ? blocks.x : 1;
+  Barrier of_grid{blocks.x * threads.x};
+  grid = cooperative ? &of_grid : nullptr;
+  std::vector<std::unique_ptr<Block>> live(together);
+  in_some_order(blocks.x / together, [&](unsigned first) {
+    for (unsigned b = 0; b < together; ++b) live[b] = make_block(first + b, threads.x, b);
+    for (bool left = true; left;) {
+      moved = left = false;
+      in_some_order(together, [&](unsigned b) {
+        if (live[b]->left) take_turn(*live[b]);
+        left |= live[b]->left > 0;
+      });
+      if (left && !moved) die("threads wait for others that never come");
+    }
+  });
 }
 
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::block->all); }
+inline void __syncwarp() {
+  cuda_on_cpu::wait(cuda_on_cpu::block->warps[threadIdx.x / cuda_on_cpu::kWarp]);
+}
+inline void __threadfence() {}  // one thread at a time
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address += value;
+  return before;
+}
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {
+  return uint32_t((uint64_t(high) << 32 | low) >> by % 32);
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline uint32_t __ballot_sync(uint32_t mask, bool flag) {
-  return cuda_on_cpu::exchange(mask, flag, [](const uint32_t* lanes) {
-    uint32_t bits = 0;
+  return uint32_t(cuda_on_cpu::exchange(mask, flag, [](const uint64_t* lanes) {
+    uint64_t bits = 0;
     for (unsigned i = 0; i < cuda_on_cpu::kWarp; ++i) bits |= lanes[i] << i;
     return bits;
-  });
+  }));
 }
-inline int __shfl_xor_sync(uint32_t mask, int value, int other) {
+template <class Value>
+Value __shfl_sync(uint32_t mask, Value value, int from) {
+  return cuda_on_cpu::shuffle(mask, value, unsigned(from));
+}
+template <class Value>
+Value __shfl_xor_sync(uint32_t mask, Value value, int other) {
+  return cuda_on_cpu::shuffle(mask, value, threadIdx.x % cuda_on_cpu::kWarp ^ unsigned(other));
+}
+template <class Value>
+Value __shfl_up_sync(uint32_t mask, Value value, unsigned back) {
   const unsigned lane = threadIdx.x % cuda_on_cpu::kWarp;
-  return int(cuda_on_cpu::exchange(
-      mask, uint32_t(value), [=](const uint32_t* lanes) { return lanes[lane ^ unsigned(other)]; }));
+  return cuda_on_cpu::shuffle(mask, value, lane < back ? lane : lane - back);
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorCooperativeLaunchTooLarge };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid device ordinal"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal"
+                                         : "too many blocks in cooperative launch";
+}
 inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = cuda_on_cpu::kProcessors;
+  return cudaSetDevice(device);
 }
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
-  cuda_on_cpu::run(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+  const bool cooperative = config->numAttrs > 0 && config->attrs->val.cooperative;
+  if (cooperative && config->gridDim.x > unsigned(cuda_on_cpu::kProcessors))
+    return cudaErrorCooperativeLaunchTooLarge;
+  cuda_on_cpu::run(config->gridDim, config->blockDim, cooperative, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -18,14 +18,16 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from test_control import assert_same_step, copy_of, random_states
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as sk
-from sparse_kernels import cuda_backend, reference
-from sparse_kernels.calls import CompactCall, TreeCall
+from sparse_kernels import ControlState, control_law, cuda_backend, reference, triton_backend
+from sparse_kernels.calls import CompactCall, ControlCall, GateStepCall, SelectCall, TreeCall
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cuda"
-SANITIZE = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SANITIZE = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fsanitize-sections=cuda_shared"
 # How the kernels are built for a CPU: the last test but the GPU's sets it.
 FLAGS = os.environ.get("CUDA_ON_CPU_FLAGS", "-O1")
 
@@ -34,7 +36,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu(tmp_path_factory):
-    """The extension with tests/cuda_on_cpu in place of CUDA and CUB."""
+    """The extension with tests/cuda_on_cpu in place of CUDA."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++")
     if compiler is None:
@@ -91,7 +93,7 @@ def compact_both(mask, weight, capacity):
     assert_same(cuda_backend.compact(call), reference.compact(call))
 
 
-# A lane, a warp's flags, a tile, the last of the one-launch kernel, and what CUB takes.
+# A lane, a warp's flags, a tile, the last rows dealt out in tiles, and the first in shares.
 @pytest.mark.parametrize(
     ("rows", "density"),
     [(rows, density) for rows in (0, 1, 31, 33, 127, 129, 4095, 4096, 4097) for density in (0.0, 0.1, 1.0)]
@@ -250,6 +252,203 @@ def test_a_selected_batch_goes_back_where_it_came_from(device):
     assert torch.equal(placed, torch.where(mask[:, None], tensor, 0.0))
 
 
+# The controller, and a gate's step in two launches.
+
+
+def assert_step(before, ours, significance, setpoint, **options):
+    """``ours`` is ``before`` moved by these rows, as near to the law in float64 as the reference is."""
+    reference_state = copy_of(before)
+    sk.control(reference_state, significance, setpoint, backend="torch", **options)
+    if not significance.numel():
+        assert all(torch.equal(a, b) for a, b in zip(ours, reference_state, strict=True))
+        return
+    labels, mass = options.get("labels"), options.get("mass")
+    valid = None if labels is None else labels != options["ignore_index"]
+    wide = ControlState(before.values.double(), before.counters)
+    batch = control_law.summarise(
+        significance.double(), valid, None if mass is None else mass.double(), wide.value("threshold"),
+        options.get("gate_temperature", 0.0), options.get("p_min", 0.0),
+    )  # fmt: skip
+    exact = control_law.advance(wide, batch, setpoint.double(), options.get("overflow"))
+    assert_same_step(before, ours, reference_state, exact)
+
+
+def rows_to_score(rows, seed, device):
+    """Significance with what is not finite in it, labels of which 7 is ignored, and masses."""
+    g = torch.Generator().manual_seed(seed)
+    significance = torch.randn(rows, generator=g).exp()
+    kinds = torch.rand(rows, generator=g)
+    for share, value in ((0.01, np.nan), (0.02, np.inf), (0.03, -np.inf)):
+        significance[(kinds > share - 0.01) & (kinds <= share)] = value
+    labels = torch.randint(0, 10, (rows,), generator=g)
+    mass = torch.rand(rows, generator=g) * (torch.rand(rows, generator=g) < 0.9)
+    return significance.to(device), labels.to(device), mass.to(device)
+
+
+def one_state(seed, device):
+    """A state as runs reach, of significance about 1."""
+    state = random_states(seed, torch.ones(2000))
+    return ControlState(state.values[seed].to(device).contiguous(), state.counters[seed].to(device).contiguous())
+
+
+# One row, one tile, five of them, and shares; with labels of each width, masses and draws now and then.
+@pytest.mark.parametrize(
+    ("rows", "labels_dtype", "with_mass", "temperature"),
+    [
+        (0, torch.int64, False, 0.0), (1, torch.int64, False, 0.0), (700, torch.int32, True, 0.0),
+        (4096, None, False, 0.5), (18_000, torch.int64, False, 0.0), (18_000, torch.int32, True, 0.5),
+        (66_000, torch.int64, False, 0.0), (70_001, torch.int32, True, 0.5),
+    ],
+)  # fmt: skip
+def test_compaction_with_a_controller(device, rows, labels_dtype, with_mass, temperature):
+    significance, labels, mass = rows_to_score(rows, rows, device)
+    labels = None if labels_dtype is None else labels.to(labels_dtype)
+    mass = mass if with_mass else None
+    state, mask = one_state(rows % 50 + 1, device), significance > 1.5
+    before, setpoint = copy_of(state), torch.tensor(0.3, device=device)
+    invalid = torch.full((), 99, dtype=torch.int32, device=device)
+    law = {"gate_temperature": temperature, "p_min": 0.02 if temperature else 0.0}
+    capacity = int(mask.sum()) // 2 + 3
+    storage = cuda_backend._storage(rows, True, mask.device)
+    storage[:1] = 0
+    given = cuda_backend._control(significance, labels, 7, mass, state, setpoint, invalid, *law.values())
+    found = cuda_backend._compact(mask, None, capacity, given, storage)
+    assert_same(found, reference.compact(CompactCall(mask, None, capacity)))
+    assert invalid == (significance.isnan() & (labels != 7 if labels is not None else True)).sum()
+    assert_step(
+        before, state, significance, setpoint, labels=labels, ignore_index=7, mass=mass, overflow=found.overflow, **law
+    )
+    for _ in range(1 if rows > 65_536 else 2):  # whichever block comes last
+        again, storage[:1] = copy_of(before), 0
+        given = cuda_backend._control(significance, labels, 7, mass, again, setpoint, invalid, *law.values())
+        assert_same(cuda_backend._compact(mask, None, capacity, given, storage), found)
+        assert torch.equal(again.counters, state.counters)
+        assert torch.equal(again.values.view(torch.int32), state.values.view(torch.int32))
+
+
+@pytest.mark.parametrize("labels_dtype", [None, torch.bool, torch.int32])
+def test_states_side_by_side(device, labels_dtype):
+    rows, states = 1500, 3
+    significance, labels, mass = (x.view(states, rows) for x in rows_to_score(states * rows, 3, device))
+    labels = None if labels_dtype is None else labels != 7 if labels_dtype is torch.bool else labels.to(labels_dtype)
+    many = random_states(1, torch.ones(2000))
+    state = ControlState(many.values[:states].to(device), many.counters[:states].to(device))
+    before = copy_of(state)
+    setpoint, overflow = torch.tensor([0.1, 0.5, 1.0], device=device), torch.tensor([5, 0, 7], device=device).int()
+    options = {
+        "labels": labels, "ignore_index": 0 if labels_dtype is torch.bool else 7, "mass": mass, "overflow": overflow,
+        "gate_temperature": 0.5, "p_min": 0.02,
+    }  # fmt: skip
+    cuda_backend.control(ControlCall(state, significance, setpoint, **options))
+    assert_step(before, state, significance, setpoint, **options)
+    state = copy_of(before)
+    cuda_backend.control(ControlCall(state, significance[:, :0], setpoint, None, 0, None, None, 0.0, 0.0))
+    assert_step(before, state, significance[:, :0], setpoint)
+
+
+def gate_step_call(rows, device, capacity, state, temperature=0.0, by_mass=False):
+    torch.manual_seed(rows)
+    logits, targets = 2 * torch.randn(rows, 4), torch.arange(rows) % 4
+    logits[5::100] = np.nan
+    targets[::9] = -100
+    return GateStepCall(
+        logits.to(device), targets.to(device), ("grad_norm",) if by_mass else (), -1, 1.0, 0.0, 0.0, -100,
+        state.values, {"loss": 1.0}, None, temperature, 0.05 if temperature else 0.0, 3, state.counters[0],
+        capacity, state, torch.tensor(0.3, device=device), by_mass,
+    )  # fmt: skip
+
+
+# Five tiles: each step's count of blocks begins at 0, which only its scores' launch can have seen to.
+@pytest.mark.parametrize(("rows", "temperature", "by_mass"), [(200, 0.0, False), (200, 0.5, False), (4100, 0.0, True)])
+def test_gate_step_is_the_three_one_after_the_other(device, rows, temperature, by_mass):
+    if triton_backend.unavailable():
+        pytest.skip(triton_backend.unavailable())
+    state = control_law.initial_state(torch.tensor(1.5, device=device))
+    for _ in range(3):
+        call, before = gate_step_call(rows, device, rows // 3, state, temperature, by_mass), copy_of(state)
+        gated = triton_backend.gate_rows(call)
+        found = cuda_backend.gate_step(call)
+        assert found.packed is None
+        assert 0 < int(gated.mask.sum()) < rows
+        for a, b in zip(found.gated[:3], gated[:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert found.gated.invalid == gated.invalid == gated.significance.isnan().sum()
+        assert_same(found.selection, reference.compact(CompactCall(gated.mask, gated.weight, rows // 3)))
+        assert_step(
+            before, state, gated.significance, call.setpoint, labels=call.targets, ignore_index=-100,
+            mass=gated.stats.grad_norm, overflow=found.selection.overflow, gate_temperature=temperature,
+            p_min=call.p_min,
+        )  # fmt: skip
+    assert state.counter("steps") == 3
+
+
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_select_scores_packs_and_gathers(device, capacity):
+    if triton_backend.unavailable():
+        pytest.skip(triton_backend.unavailable())
+    torch.manual_seed(0)
+    logits, targets = torch.randn(10, 4, 20, device=device), torch.arange(200, device=device).view(10, 20) % 4
+    logits[3, 0, 7] = np.nan
+    tree = {"x": torch.randn(200, 5, device=device), "y": targets.flatten()}
+    call = SelectCall(
+        logits, targets, (), 1, 1.0, 0.0, 0.0, -100, torch.tensor(1.7, device=device), {"loss": 1.0}, None,
+        0.0, 0.0, 0, 0, tree, capacity,
+    )  # fmt: skip
+    gated, selection, packed = cuda_backend.select(call)
+    wanted = triton_backend.gate_rows(call)
+    assert torch.equal(gated.mask, wanted.mask)
+    assert gated.invalid == wanted.invalid == 1
+    assert_same(selection, reference.compact(CompactCall(wanted.mask.flatten(), None, capacity)))
+    assert torch.equal(packed["x"], tree["x"][selection.index])
+    assert torch.equal(packed["y"], tree["y"][selection.index])
+
+
+class Dispatched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [512, 4096, 70_000])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_the_whole_gate_is_three_launches(monkeypatch, rows, temperature):
+    """What a step hands to the device, looked at without one: PyTorch makes memory and views, nothing more."""
+    torch.use_deterministic_algorithms(False)  # or PyTorch fills what it makes
+    launched = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            return name
+
+        @staticmethod
+        def compact_storage_bytes(*_):
+            return 4096
+
+    def enqueue(function, device, *arguments):
+        return function(*arguments) if callable(function) else launched.append(function)
+
+    monkeypatch.setattr(triton_backend._Plan, "launch", lambda *_: launched.append("scores"))
+    monkeypatch.setattr(triton_backend, "_kernels", lambda: Recorder())
+    monkeypatch.setattr(triton_backend.reference, "check_targets", lambda call: None)  # on a CPU alone
+    monkeypatch.setattr(triton_backend, "merged", lambda *_: None)  # few classes
+    monkeypatch.setattr(cuda_backend, "_cuda", Recorder(), raising=False)
+    monkeypatch.setattr(cuda_backend, "_enqueue", enqueue)
+    cuda_backend._storage_bytes.cache_clear()
+    state = control_law.initial_state(torch.tensor(1.5))
+    call, tree = gate_step_call(rows, "cpu", 50, state, temperature), (torch.ones(rows, 3), torch.ones(rows))
+    with Dispatched() as seen:
+        selection = cuda_backend.gate_step(call).selection
+        cuda_backend.gather_rows(TreeCall(tree, selection, rows))
+    assert launched == ["scores", "compact", "gather_rows"]
+    memory = {"aten.empty.memory_format", "aten.empty_like.default", "aten.detach.default", "aten.view.dtype"}
+    assert set(seen.names) <= memory | {"aten.empty_strided.default"}, set(seen.names) - memory
+    cuda_backend._storage_bytes.cache_clear()
+
+
 # What is compiled.
 
 
@@ -297,8 +496,8 @@ def test_without_a_gpu_every_call_by_name_says_why():
             op(torch.ones(9), sk.compact(torch.ones(9, dtype=torch.bool)), backend="cuda")
     assert sk.backend_info()["compact"]["others"]["cuda"] == reason
     if cuda_backend._missing is None:
-        with pytest.raises(RuntimeError, match="CUDA: cudaSetDevice"):
-            cuda_backend._cuda.compact_storage_bytes(100_000, 0, 0)
+        with pytest.raises(RuntimeError, match="CUDA: cudaDeviceGetAttribute"):
+            cuda_backend._cuda.compact_storage_bytes(100_000, False, 0, 0)
 
 
 def cuobjdump(*arguments):
@@ -311,15 +510,18 @@ def cuobjdump(*arguments):
     return subprocess.run([tool, *arguments, built()], capture_output=True, text=True, check=True).stdout
 
 
+OWN_KERNELS = ("move_rows", "compact_tiles", "compact_shares", "control_states")
+
+
 def test_own_kernels_spill_nothing():
     lines = cuobjdump("-res-usage").splitlines()
     found = 0
     for name, usage in itertools.pairwise(lines):
-        if "Function" in name and any(own in name for own in ("move_rows", "compact_tiles", "finish_select")):
+        if "Function" in name and any(own in name for own in OWN_KERNELS):
             assert " STACK:0 " in usage, (name, usage)
             assert " LOCAL:0 " in usage, (name, usage)
             found += 1
-    assert found >= 4
+    assert found >= len(OWN_KERNELS)
 
 
 def test_rows_move_16_bytes_at_a_time():

@@ -107,8 +107,8 @@ class Watching(Fixed):
         super().__init__(positions)
         self.told, self.progress = [], []
 
-    def prepare(self, rows, targets=None):
-        self.rows, self.targets = rows, targets
+    def prepare(self, rows, targets=None, copies=None):
+        self.rows, self.targets, self.copies = rows, targets, copies
 
     def at(self, progress):
         self.progress.append(progress)
@@ -123,6 +123,7 @@ def test_a_policy_is_told_of_the_data_and_what_the_model_made_of_its_rows_before
     SparseTrainer(model, policy=policy, channels_last=False).fit(loader, steps=1)
     assert policy.rows == ROWS
     assert policy.targets is loader.labels
+    assert torch.equal(policy.copies(), loader.copies())
     ((ids, losses, logits),) = policy.told
     x, y = loader.fetch(torch.tensor([3, 0]))
     same(ids, torch.tensor([3, 0]))

@@ -1,10 +1,12 @@
 """The worth of rows: what sets them apart, what does not, and that draws follow it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sparse_training.errors import UserError
-from sparse_training.loader import Offer
+from sparse_training.loader import Offer, ResidentLoader
 from sparse_training.policies import AdaptivePolicy
 from sparse_training.worth import NOISE, Worth
 
@@ -77,6 +79,25 @@ def test_well_learned_rows_come_a_third_as_often_over_the_passes():
     assert int(counts.sum()) == pytest.approx(10 * rows, rel=0.01)
     assert float(counts[~sure].float().mean() / counts[sure].float().mean()) == pytest.approx(3.0, rel=0.02)
     assert counts[sure].max() - counts[sure].min() <= 1  # to within one: what is left over is not lost
+
+
+@pytest.mark.parametrize("targets", [None, torch.arange(3000) % CLASSES])
+def test_copies_share_the_draws_of_one_row_from_the_first_pass_on(targets):
+    copies = torch.where(torch.arange(3000) < 2000, 10, 1)
+    law = Worth(3000, targets, copies)
+    counts = sum(one_pass(law) for _ in range(10)).float()
+    assert float(counts.sum()) == pytest.approx(30_000, rel=0.01)
+    assert float(counts[2000:].mean() / counts[:2000].mean()) == pytest.approx(10.0, rel=0.03)
+    assert counts[2000:].max() - counts[2000:].min() <= 1
+
+
+def test_the_loader_finds_copies():
+    images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[[3, 5, 8]] = images[0].clone()
+    images[7] = images[1].clone()
+    images[7, 0, 3, 3] ^= 1
+    loader = ResidentLoader(SimpleNamespace(images=images, labels=torch.arange(9)), batch_size=3)
+    assert loader.copies().tolist() == [4, 1, 1, 4, 1, 4, 1, 1, 4]
 
 
 def test_no_class_gains_by_being_hard():
