@@ -185,6 +185,8 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "xla":
+        state["xla"] = sys.modules["torch_xla"].core.xla_model.get_rng_state(str(device))
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = (kind, keys.tolist(), *rest)
@@ -198,5 +200,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if "xla" in state and device.type == "xla":
+        sys.modules["torch_xla"].core.xla_model.set_rng_state(int(state["xla"]), str(device))
     if "numpy" in state and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(state["numpy"])

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import sparse_kernels
 from sparse_training import checkpoint as files
 from sparse_training import compare as comparison
+from sparse_training import devices
 from sparse_training import study as studies
 from sparse_training.data import DATASETS, load_data
 from sparse_training.errors import UserError
@@ -32,6 +33,7 @@ from sparse_training.loader import ResidentLoader
 from sparse_training.memory import keep_freed_memory
 from sparse_training.models import MODELS, build_model
 from sparse_training.policies import POLICIES, make_policy
+from sparse_training.ranks import connect, launched, own_seed
 from sparse_training.record import Status
 from sparse_training.report import load_result, print_table, write_report
 from sparse_training.schedules import SHAPES
@@ -80,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{error.filename}: {error.strerror}"
     except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    rank, ranks = launched()
+    whose = f"rank {rank}: " if ranks > 1 else ""
+    print(f"error: {whose}{' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
@@ -256,7 +260,7 @@ def cli() -> None:
 @click.option("--checkpoint-every", type=COUNT, help="Steps.  [default: at the end, and when stopped]")
 @click.pass_obj
 def train(context: _Context, /, out: str | None, **options: Any) -> None:
-    """Train one model with one policy."""
+    """Train one model with one policy; on several processes by torchrun -m sparse_training train."""
     _train(context, _new_folder(out, "train"), {"command": "train", **options})
 
 
@@ -351,6 +355,7 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
             f"{' and '.join(f'--{name}' for name in given) or 'no budget'}: "
             f"wanted one of {', '.join(f'--{name}' for name in BUDGETS)}"
         )
+    connect()
     device = _prepare(options)
     data = load_data(options["data"], options["root"])
     seed = options["seed"]
@@ -384,12 +389,17 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
     loader = ResidentLoader(data.train, batch_size=options["batch_size"], seed=seed, **facts)
     test = ResidentLoader(
         data.test,
-        batch_size=min(comparison.EVALUATION_BATCH, len(data.test)),
+        batch_size=min(comparison.EVALUATION_BATCH, -(-len(data.test) // trainer.ranks.size)),
         shuffle=False,
         **facts,
     )
-    _start(folder, options, resume)
-    with _Display(total=1) as display:
+    folder = trainer.ranks.all(folder)[0]  # the first one's, if named by the time
+    first = trainer.ranks.rank == 0  # it alone writes and prints
+    if first:
+        _start(folder, options, resume)
+    else:
+        torch.manual_seed(own_seed(seed, trainer.ranks.rank))
+    with _Display(total=1) if first else nullcontext() as display:
         history = trainer.fit(
             loader,
             **budget,
@@ -397,9 +407,11 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
             checkpoint=folder,
             every=options["checkpoint_every"],
             resume=resume,
-            progress=lambda status: display.update(options["policy"], seed, status),
+            progress=None if display is None else lambda status: display.update(options["policy"], seed, status),
             stop=context.signals.stop,
         )
+    if not first:
+        return
     if history.interrupted:
         _say_resume(folder)
         return
@@ -424,6 +436,7 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
 
 
 def _compare(context: _Context, folder: Path, options: dict[str, Any], resume: bool = False) -> None:
+    _alone("compare")
     device = _prepare(options)
     data = load_data(options["data"], options["root"])
     # What can be refused is refused here, before the folder is made.
@@ -468,6 +481,7 @@ def _compare(context: _Context, folder: Path, options: dict[str, Any], resume: b
 def _study(
     context: _Context, folder: Path, options: dict[str, Any], resume: bool, calibrate_only: bool = False
 ) -> None:
+    _alone("study")
     device = _prepare(options)
     data = load_data(options["data"], options["root"])
     fixed = ("command", "line", "data", "root", "out", "device", "threads")
@@ -495,6 +509,11 @@ def _study(
     print(f"written: {folder / studies.RESULT}")
 
 
+def _alone(command: str) -> None:
+    if launched()[1] > 1:
+        raise UserError(f"{command} on {launched()[1]} processes, which would time one another: wanted one")
+
+
 def _prepare(options: dict[str, Any]) -> torch.device:
     """The device, with the threads set; whatever a name can get wrong is found here.
 
@@ -508,9 +527,8 @@ def _prepare(options: dict[str, Any]) -> torch.device:
     if options["warmup"] + options["anneal"] > 1.0:
         raise UserError(f"warmup {options['warmup']} and anneal {options['anneal']}: wanted a sum of at most 1")
     try:
-        device = torch.device(options["device"])
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = devices.find(options["device"])
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"device {options['device']!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sparse_training.devices import synchronize
 from sparse_training.errors import UserError
 from sparse_training.loader import Loader
 from sparse_training.policies import Policy
@@ -300,14 +301,6 @@ class Stopwatch:
         synchronize(self.device)
         before, self._last = self._last, time.perf_counter()
         return self._last - before
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for an asynchronous device; nothing to wait for on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _curve(samples: Mapping[tuple[str, str, int], list[float]], arm: str, stage: str) -> Curve:

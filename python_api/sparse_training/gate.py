@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from sparse_kernels import ControlState, GatedRows, Selection, compact, control, gate_rows
 from sparse_kernels.ops import gate_step
@@ -331,7 +332,7 @@ class Gate(nn.Module):
         self.settle()
         group = ranks.resolve(self.process_group)
         state = self.controller.state()
-        gated, selection = self._select(logits, targets, offset, state, ranks.own_seed(self.seed, group))
+        gated, selection = self._select(logits, targets, offset, state, ranks.own_seed(self.seed, dist.get_rank(group)))
         significance, mass, labels = self._observed(gated, targets)
         self._exchange = ranks.Exchange(
             group, state, significance, labels != self.ignore_index, mass, self.controller.target,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sparse_training.errors import UserError
+from sparse_training.ranks import own_seed, place
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -109,15 +110,19 @@ class Loader(ABC):
 class ResidentLoader(Loader):
     """Images held on the device as uint8, normalised when a batch of them is fetched.
 
+    Of several processes each holds the images rank, rank + ranks, ..., numbers them from 0, and gives as many
+    batches as the others, each row once: the last batch may be empty where another process has a row more.
+
     Args:
         split: images uint8 [N, C, H, W] and labels int64 [N].
-        batch_size: rows in a batch, 1 to N.
+        batch_size: rows in a batch of this process, 1 to the rows it holds.
         seed: with the epoch's number it determines the order of the rows.
         mean, std: per channel, of images / 255.
         drop_last: leave out a short last batch.
+        rank, ranks: of this process and how many there are; by default torch.distributed's.
 
     Raises:
-        UserError: batch_size outside 1..N, or no images.
+        UserError: batch_size outside 1..N, no images, or fewer than processes.
     """
 
     def __init__(
@@ -131,14 +136,24 @@ class ResidentLoader(Loader):
         device: torch.device | str = "cpu",
         shuffle: bool = True,
         drop_last: bool = False,
+        rank: int | None = None,
+        ranks: int | None = None,
     ) -> None:
         super().__init__()
-        self.size: int = len(split.labels)
-        if not 1 <= batch_size <= self.size:
-            raise UserError(f"batch size {batch_size}: wanted 1 to {self.size}, the rows of the data set")
+        here, there = place()
+        self.rank, self.ranks = here if rank is None else rank, there if ranks is None else ranks
+        rows = len(split.labels)
+        if not 0 <= self.rank < self.ranks <= max(rows, 1):
+            raise UserError(f"rank {self.rank} of {self.ranks} over {rows} rows: wanted a row a process")
+        own = slice(self.rank, None, self.ranks)
+        self.size: int = len(split.labels[own])
+        self._least, self._most = rows // self.ranks, -(-rows // self.ranks)  # that a process holds
+        if not 1 <= batch_size <= self._most:
+            whose = "the data set" if self.ranks == 1 else "a process"
+            raise UserError(f"batch size {batch_size}: wanted 1 to {self._most}, the rows of {whose}")
         self.device = torch.device(device)
-        self.images = split.images.to(self.device)
-        self.labels: Tensor = split.labels.to(self.device)
+        self.images = split.images[own].to(self.device)
+        self.labels: Tensor = split.labels[own].to(self.device)
         # (v / 255 - mean) / std as one multiplication and one addition.
         spread = torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1)
         centre = torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1)
@@ -148,7 +163,7 @@ class ResidentLoader(Loader):
         self.shuffle, self.drop_last = shuffle, drop_last
 
     def batches(self) -> int:
-        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+        return self._least // self.batch_size if self.drop_last else -(-self._most // self.batch_size)
 
     __len__ = batches
 
@@ -165,7 +180,8 @@ class ResidentLoader(Loader):
         if not self.shuffle:
             return torch.arange(self.size)
         # PyTorch's CPU generator reads the low 32 bits of a seed.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+        seed = own_seed(self.seed * 1_000_003 + epoch, self.rank)
+        generator = torch.Generator().manual_seed(seed % 2**32)
         return torch.randperm(self.size, generator=generator)
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ To have it by name, enter it in POLICIES.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from sparse_training.gate import Gate
 from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable
 from sparse_training.loader import Batch, Choice, Offer
 from sparse_training.original import PackageLaw
+from sparse_training.ranks import own_seed, place
 from sparse_training.scorers import make_scorer
 from sparse_training.scoring import Scorer, Scores, forward
 from sparse_training.worth import NOISE, Worth
@@ -220,6 +222,9 @@ class GatePolicy(Policy):
     def select(self, scores: Scores | None, batch: Batch) -> Kept:
         if scores is None:
             return super().select(scores, batch)
+        if self.gate.capacity is None and batch.targets.device.type == "xla":  # a program for each number of rows kept
+            steady = self.gate.schedule is None and not self.gate.by_mass
+            self.gate.capacity = min(batch.rows, math.ceil(2 * self.rate * batch.rows)) if steady else batch.rows
         selection = self.gated(scores)
         inputs, targets = selection.take((batch.inputs, batch.targets))
         padded = self.gate.capacity is not None
@@ -699,7 +704,8 @@ def make_policy(
 ) -> Policy:
     """A policy from its name, from a gate, or as it is.
 
-    A gate made here sees the loss the model is trained on: its ignore_index and label smoothing.
+    A gate made here sees the loss the model is trained on: its ignore_index and label smoothing; of several
+    processes of torch.distributed all share its threshold. Other policies made here draw by a seed of each process.
 
     Args:
         policy: a name in POLICIES, or policy@scorer, such as "gate@early:3", which is then its name; a Policy, or a
@@ -710,6 +716,7 @@ def make_policy(
         UserError: an unknown name, a rate outside (0, 1], a scorer for a policy that asks none or has its own, or two.
     """
     check_rate(rate)
+    rank, ranks = place()
     said = policy
     if isinstance(policy, str) and "@" in policy:
         if scorer is not None:
@@ -724,10 +731,11 @@ def make_policy(
         raise UserError(f"policy {policy!r}: wanted one of {', '.join(POLICIES)}")
     elif policy == "gate":
         known = ("ignore_index", "label_smoothing")
-        made = GatePolicy(rate, seed, **{name: getattr(loss, name) for name in known if hasattr(loss, name)})
+        shared = {name: getattr(loss, name) for name in known if hasattr(loss, name)}
+        made = GatePolicy(rate, seed, process_group="world" if ranks > 1 else None, **shared)
     else:
         kinds = POLICIES if scorer is None or scorer.before_loading else {**POLICIES, **BY_SCORES}
-        made = kinds[policy](rate, seed)
+        made = kinds[policy](rate, own_seed(seed, rank))
     if scorer is not None and not (scorer.before_loading and isinstance(made, HistoryPolicy)):
         if made.scored_by is None or isinstance(made, MaskedPolicy):
             raise UserError(f"scorer {scorer.name} for the policy {made.name}, which asks none: wanted no scorer")

@@ -1,11 +1,14 @@
-"""One gate over several processes: what each one's rows add up to is gathered, and all advance the same state.
+"""Several processes: one gate over all of them, and what a trainer says to its like.
 
-A rank contributes 15 float64 numbers a batch, gathered without waiting. Every rank merges them in the order of the
-ranks and applies the law to the same sums, so the states stay equal bit for bit and nothing is ever broadcast.
+Of a gate's batch what each rank's rows add up to is gathered, and all advance the same state: 15 float64 numbers a
+rank, gathered without waiting. Every rank merges them in the order of the ranks and applies the law to the same
+sums, so the states stay equal bit for bit and nothing is ever broadcast.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,9 +36,84 @@ def resolve(group: Any) -> Any:
     return dist.group.WORLD
 
 
-def own_seed(seed: int, group: Any) -> int:
+def own_seed(seed: int, rank: int) -> int:
     """A rank's own seed, of 64 bits, for its rows have the numbers of other ranks' rows; rank 0's is ``seed``."""
-    return int((seed + dist.get_rank(group) * 0x9E3779B97F4A7C15) % 2**64)
+    return (seed + rank * 0x9E3779B97F4A7C15) % 2**64
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and how many there are: 0 and 1 where torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def launched() -> tuple[int, int]:
+    """The rank and the number of processes that torchrun started this one with; 0 and 1 without it."""
+    if dist.is_available() and dist.is_torchelastic_launched():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def connect() -> None:
+    """Initialises torch.distributed under torchrun, for the processor and for a GPU a process; nothing without it."""
+    if launched()[1] == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
+
+
+class Ranks:
+    """The processes that train one model together, all of torch.distributed's; alone where there are no others.
+
+    Every method is to be called by all of them, in the same order; alone each gives back what it was given.
+    What the host asks goes by gloo, so that it waits for no accelerator.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = place()
+        self._group: Any = None
+        if self.size > 1 and "gloo" not in dist.get_backend():
+            self._group = dist.new_group(backend="gloo")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # a handle
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def sum_later(self, values: Tensor) -> Callable[[], Tensor]:
+        """Starts to add up tensors on the training's device, in place; call what it gives to wait for the sum."""
+        if self.alone:
+            return lambda: values
+        work = dist.all_reduce(values, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return values
+
+        return wait
+
+    def total(self, number: float) -> float:
+        """The sum of every rank's number."""
+        if self.alone:
+            return number
+        held = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(held, group=self._group)
+        return held.item()
+
+    def first(self, number: float) -> float:
+        """Rank 0's number."""
+        return self.total(number if self.rank == 0 else 0.0)
+
+    def all(self, value: Any) -> list[Any]:
+        """Every rank's value, anything that can be pickled."""
+        found: list[Any] = [value] * self.size
+        if not self.alone:
+            dist.all_gather_object(found, value, group=self._group)
+        return found
 
 
 class Exchange:

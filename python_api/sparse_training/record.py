@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,20 @@ class History:
         """Rows kept of rows offered in the sparse phase; None before it."""
         offered = int(self.offered)
         return int(self.kept) / offered if offered else None
+
+    def together(self, others: Sequence[History]) -> None:
+        """Counts of all ranks of a run instead of this one's; rank r of n numbers rows r, r + n, ... from 0."""
+        for name in ("rows_seen", "rows_trained", "offered", "kept"):
+            setattr(self, name, sum(int(getattr(each, name)) for each in others))
+        kinds = dict.fromkeys(kind for each in others for kind in each.operations)
+        self.operations = {kind: sum(each.operations.get(kind, 0.0) for each in others) for kind in kinds}
+        for name in ("selected", "seen"):
+            parts = [part for each in others if (part := getattr(each, name)) is not None]
+            if len(parts) == len(others):
+                all_rows = parts[0].new_zeros(sum(map(len, parts)))
+                for rank, part in enumerate(parts):
+                    all_rows[rank :: len(parts)] = part
+                setattr(self, name, all_rows)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from sparse_training import checkpoint as files
+from sparse_training import devices
 from sparse_training.clock import Clock, calibrate
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.energy import Energy, Meter, Operations, find_meter
@@ -20,6 +22,7 @@ from sparse_training.errors import UserError
 from sparse_training.gate import Gate
 from sparse_training.loader import Batch, Loader, Offer, StreamLoader
 from sparse_training.policies import Kept, Policy, make_policy
+from sparse_training.ranks import Ranks
 from sparse_training.record import History, Status
 from sparse_training.schedules import Schedule
 from sparse_training.scoring import PRECISIONS, Scorer, Scores, SelfScorer, evaluation_statistics, forward
@@ -42,8 +45,14 @@ class Learned(NamedTuple):
 class SparseTrainer:
     """Trains a model on the rows that a policy keeps.
 
+    Where torch.distributed is initialised (``torchrun``), its processes train one model: each on its part of the
+    data, with the gradient of all their rows together, as one process with batches as large would have it, but for
+    what a model does across the rows of a batch (BatchNorm). A process whose rows are all left out takes part.
+
     Args:
-        model: any module; a tuple or list of inputs is unpacked into it, a mapping by keyword.
+        model: any module; a tuple or list of inputs is unpacked into it, a mapping by keyword. Of several
+            processes it is wrapped in DistributedDataParallel, if it is not already; evaluation and checkpoints
+            are of the model itself.
         loss: maps (logits, targets) to one loss a row; see ``Criterion``, for tokens and pixels too.
         rows: "samples": the policy keeps samples, by the mean over a sample's tokens or pixels where it has
             several; what is left out is not in the backward, nor in the forward of the step. "elements": it keeps
@@ -70,7 +79,7 @@ class SparseTrainer:
         amp: of training: None for the model's own, bfloat16, or float16 (with a gradient scaler).
         compile: ``torch.compile`` the model, once for all numbers of rows.
         device: None for where the model is.
-        seed: of the policy's own generators; global ones are left to the caller.
+        seed: of the policy's own generators, with the process's rank; global ones are left to the caller.
         channels_last: memory format of convolutional weights; None for yes where there are any.
         inputs, targets: how to take them from a batch that is not (inputs, targets) or a mapping.
 
@@ -120,8 +129,12 @@ class SparseTrainer:
                 "forward's own logits are what is judged"
             )
         self.dense = Policy()
-        self.device = torch.device(device) if device is not None else _device_of(model)
-        self.model = model.to(self.device)
+        self.device = devices.find(device) if device is not None else _device_of(model)
+        self.ranks = Ranks()
+        wrapped = model if isinstance(model, DistributedDataParallel) else None
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        self.model: nn.Module = model.to(self.device)
         if channels_last is None:
             channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
         if channels_last:
@@ -136,10 +149,12 @@ class SparseTrainer:
             group.setdefault("initial_lr", group["lr"])
         self.update = Update(
             self.model, self.optimizer,
-            device=self.device, amp=self.amp, clip_norm=clip_norm, accumulate=accumulate, ema=ema,
+            device=self.device, amp=self.amp, clip_norm=clip_norm, accumulate=accumulate, ema=ema, ranks=self.ranks,
         )  # fmt: skip
         self.operations = Operations()
         self.spending: Spending | None = None
+        # What is trained through: not scored with, for a scoring pass has no gradient to average.
+        self.parallel = wrapped or (self.model if self.ranks.alone else DistributedDataParallel(self.model))
         self.compiled = compile
         self.compile()
         self._checked = False
@@ -157,6 +172,8 @@ class SparseTrainer:
         if optimizer is not None:
             return optimizer(self.model.parameters(), lr=lr)
         # One pass over the parameters: a quarter of the unfused step's time on a CPU.
+        if self.device.type == "xla":  # with its count of steps on the device, whatever skips a step can undo that too
+            return torch.optim.AdamW(self.model.parameters(), lr=lr, capturable=True)
         fused = self.device.type in ("cpu", "cuda")
         return torch.optim.AdamW(self.model.parameters(), lr=lr, fused=fused)
 
@@ -192,8 +209,11 @@ class SparseTrainer:
         """One forward of all samples; their logits, one row an element, are the batch that the policy sees."""
         if not self._checked:
             self.check(samples)
-        with self._autocast():
-            rows = self.criterion.elements(forward(self.model, samples.inputs), samples.targets)
+        if samples.rows == 0 and not self.ranks.alone:
+            inputs, targets = nothing_like((samples.inputs, samples.targets))
+            samples = samples._replace(inputs=inputs, targets=targets.fill_(self.criterion.ignore_index))
+        with self._statistics(samples.rows), self._autocast():
+            rows = self.criterion.elements(forward(self.parallel, samples.inputs), samples.targets)
             counts = rows[1] != self.criterion.ignore_index
             loader = StreamLoader((), device=self.device)
             if policy.before_loading:
@@ -205,9 +225,10 @@ class SparseTrainer:
             if policy.scored_by is not None and not policy.before_loading:
                 scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
             kept = policy.select(scores, batch)
-            if self.update.nothing_in(kept):
+            if self.update.nothing_in(kept) and self.ranks.alone:
                 self.update.skip()
                 return batch, kept
+            self.update.share(kept)
             losses = self.criterion(kept.inputs, kept.targets)
         self.update.add(losses, kept)
         return batch, kept
@@ -223,17 +244,25 @@ class SparseTrainer:
 
     def learn(self, kept: Kept) -> Learned | None:
         """Train on the kept rows, and what the model made of them; None if there are none."""
-        if self.update.nothing_in(kept):
-            self.update.skip()
-            return None
-        # The variance of one row is 0, or an error: BatchNorm uses its running statistics for it.
-        alone = kept.targets.shape[0] == 1
-        frozen = evaluation_statistics(self.model, _BatchNorm) if alone else nullcontext()
-        with frozen, self._autocast(), self.scorer.watch():
-            logits = forward(self.model, kept.inputs)
+        if nothing := self.update.nothing_in(kept):
+            if self.ranks.alone:
+                self.update.skip()
+                return None
+            # The other ranks wait for a backward pass. Not of a row of the batch: it may be empty, or not finite.
+            inputs, targets = nothing_like((kept.inputs, kept.targets))
+            kept = Kept(inputs, targets, 0, None, torch.zeros(1, device=self.device), 0)
+        self.update.share(kept)
+        with self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
+            logits = forward(self.parallel, kept.inputs)
             losses = self.criterion(logits, kept.targets)
         self.update.add(losses, kept)
+        if nothing:
+            return None
         return Learned(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
+
+    def _statistics(self, rows: int) -> AbstractContextManager[None]:
+        """The variance of one row is 0, or an error: BatchNorm uses its running statistics for it."""
+        return evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
@@ -282,7 +311,7 @@ class SparseTrainer:
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
         """Mean loss of a row, and accuracy where targets are classes, over one pass; nothing is changed.
 
-        With an average of the weights, of that.
+        With an average of the weights, of that. Of several processes, over what all of them go through.
         """
         loader, model = self.loader(data), self.update.evaluated
         total = torch.zeros(4, dtype=torch.float64, device=self.device)  # losses, rows, right, elements
@@ -302,8 +331,9 @@ class SparseTrainer:
                     classes = True
                     total[2] += found[0]
                     total[3] += found[1]
-        loss, rows, right, elements = total.tolist()
-        accuracy = {"accuracy": right / max(elements, 1)} if classes else {}
+                devices.end_step(self.device)
+        loss, rows, right, elements = self.ranks.sum_later(total)().tolist()
+        accuracy = {"accuracy": right / max(elements, 1)} if classes or elements else {}
         return {**accuracy, "loss": loss / max(rows, 1)}
 
     def loader(self, data: Iterable[Any]) -> Loader:
@@ -336,19 +366,27 @@ class SparseTrainer:
         """Train for a budget: exactly one of epochs, steps, rows or seconds.
 
         Args:
-            train: a ResidentLoader, a DataLoader, or any iterable of batches.
-            steps: batches. rows: that the batches hold, trained on or not.
-            seconds: of the clock; without a clock given, one is calibrated first.
+            train: a ResidentLoader, a DataLoader, or any iterable of batches. Of several processes each has its
+                part, in as many batches as the others: a ResidentLoader sees to it, to a DataLoader belongs a
+                DistributedSampler.
+            steps: batches. rows: that the batches hold, trained on or not, in all processes.
+            seconds: of the clock; without a clock given, one is calibrated first. Of several processes the first
+                one's clock counts, and without one given it is of raw seconds.
             evaluate: data, or a function of the model; done so many ``evaluations`` times a run,
                 evenly spaced, the last at its end. Evaluation is not charged to the clock.
             within: what all of the run's steps are to take, with its unit: (2e15, "flops") or (60.0, "seconds") of the
-                clock; the rate of the sparse phase follows what is left of it. Wants a budget of steps or epochs.
-            meter: of joules; by default what can be read here, see ``energy``. Evaluation is not in them.
+                clock; the rate of the sparse phase follows what is left of it. Wants a budget of steps or epochs, and
+                one process.
+            meter: of joules; by default what can be read here, see ``energy``; of several processes none. Evaluation
+                is not in them.
             checkpoint: folder for checkpoint.pt, written after ``every`` so many steps, when
-                stopped, and at the end.
+                stopped, and at the end. Of several processes the first one writes it, and all read it.
             resume: go on from the folder's checkpoint, bit for bit; start if there is none.
             progress: called after every step.
-            stop: asked after every step; once true, the run writes its checkpoint and returns.
+            stop: asked after every step; once true, of any process, the run writes its checkpoint and returns.
+
+        Returns:
+            Counts of rows are of all processes.
 
         Raises:
             UserError: no budget or two, a checkpoint in the folder and no ``resume``, or one made
@@ -363,7 +401,8 @@ class SparseTrainer:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history, self.operations = History(), Operations()
         state = None
-        energy = Energy(meter or find_meter(self.device))
+        # Of several processes each would read the processor of all and a GPU of its own.
+        energy = Energy(meter or (find_meter(self.device) if self.ranks.alone else None))
         elements = self.criterion.rows == "elements"
         if elements:
             self.policy.prepare(None)
@@ -374,14 +413,17 @@ class SparseTrainer:
             state = files.load(path, self.device)
             self._restore(state, settings, loader, history, clock, energy)
         elif clock is None:
+            # Processes would time one another.
             timed = kind == "seconds" or (within is not None and within[1] == "seconds")
-            clock = Clock(calibrate(self, loader) if timed and not elements else None)
+            clock = Clock(calibrate(self, loader) if timed and not elements and self.ranks.alone else None)
         elif clock.costs is not None and elements:
             raise UserError('a calibrated clock with rows="elements": wanted Clock(), of raw seconds')
         self.spending = None
         if within is not None:
             if kind != "steps":
                 raise UserError(f"within {within[0]:g} {within[1]} and a budget of {kind}: wanted steps or epochs")
+            if not self.ranks.alone:
+                raise UserError(f"within {within[0]:g} {within[1]} and several processes: wanted one")
             self.spending = Spending(self, loader, *within, steps=int(budget), costs=clock.costs)
             if state is not None:
                 self.spending.load_state_dict(state["spending"])
@@ -390,12 +432,15 @@ class SparseTrainer:
 
         def done() -> float:
             if kind == "rows":
-                return int(history.rows_seen) / budget
-            return (clock.seconds if kind == "seconds" else history.steps) / budget
+                return self.ranks.total(int(history.rows_seen)) / budget
+            return (self.ranks.first(clock.seconds) if kind == "seconds" else history.steps) / budget
 
         def save() -> None:
-            if path is not None:
-                files.save(path, self._state(settings, loader, history, clock, energy))
+            if path is None:
+                return
+            own = self.ranks.all(self._own_state(settings, loader, history))
+            if self.ranks.rank == 0:
+                files.save(path, {**self._state(clock, energy), **own[0], "others": own[1:]})
 
         def pause() -> None:
             clock.stop(self.device)
@@ -428,6 +473,7 @@ class SparseTrainer:
             fraction = done()
             if fraction >= 1.0:
                 self.update.step()  # of what was accumulated
+            devices.end_step(self.device)
             due = phase == "sparse" and fraction * TRACE_POINTS >= len(history.trace)
             if due and (point := policy.trace()) is not None:
                 history.trace.append((history.steps, *point))
@@ -438,7 +484,8 @@ class SparseTrainer:
                 go_on()
             if progress is not None:
                 progress(Status(fraction, phase, history.steps, clock.seconds, latest, policy))
-            history.interrupted = stop is not None and stop() and fraction < 1.0
+            stopped = stop is not None and self.ranks.total(stop()) > 0
+            history.interrupted = stopped and fraction < 1.0
             if history.interrupted:
                 break
             if every and history.steps % every == 0 and fraction < 1.0:
@@ -449,6 +496,8 @@ class SparseTrainer:
         history.seconds, history.raw_seconds = clock.seconds, clock.raw_seconds
         history.joules, history.meter, history.operations = energy.joules, energy.source, self.operations.total
         save()
+        if not self.ranks.alone:
+            history.together(self.ranks.all(history))
         if not history.interrupted:
             history.warnings = self.policy.warnings(history.rate)
             if self.spending is not None:
@@ -538,22 +587,32 @@ class SparseTrainer:
             "rows": loader.size,
         }
 
-    def _state(
-        self, settings: dict[str, Any], loader: Loader, history: History, clock: Clock, energy: Energy
-    ) -> dict[str, Any]:
+    def _state(self, clock: Clock, energy: Energy) -> dict[str, Any]:
+        """What is the same on every rank, or the first one's for all."""
         return {
-            "settings": settings,
             "model": self.model.state_dict(),
             "update": self.update.state_dict(),
-            "policy": self.policy.state_dict(),
-            "loader": loader.state_dict(),
             "clock": clock.state_dict(),
             "energy": energy.state_dict(),
+        }
+
+    def _own_state(self, settings: dict[str, Any], loader: Loader, history: History) -> dict[str, Any]:
+        """What is each rank's own."""
+        return {
+            "settings": settings,
+            "policy": self.policy.state_dict(),
+            "loader": loader.state_dict(),
             "operations": self.operations.state_dict(),
             "spending": None if self.spending is None else self.spending.state_dict(),
             "history": history.state_dict(),
             "rng": files.rng_state(self.device),
+            "buffers": [] if self.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],
         }
+
+    def _buffers(self) -> list[Tensor]:
+        """Of the model and its average: running statistics are of each rank's own rows."""
+        models = [self.model] if self.update.ema is None else [self.model, self.update.ema]
+        return [buffer for model in models for buffer in model.buffers()]
 
     def _restore(
         self,
@@ -564,19 +623,30 @@ class SparseTrainer:
         clock: Clock,
         energy: Energy,
     ) -> None:
-        differing = [name for name, value in settings.items() if state["settings"].get(name) != value]
-        if differing:
-            said = ", ".join(f"{name} {state['settings'].get(name)} is now {settings[name]}" for name in differing)
+        of_ranks = [state, *state["others"]]
+        if len(of_ranks) != self.ranks.size:
+            raise UserError(f"the checkpoint is of {len(of_ranks)} processes: wanted as many, not {self.ranks.size}")
+        own = of_ranks[self.ranks.rank]
+        saved = own["settings"]
+        if differing := [name for name, value in settings.items() if saved.get(name) != value]:
+            said = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
             raise UserError(f"the checkpoint was made with other settings: {said}")
         self.model.load_state_dict(state["model"])
         self.update.load_state_dict(state["update"])
-        self.policy.load_state_dict(state["policy"])
-        loader.load_state_dict(state["loader"])
         clock.load_state_dict(state["clock"])
+        for buffer, value in zip(self._buffers() if own["buffers"] else (), own["buffers"], strict=True):
+            buffer.copy_(value)
+        self.policy.load_state_dict(own["policy"])
+        loader.load_state_dict(own["loader"])
         energy.load_state_dict(state["energy"])
-        self.operations.load_state_dict(state["operations"])
-        vars(history).update(state["history"], interrupted=False)
-        files.set_rng_state(state["rng"], self.device)
+        self.operations.load_state_dict(own["operations"])
+        vars(history).update(own["history"], interrupted=False)
+        files.set_rng_state(own["rng"], self.device)
+
+
+def nothing_like(tree: Any) -> Any:
+    """One row of zeros for every tensor's rows."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.new_zeros((1, *tensor.shape[1:])), tree)
 
 
 def _device_of(model: nn.Module) -> torch.device:

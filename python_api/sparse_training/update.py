@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparse_training.errors import UserError
 from sparse_training.policies import Kept
+from sparse_training.ranks import Ranks
 
 
 class Update:
-    """Makes an optimiser step of the kept rows of every ``accumulate`` batches.
+    """Makes an optimiser step of the kept rows of every ``accumulate`` batches, of all ranks.
 
     Batches keep different numbers of rows. Their gradients are summed and divided by all their rows (or the sum
-    of what the policy divides by), so that n batches give the gradient of one batch n times as large.
+    of what the policy divides by), so that n batches give the gradient of one batch n times as large, and so do
+    the batches of n ranks.
 
     Args:
+        ranks: DistributedDataParallel averages their gradients; ``add`` and ``skip`` are called by all of them.
         amp: the training's autocast type; float16 gets a gradient scaler.
         clip_norm: largest gradient norm, None for no clipping.
         accumulate: batches a step.
@@ -40,6 +44,7 @@ class Update:
         clip_norm: float | None = None,
         accumulate: int = 1,
         ema: float | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0.0:
             raise UserError(f"clip_norm {clip_norm}: wanted more than 0, or None")
@@ -52,6 +57,8 @@ class Update:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         average = None if ema is None else get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
         self.ema = None if ema is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.ranks = ranks or Ranks()
+        self._shared: Callable[[], Tensor] | None = None  # rows and divisor of all ranks' batches, on their way
         self.batches = 0  # since the last step
         self.first: int | Tensor | None = None  # divisor of the first of them that had rows,
         self.total: int | Tensor = 0  # and the sum of all of them
@@ -67,18 +74,36 @@ class Update:
             return True
         return isinstance(kept.rows, Tensor) and not self.skips_on_device() and int(kept.rows) == 0  # waits
 
+    def share(self, kept: Kept) -> None:
+        """Starts to add up the ranks' rows, behind their forward passes; alone there is nothing to add."""
+        if not self.ranks.alone:
+            divisor = kept.targets.shape[0] if kept.weight is None else kept.divisor
+            # Of an empty padded batch the divisor is no number of rows.
+            some = torch.as_tensor(kept.rows, device=self.device).double().clamp(max=1)
+            own = torch.stack((some, some * divisor))
+            self._shared = self.ranks.sum_later(own)
+
     def add(self, losses: Tensor, kept: Kept) -> None:
         """Backward pass of a batch's losses, and the step where it is the last batch of one."""
         if self.first is None:
             self.optimizer.zero_grad(set_to_none=True)
+        rows: int | Tensor = kept.rows
         divisor = losses.shape[0] if kept.weight is None else kept.divisor
-        loss = losses.mean() if kept.weight is None else (losses * kept.weight).sum() / divisor
+        if self._shared is not None:
+            rows, divisor = self._shared().unbind()
+            self._shared = None
+            divisor = torch.where(rows > 0, divisor, 1.0) / self.ranks.size
+            loss = (losses if kept.weight is None else losses * kept.weight).sum() / divisor
+        elif kept.weight is None:
+            loss = losses.mean()
+        else:
+            loss = (losses * kept.weight).sum() / divisor
         if self.first is None:
             self.first = divisor
         elif self.accumulate > 1:
             loss = loss * (divisor / self.first)
         # Of an empty padded batch the divisor is no number of rows.
-        self.total += torch.where(kept.rows == 0, 0, divisor) if isinstance(kept.rows, Tensor) else divisor
+        self.total += torch.where(rows == 0, 0, divisor) if isinstance(rows, Tensor) else divisor
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.skip()
 
@@ -96,21 +121,20 @@ class Update:
         if first is None:
             return
         empty = (total == 0).float().reshape(()) if isinstance(total, Tensor) and self.skips_on_device() else None
+        if empty is None and not self.ranks.alone and float(total) == 0.0:  # no rank had a row
+            return
         if self.accumulate > 1:
             self.scaler.unscale_(self.optimizer)
             gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-            total = total.clamp(min=1) if isinstance(total, Tensor) else total
+            total = torch.where(total > 0, total, 1) if isinstance(total, Tensor) else total
             torch._foreach_mul_(gradients, torch.as_tensor(first / total, device=self.device))
         if self.clip_norm is not None:
             if self.accumulate == 1:
                 self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
-        if empty is not None:
-            self.optimizer.found_inf = empty  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if empty is not None:
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        with nullcontext() if empty is None else self._skipped_where(empty):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
@@ -119,9 +143,33 @@ class Update:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def skips_on_device(self) -> bool:
-        """Fused optimisers leave everything as it is where ``found_inf`` is 1, without a host sync."""
-        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        return fused and self.device.type == "cuda" and not self.scaler.is_enabled()
+        """Whether a step can be left out without asking the host.
+
+        Fused optimisers leave everything as it is where ``found_inf`` is 1; XLA undoes the step in the same program.
+        """
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and self.device.type == "cuda"
+        return (fused or self.device.type == "xla") and not self.scaler.is_enabled()
+
+    @contextmanager
+    def _skipped_where(self, empty: Tensor) -> Iterator[None]:
+        """What is stepped in here stays as it was where ``empty``, float32, is 1."""
+        if self.device.type != "xla":
+            self.optimizer.found_inf = empty  # type: ignore[attr-defined]
+            yield
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+            return
+        before = {id(tensor): tensor.detach().clone() for tensor in self._moved()}
+        yield
+        with torch.no_grad():
+            for tensor in self._moved():  # optimisers' states begin with 0
+                was = before.get(id(tensor))
+                tensor.copy_(torch.where(empty > 0, 0.0 if was is None else was, tensor))
+
+    def _moved(self) -> list[Tensor]:
+        """What an optimiser step changes on the device."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        found = [*self._parameters(), *(value for value in states if isinstance(value, Tensor))]
+        return [tensor for tensor in found if tensor.device == self.device]
 
     def state_dict(self) -> dict[str, Any]:
         pending = None

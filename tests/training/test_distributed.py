@@ -1,7 +1,6 @@
 """The gate across ranks: 2 and 4 processes do what one process does with all their rows.
 
-Each check runs in gloo processes on this machine and says what it found; the test compares. A process that hangs
-or fails is a failure, after a time limit, and the next test starts others.
+Each check runs in gloo processes on this machine and says what it found; the test compares.
 """
 
 from __future__ import annotations
@@ -9,17 +8,14 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import queue
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import Processes, signals
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,84 +25,15 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="a PyTorch without torch.distributed and gloo"
 )
 
-RANKS, LIMIT = 4, 240.0  # processes; seconds until a hang is a failure
+RANKS = 4
 CLASSES, FEATURES = 5, 6
-Check = Callable[..., Any]
-
-
-# Processes
-
-signals: dict[int, Any] = {}  # second groups of as many ranks, to order what they do: collectives of one are in order
-
-
-def _work(rank: int, store: str, tasks: Any, answers: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    groups = {1: None, 2: dist.new_group([0, 1]), RANKS: dist.group.WORLD}
-    # Every group is made here, by all: PyTorch names one made with use_local_synchronization=True after the number of
-    # groups its rank is in, so ranks that are in different numbers of groups wait for each other for ever.
-    signals.update({2: dist.new_group([0, 1]), RANKS: dist.new_group()})
-    while (task := tasks.get()) is not None:
-        check, ranks, arguments = task
-        try:
-            # Plain objects: tensors would be shared by a file that goes with their process.
-            answers.put((rank, True, check(rank, ranks, groups[ranks], *arguments)))
-        except BaseException:
-            answers.put((rank, False, traceback.format_exc()))
-
-
-class Processes:
-    def __init__(self, folder: Path) -> None:
-        context = mp.get_context("spawn")
-        self.tasks = [context.Queue() for _ in range(RANKS)]
-        self.answers = context.Queue()
-        self.all = [
-            context.Process(target=_work, args=(rank, str(folder / "store"), tasks, self.answers), daemon=True)
-            for rank, tasks in enumerate(self.tasks)
-        ]
-        for process in self.all:
-            process.start()
-
-    def run(self, check: Check, ranks: int, *arguments: Any) -> list[Any]:
-        """What ``check(rank, ranks, group, *arguments)`` returned on each rank."""
-        for tasks in self.tasks[:ranks]:
-            tasks.put((check, ranks, arguments))
-        found = {}
-        for _ in range(ranks):
-            try:
-                rank, fine, answer = self.answers.get(timeout=LIMIT)
-            except queue.Empty:
-                self.stop()
-                pytest.fail(f"no answer of ranks {sorted(set(range(ranks)) - set(found))} in {LIMIT:.0f} s")
-            if not fine:
-                self.stop()  # the others may be waiting for it
-                pytest.fail(f"rank {rank}:\n{answer}")
-            found[rank] = answer
-        return [found[rank] for rank in range(ranks)]
-
-    def stop(self) -> None:
-        for process in self.all:
-            process.kill()
-        for process in self.all:
-            process.join()
-        self.all = []
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Processes]]:
-    living: list[Processes] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield living
-    for processes in living:
-        processes.stop()
-
-
-@pytest.fixture
-def run(started: list[Processes], tmp_path: Path) -> Callable[..., list[Any]]:
-    if not started or not started[-1].all:
-        started.append(Processes(tmp_path))
-    return started[-1].run
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
+    processes = Processes(tmp_path_factory.mktemp("ranks"), RANKS)
+    yield processes.run
+    processes.stop()
 
 
 # What is trained, alone and together
