@@ -26,6 +26,7 @@ from sparse_training.ranks import Ranks
 from sparse_training.record import History, Status
 from sparse_training.schedules import Schedule
 from sparse_training.scoring import PRECISIONS, Scorer, Scores, SelfScorer, evaluation_statistics, forward
+from sparse_training.spending import Spending
 from sparse_training.update import Update
 
 CHECKPOINT = "checkpoint.pt"
@@ -151,6 +152,7 @@ class SparseTrainer:
             device=self.device, amp=self.amp, clip_norm=clip_norm, accumulate=accumulate, ema=ema, ranks=self.ranks,
         )  # fmt: skip
         self.operations = Operations()
+        self.spending: Spending | None = None
         # What is trained through: not scored with, for a scoring pass has no gradient to average.
         self.parallel = wrapped or (self.model if self.ranks.alone else DistributedDataParallel(self.model))
         self.compiled = compile
@@ -360,6 +362,7 @@ class SparseTrainer:
         evaluate: Iterable[Any] | Callable[[nn.Module], Mapping[str, float]] | None = None,
         evaluations: int = 20,
         clock: Clock | None = None,
+        within: tuple[float, str] | None = None,
         meter: Meter | None = None,
         checkpoint: str | Path | None = None,
         every: int | None = None,
@@ -378,6 +381,9 @@ class SparseTrainer:
                 one's clock counts, and without one given it is of raw seconds.
             evaluate: data, or a function of the model; done so many ``evaluations`` times a run,
                 evenly spaced, the last at its end. Evaluation is not charged to the clock.
+            within: what all of the run's steps are to take, with its unit: (2e15, "flops") or (60.0, "seconds") of the
+                clock; the rate of the sparse phase follows what is left of it. Wants a budget of steps or epochs, and
+                one process.
             meter: of joules; by default what can be read here, see ``energy``; of several processes none. Evaluation
                 is not in them.
             checkpoint: folder for checkpoint.pt, written after ``every`` so many steps, when
@@ -395,12 +401,13 @@ class SparseTrainer:
         """
         loader = self.loader(train)
         kind, budget = self._budget(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
-        settings = self._settings(loader, kind, budget)
+        settings = {**self._settings(loader, kind, budget), "within": str(within)}
         path = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
         previous = path is not None and (path.exists() or files.previous_of(path).exists())
         if previous and not resume:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history, self.operations = History(), Operations()
+        state = None
         # Of several processes each would read the processor of all and a GPU of its own.
         energy = Energy(meter or (find_meter(self.device) if self.ranks.alone else None))
         elements = self.criterion.rows == "elements"
@@ -410,13 +417,23 @@ class SparseTrainer:
             self.policy.prepare(loader.size, loader.labels, loader.copies)
         if path is not None and previous:
             clock = clock or Clock()
-            self._restore(files.load(path, self.device), settings, loader, history, clock, energy)
+            state = files.load(path, self.device)
+            self._restore(state, settings, loader, history, clock, energy)
         elif clock is None:
             # Processes would time one another.
-            calibrated = kind == "seconds" and not elements and self.ranks.alone
-            clock = Clock(calibrate(self, loader) if calibrated else None)
+            timed = kind == "seconds" or (within is not None and within[1] == "seconds")
+            clock = Clock(calibrate(self, loader) if timed and not elements and self.ranks.alone else None)
         elif clock.costs is not None and elements:
             raise UserError('a calibrated clock with rows="elements": wanted Clock(), of raw seconds')
+        self.spending = None
+        if within is not None:
+            if kind != "steps":
+                raise UserError(f"within {within[0]:g} {within[1]} and a budget of {kind}: wanted steps or epochs")
+            if not self.ranks.alone:
+                raise UserError(f"within {within[0]:g} {within[1]} and several processes: wanted one")
+            self.spending = Spending(self, loader, *within, steps=int(budget), costs=clock.costs)
+            if state is not None:
+                self.spending.load_state_dict(state["spending"])
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -440,6 +457,9 @@ class SparseTrainer:
             energy.start()
             clock.start()
 
+        def spent() -> float:
+            return clock.seconds if within and within[1] == "seconds" else sum(self.operations.total.values())
+
         items = _endless(loader)
         latest = history.evals[-1] if history.evals else None
         go_on()
@@ -449,8 +469,13 @@ class SparseTrainer:
             self.set_learning_rate(self.schedule.factor(fraction))
             policy = self.policy if phase == "sparse" else self.dense
             policy.at(fraction)
+            steered = self.spending if phase == "sparse" else None
+            if steered is not None:
+                steered.before(policy, spent())
             batch, kept = self.step(policy, loader, next(items))
             clock.charge(policy.name, batch.rows, kept.targets.shape[0], batch.offered, observer=self.policy.name)
+            if steered is not None:
+                steered.after(spent())
             self._record(history, phase, loader, batch, kept)
             fraction = done()
             if fraction >= 1.0:
@@ -482,6 +507,8 @@ class SparseTrainer:
             history.together(self.ranks.all(history))
         if not history.interrupted:
             history.warnings = self.policy.warnings(history.rate)
+            if self.spending is not None:
+                history.warnings += self.spending.warnings()
         return history
 
     def _evaluation(
@@ -583,6 +610,7 @@ class SparseTrainer:
             "policy": self.policy.state_dict(),
             "loader": loader.state_dict(),
             "operations": self.operations.state_dict(),
+            "spending": None if self.spending is None else self.spending.state_dict(),
             "history": history.state_dict(),
             "rng": files.rng_state(self.device),
             "buffers": [] if self.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],
