@@ -41,7 +41,7 @@ from sparse_training.scorers import FORMS as SCORER_FORMS
 from sparse_training.scorers import make_scorer
 from sparse_training.scoring import PRECISIONS
 from sparse_training.store import CALIBRATION
-from sparse_training.study_report import load_study, print_calibration, print_study, write_study
+from sparse_training.study_report import PAGE, load_study, print_calibration, print_study, write_study
 from sparse_training.tasks import TASKS
 from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
@@ -506,7 +506,7 @@ def _study(
     result = made.result()
     write_study(result, folder)
     print_study(result)
-    print(f"written: {folder / studies.RESULT}")
+    print(f"written: {folder / studies.RESULT}, {folder / PAGE}")
 
 
 def _alone(command: str) -> None:

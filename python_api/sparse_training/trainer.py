@@ -20,8 +20,8 @@ from sparse_training.criterion import Criterion, Loss
 from sparse_training.energy import Energy, Meter, Operations, find_meter
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
-from sparse_training.loader import Batch, Loader, Offer, StreamLoader
-from sparse_training.policies import Kept, Policy, make_policy
+from sparse_training.loader import Batch, Choice, Loader, Offer, StreamLoader
+from sparse_training.policies import GatePolicy, Kept, Policy, make_policy
 from sparse_training.ranks import Ranks
 from sparse_training.record import History, Status
 from sparse_training.schedules import Schedule
@@ -77,7 +77,7 @@ class SparseTrainer:
         ema: decay of an average of the weights, 0.999 say, which is what is evaluated; None for none.
         precision: of the scoring pass: auto, float32, bfloat16 or float16.
         amp: of training: None for the model's own, bfloat16, or float16 (with a gradient scaler).
-        compile: ``torch.compile`` the model, once for all numbers of rows.
+        compile: ``torch.compile`` the model, once for all numbers of rows; or the name of a backend of its.
         device: None for where the model is.
         seed: of the policy's own generators, with the process's rank; global ones are left to the caller.
         channels_last: memory format of convolutional weights; None for yes where there are any.
@@ -107,7 +107,7 @@ class SparseTrainer:
         ema: float | None = None,
         precision: str = "auto",
         amp: str | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         device: torch.device | str | None = None,
         seed: int = 0,
         channels_last: bool | None = None,
@@ -162,7 +162,14 @@ class SparseTrainer:
     def compile(self) -> None:
         """Compile the model where that was asked for; also after a copy, for copies are not compiled."""
         if self.compiled:
-            self.model.compile(dynamic=True)  # or every number of rows kept would be compiled anew
+            model, backend = self.model, "inductor" if self.compiled is True else self.compiled
+
+            def call(*arguments: Any, **named: Any) -> Any:
+                return model._call_impl(*arguments, **named)  # type: ignore[no-untyped-call]
+
+            # Module.compile() in our own function: of PyTorch's own containers that one compiles nothing. Static
+            # shapes would be compiled anew for every number of rows.
+            model._compiled_call_impl = torch.compile(call, dynamic=True, backend=backend)
 
     def _make_optimizer(
         self, optimizer: OptimizerFactory | torch.optim.Optimizer | None, lr: float
@@ -216,11 +223,11 @@ class SparseTrainer:
             rows = self.criterion.elements(forward(self.parallel, samples.inputs), samples.targets)
             counts = rows[1] != self.criterion.ignore_index
             loader = StreamLoader((), device=self.device)
-            if policy.before_loading:
-                offer = Offer(counts.nonzero().squeeze(1).cpu(), 0)
-                batch = loader.load(rows, policy.choose(offer))._replace(offered=len(offer.ids))
-            else:
+            if (policy.scored_by is None and not policy.before_loading) or isinstance(policy, GatePolicy):
                 batch = loader.load(rows)._replace(weight=counts.float(), counted=counts.sum())
+            else:  # it chooses, or ranks, among what counts
+                offer = Offer(counts.nonzero().squeeze(1).cpu(), 0)
+                batch = loader.load(rows, policy.choose(offer) or Choice(offer.ids))._replace(offered=len(offer.ids))
             scores = None
             if policy.scored_by is not None and not policy.before_loading:
                 scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
