@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from test_trainer import network, resident, same, weights
+from test_trainer import Fixed, network, resident, same, weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -326,6 +326,29 @@ def test_a_schedule_of_ones_own_follows_the_budget(budget):
     done = [0, 16, 32, 44, 60, 76, 88] if "rows" in budget else range(7)
     whole = 96 if "rows" in budget else 6
     assert rates == [pytest.approx(0.5 * (1 - x / whole)) for x in done if x < whole]
+
+
+def test_no_number_of_rows_is_compiled_anew():
+    import torch._dynamo.utils as dynamo
+
+    torch._dynamo.reset()
+    dynamo.counters.clear()
+    trainer = SparseTrainer(network(), policy="gate", rate=0.4, warmup=0.1, anneal=0.1, compile="aot_eager")
+    loader = resident()
+    trainer.fit(loader, steps=12, evaluate=loader, evaluations=1)
+
+    def train(*numbers):
+        for rows in numbers:
+            policy = Fixed(list(range(rows)))
+            trainer.attach(policy)
+            trainer.step(policy, loader, torch.arange(16))
+
+    train(1, 2)
+    graphs = dynamo.counters["stats"]["unique_graphs"]
+    assert 3 <= graphs <= 6  # training, scoring, evaluation, and one row, whose BatchNorm does as in evaluation
+    train(5, 9, 4, 13, 16, 1, 7, 2, 11, 3, 15)
+    assert dynamo.counters["stats"]["unique_graphs"] == graphs
+    assert not dynamo.counters["graph_break"]
 
 
 @pytest.mark.parametrize("policy", ["dense", "gate", "importance"])
