@@ -97,7 +97,7 @@ def _settle(trainer: SparseTrainer, loader: Loader, items: list[Any]) -> None:
     assert loader.size is not None
     losses = torch.rand(loader.size, generator=torch.Generator().manual_seed(0)).log().neg()
     policy.observe(torch.arange(loader.size), losses, None)
-    for item in items[:12]:
+    for item in items[:6]:
         batch = loader.load(item, policy.choose(loader.offer(item)))
         kept = policy.select(policy.score(batch), batch)
         if len(kept.targets) < loader.offer(item).ids.shape[0]:

@@ -46,7 +46,7 @@ def test_step(benchmark, request, small, model, batch, layer):
         return SparseTrainer(copy.deepcopy(network), policy=policy, rate=rate, amp=amp)
 
     scorers = ("self", f"early:{layer}", "proxy", "history")
-    rounds = 1 if small else 7
+    rounds = 1 if small else 5
     samples = benchmark.pedantic(lambda: timed_arms(make, loader, scorers, rounds=rounds), rounds=1)
     for scorer in scorers:
         case = f"{request.node.callspec.id}-{scorer.partition(':')[0]}"

@@ -15,6 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/row_stats.h"
 #include "cpu/sum_tree.h"
+#include "direct.h"
 
 namespace py = pybind11;
 namespace sk = sparse_kernels;
@@ -277,6 +278,7 @@ PYBIND11_MODULE(_cpp, m) {
     sk::set_instruction_set(sk::instruction_set_from_name(name));
   });
   m.def("max_threads", &sk::max_threads);
+  sk::add_direct_functions(m.ptr());
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_kernels import library
+from sparse_kernels import direct, library
 from sparse_kernels.backends import choose, fused
 from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, Tree, TreeCall
 from sparse_kernels.tracing import observed
@@ -127,6 +127,13 @@ def gate_rows(
     Raises:
         As ``row_stats``.
     """
+    if not outputs and offset is None and dim == -1 and direct.serves(backend):
+        gated = direct.gate_rows(
+            logits, targets, threshold, weights, temperature, softcap, label_smoothing, ignore_index,
+            gate_temperature, p_min, seed, step,
+        )  # fmt: skip
+        if gated is not None:
+            return gated
     call = GateCall(
         logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
         threshold, weights, offset, gate_temperature, p_min, seed, step,
@@ -158,6 +165,10 @@ def compact(
     Raises:
         ValueError: mask not bool or not 1-D, weight of another shape or dtype, bad capacity.
     """
+    if direct.serves(backend):
+        selection = direct.compact(mask, weight, capacity)
+        if selection is not None:
+            return selection
     return _compact(CompactCall(mask, weight, capacity), backend)
 
 
@@ -207,6 +218,13 @@ def select(
     Raises:
         As ``gate_rows``, ``compact`` and ``gather_rows``, all before anything is computed.
     """
+    if not outputs and offset is None and dim == -1 and direct.serves(backend):
+        found = direct.select(
+            logits, targets, threshold, weights, temperature, softcap, label_smoothing, ignore_index,
+            gate_temperature, p_min, seed, step, capacity,
+        )  # fmt: skip
+        if found is not None:
+            return Selected(*found, None if tree is None else gather_rows(tree, found[1], backend=backend))
     call = SelectCall(
         logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
         threshold, weights, offset, gate_temperature, p_min, seed, step, tree, capacity,
@@ -252,6 +270,13 @@ def gate_step(
     Raises:
         As ``select`` and ``control``; the state has not moved then.
     """
+    if offset is None and dim == -1 and direct.serves(None):
+        stepped = direct.gate_step(
+            logits, targets, state, weights, 1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed,
+            state.counters, capacity, setpoint, by_mass,
+        )  # fmt: skip
+        if stepped is not None:
+            return stepped
     outputs = ("grad_norm",) if by_mass else ()
     step = state.counters[0] if gate_temperature else 0
     call = GateStepCall(
@@ -329,6 +354,10 @@ def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) 
     Raises:
         ValueError: a tensor whose dim 0 is not ``selection.size``, or on another device.
     """
+    if direct.serves(backend):
+        packed = direct.gather_rows(tree, selection)
+        if packed is not None:
+            return packed
     call = TreeCall(tree, selection, selection.size)
     name, serve = choose("gather_rows", call, backend)
     if name == "torch" or not _move_is_seen(call, selection.index):

@@ -37,6 +37,11 @@ def transformed() -> bool:
     return _transforms() or forward_ad._current_level >= 0
 
 
+def unwatched() -> bool:
+    """Whether a call on plain tensors is between the caller and the kernel alone: neither watched nor transformed."""
+    return not (observed() or transformed())
+
+
 def values_readable(tensor: Tensor) -> bool:
     """Whether the host may look at this tensor's values and decide by them, without waiting for a device."""
     return tensor.device.type == "cpu" and not (observed(tensor) or transformed())

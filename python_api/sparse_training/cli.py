@@ -41,12 +41,13 @@ from sparse_training.scorers import FORMS as SCORER_FORMS
 from sparse_training.scorers import make_scorer
 from sparse_training.scoring import PRECISIONS
 from sparse_training.store import CALIBRATION
-from sparse_training.study_report import load_study, print_calibration, print_study, write_study
+from sparse_training.study_report import PAGE, load_study, print_calibration, print_study, write_study
 from sparse_training.tasks import TASKS
+from sparse_training.tensorboard import TensorBoard
 from sparse_training.trainer import CHECKPOINT, SparseTrainer
 
 BUDGETS = ("epochs", "steps", "rows", "seconds")
-OPTIONS, MODEL, RESULT = "options.json", "model.pt", "result.json"
+OPTIONS, MODEL, RESULT, BOARD = "options.json", "model.pt", "result.json", "tensorboard"
 
 
 class _Positive(click.FloatRange):
@@ -257,6 +258,7 @@ def cli() -> None:
 @click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Of training.")
 @click.option("--compile", is_flag=True, help="Compile the model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's scalars into the run's folder.")
 @click.option("--checkpoint-every", type=COUNT, help="Steps.  [default: at the end, and when stopped]")
 @click.pass_obj
 def train(context: _Context, /, out: str | None, **options: Any) -> None:
@@ -399,7 +401,15 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
         _start(folder, options, resume)
     else:
         torch.manual_seed(own_seed(seed, trainer.ranks.rank))
-    with _Display(total=1) if first else nullcontext() as display:
+    board = TensorBoard(folder / BOARD, trainer.optimizer) if first and options.get("tensorboard") else None
+
+    def tell(status: Status) -> None:
+        if display is not None:
+            display.update(options["policy"], seed, status)
+        if board is not None:
+            board(status)
+
+    with _Display(total=1) if first else nullcontext() as display, board or nullcontext():
         history = trainer.fit(
             loader,
             **budget,
@@ -407,7 +417,7 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
             checkpoint=folder,
             every=options["checkpoint_every"],
             resume=resume,
-            progress=None if display is None else lambda status: display.update(options["policy"], seed, status),
+            progress=tell if first else None,
             stop=context.signals.stop,
         )
     if not first:
@@ -506,7 +516,7 @@ def _study(
     result = made.result()
     write_study(result, folder)
     print_study(result)
-    print(f"written: {folder / studies.RESULT}")
+    print(f"written: {folder / studies.RESULT}, {folder / PAGE}")
 
 
 def _alone(command: str) -> None:

@@ -27,8 +27,16 @@ Result = Mapping[str, Any]
 
 INK = "#1c2733"  # becomes `currentColor` in the SVGs, which so follow the page's light or dark mode
 # Okabe and Ito's palette: told apart by colour-blind readers, and legible on white and on black.
-_ARMS = {"dense": ("#7f7f7f", "s"), "random": ("#D55E00", "^"), "gate": ("#0072B2", "o")}
-_OTHERS = (("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"))
+_ARMS = {
+    "dense": ("#7f7f7f", "s"),
+    "random": ("#D55E00", "^"),
+    "random-again": ("#E69F00", "P"),
+    "gate": ("#0072B2", "o"),
+    "adaptive": ("#009E73", "D"),
+    "importance": ("#CC79A7", "v"),
+    "infobatch": ("#56B4E9", "X"),
+}
+_OTHERS = (("#9467bd", "h"), ("#8c6d31", "d"), ("#17becf", "<"), ("#b5332e", ">"))
 _PARTS = {"load": "#b4b9be", "score": "#CC79A7", "select": "#F0C000", "train": "#009E73"}
 
 _RC = {
@@ -56,7 +64,7 @@ _RC = {
 
 def png(result: Result, titles: Mapping[str, str]) -> bytes:
     """Every panel, under its title of `titles`, in one figure of 1800 x 1152 pixels."""
-    with _style():
+    with figure_style():
         figure = Figure(figsize=(12.5, 8), dpi=144, layout=ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.12))
         FigureCanvasAgg(figure)
         axes = figure.subplot_mosaic("AAAABB;CCDDEE")
@@ -73,12 +81,13 @@ def png(result: Result, titles: Mapping[str, str]) -> bytes:
 
 def svgs(result: Result) -> dict[str, str]:
     """Each panel as an `<svg>` element to be put inside HTML: no title, no background, no URL."""
-    return {name: _svg(draw, result) for name, draw in PANELS.items()}
+    return {name: svg(draw, result) for name, draw in PANELS.items()}
 
 
-def _svg(draw: Callable[[Axes, Result], None], result: Result) -> str:
-    with _style():
-        figure = Figure(figsize=(4.6, 3.1), layout="constrained")
+def svg(draw: Callable[[Axes, Result], None], result: Result, height: float = 3.1) -> str:
+    """What is drawn, 4.6 by ``height`` inches, as an `<svg>` element."""
+    with figure_style():
+        figure = Figure(figsize=(4.6, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot(), result)
         buffer = io.StringIO()
@@ -89,11 +98,11 @@ def _svg(draw: Callable[[Axes, Result], None], result: Result) -> str:
     return f"<svg {box}>{body}".replace(INK, "currentColor")
 
 
-def _style() -> AbstractContextManager[None]:
+def figure_style() -> AbstractContextManager[None]:
     return style.context(["default", _RC])
 
 
-def _looks(result: Result) -> dict[str, tuple[str, str]]:
+def looks(result: Result) -> dict[str, tuple[str, str]]:
     """Colour and marker of each arm; the known arms always have the same."""
     others = [arm for arm in result["arms"] if arm not in _ARMS]
     spare = {arm: _OTHERS[i % len(_OTHERS)] for i, arm in enumerate(others)}
@@ -128,7 +137,7 @@ def _curve(run: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _accuracy(ax: Axes, result: Result) -> None:
     ends: list[tuple[float, float, str, str]] = []  # seconds, percent, label, colour
-    for arm, (color, marker) in _looks(result).items():
+    for arm, (color, marker) in looks(result).items():
         curves = [_curve(run) for run in result["arms"][arm]["runs"]]
         seconds, mean, deviation = common_curve(curves)
         ax.plot(seconds, mean, color=color, lw=1.8)
@@ -145,15 +154,17 @@ def _accuracy(ax: Axes, result: Result) -> None:
         return _empty(ax, "no finite accuracy")
     ax.margins(y=0.1)
     low, high = ax.get_ylim()
+    if (late := result.get("late")) is not None:  # the first of a run may be far below what is of interest
+        low = _late_limit(ax, late, low, high)
     last = max(end[0] for end in ends)
     width = 1.28 * last  # room for the labels
     ticks = MaxNLocator(6).tick_values(0, last)
     ax.set(xlim=(0, width), ylim=(low, high), xticks=[tick for tick in ticks if tick <= last])
     ends.sort(key=lambda end: end[1])
     places = _spread([(end[1] - low) / (high - low) for end in ends], 0.08)
-    for place, (x, _, label, color) in zip(places, ends, strict=True):
+    for place, (_, _, label, color) in zip(places, ends, strict=True):
         ax.text(
-            x / width + 0.02,
+            last / width + 0.03,
             place,
             label,
             color=color,
@@ -164,6 +175,14 @@ def _accuracy(ax: Axes, result: Result) -> None:
         )
     ax.set_xlabel("training time, s (calibrated clock)")
     ax.set_ylabel("test accuracy, %")
+
+
+def _late_limit(ax: Axes, late: float, low: float, high: float) -> float:
+    """The lower limit that shows every line from that share of the time on."""
+    lines = [np.asarray(line.get_data(), np.float64) for line in ax.get_lines()]
+    end = max(x.max() for x, _ in lines if len(x))
+    kept = [y.item() for line in lines for y in line[1, line[0] >= late * end]]
+    return max(low, min(kept, default=low) - 0.1 * (high - min(kept, default=low)))
 
 
 def _spread(places: list[float], gap: float) -> list[float]:
@@ -178,9 +197,9 @@ def _spread(places: list[float], gap: float) -> list[float]:
 
 
 def _seeds(ax: Axes, result: Result) -> None:
-    looks = _looks(result)
+    arms = looks(result)
     drawn = False
-    for row, (arm, (color, marker)) in enumerate(looks.items()):
+    for row, (arm, (color, marker)) in enumerate(arms.items()):
         values = 100 * _finite([run["accuracy"] for run in result["arms"][arm]["runs"]])
         values = values[np.isfinite(values)]
         if not len(values):
@@ -194,14 +213,14 @@ def _seeds(ax: Axes, result: Result) -> None:
         ax.plot(values, np.full(len(values), row), marker, color=color, ms=5, alpha=0.75, mew=0)
     if not drawn:
         return _empty(ax, "no finite accuracy")
-    _arm_rows(ax, list(looks))
+    arm_rows(ax, list(arms))
     ax.use_sticky_edges = False
     ax.margins(x=0.1)
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.set_xlabel("test accuracy at the end, %")
 
 
-def _arm_rows(ax: Axes, arms: list[str]) -> None:
+def arm_rows(ax: Axes, arms: list[str]) -> None:
     ax.set_yticks(range(len(arms)), [_short(arm) for arm in arms])
     for label in ax.get_yticklabels():
         label.set_parse_math(False)
@@ -217,7 +236,7 @@ def _arm_rows(ax: Axes, arms: list[str]) -> None:
 def _traces(ax: Axes, result: Result, field: str, scale: float) -> list[np.ndarray]:
     """Draw `field` of every run's trace over steps, one thin line a seed; the values drawn."""
     drawn = []
-    for arm, (color, _) in _looks(result).items():
+    for arm, (color, _) in looks(result).items():
         for run in result["arms"][arm]["runs"]:
             values = scale * _finite([point[field] for point in run["trace"]])
             if np.isfinite(values).any():
@@ -319,7 +338,7 @@ def _step(ax: Axes, result: Result) -> None:
                     fontsize=8,
                 )
         ax.text(end + 0.02 * left.max(), row, label, va="center", fontsize=9)
-    _arm_rows(ax, list(arms))
+    arm_rows(ax, list(arms))
     ax.set_xlim(0, 1.22 * left.max())
     ax.set_xlabel(f"one step, {unit} (median, measured interleaved)")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=0.9, columnspacing=1.1)

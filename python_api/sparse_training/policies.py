@@ -137,6 +137,10 @@ class Policy(nn.Module):
     def at(self, progress: float) -> None:
         """Told before each gated step how far the run is, 0 to 1, for what follows a schedule."""
 
+    def aim(self, rate: float) -> None:
+        """Another rate from the next step on."""
+        self.rate = check_rate(rate)
+
     def likely_rows(self, rows: int) -> range:
         """How many of a loaded batch's rows this policy may well train on, for the clock to time."""
         all_of_them = self.target is None or self.before_loading or self.masks
@@ -198,6 +202,7 @@ class GatePolicy(Policy):
 
     name = "gate"
     scored_by = "self"
+    aimed = False  # at other rates than the one it was made with
 
     @property
     def target(self) -> float:
@@ -255,6 +260,12 @@ class GatePolicy(Policy):
         self.gate.at(progress)
         self.rate = self.gate.rate
 
+    def aim(self, rate: float) -> None:
+        if self.gate.by_mass:
+            raise UserError(f"a rate of {rate:g} for a gate with a mass: wanted a gate with a rate")
+        self.gate.aim(rate)
+        self.rate, self.aimed = rate, True
+
     def likely_rows(self, rows: int) -> range:
         if self.before_loading:  # these are the rows that it chose this time
             return range(min(rows, max(1, rows // 2)), rows + 1)
@@ -274,7 +285,7 @@ class GatePolicy(Policy):
             found.append(
                 f"the gate's controller was saturated in {saturated} of {steps} steps: its rate is not the target's"
             )
-        steered = self.gate.schedule is None and not self.gate.by_mass  # to one rate, all the time
+        steered = self.gate.schedule is None and not self.gate.by_mass and not self.aimed  # to one rate, all the time
         if steered and rate is not None and abs(rate - self.rate) > max(0.02, 0.2 * self.rate):
             found.append(f"the gate kept {rate:.1%} of the rows it was offered; the target was {self.rate:.1%}")
         if invalid := int(self.gate.invalid):

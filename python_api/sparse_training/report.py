@@ -341,39 +341,47 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def _html(result: Result) -> str:
-    environment = Environment(
+def templates() -> Environment:
+    """The pages' templates, escaping what is put into them."""
+    return Environment(
         loader=PackageLoader(__package__, "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _html(result: Result) -> str:
     titles = _titles(result)
     # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
     figures = {name: (titles[name], Markup(svg)) for name, svg in plots.svgs(result).items()}
     gallery = result.get("gallery") or {}
-    return environment.get_template("report.html.j2").render(
-        result=result,
-        headline=headline(result).replace(" ± ", "\xa0±\xa0").replace(" %", "\xa0%"),
-        findings=findings(result),
-        columns=COLUMNS,
-        rows=table_rows(result),
-        notes=notes(result),
-        warnings=warnings(result),
-        figures=figures,
-        step_rows=_step_rows(result),
-        rounds=result["calibration"].get("rounds"),
-        gallery_arm=gallery.get("arm"),
-        galleries=[
-            (title, gallery[key])
-            for title, key in (("Selected most", "most"), ("Selected least", "least"))
-            if gallery.get(key)
-        ],
-        facts=[
-            (title, [(key.replace("_", " "), _plain(value)) for key, value in result[part].items()])
-            for title, part in (("Settings", "settings"), ("Environment", "environment"))
-        ],
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            result=result,
+            headline=headline(result).replace(" ± ", "\xa0±\xa0").replace(" %", "\xa0%"),
+            findings=findings(result),
+            columns=COLUMNS,
+            rows=table_rows(result),
+            notes=notes(result),
+            warnings=warnings(result),
+            figures=figures,
+            step_rows=_step_rows(result),
+            rounds=result["calibration"].get("rounds"),
+            gallery_arm=gallery.get("arm"),
+            galleries=[
+                (title, gallery[key])
+                for title, key in (("Selected most", "most"), ("Selected least", "least"))
+                if gallery.get(key)
+            ],
+            facts=[
+                (title, [(key.replace("_", " "), plain(value)) for key, value in result[part].items()])
+                for title, part in (("Settings", "settings"), ("Environment", "environment"))
+            ],
+        )
     )
 
 
@@ -393,11 +401,12 @@ def _step_rows(result: Result) -> list[tuple[str, ...]]:
 _PARTS = ("load", "score", "select", "train", "total")
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A value of a result in words."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(plain, value))
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparse_training import checkpoint as files
+from sparse_training.ceilings import ceiling
 from sparse_training.clock import CALIBRATION_SECONDS, Clock, Costs, calibrate
 from sparse_training.compare import EVALUATION_BATCH, environment, picture
 from sparse_training.data import ImageData
@@ -272,8 +273,7 @@ class Study:
         if task.start_rows:
             trainer.model.load_state_dict(start)
         history = self._fit(cell, trainer, loader, costs, cell.fraction, progress, stop, test=self._test(task.data))
-        scores = getattr(getattr(trainer.policy, "table", None), "scores", None)
-        counts = {"selected": history.selected, "seen": history.seen, "losses": scores}
+        counts = {"selected": history.selected, "seen": history.seen, "losses": _known_losses(trainer.policy)}
         found = {name: count.cpu() for name, count in counts.items() if isinstance(count, Tensor)}
         run = {
             **cell._asdict(),
@@ -384,6 +384,14 @@ class Study:
                 "rounds": costs.rounds,
                 "arms": self._steps(costs, policies),
                 "offered": {arm: self._offered(policy, self.data) for arm, policy in policies.items()},
+                "ceilings": {
+                    arm: {**found._asdict(), "share": found.share}
+                    for arm, policy in policies.items()
+                    if arm != AGAIN and policy.target is not None
+                    for found in [
+                        ceiling(costs, policy, batch_size=self._offered(policy, self.data), rate=policy.target)
+                    ]
+                },
             },
             **verdicts(tasks, self.fractions),
             "tasks": tasks,
@@ -391,18 +399,28 @@ class Study:
 
     def _steps(self, costs: Costs, policies: Mapping[str, Policy]) -> dict[str, dict[str, float]]:
         """Seconds of each stage of a step that trains on exactly batch_size rows."""
-        rows = self.settings["batch_size"]
         found = {}
         for arm, policy in policies.items():
             offered = self._offered(policy, self.data)
-            loaded = rows if policy.before_loading else offered
-            found[arm] = costs.step(policy_of(arm), min(loaded, offered), min(rows, offered), offered)
+            kept = offered if policy.masks else min(self.settings["batch_size"], offered)
+            found[arm] = costs.step(policy_of(arm), kept if policy.before_loading else offered, kept, offered)
         return found
 
 
 def policy_of(arm: str) -> str:
     """The policy that an arm runs."""
     return BASE if arm == AGAIN else arm
+
+
+def _known_losses(policy: Policy) -> Tensor | None:
+    """Each training row's loss when the policy last saw it, for those that keep such a thing."""
+    if (table := getattr(policy, "table", None)) is not None:
+        scores: Tensor = table.scores
+        return scores
+    if (law := getattr(policy, "law", None)) is not None:
+        probability: Tensor = law.probability
+        return -probability.log()
+    return None
 
 
 def verdicts(tasks: Mapping[str, Any], fractions: Sequence[float]) -> dict[str, Any]:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
+from . import study_plots
 from .clock import STAGES, Costs
 from .errors import UserError
-from .report import jsonable, replace
+from .original import CLAIMS
+from .report import jsonable, plain, replace, templates
 from .study import AGAIN, BASE, FORMAT, RESULT, VERSION
 
 Result = Mapping[str, Any]
+
+
+def points(value: float) -> str:
+    """A difference of fractions in points; its minus is as wide as a plus."""
+    return f"{100 * value:+.2f}".replace("-", "−")
 
 
 def again_line(result: Result) -> str:
@@ -27,7 +37,7 @@ def again_line(result: Result) -> str:
     if again is None:
         return f"A/A: not run ({AGAIN} was left out): nothing says how large a difference chance makes here."
     whole = again["all"]
-    mean, n = 100 * whole["mean"], whole["n"]
+    mean, n = points(whole["mean"]), whole["n"]
     p = "" if whole["p"] is None else f", p = {whole['p']:.2f}"
     noise = (
         ""
@@ -35,10 +45,10 @@ def again_line(result: Result) -> str:
         else f" Chance alone moves a mean over the seeds by ±{100 * again['noise']:.2f} points."
     )
     if again["passed"]:
-        return f"A/A: random against random shows no difference ({mean:+.2f} points over {n} pairs{p}).{noise}"
+        return f"A/A: random against random shows no difference ({mean} points over {n} pairs{p}).{noise}"
     where = f" on {', '.join(again['differs'])}" if again["differs"] else ""
     return (
-        f"A/A FAILED: random against random differs{where} ({mean:+.2f} points over {n} pairs{p}): "
+        f"A/A FAILED: random against random differs{where} ({mean} points over {n} pairs{p}): "
         f"believe no difference of this study.{noise}"
     )
 
@@ -58,17 +68,15 @@ def study_rows(result: Result) -> list[tuple[str, ...]]:
         else:
             known = difference["low"] is not None
             cells += [
-                f"{100 * difference['mean']:+.2f}",
-                f"{100 * difference['low']:+.2f} to {100 * difference['high']:+.2f}" if known else "–",
+                f"{points(difference['mean'])}",
+                f"{points(difference['low'])} to {points(difference['high'])}" if known else "–",
                 "–" if difference["p"] is None else f"{difference['p']:.3f}",
             ]
         cells.append("never" if row["reached"] is None else f"{row['reached']:.2f}")
         for fraction in parts(result):
             part = row["parts"].get(fraction)
             cells.append(
-                "–"
-                if part is None
-                else f"{100 * part['difference']['mean']:+.2f}{' reaches' if part['reaches'] else ''}"
+                "–" if part is None else f"{points(part['difference']['mean'])}{' reaches' if part['reaches'] else ''}"
             )
         rows.append(tuple(cells))
     return rows
@@ -85,7 +93,7 @@ def score_line(arm: str, score: Mapping[str, Any]) -> str:
     half = "" if score["half_runs"] is None else f"; half as long a run reaches random's whole on {score['half_runs']}"
     return (
         f"{arm}: within 0.1 points of random or above on {score['not_worse']} of {tasks} tasks "
-        f"(worst {100 * score['worst']:+.2f}), above on {score['better']} (p < 0.05: {score['surely_better']} above, "
+        f"(worst {points(score['worst'])}), above on {score['better']} (p < 0.05: {score['surely_better']} above, "
         f"{score['surely_worse']} below){half}"
     )
 
@@ -110,7 +118,7 @@ def notes(result: Result) -> list[str]:
 def print_study(result: Result, console: Console | None = None) -> None:
     """Print the A/A line, a row for each task and arm, what each arm comes to, and the notes."""
     console = console or Console()
-    signs = {} if console.encoding.startswith("utf") else {"±": "+-", "–": "-"}
+    signs = {} if console.encoding.startswith("utf") else {"±": "+-", "–": "-", "−": "-"}
     plain = str.maketrans(signs)
     console.print(Text(again_line(result).translate(plain), style="" if _passed(result) else "bold red"))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
@@ -150,14 +158,262 @@ def _passed(result: Result) -> bool:
     return result["again"] is not None and bool(result["again"]["passed"])
 
 
+# --- the page -----------------------------------------------------------------------------------
+
+PAGE = "report.html"
+TABLE = (
+    ("arm", ""),
+    ("n", "seeds"),
+    ("accuracy, %", "measured"),
+    (f"− {BASE}", "points"),
+    ("95% interval", "points"),
+    ("p", "paired"),
+    (f"{BASE}’s end", "at, of its time"),
+)
+SCORES = (
+    ("arm", ""),
+    ("not worse", "tasks"),
+    ("worst, points", ""),
+    ("above", "tasks"),
+    ("above, p < 0.05", "tasks"),
+    ("below, p < 0.05", "tasks"),
+    ("as good in half", "by half runs"),
+)
+STEPS = (
+    ("arm", ""),
+    ("rows offered", "counted"),
+    *((stage, "measured") for stage in (*STAGES, "total")),
+    ("speed-up", "measured"),
+    ("s", "measured"),
+    ("3/(s+3r)", "from s"),
+    ("reached", "of it"),
+)
+CLAIMED = (
+    ("setting", ""),
+    ("rate", "claimed"),
+    ("speed-up", "claimed"),
+    ("accuracy, %", "claimed"),
+    ("what it was", ""),
+)
+
+
+def headline(result: Result) -> str:
+    """The study in one sentence: which arms are never worse than random, and where they are better."""
+    score = result["score"]
+    if not score:
+        return f"Only {BASE} has finished runs."
+    tasks = len({row["task"] for row in result["table"]})
+    safe = [arm for arm, found in score.items() if found["not_worse"] == found["tasks"] == tasks]
+    best = max(score, key=lambda arm: (score[arm]["not_worse"], score[arm]["better"], score[arm]["worst"]))
+    found = score[best]
+    said = (
+        f"At equal cost {best} is above random on {found['better']} of {found['tasks']} tasks "
+        f"({found['surely_better']} with p < 0.05), at worst {points(found['worst'])} points beside it"
+    )
+    if not safe:
+        return f"{said}; no arm stays within a tenth of a point of random on every task."
+    return f"{said}. Within a tenth of a point of random or above on every task: {', '.join(safe)}."
+
+
+def _score_rows(result: Result) -> list[tuple[str, ...]]:
+    return [
+        (
+            arm,
+            f"{found['not_worse']} of {found['tasks']}",
+            f"{points(found['worst'])}",
+            str(found["better"]),
+            str(found["surely_better"]),
+            str(found["surely_worse"]),
+            "–" if found["half_runs"] is None else str(found["half_runs"]),
+        )
+        for arm, found in result["score"].items()
+    ]
+
+
+def _step_rows(result: Result) -> list[tuple[str, ...]]:
+    timed = result["calibration"]
+    rows = []
+    for arm, stages in timed["arms"].items():
+        ends = ("–",) * 4
+        if (found := timed["ceilings"].get(arm)) is not None:
+            ends = (
+                f"{found['speedup']:.2f}×",
+                f"{found['scorer_cost']:.2f}",
+                f"{found['ceiling']:.2f}×",
+                f"{100 * found['share']:.0f} %",
+            )
+        times = (f"{1e3 * stages[stage]:.2f}" for stage in (*STAGES, "total"))
+        rows.append((arm, f"{timed['offered'][arm]:,}", *times, *ends))
+    return rows
+
+
+def _claim_rows() -> list[tuple[str, ...]]:
+    return [
+        (
+            claim.setting,
+            "–" if claim.rate is None else f"{100 * claim.rate:.3g} %",
+            ", ".join(f"{speedup:g}×" for speedup in claim.speedups) or "–",
+            "–" if claim.accuracy is None else f"{100 * claim.accuracy:.2f}",
+            claim.basis,
+        )
+        for claim in CLAIMS
+    ]
+
+
+def warnings(result: Result) -> list[str]:
+    """The warnings of the whole runs, those that differ in numbers alone as one, with the arm and the tasks."""
+    raised: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for name, task in result["tasks"].items():
+        for arm, by_fraction in task["arms"].items():
+            for run in by_fraction["1"]:
+                for text in run["warnings"]:
+                    raised.setdefault((arm, re.sub(r"[\d.,]+", "", text)), []).append((name, text))
+    out = []
+    for (arm, _), found in raised.items():
+        tasks, (_, first), more = ", ".join(dict.fromkeys(name for name, _ in found)), found[0], len(found) - 1
+        out.append(f"{arm} on {tasks}: {first}" + (f" (and so in {more} more runs)" if more else ""))
+    if result["missing"]:
+        out.insert(0, f"Unfinished: {result['missing']} runs are still to be done.")
+    return out
+
+
+def _tasks(result: Result, figures: Mapping[str, Markup]) -> list[dict[str, Any]]:
+    rows = study_rows(result)
+    found = []
+    for name, task in result["tasks"].items():
+        planted, orders = _precision_rows(task)
+        found.append(
+            {
+                "name": name,
+                "says": task["says"],
+                "rows": f"{task['rows']:,}",
+                "planted_name": task["planted_name"],
+                "share": "" if task["planted_share"] is None else f"{100 * task['planted_share']:.3g} %",
+                "figures": [
+                    (title, figures[f"{kind} {name}"])
+                    for kind, title in (("accuracy", "Test accuracy"), ("differences", f"Beside {BASE}"))
+                    if f"{kind} {name}" in figures
+                ],
+                "table": [row[1:] for row in rows if row[0] == name],
+                "precision": planted,
+                "precision_headings": [("arm", ""), *((order, "") for order in orders)],
+                "galleries": [
+                    (f"{arm}: {order}", [{**row, "said": _said(row)} for row in shown])
+                    for arm, gallery in task["galleries"].items()
+                    for order, shown in gallery.items()
+                ],
+            }
+        )
+    return found
+
+
+def _precision_rows(task: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """A row an arm, a column an order of the rows; and the orders."""
+    by_arm = {arm: [run["planted"] for run in runs["1"] if run["planted"]] for arm, runs in task["arms"].items()}
+    orders = list(dict.fromkeys(order for some in by_arm.values() for planted in some for order in planted))
+    rows = []
+    for arm, some in by_arm.items():
+        if some:
+            shares = ([planted[order] for planted in some if order in planted] for order in orders)
+            rows.append((arm, *(f"{100 * fmean(share):.0f} %" if share else "–" for share in shares)))
+    return rows, orders
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    """What is known of a row of a gallery."""
+    out = []
+    if "seen" in row:
+        out.append(f"{row['selected']:.0f} of {row['seen']:.0f}")
+    elif "selected" in row:
+        out.append(f"{row['selected']:.0f} times")
+    if row.get("losses") is not None:
+        out.append(f"loss {row['losses']:.2f}")
+    return ", ".join(out)
+
+
+def _raw(result: Result) -> str:
+    """Raw seconds of a whole run by arm, as the least of its runs' on any task: what the machine gave undisturbed."""
+    least: dict[str, list[float]] = {}
+    for task in result["tasks"].values():
+        for arm, by_fraction in task["arms"].items():
+            least.setdefault(arm, []).extend(run["raw_seconds"] / run["seconds"] for run in by_fraction["1"])
+    said = [f"{arm} {min(some):.2f} to {max(some):.2f}" for arm, some in least.items() if some]
+    return f"{', '.join(said)} of the charged seconds"
+
+
+def _energy_rows(result: Result) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
+    """Joules and FLOPs of a whole run, where the runs have them; and the headings."""
+    known = (("joules", "joules", "measured"), ("flops", "FLOPs", "counted"))
+    rows: list[tuple[str, ...]] = []
+    arms: dict[str, list[Any]] = {arm: [] for arm in result["settings"]["arms"]}
+    for task in result["tasks"].values():
+        for arm, by_fraction in task["arms"].items():
+            arms[arm] += by_fraction["1"]
+    whole = [run for runs in arms.values() for run in runs]
+    present = [kind for kind in known if any(_amount(run, kind[0], kind[2]) is not None for run in whole)]
+    for arm, runs in arms.items():
+        cells = [arm]
+        for key, _, how in present:
+            values = [value for run in runs if (value := _amount(run, key, how)) is not None]
+            cells.append(f"{fmean(values):.4g}" if values else "–")
+        rows.append(tuple(cells))
+    return (rows if present else []), [("arm", ""), *((heading, how) for _, heading, how in present)]
+
+
+def _amount(run: Mapping[str, Any], key: str, how: str) -> float | None:
+    """What a run took of something, None where nobody measured or counted it."""
+    found: float | None = (run.get(key) or {}).get(how)
+    return found
+
+
+def page(result: Result) -> str:
+    """The page: one file with its style, curves and images inside."""
+    # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
+    figures = {name: Markup(svg) for name, svg in study_plots.figures(result).items()}
+    energy, energy_headings = _energy_rows(result)
+    text: str = (
+        templates()
+        .get_template("study.html.j2")
+        .render(
+            result=result,
+            headline=headline(result),
+            again=again_line(result),
+            passed=_passed(result),
+            warnings=warnings(result),
+            seconds=f"{result['settings']['seconds']:g}",
+            score_headings=SCORES,
+            scores=_score_rows(result),
+            headings=(*TABLE, *((f"{fraction} of the time", f"− {BASE}’s whole") for fraction in parts(result))),
+            tasks=_tasks(result, figures),
+            figures=figures | {name: "" for name in ("rate", "threshold") if name not in figures},
+            traced=study_plots.traced_task(result),
+            step_headings=STEPS,
+            steps=_step_rows(result),
+            claim_headings=CLAIMED,
+            claims=_claim_rows(),
+            notes=notes(result),
+            raw=_raw(result),
+            energy=energy,
+            energy_headings=energy_headings,
+            facts=[
+                (title, [(key.replace("_", " "), plain(value)) for key, value in result[part].items()])
+                for title, part in (("Settings", "settings"), ("Environment", "environment"))
+            ],
+        )
+    )
+    return text
+
+
 def write_study(result: Result, folder: str | Path) -> None:
-    """Write study.json and report.html into `folder`.
+    """Write study.json and report.html into `folder`; both are made before the first is written.
 
     Raises:
         UserError: if the folder cannot be written.
     """
+    data, text = (json.dumps(jsonable(result), allow_nan=False) + "\n").encode(), page(result).encode()
     try:
-        replace(Path(folder, RESULT), (json.dumps(jsonable(result), allow_nan=False) + "\n").encode())
+        replace(Path(folder, RESULT), data)
+        replace(Path(folder, PAGE), text)
     except OSError as error:
         raise UserError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from error
 

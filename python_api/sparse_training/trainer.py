@@ -20,12 +20,13 @@ from sparse_training.criterion import Criterion, Loss
 from sparse_training.energy import Energy, Meter, Operations, find_meter
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
-from sparse_training.loader import Batch, Loader, Offer, StreamLoader
-from sparse_training.policies import Kept, Policy, make_policy
+from sparse_training.loader import Batch, Choice, Loader, Offer, StreamLoader
+from sparse_training.policies import GatePolicy, Kept, Policy, make_policy
 from sparse_training.ranks import Ranks
 from sparse_training.record import History, Status
 from sparse_training.schedules import Schedule
 from sparse_training.scoring import PRECISIONS, Scorer, Scores, SelfScorer, evaluation_statistics, forward
+from sparse_training.spending import Spending
 from sparse_training.update import Update
 
 CHECKPOINT = "checkpoint.pt"
@@ -76,7 +77,7 @@ class SparseTrainer:
         ema: decay of an average of the weights, 0.999 say, which is what is evaluated; None for none.
         precision: of the scoring pass: auto, float32, bfloat16 or float16.
         amp: of training: None for the model's own, bfloat16, or float16 (with a gradient scaler).
-        compile: ``torch.compile`` the model, once for all numbers of rows.
+        compile: ``torch.compile`` the model, once for all numbers of rows; or the name of a backend of its.
         device: None for where the model is.
         seed: of the policy's own generators, with the process's rank; global ones are left to the caller.
         channels_last: memory format of convolutional weights; None for yes where there are any.
@@ -106,7 +107,7 @@ class SparseTrainer:
         ema: float | None = None,
         precision: str = "auto",
         amp: str | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         device: torch.device | str | None = None,
         seed: int = 0,
         channels_last: bool | None = None,
@@ -151,6 +152,7 @@ class SparseTrainer:
             device=self.device, amp=self.amp, clip_norm=clip_norm, accumulate=accumulate, ema=ema, ranks=self.ranks,
         )  # fmt: skip
         self.operations = Operations()
+        self.spending: Spending | None = None
         # What is trained through: not scored with, for a scoring pass has no gradient to average.
         self.parallel = wrapped or (self.model if self.ranks.alone else DistributedDataParallel(self.model))
         self.compiled = compile
@@ -160,7 +162,14 @@ class SparseTrainer:
     def compile(self) -> None:
         """Compile the model where that was asked for; also after a copy, for copies are not compiled."""
         if self.compiled:
-            self.model.compile(dynamic=True)  # or every number of rows kept would be compiled anew
+            model, backend = self.model, "inductor" if self.compiled is True else self.compiled
+
+            def call(*arguments: Any, **named: Any) -> Any:
+                return model._call_impl(*arguments, **named)  # type: ignore[no-untyped-call]
+
+            # Module.compile() in our own function: of PyTorch's own containers that one compiles nothing. Static
+            # shapes would be compiled anew for every number of rows.
+            model._compiled_call_impl = torch.compile(call, dynamic=True, backend=backend)
 
     def _make_optimizer(
         self, optimizer: OptimizerFactory | torch.optim.Optimizer | None, lr: float
@@ -214,11 +223,11 @@ class SparseTrainer:
             rows = self.criterion.elements(forward(self.parallel, samples.inputs), samples.targets)
             counts = rows[1] != self.criterion.ignore_index
             loader = StreamLoader((), device=self.device)
-            if policy.before_loading:
-                offer = Offer(counts.nonzero().squeeze(1).cpu(), 0)
-                batch = loader.load(rows, policy.choose(offer))._replace(offered=len(offer.ids))
-            else:
+            if (policy.scored_by is None and not policy.before_loading) or isinstance(policy, GatePolicy):
                 batch = loader.load(rows)._replace(weight=counts.float(), counted=counts.sum())
+            else:  # it chooses, or ranks, among what counts
+                offer = Offer(counts.nonzero().squeeze(1).cpu(), 0)
+                batch = loader.load(rows, policy.choose(offer) or Choice(offer.ids))._replace(offered=len(offer.ids))
             scores = None
             if policy.scored_by is not None and not policy.before_loading:
                 scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
@@ -353,6 +362,7 @@ class SparseTrainer:
         evaluate: Iterable[Any] | Callable[[nn.Module], Mapping[str, float]] | None = None,
         evaluations: int = 20,
         clock: Clock | None = None,
+        within: tuple[float, str] | None = None,
         meter: Meter | None = None,
         checkpoint: str | Path | None = None,
         every: int | None = None,
@@ -371,6 +381,9 @@ class SparseTrainer:
                 one's clock counts, and without one given it is of raw seconds.
             evaluate: data, or a function of the model; done so many ``evaluations`` times a run,
                 evenly spaced, the last at its end. Evaluation is not charged to the clock.
+            within: what all of the run's steps are to take, with its unit: (2e15, "flops") or (60.0, "seconds") of the
+                clock; the rate of the sparse phase follows what is left of it. Wants a budget of steps or epochs, and
+                one process.
             meter: of joules; by default what can be read here, see ``energy``; of several processes none. Evaluation
                 is not in them.
             checkpoint: folder for checkpoint.pt, written after ``every`` so many steps, when
@@ -388,12 +401,13 @@ class SparseTrainer:
         """
         loader = self.loader(train)
         kind, budget = self._budget(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
-        settings = self._settings(loader, kind, budget)
+        settings = {**self._settings(loader, kind, budget), "within": str(within)}
         path = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
         previous = path is not None and (path.exists() or files.previous_of(path).exists())
         if previous and not resume:
             raise UserError(f"{path} is there already: resume it, or choose another folder")
         history, self.operations = History(), Operations()
+        state = None
         # Of several processes each would read the processor of all and a GPU of its own.
         energy = Energy(meter or (find_meter(self.device) if self.ranks.alone else None))
         elements = self.criterion.rows == "elements"
@@ -403,13 +417,23 @@ class SparseTrainer:
             self.policy.prepare(loader.size, loader.labels, loader.copies)
         if path is not None and previous:
             clock = clock or Clock()
-            self._restore(files.load(path, self.device), settings, loader, history, clock, energy)
+            state = files.load(path, self.device)
+            self._restore(state, settings, loader, history, clock, energy)
         elif clock is None:
             # Processes would time one another.
-            calibrated = kind == "seconds" and not elements and self.ranks.alone
-            clock = Clock(calibrate(self, loader) if calibrated else None)
+            timed = kind == "seconds" or (within is not None and within[1] == "seconds")
+            clock = Clock(calibrate(self, loader) if timed and not elements and self.ranks.alone else None)
         elif clock.costs is not None and elements:
             raise UserError('a calibrated clock with rows="elements": wanted Clock(), of raw seconds')
+        self.spending = None
+        if within is not None:
+            if kind != "steps":
+                raise UserError(f"within {within[0]:g} {within[1]} and a budget of {kind}: wanted steps or epochs")
+            if not self.ranks.alone:
+                raise UserError(f"within {within[0]:g} {within[1]} and several processes: wanted one")
+            self.spending = Spending(self, loader, *within, steps=int(budget), costs=clock.costs)
+            if state is not None:
+                self.spending.load_state_dict(state["spending"])
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -433,6 +457,9 @@ class SparseTrainer:
             energy.start()
             clock.start()
 
+        def spent() -> float:
+            return clock.seconds if within and within[1] == "seconds" else sum(self.operations.total.values())
+
         items = _endless(loader)
         latest = history.evals[-1] if history.evals else None
         go_on()
@@ -442,8 +469,13 @@ class SparseTrainer:
             self.set_learning_rate(self.schedule.factor(fraction))
             policy = self.policy if phase == "sparse" else self.dense
             policy.at(fraction)
+            steered = self.spending if phase == "sparse" else None
+            if steered is not None:
+                steered.before(policy, spent())
             batch, kept = self.step(policy, loader, next(items))
             clock.charge(policy.name, batch.rows, kept.targets.shape[0], batch.offered, observer=self.policy.name)
+            if steered is not None:
+                steered.after(spent())
             self._record(history, phase, loader, batch, kept)
             fraction = done()
             if fraction >= 1.0:
@@ -475,6 +507,8 @@ class SparseTrainer:
             history.together(self.ranks.all(history))
         if not history.interrupted:
             history.warnings = self.policy.warnings(history.rate)
+            if self.spending is not None:
+                history.warnings += self.spending.warnings()
         return history
 
     def _evaluation(
@@ -576,6 +610,7 @@ class SparseTrainer:
             "policy": self.policy.state_dict(),
             "loader": loader.state_dict(),
             "operations": self.operations.state_dict(),
+            "spending": None if self.spending is None else self.spending.state_dict(),
             "history": history.state_dict(),
             "rng": files.rng_state(self.device),
             "buffers": [] if self.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],

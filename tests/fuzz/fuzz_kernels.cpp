@@ -222,7 +222,7 @@ void fuzz_row_stats(Bytes& bytes) {
   args.label_smoothing = bytes.below(4) ? 0.0f : 0.1f;
   std::vector<std::vector<float>> outputs;
   const auto output = [&] { return outputs.emplace_back(size_t(rows), -7.0f).data(); };
-  for (float*& address : args.outputs) address = bytes.coin() ? output() : nullptr;
+  for (void*& address : args.outputs) address = bytes.coin() ? output() : nullptr;
   std::vector<int64_t> argmax(static_cast<size_t>(bytes.coin() ? rows : 0));
   args.argmax = argmax.empty() ? nullptr : argmax.data();
   std::vector<float> offset, upstream;
@@ -243,7 +243,8 @@ void fuzz_row_stats(Bytes& bytes) {
       args.seed = bytes.number();
     }
   }
-  float* entropy = args.outputs[sk::kEntropy] = output();
+  float* entropy = output();
+  args.outputs[sk::kEntropy] = entropy;
   args.saved_maximum = output();
   args.saved_total = output();
   const sk::RowStatsResult result = sk::row_stats(args);

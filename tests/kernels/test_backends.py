@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_kernels as sk
-from sparse_kernels import backends
+from sparse_kernels import backends, direct
 
 
 def test_info_names_the_active_backend_and_why_not_the_others():
@@ -38,6 +38,7 @@ def test_the_active_backend_is_the_one_that_runs(monkeypatch):
         for name, refuse, serve in backends._DEFAULT["gate_rows"]
     ]
     monkeypatch.setitem(backends._DEFAULT, "gate_rows", recorded)
+    monkeypatch.setattr(direct, "AVAILABLE", False)
     sk.gate_rows(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1.0]), weights={"loss": 1.0})
     assert ran == [sk.backend_info()["gate_rows"]["active"]]
 

@@ -205,9 +205,10 @@ def test_scatter_of_an_index_in_any_order(order):
 
 
 def test_a_tree_is_moved_in_one_call(monkeypatch):
-    from sparse_kernels import cpp_backend
+    from sparse_kernels import cpp_backend, direct
 
     calls = []
+    monkeypatch.setattr(direct, "AVAILABLE", False)
     monkeypatch.setattr(cpp_backend, "_move_rows", lambda *a: calls.append(len(a[1])) or a[1])
     tree = {"x": torch.randn(10, 3), "y": torch.arange(10), "z": torch.ones(10, dtype=torch.bool)}
     sk.gather_rows(tree, sk.compact(masks(10, 0.5)), backend="cpp")

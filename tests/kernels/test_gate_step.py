@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_kernels as sk
-from sparse_kernels import ControlState, backends, cpp_backend, ops
+from sparse_kernels import ControlState, backends, cpp_backend, direct, ops
 from sparse_kernels.control_law import initial_state
 from sparse_kernels.ops import gate_step
 
@@ -67,6 +67,7 @@ def test_gate_step_composes_where_it_is_seen_and_where_no_backend_has_it_as_one(
     states = [fresh_state(1.5) for _ in range(3)]
     served = []
     through = backends.fused
+    monkeypatch.setattr(direct, "AVAILABLE", False)
     monkeypatch.setattr(ops, "fused", lambda op, *rest: served.append(op) or through(op, *rest))
     alone = gate_step(state=states[0], **step_arguments())
     with FlopCounterMode(display=False):

@@ -43,6 +43,26 @@ def test_train_writes_a_model_a_result_and_a_checkpoint(here, capsys, policy):
     assert run["flops"]["counted"] > 0
 
 
+def test_tensorboard_reads_back_what_a_run_said(here):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--steps", "120", "--policy", "gate", "--tensorboard", "--out", "out"]
+    assert main([*TRAIN, *options]) == 0
+    events = EventAccumulator("out/tensorboard").Reload()
+    assert set(events.Tags()["scalars"]) == {
+        *("test/accuracy", "test/loss", "gate/rate", "gate/threshold", "train/learning_rate", "clock/seconds"),
+    }
+    run = read(here / "out" / "result.json")["run"]
+    for kind in ("accuracy", "loss"):
+        written = [(event.step, event.value) for event in events.Scalars(f"test/{kind}")]
+        assert [step for step, _ in written] == [point["step"] for point in run["evals"]]
+        assert [value for _, value in written] == pytest.approx([point[kind] for point in run["evals"]])
+    assert [event.step for event in events.Scalars("train/learning_rate")] == [50, 100, 120]
+    rates = [event.value for event in events.Scalars("train/learning_rate")]
+    assert 1e-3 > rates[0] > rates[1] > rates[2] > 0.0
+    assert events.Scalars("gate/rate")[0].value == pytest.approx(0.3, abs=0.1)
+
+
 def test_a_run_without_a_name_goes_under_runs(here):
     assert main([*TRAIN, "--steps", "1"]) == 0
     (folder,) = (here / "runs").iterdir()

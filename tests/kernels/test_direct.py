@@ -1,0 +1,246 @@
+"""Calls in one step of C++ against the general route: what they serve is the same, what they leave to it is left."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparse_kernels as sk
+from sparse_kernels import backends, direct, ops
+from sparse_kernels.control_law import initial_state
+
+pytestmark = pytest.mark.skipif(not direct.AVAILABLE, reason="no extension, or a PyTorch without an exchange interface")
+WEIGHTS = {"loss": 0.7, "entropy": 0.3}
+CPP = direct._cpp
+FUNCTIONS = ("compact_plain", "gather_plain", "gate_rows_plain", "select_plain", "gate_step_plain")
+
+
+def flat(result):
+    return torch.utils._pytree.tree_leaves(result)
+
+
+def check_same(call):
+    """Served by one step, and equal in everything to what the general route gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "AVAILABLE", False)
+        general = call()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "choose", None)  # the general route: calling it is an error
+        patch.setattr(ops, "fused", None)
+        result = call()
+    assert type(result) is type(general)
+    assert torch.utils._pytree.tree_structure(result) == torch.utils._pytree.tree_structure(general)
+    for a, b in zip(flat(result), flat(general), strict=True):
+        if isinstance(a, torch.Tensor):
+            assert (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)
+            assert (type(a), a.requires_grad, a.is_leaf) == (torch.Tensor, False, True)
+            if a.dtype.itemsize == 1:
+                a, b = a.view(torch.uint8), b.view(torch.uint8)
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert a == b
+    return result
+
+
+def batch(rows=37, classes=11, dtype=torch.float32, targets=torch.int64):
+    torch.manual_seed(3)
+    labels = torch.randint(0, classes, (rows,), dtype=targets)
+    labels[::7] = -100
+    logits = 2 * torch.randn(rows, classes)
+    logits[1::9, 2] = torch.nan
+    return logits.to(dtype), labels
+
+
+@pytest.mark.parametrize("capacity", [None, 0, 5, 200])
+@pytest.mark.parametrize("rows", [0, 1, 64, 1000])
+def test_compact(rows, capacity):
+    torch.manual_seed(0)
+    for mask in (torch.rand(rows) < 0.3, torch.zeros(rows, dtype=torch.bool), torch.ones(rows, dtype=torch.bool)):
+        check_same(lambda mask=mask: sk.compact(mask, capacity=capacity))
+        weight = (torch.arange(rows) * 0.5).requires_grad_()
+        check_same(lambda mask=mask, weight=weight: sk.compact(mask, weight=weight, capacity=capacity))
+
+
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn,
+]  # fmt: skip
+
+
+def test_gather_of_every_dtype_and_tree():
+    torch.manual_seed(0)
+    mask = torch.rand(50) < 0.3
+    for selection in (sk.compact(mask), sk.compact(mask, capacity=40), sk.compact(torch.zeros(50, dtype=torch.bool))):
+        for dtype in DTYPES:
+            for shape in ((50,), (50, 3), (50, 2, 5), (50, 0), (50, 1, 1)):
+                values = torch.randint(0, 2, shape).to(dtype)
+                check_same(lambda values=values, s=selection: sk.gather_rows(values, s))
+        a, b = torch.randn(50, 3), torch.arange(50)
+        for tree in (a, (a, b), [a, b, a], {"x": a, "y": b}, (), [], {}, torch.nn.Parameter(a, requires_grad=False)):
+            check_same(lambda tree=tree, s=selection: sk.gather_rows(tree, s))
+
+
+@pytest.mark.parametrize("targets", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 37, 300])
+def test_gate_rows_and_select(rows, dtype, targets):
+    logits, labels = batch(rows, 11, dtype, targets)
+    settings = {"weights": WEIGHTS, "label_smoothing": 0.1, "temperature": 0.7, "softcap": 20, "ignore_index": -100}
+    drawn = {"gate_temperature": 0.5, "p_min": 0.1, "seed": 2**40, "step": torch.tensor(7)}
+    for more in ({}, drawn, {**drawn, "step": 7, "seed": -3}):
+        check_same(lambda more=more: sk.gate_rows(logits, labels, torch.tensor([1.5]), **settings, **more))
+        for capacity in (None, 10):
+            for tree in (None, (logits, labels), {"a": logits}) if rows else (None,):
+                check_same(
+                    lambda more=more, capacity=capacity, tree=tree: sk.select(
+                        logits, labels, torch.tensor(1.5), **settings, **more, tree=tree, capacity=capacity
+                    )
+                )
+    pixels = logits.reshape(rows, 1, 11).expand(rows, 4, 11).contiguous()
+    check_same(lambda: sk.select(pixels, labels[:, None].repeat(1, 4), torch.tensor(1.5), weights={"margin": 1}))
+
+
+@pytest.mark.parametrize("by_mass", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_gate_step_moves_the_same_state(temperature, by_mass):
+    logits, labels = batch(256)
+    states = []
+
+    def step():
+        state = initial_state(torch.tensor(1.5))
+        states.append(state)
+        found = None
+        for _ in range(3):
+            found = sk.ops.gate_step(
+                logits, labels, state, torch.tensor(0.25), weights=WEIGHTS, capacity=20, by_mass=by_mass,
+                gate_temperature=temperature, p_min=temperature / 10, seed=5,
+            )  # fmt: skip
+        return found
+
+    check_same(step)
+    (values, counters), (other_values, other_counters) = states
+    assert torch.equal(values, other_values)
+    assert torch.equal(counters, other_counters)
+    assert counters[0] == 3
+
+
+class Watch(TorchDispatchMode):
+    seen = ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += (str(func),)
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def untouched(monkeypatch):
+    """Whether C++ was asked at all."""
+    asked = []
+    spy = type("Spy", (), {name: staticmethod(lambda *a, name=name: asked.append(name)) for name in FUNCTIONS})
+    monkeypatch.setattr(direct, "_cpp", spy)
+    return asked
+
+
+def test_a_watcher_sees_operators(monkeypatch):
+    mask, rows = torch.rand(9) < 0.5, torch.randn(9, 2)
+    asked = untouched(monkeypatch)
+    with Watch() as watch:
+        sk.compact(mask).take(rows)
+    assert any("sparse_kernels.compact" in name for name in watch.seen)
+    assert any("sparse_kernels.gather_rows" in name for name in watch.seen)
+    with torch.autograd.forward_ad.dual_level():
+        sk.compact(mask).take(rows)
+    torch.func.vmap(lambda row: (sk.compact(mask), row)[1])(rows)
+    monkeypatch.setattr(backends, "_forced", "torch")
+    sk.compact(mask).take(rows)
+    monkeypatch.setattr(backends, "_forced", None)
+    sk.compact(mask, backend="torch").take(rows)
+    assert asked == ["gather_plain"]  # of the last take alone, which names no backend
+
+
+def test_what_is_left_to_the_general_route():
+    mask = torch.rand(12) < 0.5
+    selection = sk.compact(mask)
+    rows = torch.randn(12, 4)
+    nothing = CPP.gather_plain(rows, selection.index, 12, False)
+    assert nothing is not None
+    for other in (
+        rows.as_subclass(Subclass), rows.t().contiguous().t(), rows[:, :2], rows[:11], torch.tensor(1.0), 3, None, "x",
+        rows.to("meta"), rows.to_sparse(), torch.complex(rows, rows).conj(), torch.complex(rows, rows).conj().imag,
+        (rows, [rows]), (rows, 3), torch.quantize_per_tensor(rows, 0.1, 0, torch.qint8), torch._efficientzerotensor(12),
+    ):  # fmt: skip
+        assert CPP.gather_plain(other, selection.index, 12, False) is None, type(other)
+    leaf = rows.clone().requires_grad_()
+    assert CPP.gather_plain(leaf, selection.index, 12, True) is None
+    assert CPP.gather_plain((rows, leaf * 2), selection.index, 12, True) is None
+    packed = CPP.gather_plain(leaf, selection.index, 12, False)
+    assert torch.equal(packed, leaf.detach()[mask])
+    assert not packed.requires_grad
+    for index in (selection.index.int(), selection.index + 6, -1 - selection.index, selection.index[None]):
+        assert CPP.gather_plain(rows, index, 12, False) is None
+    assert CPP.gather_plain(rows[:0], selection.index[:0], 0, False) is None
+    for arguments in (
+        (mask.int(), None, None), (mask[None], None, None), (mask, torch.ones(11), None), (mask, mask, None),
+        (mask, None, -1), (mask, None, 2**31), (mask, None, True), (mask, None, 2.0), (mask[::2], None, None),
+    ):  # fmt: skip
+        assert CPP.compact_plain(*arguments) is None, arguments
+    with pytest.raises(TypeError, match="arguments"):
+        CPP.compact_plain(mask)
+
+
+def test_errors_are_the_general_routes_and_the_state_stays():
+    logits, labels = batch(20)
+    with pytest.raises(ValueError, match="wants 12 rows"):
+        sk.gather_rows(torch.randn(5, 2), sk.compact(torch.ones(12, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="mask is "):
+        sk.compact(torch.ones(3, dtype=torch.int64))
+    wrong = labels.clone()
+    wrong[3] = 99
+    state = initial_state(torch.tensor(1.5))
+    before = [tensor.clone() for tensor in state]
+    call = lambda labels, **more: sk.ops.gate_step(  # noqa: E731
+        logits, labels, state, torch.tensor(0.2), **({"weights": WEIGHTS} | more)
+    )
+    for message, run in (
+        ("target 99 in row 3", lambda: call(wrong)),
+        ("targets have shape", lambda: call(labels[:5])),
+        ("weights are for", lambda: call(labels, weights={"lost": 1.0})),
+        ("weights are for", lambda: call(labels, weights={})),
+        ("label_smoothing", lambda: call(labels, label_smoothing=2.0)),
+        ("p_min", lambda: call(labels, p_min=-1.0)),
+        ("capacity", lambda: call(labels, capacity=-1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
+    torch.testing.assert_close(list(state), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_and_compilers_take_the_operators():
+    rows, mask = torch.randn(9, 2, requires_grad=True), torch.rand(9) < 0.5
+    packed = sk.compact(mask).take((rows, torch.arange(9)))
+    packed[0].sum().backward()
+    assert torch.equal(rows.grad, mask[:, None].float().expand(9, 2))
+    compiled = torch.compile(lambda m, r: sk.compact(m, capacity=4).take(r), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(mask, rows.detach()), sk.compact(mask, capacity=4).take(rows.detach()))
+
+
+def test_results_hold_their_memory_and_nothing_leaks():
+    """The allocator's memory goes with the last tensor."""
+    import gc
+    import resource
+
+    rows, mask = torch.randn(256, 4096), torch.ones(256, dtype=torch.bool)
+    kept = sk.compact(mask).take(rows)
+    view = kept[3:]
+    del kept
+    gc.collect()
+    assert torch.equal(view, rows[3:])
+    sizes = []
+    for _ in range(3):
+        for _ in range(100):
+            sk.compact(mask).take((rows, rows))
+            assert CPP.gather_plain((rows, 3), torch.arange(256), 256, False) is None
+        sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert sizes[2] - sizes[1] < 20_000  # KB; 800 MB have passed
