@@ -78,7 +78,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 $(XLA)/.ready:
 	test -x $(XLA)/bin/python || $(PYTHON) -m venv $(XLA)
 	$(XLA)/bin/python -m pip --disable-pip-version-check install torch==2.9.0 torch-xla==2.9.0 numpy pytest pytest-timeout \
-	  click rich matplotlib jinja2 pillow
+	  click rich matplotlib jinja2 pillow scipy
 	touch $@
 
 # The packages compared with. Without them the benchmarks run too, and say which were left out.

@@ -169,7 +169,7 @@ class Update:
         """What an optimiser step changes on the device."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
         found = [*self._parameters(), *(value for value in states if isinstance(value, Tensor))]
-        return [tensor for tensor in found if tensor.device == self.device]
+        return [tensor for tensor in found if tensor.device.type == self.device.type]  # "xla" is xla:0
 
     def state_dict(self) -> dict[str, Any]:
         pending = None

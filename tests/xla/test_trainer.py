@@ -88,12 +88,13 @@ def test_a_run_resumes_exactly(tmp_path):
     def run(folder, stop):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Dropout(0.2), network())
-        trainer = SparseTrainer(model, device="xla", rate=0.25, **PLAIN)
+        trainer = SparseTrainer(model, device="xla", policy="gate", rate=0.25, **PLAIN)
         torch_xla.manual_seed(3)
         loader = ResidentLoader(DATA.train, batch_size=128, device=trainer.device, **FACTS)
         steps = iter(range(1, 100))
         trainer.fit(loader, steps=12, checkpoint=folder, resume=True, stop=lambda: next(steps) == stop)
-        return [value.cpu() for value in (*trainer.model.state_dict().values(), *trainer.policy.state_dict().values())]
+        state = (*trainer.model.state_dict().values(), *trainer.policy.gate.state_dict().values())
+        return [value.cpu() for value in state]
 
     whole = run(tmp_path / "whole", None)
     run(tmp_path / "parts", 5)
