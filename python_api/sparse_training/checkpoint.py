@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.utils import _pytree as pytree
 
 from sparse_training.errors import UserError
 
@@ -170,7 +171,10 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
                 wanted = "all of what was written" if ours else "a checkpoint of this format"
                 raise UserError(f"{path} is damaged or not a checkpoint: wanted {wanted}")
             file.seek(_HEADER)
-            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+            xla = torch.device(device).type == "xla"  # which PyTorch cannot read to
+            state: dict[str, Any] = torch.load(file, map_location="cpu" if xla else device, weights_only=True)
+            if xla:
+                state = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), state)
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint there") from None
     except OSError as error:

@@ -31,7 +31,11 @@ def synchronize(device: torch.device) -> None:
     elif device.type == "mps":
         torch.mps.synchronize()
     elif device.type == "xla":
+        # A program's end moves the generator on, and waiting must not change what is drawn.
+        model = _xla().core.xla_model
+        seed = model.get_rng_state()
         _xla().sync(wait=True)
+        model.set_rng_state(seed)
 
 
 def end_step(device: torch.device) -> None:
