@@ -67,6 +67,8 @@ class StatsCall:
         if self.outputs and not _STATISTICS.issuperset(self.outputs):
             unknown = sorted(set(self.outputs) - _STATISTICS)
             raise ValueError(f"unknown outputs {unknown}; known: {', '.join(STATISTICS)}")
+        if logits.is_neg():  # only noted: the bytes are not the values
+            self.logits = logits.resolve_neg()
 
     @property
     def classes(self) -> int:

@@ -415,11 +415,18 @@ def _save_selection(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 def _transposed(ctx: Any, name: str, gradients: list[Tensor | None]) -> list[Tensor | None]:
     index, count = ctx.saved_tensors
-    present = [g for g in gradients if g is not None]
+    present = [_with_memory(g) for g in gradients if g is not None]
     direct = not (torch.is_grad_enabled() or observed(*present))
     move = _MOVES[name][0] if direct else getattr(_ops, name)
     moved = iter(move(present, index, count, ctx.size, ctx.backend) if present else ())
     return [None if g is None else next(moved) for g in gradients]
+
+
+def _with_memory(gradient: Tensor) -> Tensor:
+    """Some of PyTorch's derivatives are zeros that are only noted; no kernel can read them."""
+    if not gradient._is_zerotensor():
+        return gradient
+    return torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
 
 
 def _gather_rows_gradient(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:

@@ -51,6 +51,8 @@ def refuse_tensor(tensor: Tensor) -> str | None:
     """Why no kernel can take this tensor, wherever it is; or None. By metadata alone."""
     if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
         return f"a {type(tensor).__name__} has no address"
+    if tensor._is_zerotensor():
+        return "zeros that PyTorch notes without giving them memory"
     if transformed():
         return "inside a transform (torch.func, forward-mode differentiation), where only the reference composes"
     return None

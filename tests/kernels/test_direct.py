@@ -244,3 +244,25 @@ def test_results_hold_their_memory_and_nothing_leaks():
             assert CPP.gather_plain((rows, 3), torch.arange(256), 256, False) is None
         sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert sizes[2] - sizes[1] < 20_000  # KB; 800 MB have passed
+
+
+def test_tensors_without_bytes_of_their_own_are_served_right():
+    zeros, targets = torch._efficientzerotensor((8, 4)), torch.zeros(8, dtype=torch.int64)
+    selection = sk.compact(torch.arange(8) % 2 == 0)
+    assert sk.gather_rows(zeros, selection).tolist() == [[0.0] * 4] * 4
+    assert sk.scatter_rows(torch._efficientzerotensor((4, 3)), selection).tolist() == [[0.0] * 3] * 8
+    torch.testing.assert_close(sk.row_stats(zeros, targets).loss, torch.full((8,), 4.0).log())
+    negated = torch.view_as_complex(torch.randn(8, 4, 2)).conj().imag
+    assert negated.is_neg()
+    expected = torch.nn.functional.cross_entropy(negated.clone(), targets, reduction="none")
+    torch.testing.assert_close(sk.row_stats(negated, targets).loss, expected)
+    gated = sk.gate_rows(negated, targets, torch.tensor(0.0), weights={"loss": 1.0})
+    torch.testing.assert_close(gated.significance, expected)
+
+
+def test_a_gradient_of_zeros_without_memory_is_moved():
+    rows = torch.randn(8, 4, requires_grad=True)
+    packed = sk.gather_rows(rows, sk.compact(torch.arange(8) % 2 == 0))
+    packed.backward(torch._efficientzerotensor((4, 4)))
+    assert rows.grad is not None
+    assert rows.grad.count_nonzero() == 0
