@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparse_training.study import FORMAT as STUDY
+from sparse_training.study_report import HEADINGS, again_line, parts, score_line, study_rows
+
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "row_stats.md")
 BLOCK = re.compile(r"(<!-- (results|roofline): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -96,11 +99,29 @@ def comparison_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def study_table(result: dict[str, Any]) -> str:
+    """One line a task and arm of ``sparse-train study``, as it prints them, and what each arm comes to."""
+    headings = [*HEADINGS, *(f"{fraction} of the time" for fraction in parts(result))]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in study_rows(result)]
+    lines += ["", again_line(result), *(score_line(arm, score) for arm, score in result["score"].items())]
+    settings, environment = result["settings"], result["environment"]
+    lines += [
+        "",
+        f"`{result['command']}`: {settings['seconds']:g} s a run, {environment['cpu']}, "
+        f"torch {environment['torch']}, {result['created'][:10]}.",
+    ]
+    # A line of its own each: a page would run them together.
+    return "\n".join(f"{line}  " if line and not line.startswith("|") else line for line in lines)
+
+
 def render(kind: str, path: str) -> str:
     """The table of one results file."""
     record = json.loads((ROOT / path).read_text())
     if kind == "roofline":
         return roofline_table(record)
+    if record.get("format") == STUDY:
+        return study_table(record)
     return comparison_table(record) if record.get("format") == "sparse-training-compare" else speed_table(record)
 
 

@@ -189,6 +189,12 @@ class Gate(nn.Module):
         """The rate wanted now; with a mass, which wants none, 1: as many rows as it takes."""
         return 1.0 if self.by_mass else self.setpoint
 
+    @property
+    def biased(self) -> bool:
+        """Whether sums over the rows kept favour significant rows: False for draws, whose 1/p weights make them
+        estimates of sums over all rows (as long as none overflows a capacity), and where every row is kept."""
+        return self.temperature == 0.0 and self.setpoint < 1.0
+
     def settle(self) -> None:
         """Waits for the other ranks' share of the last batch and moves the threshold; nothing without one."""
         if self._exchange is not None:
@@ -430,7 +436,7 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.significance.weights.items())
         name = "mass" if self.by_mass else "rate"
-        return f"{name}={self.setpoint:g}, significance=({weights}), capacity={self.capacity}"
+        return f"{name}={self.setpoint:g}, significance=({weights}), capacity={self.capacity}, biased={self.biased}"
 
 
 def _number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> float:

@@ -582,3 +582,30 @@ def test_tensors_that_do_not_fit_are_refused_and_change_nothing() -> None:
         gate(logits, targets, index=torch.arange(3))
     for name, value in gate.state_dict().items():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "biased"),
+    [
+        ({"rate": 0.2}, True),
+        ({"rate": 0.2, "decision": "topk"}, True),
+        ({"mass": 0.9}, True),
+        ({"rate": 0.2, "ties": "random"}, True),
+        ({"rate": 0.2, "temperature": 0.5}, False),
+        ({"rate": 1.0}, False),
+    ],
+)
+def test_a_gate_says_whether_it_is_biased(settings, biased):
+    gate = Gate(**settings)
+    assert gate.biased is biased
+    assert f"biased={biased}" in repr(gate)
+    # What it says is so: the weighted sum over the rows kept against the sum over all, over many batches.
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for _ in range(120):
+        logits, targets = torch.randn(256, 10, generator=generator), torch.zeros(256, dtype=torch.int64)
+        kept = gate(logits, targets)
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        share = 1.0 if gate.temperature or gate.setpoint == 1.0 else 256 / max(1, int(kept.count))
+        ratios.append(float((kept.weight * loss[kept.index]).sum() * share / loss.sum()))
+    assert (abs(sum(ratios[20:]) / len(ratios[20:]) - 1.0) > 0.05) is biased
