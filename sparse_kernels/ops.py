@@ -216,7 +216,7 @@ def select(
         Selected: ``gated``, ``selection`` and ``packed``, which is differentiable in the tree.
 
     Raises:
-        As ``gate_rows``, ``compact`` and ``gather_rows``, all before anything is computed.
+        As ``gate_rows``, ``compact`` and ``gather_rows``; nothing that was given has changed then.
     """
     if not outputs and offset is None and dim == -1 and direct.serves(backend):
         found = direct.select(
