@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sparse_kernels.tracing import is_noted_negative
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, STATISTICS, ControlState, Selection
 
 FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -67,7 +68,7 @@ class StatsCall:
         if self.outputs and not _STATISTICS.issuperset(self.outputs):
             unknown = sorted(set(self.outputs) - _STATISTICS)
             raise ValueError(f"unknown outputs {unknown}; known: {', '.join(STATISTICS)}")
-        if logits.is_neg():  # only noted: the bytes are not the values
+        if is_noted_negative(logits):
             self.logits = logits.resolve_neg()
 
     @property

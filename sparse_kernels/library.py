@@ -25,7 +25,7 @@ from sparse_kernels import reference
 from sparse_kernels.backends import BACKENDS, choose
 from sparse_kernels.calls import CompactCall, ControlCall, GateCall, StatsCall, TreeCall
 from sparse_kernels.rows import empty_rows
-from sparse_kernels.tracing import observed
+from sparse_kernels.tracing import is_noted_zeros, observed
 from sparse_kernels.types import DIFFERENTIABLE, STATISTICS, ControlState, GatedRows, RowStats, Selection
 
 _library: Any = torch.library.Library("sparse_kernels", "DEF")  # type: ignore[no-untyped-call, unused-ignore]
@@ -424,7 +424,7 @@ def _transposed(ctx: Any, name: str, gradients: list[Tensor | None]) -> list[Ten
 
 def _with_memory(gradient: Tensor) -> Tensor:
     """Some of PyTorch's derivatives are zeros that are only noted; no kernel can read them."""
-    if not gradient._is_zerotensor():
+    if not is_noted_zeros(gradient):
         return gradient
     return torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
 

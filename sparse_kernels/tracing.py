@@ -47,11 +47,21 @@ def values_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not (observed(tensor) or transformed())
 
 
+def is_noted_zeros(tensor: Tensor) -> bool:
+    """Whether PyTorch keeps these zeros without memory. No compiler can ask, nor needs to: operators get memory."""
+    return not torch.compiler.is_dynamo_compiling() and bool(tensor._is_zerotensor())
+
+
+def is_noted_negative(tensor: Tensor) -> bool:
+    """Whether the values are the bytes negated, which is only noted; as ``is_noted_zeros`` of compilers."""
+    return not torch.compiler.is_dynamo_compiling() and tensor.is_neg()
+
+
 def refuse_tensor(tensor: Tensor) -> str | None:
     """Why no kernel can take this tensor, wherever it is; or None. By metadata alone."""
     if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
         return f"a {type(tensor).__name__} has no address"
-    if tensor._is_zerotensor():
+    if is_noted_zeros(tensor):
         return "zeros that PyTorch notes without giving them memory"
     if transformed():
         return "inside a transform (torch.func, forward-mode differentiation), where only the reference composes"
