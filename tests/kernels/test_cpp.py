@@ -543,7 +543,8 @@ def test_any_call(
         temperature=temperature,
         label_smoothing=label_smoothing,
         softcap=softcap,
-        tiny=4e-6,
+        # A softcapped logit is rounded at its own size, here up to 50: two of them, half an ulp and tanh's own, apart.
+        tiny=4e-6 + 2 * softcap / temperature * 2.0**-24,
     )
 
 
