@@ -447,11 +447,11 @@ _SHAPE = {
 }
 
 
-def load_result(path: str | Path) -> dict[str, Any]:
-    """Read a compare.json.
+def read_result(path: str | Path, *, kind: str, file: str, format: str, version: int) -> dict[str, Any]:
+    """The JSON of a result; what is in it is not looked at beyond its format and version.
 
     Raises:
-        UserError: if it cannot be read, is not a comparison's result, or is of another version.
+        UserError: if it cannot be read, is of another format or of another version.
     """
     name = str(path)
     try:
@@ -459,11 +459,22 @@ def load_result(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {name!r}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name!r} is not JSON; wanted a compare.json: {error}") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise UserError(f"{name!r} is not the result of a comparison (format {FORMAT!r})")
-    if result.get("version") != VERSION:
-        raise UserError(f"{name!r} has version {result.get('version')!r}; wanted {VERSION}")
+        raise UserError(f"{name!r} is not JSON; wanted a {file}: {error}") from error
+    if not isinstance(result, dict) or result.get("format") != format:
+        raise UserError(f"{name!r} is not the result of a {kind} (format {format!r})")
+    if result.get("version") != version:
+        raise UserError(f"{name!r} has version {result.get('version')!r}; wanted {version}")
+    return result
+
+
+def load_result(path: str | Path) -> dict[str, Any]:
+    """Read a compare.json.
+
+    Raises:
+        UserError: if it cannot be read, is not a comparison's result, or is of another version.
+    """
+    name = str(path)
+    result = read_result(path, kind="comparison", file="compare.json", format=FORMAT, version=VERSION)
     fault = _fault(result, _SHAPE, "")
     if fault is None and not all(arm["runs"] for arm in (result["arms"] or {"": {"runs": []}}).values()):
         fault = "arms have no runs"

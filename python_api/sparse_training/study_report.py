@@ -20,7 +20,7 @@ from . import study_plots
 from .clock import STAGES, Costs
 from .errors import UserError
 from .original import CLAIMS
-from .report import jsonable, plain, replace, templates
+from .report import jsonable, plain, read_result, replace, templates
 from .study import AGAIN, BASE, FORMAT, RESULT, VERSION
 
 Result = Mapping[str, Any]
@@ -424,15 +424,4 @@ def load_study(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if it cannot be read, is not a study's result, or is of another version.
     """
-    name = str(path)
-    try:
-        result = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {name!r}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name!r} is not JSON; wanted a study.json: {error}") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise UserError(f"{name!r} is not the result of a study (format {FORMAT!r})")
-    if result.get("version") != VERSION:
-        raise UserError(f"{name!r} has version {result.get('version')!r}; wanted {VERSION}")
-    return result
+    return read_result(path, kind="study", file="study.json", format=FORMAT, version=VERSION)
