@@ -40,6 +40,9 @@ def compare(logits, targets, tiny=2e-6, **settings):
     exact = sk.row_stats(logits.double(), targets, outputs=OUTPUTS, backend="torch", **settings)
     same = sk.row_stats(logits, targets, outputs=OUTPUTS, backend="torch", **settings)
     double = logits.dtype is torch.float64
+    if double:  # nothing is more exact here: the reference too has rounded each scaled logit
+        finite = logits[logits.isfinite()].abs()
+        tiny = 1e-14 + 2.0**-52 * (float(finite.max()) if finite.numel() else 0.0) / settings.get("temperature", 1.0)
     assert torch.equal(ours.argmax, exact.argmax)
     for name in VALUES:
         assert getattr(ours, name).dtype is (torch.float64 if double else torch.float32)
@@ -48,7 +51,7 @@ def compare(logits, targets, tiny=2e-6, **settings):
         assert torch.equal(a[~finite].isnan(), b[~finite].isnan()), name
         assert torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()), name
         size = (1 + b[finite].abs()) / 2
-        error, allowed = (a - b)[finite].abs(), 2 * (c - b)[finite].abs() + (1e-14 if double else tiny) * size
+        error, allowed = (a - b)[finite].abs(), 2 * (c - b)[finite].abs() + tiny * size
         assert (error <= allowed).all(), f"{name}: {error.max():.3g}, allowed {allowed[error.argmax()]:.3g}"
 
 
@@ -503,6 +506,7 @@ def test_float64_gradients_by_finite_differences(instruction_set):
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.example([3], 37, 30.0, torch.float64, 0.0, 0.0, "last", torch.int64, 0.3, 0.0, 0.0, 398)
 @hypothesis.given(
     shape=st.lists(st.integers(0, 9), min_size=0, max_size=3),
     classes=st.one_of(st.integers(1, 90), st.integers(1, 1500)),

@@ -277,7 +277,8 @@ def test_losses_of_every_phase_are_kept_and_the_last_one_counts():
     policy.prepare(4)
     policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), None)
     policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]), None)
-    assert policy.up_to_date().scores.nan_to_num(-1.0).tolist() == [1.0, 5.0, -1.0, -1.0]
+    policy.up_to_date()
+    assert policy.table.scores.nan_to_num(-1.0).tolist() == [1.0, 5.0, -1.0, -1.0]
     assert any("2 of 4 rows were never trained on" in text for text in policy.warnings(0.1))
     assert any("1 losses were not finite" in text for text in policy.warnings(0.1))
 
@@ -307,7 +308,7 @@ def test_policies_by_past_losses_want_rows_that_have_numbers(kind):
         policy.prepare(None)
     policy.prepare(10)
     policy.prepare(10)
-    with pytest.raises(UserError, match="a table of 10 rows: wanted one of 11"):
+    with pytest.raises(UserError, match="knows 10 rows: wanted as many, given 11"):
         policy.prepare(11)
 
 

@@ -1,0 +1,184 @@
+"""What a policy is, and the two simplest: every row, and rows at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparse_training.errors import UserError
+from sparse_training.loader import Batch, Choice, Offer
+from sparse_training.scorers import make_scorer
+from sparse_training.scoring import Scorer, Scores
+
+
+class Kept(NamedTuple):
+    """The rows to train on. The loss is their mean, or with ``weight`` sum(weight * loss) / divisor."""
+
+    inputs: Any
+    targets: Tensor
+    rows: int | Tensor  # how many; a device tensor where padding hides the number from the host
+    positions: Tensor | None = None  # int64 positions in the batch, None for all of it
+    weight: Tensor | None = None  # float32, 0 on padding
+    divisor: int | Tensor = 1
+
+
+class Decision(NamedTuple):
+    """Which of the rows that were scored to train on."""
+
+    index: Tensor  # type: ignore[assignment]  # int64 [n], places among them
+    weight: Tensor | None = None  # float32 [n], 1/p of a row drawn with probability p; None: their mean is what counts
+
+
+class Policy(nn.Module):
+    """Every row; the base of the others. State belongs in buffers or in the extra state.
+
+    Attributes:
+        scored_by: the name of the scorer it asks by default; None where it never asks (``decide`` is not called).
+        scorer: the one it asks.
+    """
+
+    name = "dense"
+    scored_by: str | None = None
+    masks = False  # whether the rows left out are masked out of the loss, and cost as much as the others
+    phased = True  # whether a run's warm-up and anneal train on every row; if not, it chooses in them too
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in vars(cls):  # results and costs are filed under it: no two may share one
+            cls.name = cls.__name__.lower()
+
+    def __init__(self, rate: float = 1.0, seed: int = 0) -> None:
+        super().__init__()
+        self.rate = check_rate(rate)
+        self.seed = seed
+        self.scorer: Scorer = make_scorer(self.scored_by or "self")
+
+    @property
+    def before_loading(self) -> bool:
+        """Whether what it leaves out is never loaded."""
+        return self.scored_by is not None and self.scorer.before_loading
+
+    @property
+    def target(self) -> float | None:
+        """The fraction of rows that it aims to keep; None where it aims at none."""
+        return None
+
+    def prepare(
+        self, rows: int | None, targets: Tensor | None = None, copies: Callable[[], Tensor | None] | None = None
+    ) -> None:
+        """Told before a run what it is about.
+
+        Args:
+            rows: of the data set; None where none can be had by its number.
+            targets: [rows, ...], of all of them, where the loader holds them.
+            copies: asks the loader for int64 [rows], how many rows have the same inputs; ``Loader.copies``.
+        """
+        self.scorer.prepare(rows)
+
+    def decide(self, scores: Scores) -> Decision:
+        """The rows to train on, by what the scorer says of them."""
+        raise NotImplementedError
+
+    def choose(self, offer: Offer) -> Choice | None:
+        """The rows to load in place of those offered; None for just these."""
+        if not self.before_loading:
+            return None
+        index, weight = self.decide(self.scorer.recall(offer.ids))
+        if weight is not None:  # the loss is divided by the rows loaded, and estimates the mean of those offered
+            weight = weight * (len(index) / len(offer.ids))
+        return Choice(offer.ids[index], weight)
+
+    def score(self, batch: Batch) -> Scores | None:
+        """What ``select`` needs to know of the batch, None for nothing."""
+        if self.scored_by is None or self.before_loading:
+            return None
+        found: Scores = self.scorer(batch)
+        return found
+
+    def select(self, scores: Scores | None, batch: Batch) -> Kept:
+        """The rows of a loaded batch to train on."""
+        if scores is None:
+            rows = batch.rows if batch.counted is None else batch.counted
+            return Kept(batch.inputs, batch.targets, rows, None, batch.weight, batch.divisor)
+        index, weight = self.decide(scores)
+        parts = (batch.inputs, batch.targets)
+        inputs, targets = pytree.tree_map_only(Tensor, lambda tensor: tensor.index_select(0, index), parts)
+        return Kept(inputs, targets, len(index), index, weight, batch.divisor)
+
+    def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
+        """What the model made of the rows just trained on, before it learned from them; where rows have numbers.
+
+        Args:
+            ids: int64 [n]; of the dense phases too.
+            losses: [n].
+            logits: what the model gave, [n, classes] for a classifier.
+        """
+        self.scorer.observe(ids, losses)
+
+    def at(self, progress: float) -> None:
+        """Told before each gated step how far the run is, 0 to 1, for what follows a schedule."""
+
+    def aim(self, rate: float) -> None:
+        """Another rate from the next step on."""
+        self.rate = check_rate(rate)
+
+    def likely_rows(self, rows: int) -> range:
+        """How many of a loaded batch's rows this policy may well train on, for the clock to time."""
+        all_of_them = self.target is None or self.before_loading or self.masks
+        count = rows if all_of_them else max(1, round((self.target or 1.0) * rows))
+        return range(count, count + 1)
+
+    def trace(self) -> tuple[Tensor, Tensor] | None:
+        """Smoothed rate and threshold, on the device, where there is a controller to watch."""
+        return None
+
+    def warnings(self, rate: float | None) -> list[str]:
+        """What a reader of the run must know, given the rate it reached."""
+        return []
+
+
+class RandomPolicy(Policy):
+    """round(rate * B) rows of each batch, drawn before loading by a generator of its own.
+
+    Where that rounds to 0, one row with probability rate * B.
+    """
+
+    name = "random"
+
+    @property
+    def before_loading(self) -> bool:
+        return True
+
+    def __init__(self, rate: float = 0.1, seed: int = 0) -> None:
+        super().__init__(rate, seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def target(self) -> float:
+        return self.rate
+
+    def choose(self, offer: Offer) -> Choice:
+        rows = len(offer.ids)
+        return Choice(offer.ids[torch.randperm(rows, generator=self.generator)[: self.count(rows)]])
+
+    def count(self, rows: int) -> int:
+        """How many of so many rows to keep this time."""
+        count = round(self.rate * rows)
+        return count or int(torch.rand((), generator=self.generator).item() < self.rate * rows)
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())
+
+
+def check_rate(rate: float) -> float:
+    """The rate, if it is in (0, 1]; otherwise a UserError."""
+    if not 0.0 < rate <= 1.0:
+        raise UserError(f"rate {rate}: wanted more than 0 and at most 1")
+    return rate

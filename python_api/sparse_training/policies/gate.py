@@ -1,0 +1,119 @@
+"""Rows above a threshold, or drawn around it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from sparse_kernels import Selection
+from sparse_training.criterion import Criterion, are_classes
+from sparse_training.errors import UserError
+from sparse_training.gate import Gate
+from sparse_training.loader import Batch
+from sparse_training.policies.base import Decision, Kept, Policy
+from sparse_training.scoring import Scores
+
+
+class GatePolicy(Policy):
+    """The rows whose significance is above the gate's threshold.
+
+    With a gate temperature rows are drawn and weighted 1/p, and the gradient estimates the whole
+    batch's without bias. Without one the loss is the mean over the kept rows: that is biased towards
+    them, on purpose, and changes the gradient's scale with the rate.
+    """
+
+    name = "gate"
+    scored_by = "self"
+    aimed = False  # at other rates than the one it was made with
+
+    @property
+    def target(self) -> float:
+        return self.rate
+
+    def __init__(self, rate: float = 0.1, seed: int = 0, gate: Gate | None = None, **options: Any) -> None:
+        super().__init__(gate.rate if gate is not None else rate, seed)
+        self.gate = gate if gate is not None else Gate(rate, seed=seed, **options)
+
+    def decide(self, scores: Scores) -> Decision:
+        selection = self.gated(scores)
+        if self.gate.capacity is None:
+            return Decision(selection.index, selection.weight if self.gate.temperature > 0.0 else None)
+        count = int(selection.count)  # waits for an accelerator; ``select`` does not
+        return Decision(selection.index[:count], selection.weight[:count] if self.gate.temperature > 0.0 else None)
+
+    def select(self, scores: Scores | None, batch: Batch) -> Kept:
+        if scores is None:
+            return super().select(scores, batch)
+        if self.gate.capacity is None and batch.targets.device.type == "xla":  # a program for each number of rows kept
+            steady = self.gate.schedule is None and not self.gate.by_mass
+            self.gate.capacity = min(batch.rows, math.ceil(2 * self.rate * batch.rows)) if steady else batch.rows
+        selection = self.gated(scores)
+        inputs, targets = selection.take((batch.inputs, batch.targets))
+        padded = self.gate.capacity is not None
+        count = selection.count if padded else selection.index.shape[0]
+        if self.gate.temperature > 0.0:
+            return Kept(inputs, targets, count, selection.index, selection.weight, batch.divisor)
+        if padded:
+            divisor = selection.count.clamp(min=1)
+            return Kept(inputs, targets, count, selection.index, selection.weight, divisor)
+        return Kept(inputs, targets, count, selection.index)
+
+    def gated(self, scores: Scores) -> Selection:
+        """The gate's selection by logits of classes; where there are none, by the losses themselves.
+
+        Of targets of several classes a sample, as of tokens or pixels, the mean significance is the sample's. An
+        offset is one of the loss: it counts as much as the loss does in the significance.
+        """
+        logits, targets, offset = scores.logits, scores.targets, scores.offset
+        if isinstance(logits, Tensor) and targets is not None and are_classes(logits, targets):
+            if offset is not None:
+                if "loss" not in self.gate.significance.weights:
+                    raise UserError(f"the scorer {self.scorer.name} changes the loss: wanted a significance with it")
+                offset = offset * self.gate.significance.loss
+            if targets.ndim == 1:
+                selection: Selection = self.gate(logits, targets, offset=offset)
+                return selection
+            if isinstance(scores.criterion, Criterion) and not self.gate.by_mass:
+                significance = scores.criterion.significance(logits, targets, self.gate.significance.weights)
+                return self.gate.by(significance if offset is None else significance + offset)
+        return self.gate.by(scores.losses)
+
+    def at(self, progress: float) -> None:
+        self.gate.at(progress)
+        self.rate = self.gate.rate
+
+    def aim(self, rate: float) -> None:
+        if self.gate.by_mass:
+            raise UserError(f"a rate of {rate:g} for a gate with a mass: wanted a gate with a rate")
+        self.gate.aim(rate)
+        self.rate, self.aimed = rate, True
+
+    def likely_rows(self, rows: int) -> range:
+        if self.before_loading:  # these are the rows that it chose this time
+            return range(min(rows, max(1, rows // 2)), rows + 1)
+        if self.gate.capacity is not None:
+            slots = min(self.gate.capacity, rows)
+            return range(slots, slots + 1)
+        aim = max(1, round(self.rate * rows))
+        return range(max(1, aim // 2), min(rows, 2 * aim) + 1)
+
+    def trace(self) -> tuple[Tensor, Tensor]:
+        return self.gate.rate_observed.detach().clone(), self.gate.threshold.detach().clone()
+
+    def warnings(self, rate: float | None) -> list[str]:
+        found = []
+        steps, saturated = int(self.gate.step), int(self.gate.saturated)
+        if saturated > 0.1 * steps:
+            found.append(
+                f"the gate's controller was saturated in {saturated} of {steps} steps: its rate is not the target's"
+            )
+        steered = self.gate.schedule is None and not self.gate.by_mass and not self.aimed  # to one rate, all the time
+        if steered and rate is not None and abs(rate - self.rate) > max(0.02, 0.2 * self.rate):
+            found.append(f"the gate kept {rate:.1%} of the rows it was offered; the target was {self.rate:.1%}")
+        if invalid := int(self.gate.invalid):
+            found.append(f"{invalid} rows were not finite and left out")
+        if overflow := int(self.gate.overflow):
+            found.append(f"{overflow} selected rows were over the gate's capacity and left out")
+        return found
