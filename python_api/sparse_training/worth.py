@@ -33,9 +33,11 @@ from torch import Tensor
 
 from sparse_kernels.sum_tree import assign
 from sparse_training.errors import UserError
+from sparse_training.history import one_a_row
 
 NOISE = 0.05  # least fraction of wrong labels that is acted upon: an immature model's confusions look like some
 SURE = 0.5  # least probability of a class that counts as a prediction
+BALANCE_FROM = 0.6  # of a run: by then common rows are known
 KNOWN = 0.1  # a row is wholly new down to this distance of its label's probability from 1
 
 
@@ -65,7 +67,7 @@ class Worth:
         copies: Tensor | None = None,
         *,
         learned: float = 1.0,
-        balance_from: float | None = 0.6,
+        balance_from: float | None = BALANCE_FROM,
         seed: int = 0,
     ) -> None:
         if rows < 1:
@@ -94,9 +96,14 @@ class Worth:
             index: int64 [n]; of a row that is there twice, the last counts.
             losses: [n]. One that is not finite is counted, and its row stays what it was.
             logits: [n, classes]; of any other shape, the label's probability is exp(-loss).
+
+        Raises:
+            UserError: tensors that do not fit one another; IndexError: a row that there is not.
         """
-        rows, losses = index.detach().cpu(), losses.detach().float().cpu()
+        rows, losses = one_a_row(index, losses, self.rows)
         if self.targets is not None and isinstance(logits, Tensor) and _one_a_class(logits, self.classes):
+            if len(logits) != len(rows):
+                raise UserError(f"logits of {len(logits)} rows for {len(rows)}: wanted one a row")
             p = logits.detach().float().softmax(1).cpu()
             largest, at = p.max(1)
             predicted = torch.where(largest > SURE, at, -1)
@@ -116,7 +123,7 @@ class Worth:
         k = self.classes
         if self.targets is None or k < 3 or k * k > self.rows:
             return 0.0
-        sure = self.predicted >= 0
+        sure = (self.predicted >= 0) & (self.predicted < k)  # a model may have classes that no row is of
         pairs = torch.bincount(self.targets[sure].long() * k + self.predicted[sure], minlength=k * k).view(k, k)
         shares = pairs / pairs.sum(0).clamp(min=1)  # of the rows predicted as a class, by their labels
         return (k - 1) * float(shares[~torch.eye(k, dtype=torch.bool)].median())

@@ -175,6 +175,21 @@ def test_targets_of_any_kind(targets):
     assert law.noise == 0.0
 
 
+def test_a_model_may_have_classes_that_no_row_is_of():
+    """As where the data are a part of what it can tell apart."""
+    given = noisy(0.2)[0].targets.long()
+    law, wider = (Worth(len(given), given) for _ in range(2))
+    logits = logits_for(given, torch.full(given.shape, 0.9))
+    elsewhere = torch.arange(len(given)) % 50 == 0
+    believed = torch.where(elsewhere, CLASSES + 3, (given + 1) % CLASSES)
+    told(law, logits, given)
+    told(wider, torch.nn.functional.pad(logits, (0, 5), value=-30.0), given)
+    assert wider.estimate_noise() == law.estimate_noise()
+    told(wider, 9.0 * torch.nn.functional.one_hot(believed, CLASSES + 5).float(), given)
+    assert 0.0 <= wider.estimate_noise() < 1.0
+    assert len(wider.draw(100, 0.9)) == 100
+
+
 def test_what_is_not_finite_is_counted_and_a_repeated_row_keeps_its_last():
     law = Worth(4)
     law.update(torch.tensor([0, 1, 1, 2]), torch.tensor([torch.nan, 1.0, 2.0, torch.inf]))
