@@ -1,4 +1,4 @@
-"""The command line: ``sparse-train train | compare | study | resume | report``.
+"""The command line: ``sparse-train train | compare | study | ceilings | resume | report``.
 
 What a user got wrong is one line on stderr and exit code 2, before anything is written. SIGINT and
 SIGTERM end a run at a step, with what is needed to resume it on disk, and exit with 128 + the signal.
@@ -27,6 +27,7 @@ from sparse_training import checkpoint as files
 from sparse_training import compare as comparison
 from sparse_training import devices
 from sparse_training import study as studies
+from sparse_training.ceilings import ceilings, print_ceilings
 from sparse_training.data import DATASETS, load_data
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         message = f"{error.filename}: {error.strerror}"
     except (click.Abort, KeyboardInterrupt):
-        return 128 + signal.SIGINT
+        return 128 + (signals.received or signal.SIGINT)
     rank, ranks = launched()
     whose = f"rank {rank}: " if ranks > 1 else ""
     print(f"error: {whose}{' '.join(message.split())}", file=sys.stderr)
@@ -168,6 +169,15 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> lis
     return found
 
 
+def _scorers(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",")]
+    for name in found:
+        _scorer(context, parameter, name)
+    if len(set(found)) != len(found):
+        raise click.BadParameter(f"{text!r}: wanted each scorer once")
+    return found
+
+
 def _tasks(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
     found = [part.strip() for part in text.split(",")]
     if unknown := [name for name in found if name not in TASKS]:
@@ -184,20 +194,25 @@ def _fractions(context: click.Context, parameter: click.Parameter, text: str) ->
         found = []
     if not found or not all(0.0 < fraction <= 1.0 for fraction in found):
         raise click.BadParameter(f"{text!r}: wanted fractions above 0 and at most 1, such as 1,0.5")
-    return found
+    return list(dict.fromkeys(found))
 
 
-SHARED = (
+ABOUT = (
     click.option("--data", type=click.Choice(DATASETS), default="digits", help="Data set."),
     click.option("--root", type=click.Path(), help="Folder of the data set."),
     click.option("--model", default="cnn-620k", help=f"{', '.join(MODELS)}, or module:factory."),
+    click.option("--batch-size", type=COUNT, default=128),
+    click.option("--device", default="cpu", help="A device of PyTorch's."),
+    click.option("--threads", type=COUNT, help="CPU threads; PyTorch's choice by default."),
+)
+SHARED = (
+    *ABOUT,
     click.option(
         "--rate",
         type=click.FloatRange(0, 1, min_open=True),
         default=0.1,
         help="Fraction of rows to keep.",
     ),
-    click.option("--batch-size", type=COUNT, default=128),
     click.option("--lr", type=POSITIVE, default=1e-3, help="Learning rate."),
     click.option(
         "--warmup",
@@ -211,8 +226,6 @@ SHARED = (
         default=0.125,
         help="Fraction of the run that is dense, at its end.",
     ),
-    click.option("--device", default="cpu", help="A device of PyTorch's."),
-    click.option("--threads", type=COUNT, help="CPU threads; PyTorch's choice by default."),
     click.option(
         "--out",
         type=click.Path(),
@@ -226,10 +239,13 @@ PRECISION = click.option(
 )
 
 
-def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(SHARED):
-        command = option(command)
-    return command
+def _with(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def give(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return give
 
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -239,7 +255,7 @@ def cli() -> None:
 
 
 @cli.command()
-@_shared
+@_with(*SHARED)
 @PRECISION
 @click.option(
     "--policy",
@@ -267,7 +283,7 @@ def train(context: _Context, /, out: str | None, **options: Any) -> None:
 
 
 @cli.command()
-@_shared
+@_with(*SHARED)
 @PRECISION
 @click.option(
     "--policies",
@@ -290,7 +306,7 @@ def compare(context: _Context, /, out: str | None, resume: bool, **options: Any)
 
 
 @cli.command()
-@_shared
+@_with(*SHARED)
 @click.option("--tasks", default=",".join(TASKS), callback=_tasks, help="What is learned.")
 @click.option(
     "--arms",
@@ -319,6 +335,19 @@ def study(context: _Context, /, out: str | None, resume: bool, calibrate_only: b
     folder = Path(out) if resume and out is not None else _new_folder(out, "study")
     options = {"command": "study", "line": context.command, **options}
     _study(context, folder, options, resume, calibrate_only)
+
+
+@cli.command(name="ceilings")
+@_with(*ABOUT, PRECISION)
+@click.option("--scorers", default="self,early:2,proxy,history", callback=_scorers, help=f"Some of {SCORER_FORMS}.")
+@click.option("--rates", default="0.1,0.3", callback=_fractions, help="Fractions of rows to keep.")
+@click.pass_obj
+def ceilings_(context: _Context, /, **options: Any) -> None:
+    """What each scorer costs, and how fast that lets a step be; wants an idle machine.
+
+    A gate asks each scorer; random, which asks none, stands beside them. Nothing is written.
+    """
+    _ceilings(context, options)
 
 
 @cli.command()
@@ -519,6 +548,32 @@ def _study(
     print(f"written: {folder / studies.RESULT}, {folder / PAGE}")
 
 
+def _ceilings(context: _Context, options: dict[str, Any]) -> None:
+    _alone("ceilings")
+    device = _prepare(options)
+    data = load_data(options["data"], options["root"])
+    torch.manual_seed(0)
+    model = build_model(options["model"], shape=data.shape, classes=len(data.classes))
+    trainer = SparseTrainer(model, policy="dense", precision=options["precision"], device=device)
+    facts: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
+    loader = ResidentLoader(data.train, batch_size=options["batch_size"], **facts)
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("timing"), BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("timing", total=1.0)
+
+        def tell(share: float) -> None:
+            bar.update(task, completed=share)
+            if context.signals.stop():
+                raise KeyboardInterrupt
+
+        policies = [*(f"gate@{scorer}" for scorer in options["scorers"]), "random"]
+        found = ceilings(trainer, loader, policies, options["rates"], progress=tell)
+    print_ceilings(found)
+
+
 def _alone(command: str) -> None:
     if launched()[1] > 1:
         raise UserError(f"{command} on {launched()[1]} processes, which would time one another: wanted one")
@@ -534,7 +589,7 @@ def _prepare(options: dict[str, Any]) -> torch.device:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     sparse_kernels.compact(torch.ones(1, dtype=torch.bool))  # refuses a backend that is not there
-    if options["warmup"] + options["anneal"] > 1.0:
+    if options.get("warmup", 0.0) + options.get("anneal", 0.0) > 1.0:
         raise UserError(f"warmup {options['warmup']} and anneal {options['anneal']}: wanted a sum of at most 1")
     try:
         device = devices.find(options["device"])

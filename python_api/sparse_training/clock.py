@@ -12,7 +12,7 @@ import operator
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,7 @@ def calibrate(
     loaders: Mapping[str, Loader] | None = None,
     rounds: int | None = None,
     seconds: float = CALIBRATION_SECONDS,
+    progress: Callable[[float], None] | None = None,
 ) -> Costs:
     """Time every stage of every arm's step, interleaved, on copies: the trainer stays as it is.
 
@@ -160,6 +161,7 @@ def calibrate(
         loaders: by arm, where one is offered other batches than those of ``loader``.
         rounds: over all arms and batch sizes; by default as many as take ``seconds``, within
             MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
+        progress: called after every round with the share done, 0 to 1.
     """
     twin = copy.deepcopy(trainer)
     twin.compile()
@@ -183,6 +185,9 @@ def calibrate(
                 for item, steps in zip(source.items(), (BLOCK, SHORT_BLOCK), strict=False):
                     _time_block(twin, source, item, steps, samples)
             done += 1
+            if progress is not None:
+                least = min(done / MIN_ROUNDS, _since(began) / max(seconds, 1e-9))
+                progress(min(1.0, done / rounds if rounds else max(least, done / MAX_ROUNDS)))
     shared = {stage: _curve(samples, "", stage) for stage in ("load", "train")}
     stages = ("score", "select", "observe")
     names = [source.policy.name for source in sources]

@@ -1,10 +1,13 @@
 """What a scorer costs and what that allows, from costs that are given and from ones that are measured."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from test_scorers import network, resident
 
-from sparse_training.ceilings import ceiling, ceilings
+from sparse_training.ceilings import Ceiling, ceiling, ceilings, print_ceilings
 from sparse_training.clock import Costs
 from sparse_training.errors import UserError
 from sparse_training.policies import MaskedPolicy, make_policy
@@ -47,7 +50,9 @@ def test_ceilings_are_measured_on_a_model_that_stays_as_it_is(monkeypatch):
     trainer = SparseTrainer(network(), policy="dense")
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     names = ["topk", "topk@early:2", "topk@proxy", "gate@history", "random"]
-    found = ceilings(trainer, resident(), names, (0.25, 0.5), rounds=2)
+    told = []
+    found = ceilings(trainer, resident(), names, (0.25, 0.5), rounds=2, progress=told.append)
+    assert told == [0.25, 0.5, 0.75, 1.0]
     assert [(one.policy, one.rate) for one in found] == [(name, rate) for rate in (0.25, 0.5) for name in names]
     assert [one.scorer for one in found[:5]] == ["self", "early", "proxy", "history", None]
     assert all(one.speedup > 0 for one in found)
@@ -55,3 +60,28 @@ def test_ceilings_are_measured_on_a_model_that_stays_as_it_is(monkeypatch):
     torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
     with pytest.raises(UserError, match="no layer 'x'"):
         ceilings(trainer, resident(), ["topk@early:x"], (0.5,))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_is_printed_has_the_originals_claim_beside_its_rate(encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    found = [
+        Ceiling("gate@self", 0.1, "self", 1.0, 3 / 1.3, 2.0),
+        Ceiling("random", 0.1, None, 0.0, 10.0, 9.0),
+        Ceiling("gate@self", 0.357, "self", 1.0, 3 / 2.071, 1.4),
+        Ceiling("gate@self", 0.8, "self", 1.0, 3 / 3.4, 0.8),
+    ]
+    print_ceilings(found, Console(file=stream, width=80))
+    stream.flush()
+    lines = stream.buffer.getvalue().decode(encoding).replace("x", "×").replace("|", " ").splitlines()
+    rows = [line.split() for line in lines if "gate@self" in line or line.strip().startswith("random")]
+    assert rows == [
+        ["10", "%", "gate@self", "1.00", "2.31×", "2.00×", "87", "%", "8.6×,", "10.4×"],
+        ["random", "0.00", "10.00×", "9.00×", "90", "%"],
+        ["35.7", "%", "gate@self", "1.00", "1.45×", "1.40×", "97", "%", "none"],
+        ["80", "%", "gate@self", "1.00", "0.88×", "0.80×", "91", "%"],
+    ]
+    words = " ".join(" ".join(lines).split())
+    assert "claimed at 10.6 %: 8.6× and 10.4×, CIFAR-10, 10 epochs, CPU, 574.9 s. What it was: 1/(rate + 0.01)" in words
+    assert "claimed at 35.7 %: no speed-up" in words
+    assert max(map(len, lines)) <= 80

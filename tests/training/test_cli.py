@@ -177,6 +177,39 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
     assert read(here / "out" / "study.json")["missing"] == 0
 
 
+CEILINGS = ["ceilings", "--model", "test_cli:model", "--batch-size", "256", "--rates", "0.3,0.06"]
+
+
+def test_ceilings_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written(here, capsys, monkeypatch):
+    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    assert main([*CEILINGS, "--scorers", "self,early:1,history"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    arms = ("gate@self", "gate@early:1", "gate@history", "random")
+    rows = [row[2:] if row[1] == "%" else row for row in rows if len(row) > 4 and set(arms) & set(row)]
+    assert [row[0] for row in rows] == [*arms, *arms]
+    assert rows[4][-1] == "16×"
+    for rate, row in zip([0.3] * 4 + [0.06] * 4, rows, strict=True):
+        s, ceiling, speedup = (float(cell.rstrip("×")) for cell in row[1:4])
+        assert ceiling == pytest.approx(3 / (s + 3 * rate), rel=0.05)
+        assert speedup > 0
+        assert (s > 0) or row[0] in ("gate@history", "random")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_timing_of_ceilings(here, monkeypatch, number, code):
+    timed = []
+
+    def calibrate(trainer, loader, policies, *, rounds, progress):
+        timed.append(policies)
+        os.kill(os.getpid(), number)
+        progress(0.5)
+
+    monkeypatch.setattr("sparse_training.ceilings.calibrate", calibrate)
+    assert main(CEILINGS) == code
+    assert len(timed) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -221,6 +254,13 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
         ("study --out used", "used exists and is not empty"),
         ("study --resume", "wanted the folder"),
         ("compare --policies random-again", "random-again"),
+        ("ceilings --scorers self,best", "scorer 'best': wanted one of self, self:SCALE, early:LAYER"),
+        ("ceilings --scorers self,self", "'self,self': wanted each scorer once"),
+        ("ceilings --scorers early:conv1", "the model has no layer 'conv1': wanted one of 0, 1, 2"),
+        ("ceilings --rates 0.1,2", "'0.1,2': wanted fractions above 0 and at most 1"),
+        ("ceilings --rates 0", "'0': wanted fractions"),
+        ("ceilings --batch-size 5000", "batch size 5000"),
+        ("ceilings --device nonsense", "device 'nonsense' cannot be used"),
         ("resume nowhere", "nowhere/options.json: no such file"),
         ("report nowhere", "nowhere"),
         ("draw", "draw"),
