@@ -20,7 +20,8 @@ A run is a row of passes. Before each of them every row gets a worth, the produc
 
 A row comes in a pass as often as its worth, the mean of all worths being 1, to within one, and what is left of it
 counts in the next pass. Where nothing sets rows apart, passes are epochs. There are no weights: what is drawn more
-often counts more, on purpose.
+often counts more, on purpose. The rows of a class lie evenly apart in a pass, so that every batch has its share of each
+(Zhao and Zhang, "Accelerating Minibatch Stochastic Gradient Descent using Stratified Sampling", 2014).
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ class Worth:
         times = due.floor()
         self.due = due - times
         ids = torch.repeat_interleave(torch.arange(self.rows), times.long())
-        self.order = ids[torch.randperm(len(ids), generator=self._generator(self.passes))]
+        generator = self._generator(self.passes)
+        ids = ids[torch.randperm(len(ids), generator=generator)]
+        self.order = ids if self.targets is None else spread(ids, self.targets[ids], generator)
         self.passes += 1
 
     def _generator(self, number: int) -> torch.Generator:
@@ -199,6 +202,22 @@ class Worth:
         for name in self._KEPT:
             value = state[name]
             setattr(self, name, value.cpu().clone() if isinstance(value, Tensor) else value)
+
+
+def spread(ids: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
+    """The ids, those of a group evenly apart: any n in a row are of each group as many as its share of n, to within 2.
+
+    Args:
+        ids: int64 [n], in random order; those of a group stay in it.
+        groups: integers [n], at least 0, of each of ``ids``.
+    """
+    order = groups.argsort(stable=True)
+    count = torch.bincount(groups)
+    first = count.cumsum(0) - count
+    group = groups[order].long()
+    offset = torch.rand(len(count), generator=generator, dtype=torch.float64)
+    place = (torch.arange(len(ids)) - first[group] + offset[group]) / count[group]
+    return ids[order[place.argsort()]]
 
 
 def _one_a_class(logits: Tensor, classes: int) -> bool:

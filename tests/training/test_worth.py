@@ -91,6 +91,20 @@ def test_copies_share_the_draws_of_one_row_from_the_first_pass_on(targets):
     assert counts[2000:].max() - counts[2000:].min() <= 1
 
 
+def test_every_batch_has_its_share_of_each_class():
+    targets = torch.cat((torch.zeros(3000), torch.ones(600), torch.full((37,), 2.0))).long()
+    law = Worth(len(targets), targets)
+    orders = []
+    for _ in range(2):
+        orders.append(law.draw(len(targets), 0.1))
+        for batch in orders[-1].split(100)[:-1]:
+            found = torch.bincount(targets[batch], minlength=3)
+            assert (found - 100 * torch.bincount(targets) / len(targets)).abs().max() < 2
+    assert not torch.equal(*orders)
+    common = [order[targets[order] == 0] for order in orders]
+    assert not torch.equal(*common)  # the rows of a class come in another order each time
+
+
 def test_the_loader_finds_copies():
     images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[[3, 5, 8]] = images[0].clone()
