@@ -134,11 +134,14 @@ class Out {
   char* data_ = nullptr;
 };
 
-PyObject* tuple_of(std::initializer_list<Out*> outs) {
-  Reference tuple(PyTuple_New(Py_ssize_t(outs.size())));
+// ``last``: one more item, whose reference is taken over; or none.
+PyObject* tuple_of(std::initializer_list<Out*> outs, PyObject* last = nullptr) {
+  Reference held(last);
+  Reference tuple(PyTuple_New(Py_ssize_t(outs.size()) + (last != nullptr)));
   want(tuple.object);
   Py_ssize_t i = 0;
   for (Out* out : outs) PyTuple_SET_ITEM(tuple.object, i++, out->take());
+  if (last) PyTuple_SET_ITEM(tuple.object, i, held.release());
   return tuple.release();
 }
 
@@ -167,25 +170,25 @@ double number(PyObject* object) {
 // A selection's tensors.
 struct Kept {
   Out index, weight, count, overflow;
+  int64_t slots;
 
-  // ``slots`` is None for as many as are kept.
-  Kept(const uint8_t* mask, const float* weight_in, int64_t rows, PyObject* slots) {
+  // ``capacity`` is None for as many slots as are kept.
+  Kept(const uint8_t* mask, const float* weight_in, int64_t rows, PyObject* capacity) : slots(0) {
     std::vector<int64_t> counts;
-    int64_t capacity = 0;
-    if (slots == Py_None) {
+    if (capacity == Py_None) {
       counts = count_flags(mask, rows);
-      for (int64_t c : counts) capacity += c;
+      for (int64_t c : counts) slots += c;
     } else {
-      capacity = integer(slots);
-      want(capacity >= 0 && capacity <= std::numeric_limits<int32_t>::max());
+      slots = integer(capacity);
+      want(slots >= 0 && slots <= std::numeric_limits<int32_t>::max());
     }
-    index = Out(&capacity, 1, kInt64);
-    weight = Out(&capacity, 1, kFloat32);
+    index = Out(&slots, 1, kInt64);
+    weight = Out(&slots, 1, kFloat32);
     count = Out(nullptr, 0, kInt32);
     overflow = Out(nullptr, 0, kInt32);
-    const int64_t total = compact(mask, weight_in, rows, std::move(counts), capacity,
+    const int64_t total = compact(mask, weight_in, rows, std::move(counts), slots,
                                   index.data<int64_t>(), weight.data<float>());
-    const int64_t kept = total < capacity ? total : capacity;
+    const int64_t kept = total < slots ? total : slots;
     *count.data<int32_t>() = int32_t(kept);
     *overflow.data<int32_t>() = int32_t(total - kept);
   }
@@ -206,15 +209,10 @@ PyObject* compact_plain(PyObject* const* args) {
   return tuple_of({&kept.index, &kept.weight, &kept.count, &kept.overflow});
 }
 
-// tree, index, rows, whether gradients are recorded -> the tree's packed rows
-PyObject* gather_plain(PyObject* const* args) {
-  PyObject* tree = args[0];
-  const In index(args[1]);
-  const int64_t rows = integer(args[2]);
-  const bool recorded = args[3] == Py_True;
-  want(index.t.dtype == kInt64 && index.t.ndim == 1 && rows > 0);
-  const int64_t slots = index.t.shape[0];
-
+// The rows of a tree of contiguous tensors at ``index``, [slots], each below ``rows``.
+PyObject* packed_rows(PyObject* tree, const int64_t* index, int64_t slots, int64_t rows,
+                      bool recorded) {
+  want(rows > 0);
   const bool is_dict = PyDict_CheckExact(tree), is_list = PyList_CheckExact(tree);
   const bool is_one = !is_dict && !is_list && !PyTuple_CheckExact(tree);
   // References of our own: other threads may change the tree while the rows are moved.
@@ -243,7 +241,7 @@ PyObject* gather_plain(PyObject* const* args) {
   int64_t bad;
   {
     Unlocked unlocked;
-    bad = gather_rows(moves, index.data<int64_t>(), slots, rows);
+    bad = gather_rows(moves, index, slots, rows);
   }
   want(bad < 0);
 
@@ -262,6 +260,14 @@ PyObject* gather_plain(PyObject* const* args) {
     }
   }
   return packed.release();
+}
+
+// tree, index, rows, whether gradients are recorded -> the tree's packed rows
+PyObject* gather_plain(PyObject* const* args) {
+  const In index(args[1]);
+  want(index.t.dtype == kInt64 && index.t.ndim == 1);
+  return packed_rows(args[0], index.data<int64_t>(), index.t.shape[0], integer(args[2]),
+                     args[3] == Py_True);
 }
 
 // ``gate_rows``: contiguous classes in the last dimension, a threshold of the results' type.
@@ -362,13 +368,22 @@ PyObject* gate_rows_plain(PyObject* const* args) {
   return tuple_of({&scored.mask, &scored.significance, &scored.weight, &scored.invalid});
 }
 
-// As Scored's, capacity -> as gate_rows, then as compact
+// As Scored's, capacity, tree, whether gradients are recorded -> as gate_rows, then as compact,
+// then the tree's packed rows, None where there is no tree or it is for the general route.
 PyObject* select_plain(PyObject* const* args) {
+  PyObject* const* rest = args + Scored::kArguments;
   Scored scored(args, false, false);
-  Kept kept(scored.mask.data<uint8_t>(), scored.weight.data<float>(), scored.rows,
-            args[Scored::kArguments]);
+  Kept kept(scored.mask.data<uint8_t>(), scored.weight.data<float>(), scored.rows, rest[0]);
+  Reference packed(nullptr);
+  if (rest[1] != Py_None) try {
+      packed.object = packed_rows(rest[1], kept.index.data<int64_t>(), kept.slots, scored.rows,
+                                  rest[2] == Py_True);
+    } catch (const NotServed&) {
+      PyErr_Clear();
+    }
   return tuple_of({&scored.mask, &scored.significance, &scored.weight, &scored.invalid, &kept.index,
-                   &kept.weight, &kept.count, &kept.overflow});
+                   &kept.weight, &kept.count, &kept.overflow},
+                  packed.object ? packed.release() : Py_NewRef(Py_None));
 }
 
 // As Scored's with the state's values and counters for threshold and step, capacity, setpoint,
@@ -449,7 +464,7 @@ PyMethodDef functions[] = {
     SPARSE_KERNELS_FUNCTION("gather_plain", (served_or_none<gather_plain, 4>)),
     SPARSE_KERNELS_FUNCTION("gate_rows_plain",
                             (served_or_none<gate_rows_plain, Scored::kArguments>)),
-    SPARSE_KERNELS_FUNCTION("select_plain", (served_or_none<select_plain, Scored::kArguments + 1>)),
+    SPARSE_KERNELS_FUNCTION("select_plain", (served_or_none<select_plain, Scored::kArguments + 3>)),
     SPARSE_KERNELS_FUNCTION("gate_step_plain",
                             (served_or_none<gate_step_plain, Scored::kArguments + 3>)),
     {nullptr, nullptr, 0, nullptr}};

@@ -66,15 +66,15 @@ def gate_rows(
 
 
 def select(
-    logits: Tensor, targets: Tensor, threshold: Tensor, weights: Mapping[str, float], *settings: Any
-) -> tuple[GatedRows, Selection] | None:
-    """``settings``: as ``gate_rows``, then the capacity."""
-    found = _cpp.select_plain(logits, targets, threshold, weights, *settings)
+    logits: Tensor, targets: Tensor, threshold: Tensor, weights: Mapping[str, float], tree: Any, *settings: Any
+) -> Selected | None:
+    """``settings``: as ``gate_rows``, then the capacity. Nothing is packed of a tree that is for the general route."""
+    found = _cpp.select_plain(logits, targets, threshold, weights, *settings, tree, torch.is_grad_enabled())
     if found is None:
         return None
-    mask, significance, weight, invalid, index, kept_weight, count, overflow = found
+    mask, significance, weight, invalid, index, kept_weight, count, overflow, packed = found
     gated = GatedRows(mask, significance, weight, _NO_STATS, invalid)
-    return gated, Selection(index, kept_weight, count, overflow, targets.numel())
+    return Selected(gated, Selection(index, kept_weight, count, overflow, targets.numel()), packed)
 
 
 def gate_step(

@@ -220,11 +220,13 @@ def select(
     """
     if not outputs and offset is None and dim == -1 and direct.serves(backend):
         found = direct.select(
-            logits, targets, threshold, weights, temperature, softcap, label_smoothing, ignore_index,
+            logits, targets, threshold, weights, tree, temperature, softcap, label_smoothing, ignore_index,
             gate_temperature, p_min, seed, step, capacity,
         )  # fmt: skip
         if found is not None:
-            return Selected(*found, None if tree is None else gather_rows(tree, found[1], backend=backend))
+            if tree is None or found.packed is not None:
+                return found
+            return found._replace(packed=gather_rows(tree, found.selection, backend=backend))
     call = SelectCall(
         logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
         threshold, weights, offset, gate_temperature, p_min, seed, step, tree, capacity,

@@ -81,15 +81,8 @@ class ScoreTable:
         Raises:
             UserError: tensors that do not fit one another; IndexError: a row that the table has not.
         """
-        index = index.detach().reshape(-1).cpu()
-        scores = scores.detach().reshape(-1).float().cpu().clamp(min=0.0)
-        if index.shape != scores.shape:
-            raise UserError(f"{len(scores)} scores for {len(index)} rows: wanted one a row")
-        if not len(index):
-            return
-        low, high = index.aminmax()
-        if low < 0 or high >= self.rows:
-            raise IndexError(f"rows {int(low)} to {int(high)}: wanted 0 to {self.rows - 1}")
+        index, scores = one_a_row(index, scores, self.rows)
+        scores = scores.clamp(min=0.0)
         finite = scores.isfinite()
         if not finite.all():
             self.invalid += int((~finite).sum())
@@ -125,6 +118,22 @@ class ScoreTable:
         self.seen = self.rows - int(self.scores.isnan().count_nonzero())
         self.invalid = int(state["invalid"])
         self._tree.build()
+
+
+def one_a_row(index: Tensor, scores: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """int64 [n] and float32 [n], both on the CPU, of scores of rows.
+
+    Raises:
+        UserError: not one score a row; IndexError: a row outside 0 to ``rows`` - 1.
+    """
+    index, scores = index.detach().reshape(-1).cpu(), scores.detach().reshape(-1).float().cpu()
+    if index.shape != scores.shape:
+        raise UserError(f"{len(scores)} scores for {len(index)} rows: wanted one a row")
+    if len(index):
+        low, high = index.aminmax()
+        if low < 0 or high >= rows:
+            raise IndexError(f"rows {int(low)} to {int(high)}: wanted 0 to {rows - 1}")
+    return index, scores
 
 
 class Importance:

@@ -10,9 +10,9 @@ Two forms, as in `sparse_kernels.compact`:
 - without a capacity (the default) the packed batch holds the rows kept and nothing else, so every layer is right as
   it is; its size depends on the data, which costs one synchronisation a call on an accelerator;
 - with a capacity its size is fixed and nothing waits, but the slots behind the rows kept are padding: copies of
-  row 0. `Expand` drops them and no gradient comes from them. Layers that treat each row by itself (linear,
-  convolution, LayerNorm, GroupNorm, dropout) are right; a layer that mixes rows is not: `torch.nn.BatchNorm*` would
-  count the padding in its statistics. `BatchNorm` here does not.
+  the first of them, or zeros where none is kept. `Expand` drops them and no gradient comes from them. Layers that
+  treat each row by itself (linear, convolution, LayerNorm, GroupNorm, dropout) are right; a layer that mixes rows is
+  not: `torch.nn.BatchNorm*` would count the padding in its statistics. `BatchNorm` here does not.
 
 In both forms batch statistics are those of the rows kept, not of the whole batch.
 """
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import Selection, compact, gather_rows, scatter_rows
+from sparse_training import padding
 
 
 class Compact(nn.Module):
@@ -51,7 +52,9 @@ class Compact(nn.Module):
             ValueError: as `sparse_kernels.compact` and `sparse_kernels.gather_rows`.
         """
         selection = compact(mask, weight=weight, capacity=self.capacity)
-        return gather_rows(tree, selection), selection
+        if self.capacity is None:
+            return gather_rows(tree, selection), selection
+        return padding.take(tree, selection)
 
     def extra_repr(self) -> str:
         return f"capacity={self.capacity}"

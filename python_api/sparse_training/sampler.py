@@ -6,12 +6,15 @@ for index, (inputs, targets) in loader:
     losses = criterion(model(inputs), targets)  # one a row
     (losses * sampler.weights(index)).mean().backward()
     sampler.update(index, losses)
+
+With ``law="adaptive"`` rows are drawn as the trainer's default policy draws them, there are no weights, and
+``sampler.update(index, losses, logits)`` tells it what it wants to know.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -21,8 +24,9 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from sparse_training.errors import UserError
 from sparse_training.history import Drawn, Importance, InfoBatch, ScoreTable, Shuffle
+from sparse_training.worth import Worth
 
-LAWS = ("importance", "infobatch")
+LAWS = ("importance", "infobatch", "adaptive")
 _BLOCK = 1 << 20
 
 
@@ -51,28 +55,35 @@ class Indexed(Dataset[tuple[int, Any]]):
 
 
 class HistorySampler(Sampler[list[int]]):
-    """A batch sampler over a table of past scores, for ``DataLoader(..., batch_sampler=sampler)``.
+    """A batch sampler by what training last made of rows, for ``DataLoader(..., batch_sampler=sampler)``.
 
     Draws are made ahead of training by as many batches as the loader prefetches, from the scores known by
     then. The weights are those of the draw. ``update`` says which batches were trained on; the state
     holds those that were drawn and not yet trained on, and after ``load_state_dict`` an epoch goes on with
     them, so that with the same number of workers every later batch is what it would have been.
 
-    With several processes each has the rows rank, rank + num_replicas, ... and a table of them alone:
+    With several processes each has the rows rank, rank + num_replicas, ... and remembers them alone:
     nothing is exchanged but, for ``infobatch``, the number of batches at the start of an epoch, which all
     processes must reach together. All of them give the same number of batches. Gradients averaged
-    over the processes, as DistributedDataParallel does, stay unbiased.
+    over the processes, as DistributedDataParallel does, are as unbiased as on one.
 
     Args:
         dataset: with a length, or that length.
         batch_size: rows in a batch of this process.
         law: "importance": an epoch is ``rate`` of the rows, drawn by their scores, after a first
             pass over all of them; see ``history.Importance``. "infobatch": an epoch is every row that is
-            not dropped; see ``history.InfoBatch``.
-        rate: for importance, rows of an epoch by rows of the data set, in (0, 1].
-        uniform, prune: of the laws.
-        epochs: for infobatch: how many there will be, so that the last 1 - ``delta`` of them are dense.
-            None: none is, and training should end with some that are.
+            not dropped; see ``history.InfoBatch``. "adaptive": an epoch is ``rate`` of the rows, each as often as
+            it is worth; see ``worth.Worth``. All weights are 1.
+        rate: for importance and adaptive, rows of an epoch by rows of the data set, in (0, 1].
+        uniform, prune: of the first two laws.
+        epochs: how many there will be. For infobatch the last 1 - ``delta`` of them are dense, for adaptive every class
+            is drawn equally often in the last 40% of the run. None: none is, and with infobatch training should end
+            with some that are; classes are never balanced.
+        targets: for adaptive: int64 [rows], the class of every row of the data set, whatever this process's are; None,
+            or anything else that is one a row, where there are none: then labels that seem wrong and classes count
+            for nothing.
+        copies: for adaptive: int64 [rows], how many rows of the data set have the same inputs as each, itself
+            included, so that they share one row's draws; None where that is unknown.
         seed: with the epoch or the step it determines what is drawn. The same on every process.
         rank, num_replicas: by default those of torch.distributed, where it is initialised.
         drop_last: leave out an epoch's short last batch, on a single process.
@@ -92,6 +103,8 @@ class HistorySampler(Sampler[list[int]]):
         prune: float = 0.5,
         epochs: int | None = None,
         delta: float = 0.875,
+        targets: Tensor | Sequence[Any] | None = None,
+        copies: Tensor | Sequence[int] | None = None,
         seed: int = 0,
         rank: int | None = None,
         num_replicas: int | None = None,
@@ -111,19 +124,44 @@ class HistorySampler(Sampler[list[int]]):
             raise UserError("infobatch on several processes: wanted torch.distributed, to agree on an epoch's batches")
         if not 0.0 < rate <= 1.0:
             raise UserError(f"rate {rate}: wanted more than 0 and at most 1")
+        if epochs is not None and epochs < 1:
+            raise UserError(f"epochs {epochs}: wanted at least 1, or None")
         self.batch_size, self.rate, self.seed, self.drop_last = batch_size, rate, seed, drop_last
-        self.dense_from = None if epochs is None else round(delta * epochs)
-        self.table = ScoreTable(-(-(self.size - self.rank) // self.replicas))
+        self.epochs, self.dense_from = epochs, None if epochs is None else round(delta * epochs)
+        self.rows = -(-(self.size - self.rank) // self.replicas)  # of this process
         # The mean over processes of each one's mean is that over all rows once shards count by their size.
-        self._share = self.replicas * self.table.rows / self.size
+        self._share = 1.0 if law == "adaptive" else self.replicas * self.rows / self.size
         seed = seed * self.replicas + self.rank
-        self.law: Importance | InfoBatch = (
-            Importance(self.table, seed=seed, uniform=uniform)
-            if law == "importance"
-            else InfoBatch(self.table, seed=seed, prune=prune)
-        )
+        self.law: Importance | InfoBatch | Worth
+        if law == "adaptive":
+            own, alike = self._own("targets", targets), self._own("copies", copies)
+            self.law = Worth(self.rows, own, alike, seed=seed)
+        elif targets is not None or copies is not None:
+            raise UserError(f"targets or copies with the law {law}: wanted them for adaptive alone")
+        else:
+            table = ScoreTable(self.rows)
+            self.law = (
+                Importance(table, seed=seed, uniform=uniform)
+                if law == "importance"
+                else InfoBatch(table, seed=seed, prune=prune)
+            )
         self._pending: deque[Drawn] = deque()  # drawn, not yet trained on, oldest first
         self._begin(0)
+
+    def _own(self, name: str, given: Tensor | Sequence[Any] | None) -> Tensor | None:
+        """Of what is given for every row of the data set, this process's part."""
+        if given is None:
+            return None
+        if len(given) != self.size:
+            raise UserError(f"{name} of {len(given)} rows: wanted one for each of the data set's {self.size}")
+        return torch.as_tensor(given)[self.rank :: self.replicas]
+
+    @property
+    def table(self) -> ScoreTable:
+        """The scores of this process's rows: row i is number rank + i * num_replicas. Not of ``adaptive``."""
+        if isinstance(self.law, Worth):
+            raise UserError("the law adaptive has no table of scores: wanted law.probability")
+        return self.law.table
 
     # --- drawing --------------------------------------------------------------------------------
 
@@ -136,7 +174,7 @@ class HistorySampler(Sampler[list[int]]):
         self.epoch = epoch
         self._drawn = 0  # batches of this epoch
         self._total: int | None = None  # batches that it has, once they are counted
-        self._order = Shuffle(self.table.rows, self.law.seed, epoch)  # of infobatch
+        self._order = Shuffle(self.rows, self.law.seed, epoch)  # of infobatch
         self._pending.clear()
         self._restored = False
 
@@ -166,8 +204,13 @@ class HistorySampler(Sampler[list[int]]):
 
     def _draw(self) -> Drawn:
         """The next batch, of rows of the table."""
-        if isinstance(self.law, Importance):
-            return self.law.draw(min(self.batch_size, self._epoch_rows() - self._drawn * self.batch_size))
+        if not isinstance(self.law, InfoBatch):
+            count = min(self.batch_size, self._epoch_rows() - self._drawn * self.batch_size)
+            if isinstance(self.law, Importance):
+                return self.law.draw(count)
+            # Without epochs nothing is known of the progress: never late enough to balance.
+            progress = 0.0 if self.epochs is None else (self.epoch + self._drawn / len(self)) / self.epochs
+            return Drawn(self.law.draw(count, progress), torch.ones(count))
         parts: list[Drawn] = []
         missing = self.batch_size
         while missing:
@@ -190,15 +233,15 @@ class HistorySampler(Sampler[list[int]]):
         return self.law.prune(rows, self.epoch)
 
     def _epoch_rows(self) -> int:
-        """Rows in an epoch of importance draws, equal on every process."""
+        """Rows in an epoch of importance or adaptive draws, equal on every process."""
         return max(1, round(self.rate * -(-self.size // self.replicas)))
 
     def _count_batches(self) -> int:
-        if isinstance(self.law, Importance):
+        if not isinstance(self.law, InfoBatch):
             rows = self._epoch_rows()
         else:
-            begins = range(0, self.table.rows, _BLOCK)
-            blocks = (torch.arange(begin, min(begin + _BLOCK, self.table.rows)) for begin in begins)
+            begins = range(0, self.rows, _BLOCK)
+            blocks = (torch.arange(begin, min(begin + _BLOCK, self.rows)) for begin in begins)
             rows = sum(len(self._kept(block).ids) for block in blocks)
         whole = self.drop_last and self.replicas == 1 and rows >= self.batch_size
         batches = rows // self.batch_size if whole else -(-rows // self.batch_size)
@@ -223,17 +266,26 @@ class HistorySampler(Sampler[list[int]]):
                 return drawn.weight.to(index.device)
         raise UserError("weights of a batch that is not under way: wanted the index of one, before its update")
 
-    def update(self, index: Tensor, scores: Tensor) -> None:
+    def update(self, index: Tensor, scores: Tensor, logits: Tensor | None = None) -> None:
         """Enter the scores of rows, such as their losses; of a drawn batch, which then counts as trained on.
 
         Args:
             index: int64 [n], rows of the data set that are this process's.
-            scores: [n]; see ``ScoreTable.update``.
+            scores: [n]; see ``ScoreTable.update``. For adaptive the losses, cross-entropies where there are no logits.
+            logits: [n, classes], the model's, for adaptive: without them no label seems wrong.
+
+        Raises:
+            UserError: rows of another process, or tensors that do not fit one another; IndexError: a row that there
+                is not.
         """
         rows = index.cpu()
         if ((rows - self.rank) % self.replicas).any():
             raise UserError(f"rows of another process: wanted those that are {self.rank} modulo {self.replicas}")
-        self.table.update((rows - self.rank) // self.replicas, scores)
+        own = (rows - self.rank) // self.replicas
+        if isinstance(self.law, Worth):
+            self.law.update(own, scores, logits)
+        else:
+            self.table.update(own, scores)
         for place, drawn in enumerate(self._pending):
             if torch.equal(drawn.ids, rows):
                 del self._pending[place]
@@ -248,16 +300,16 @@ class HistorySampler(Sampler[list[int]]):
             "processes": self.replicas,
             "rank": self.rank,
             "batch size": self.batch_size,
-            "law": type(self.law).__name__.lower(),
+            "law": "adaptive" if isinstance(self.law, Worth) else type(self.law).__name__.lower(),
             "rate": self.rate,
             "seed": self.seed,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors; the table in it is the one in use, not a copy. One for each process."""
+        """Plain containers and tensors; what is known of rows is what is in use, not a copy. One for each process."""
         return {
             "settings": self._settings(),
-            "table": self.table.state_dict(),
+            "table": None if isinstance(self.law, Worth) else self.table.state_dict(),
             "law": self.law.state_dict(),
             "epoch": self.epoch,
             "drawn": self._drawn,
@@ -277,7 +329,8 @@ class HistorySampler(Sampler[list[int]]):
             said = ", ".join(f"{name} {state['settings'].get(name)} is now {settings[name]}" for name in differing)
             raise UserError(f"the sampler's state was made with other settings: {said}")
         self._begin(int(state["epoch"]))
-        self.table.load_state_dict(state["table"])
+        if state["table"] is not None:
+            self.table.load_state_dict(state["table"])
         self.law.load_state_dict(state["law"])
         self._drawn, self._total, self._order.position = state["drawn"], state["total"], state["position"]
         self._pending.extend(Drawn(index, weight) for index, weight in state["pending"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 from sparse_training.errors import UserError
 from sparse_training.loader import Batch
 from sparse_training.models import build_model
+from sparse_training.ranks import add_up, place
 from sparse_training.scoring import Criterion, Scorer, Scores, SelfScorer, evaluation_statistics, forward
 
 if TYPE_CHECKING:
@@ -36,24 +38,62 @@ class Beside:
     """A network trained beside the model, by an AdamW of its own.
 
     Its learning rate follows the model's schedule. A step is taken on the rows that the model was trained on, with
-    their weights.
+    their weights. Processes of torch.distributed have one network: they start from the first one's, take the step of
+    all their rows together, and average BatchNorm's running statistics by the rows each has.
     """
 
     def __init__(self, net: nn.Module, lr: float, device: torch.device) -> None:
         self.net, self.lr = net.to(device), lr
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"))
+        self._begun = False
 
     def learn(self, inputs: Any, kept: Kept, criterion: Criterion) -> None:
-        """One step; ``inputs`` are the net's, one for each of the kept rows."""
-        rows = kept.targets.shape[0]
-        if rows == 0:
+        """One step; ``inputs`` are the net's, one for each of the kept rows. To be called by all processes."""
+        rows, alone = kept.targets.shape[0], place()[1] == 1
+        if rows == 0 and alone:
             return
+        if not alone and not self._begun:
+            for tensor in (*self.net.parameters(), *self.net.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+        self._begun = True
         self.optimizer.zero_grad(set_to_none=True)
-        with evaluation_statistics(self.net, _BatchNorm if rows == 1 else _Nothing):
-            losses = criterion(forward(self.net, inputs), kept.targets)
-        loss = losses.mean() if kept.weight is None else (losses * kept.weight).sum() / kept.divisor
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        if rows:
+            with evaluation_statistics(self.net, _BatchNorm if rows == 1 else _Nothing):
+                losses = criterion(forward(self.net, inputs), kept.targets)
+            loss = (losses if kept.weight is None else losses * kept.weight).sum()
+            if alone:
+                loss = loss / (rows if kept.weight is None else kept.divisor)
+            loss.backward()  # type: ignore[no-untyped-call]
+        if alone or self._together(kept):
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def _together(self, kept: Kept) -> bool:
+        """Gradients and statistics of all processes' rows in place of this one's; False if it is known of no row."""
+        parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        device = parameters[0].device
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        own = [
+            statistic
+            for module in self.net.modules()
+            if isinstance(module, _BatchNorm)
+            for statistic in (module.running_mean, module.running_var)
+            if statistic is not None
+        ]
+        rows = torch.as_tensor(kept.rows, device=device).float()
+        # Of an empty padded batch the divisor is no number of rows.
+        divisor = rows.clamp(max=1) * (kept.targets.shape[0] if kept.weight is None else kept.divisor)
+        statistics = [statistic * rows for statistic in own]
+        add_up([*gradients, *statistics, rows, divisor])
+        if device.type == "cpu" and not divisor:  # elsewhere that would wait for the device
+            return False
+        torch._foreach_div_(gradients, torch.where(divisor > 0, divisor, 1.0))
+        for statistic, total in zip(own, statistics, strict=True):
+            statistic.copy_(torch.where(rows > 0, total / rows.clamp(min=1), statistic))
+        return True
 
     def set_learning_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -217,10 +257,12 @@ class EarlyScorer(TrainedBeside):
             handle.remove()
 
     def learn(self, kept: Kept) -> None:
-        if not self._seen or sum(map(len, self._seen)) != kept.targets.shape[0]:  # a compiled forward runs no hooks
+        rows = kept.targets.shape[0]
+        # A compiled forward runs no hooks, and one of no row was of another in its place.
+        if rows and sum(map(len, self._seen)) != rows:
             with torch.no_grad():
                 self._seen = [self.features(kept.inputs)]
-        self.trained().learn(torch.cat(self._seen), kept, self.criterion)
+        self.trained().learn(torch.cat(self._seen) if rows else None, kept, self.criterion)
         self._seen = []
 
     def extra_repr(self) -> str:

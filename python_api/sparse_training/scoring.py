@@ -169,7 +169,10 @@ class Scorer(nn.Module):
         return nullcontext()
 
     def learn(self, kept: Kept) -> None:
-        """Train what is trained beside the model, on the rows that the model was just trained on."""
+        """Train what is trained beside the model, on the rows that the model was just trained on.
+
+        Of several processes all call it in every step, one that kept none of its rows with no row, or with padding.
+        """
 
     def observe(self, ids: Tensor, losses: Tensor) -> None:
         """The losses, [n], of the rows just trained on, of the dense phases too; where rows have numbers."""

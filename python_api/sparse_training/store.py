@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from sparse_training.clock import Costs
 from sparse_training.errors import UserError
 
 SETTINGS, CALIBRATION, RUNS = "settings.json", "calibration.json", "runs"
+
+LONGEST = 240  # bytes of a name: file systems take 255, suffixes among them
 
 Counts = dict[str, Tensor]  # a number for each training row, by name
 
@@ -56,7 +59,7 @@ class Store:
         """A finished run and its counts by row; None if it is still to be done."""
         if self.folder is None or not (path := self.path(name)).exists():
             return None
-        counts = path.with_name(f"{name}.counts")
+        counts = path.with_suffix(".counts")
         return files.read_json(path), files.load(counts) if counts.exists() else {}
 
     def keep_run(
@@ -67,10 +70,24 @@ class Store:
         if self.folder is not None:
             path = self.path(name)
             if known:
-                files.save(path.with_name(f"{name}.counts"), known)
+                files.save(path.with_suffix(".counts"), known)
             files.write_json(path, run)
         return run, known
 
     def path(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / RUNS / f"{name}.json"
+        return self.folder / RUNS / f"{file_name(name)}.json"
+
+    def checkpoints(self, name: str) -> Path:
+        """The folder of a run's checkpoints, while it is in progress."""
+        return self.path(name).with_suffix("")
+
+
+def file_name(name: str) -> str:
+    """What a run's files are called: its name; or where no file can be, as with the slashes of a scorer's file, what
+    can be read of it and a digest."""
+    readable = name.replace("/", "_")
+    if readable == name and len(name.encode()) <= LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{readable.encode()[: LONGEST - 17].decode(errors='ignore')}~{digest}"

@@ -288,7 +288,7 @@ class Study:
             "planted": None if task.planted is None else _precision(task.planted, found),
         }
         self.store.keep_run(cell.name, run, found if cell.fraction == 1.0 else {})
-        _clear(self.store.path(cell.name).with_suffix(""))
+        _clear(self.store.checkpoints(cell.name))
         return run
 
     def _start(
@@ -305,7 +305,7 @@ class Study:
             loader = ResidentLoader(first, batch_size=min(self.settings["batch_size"], len(first)), **facts)
             self._fit(cell, trainer, loader, costs, cell.fraction, progress, stop)
             files.save(path, trainer.model.state_dict())
-            _clear(self.folder / RUNS / cell.name)
+            _clear(self.store.checkpoints(cell.name))
         return files.load(path, self.device)
 
     def _fit(
@@ -325,7 +325,7 @@ class Study:
             evaluate=test,
             evaluations=max(1, round(fraction * self.settings["evaluations"])),
             clock=Clock(costs),
-            checkpoint=self.folder / RUNS / cell.name,
+            checkpoint=self.store.checkpoints(cell.name),
             every=CHECKPOINT_STEPS,
             resume=True,
             progress=None if progress is None else lambda status: progress(cell, status),

@@ -240,13 +240,11 @@ class SparseTrainer:
         self.update.add(losses, kept)
         return batch, kept
 
-    @staticmethod
-    def report(policy: Policy, batch: Batch, kept: Kept, learned: Learned | None) -> None:
+    def report(self, policy: Policy, batch: Batch, kept: Kept, learned: Learned | None) -> None:
         """Tell a policy what training made of the rows, where they have numbers, and train what learns beside."""
-        if learned is None:
-            return
-        policy.scorer.learn(kept)
-        if batch.ids is not None:
+        if learned is not None or not self.ranks.alone:  # what learns beside is one for all ranks
+            policy.scorer.learn(kept)
+        if learned is not None and batch.ids is not None:
             policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], *learned)
 
     def learn(self, kept: Kept) -> Learned | None:

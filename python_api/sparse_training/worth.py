@@ -20,7 +20,8 @@ A run is a row of passes. Before each of them every row gets a worth, the produc
 
 A row comes in a pass as often as its worth, the mean of all worths being 1, to within one, and what is left of it
 counts in the next pass. Where nothing sets rows apart, passes are epochs. There are no weights: what is drawn more
-often counts more, on purpose.
+often counts more, on purpose. The rows of a class lie evenly apart in a pass, so that every batch has its share of each
+(Zhao and Zhang, "Accelerating Minibatch Stochastic Gradient Descent using Stratified Sampling", 2014).
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from torch import Tensor
 
 from sparse_kernels.sum_tree import assign
 from sparse_training.errors import UserError
+from sparse_training.history import one_a_row
 
 NOISE = 0.05  # least fraction of wrong labels that is acted upon: an immature model's confusions look like some
 SURE = 0.5  # least probability of a class that counts as a prediction
+BALANCE_FROM = 0.6  # of a run: by then common rows are known
 KNOWN = 0.1  # a row is wholly new down to this distance of its label's probability from 1
 
 
@@ -65,7 +68,7 @@ class Worth:
         copies: Tensor | None = None,
         *,
         learned: float = 1.0,
-        balance_from: float | None = 0.6,
+        balance_from: float | None = BALANCE_FROM,
         seed: int = 0,
     ) -> None:
         if rows < 1:
@@ -94,9 +97,14 @@ class Worth:
             index: int64 [n]; of a row that is there twice, the last counts.
             losses: [n]. One that is not finite is counted, and its row stays what it was.
             logits: [n, classes]; of any other shape, the label's probability is exp(-loss).
+
+        Raises:
+            UserError: tensors that do not fit one another; IndexError: a row that there is not.
         """
-        rows, losses = index.detach().cpu(), losses.detach().float().cpu()
+        rows, losses = one_a_row(index, losses, self.rows)
         if self.targets is not None and isinstance(logits, Tensor) and _one_a_class(logits, self.classes):
+            if len(logits) != len(rows):
+                raise UserError(f"logits of {len(logits)} rows for {len(rows)}: wanted one a row")
             p = logits.detach().float().softmax(1).cpu()
             largest, at = p.max(1)
             predicted = torch.where(largest > SURE, at, -1)
@@ -116,7 +124,7 @@ class Worth:
         k = self.classes
         if self.targets is None or k < 3 or k * k > self.rows:
             return 0.0
-        sure = self.predicted >= 0
+        sure = (self.predicted >= 0) & (self.predicted < k)  # a model may have classes that no row is of
         pairs = torch.bincount(self.targets[sure].long() * k + self.predicted[sure], minlength=k * k).view(k, k)
         shares = pairs / pairs.sum(0).clamp(min=1)  # of the rows predicted as a class, by their labels
         return (k - 1) * float(shares[~torch.eye(k, dtype=torch.bool)].median())
@@ -170,7 +178,9 @@ class Worth:
         times = due.floor()
         self.due = due - times
         ids = torch.repeat_interleave(torch.arange(self.rows), times.long())
-        self.order = ids[torch.randperm(len(ids), generator=self._generator(self.passes))]
+        generator = self._generator(self.passes)
+        ids = ids[torch.randperm(len(ids), generator=generator)]
+        self.order = ids if self.targets is None else spread(ids, self.targets[ids], generator)
         self.passes += 1
 
     def _generator(self, number: int) -> torch.Generator:
@@ -192,6 +202,22 @@ class Worth:
         for name in self._KEPT:
             value = state[name]
             setattr(self, name, value.cpu().clone() if isinstance(value, Tensor) else value)
+
+
+def spread(ids: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
+    """The ids, those of a group evenly apart: any n in a row are of each group as many as its share of n, to within 2.
+
+    Args:
+        ids: int64 [n], in random order; those of a group stay in it.
+        groups: integers [n], at least 0, of each of ``ids``.
+    """
+    order = groups.argsort(stable=True)
+    count = torch.bincount(groups)
+    first = count.cumsum(0) - count
+    group = groups[order].long()
+    offset = torch.rand(len(count), generator=generator, dtype=torch.float64)
+    place = (torch.arange(len(ids)) - first[group] + offset[group]) / count[group]
+    return ids[order[place.argsort()]]
 
 
 def _one_a_class(logits: Tensor, classes: int) -> bool:

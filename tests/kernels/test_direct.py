@@ -266,3 +266,19 @@ def test_a_gradient_of_zeros_without_memory_is_moved():
     packed.backward(torch._efficientzerotensor((4, 4)))
     assert rows.grad is not None
     assert rows.grad.count_nonzero() == 0
+
+
+def test_select_packs_what_it_can_in_the_same_step_and_leaves_the_rest_to_the_general_route():
+    logits, labels = batch(40)
+    leaf = torch.randn(40, 3, requires_grad=True)
+    settings = {"weights": WEIGHTS, "capacity": 12}
+    settled = [1.0, 0.0, 0.0, -100, 0.0, 0.0, 0, 0, 12]
+    plain = CPP.select_plain(logits, labels, torch.tensor(1.5), WEIGHTS, *settled, (logits, labels), True)
+    assert [tensor.shape for tensor in plain[-1]] == [(12, 11), (12,)]
+    for tree in (leaf, {"deep": [logits]}, logits[:7]):
+        assert CPP.select_plain(logits, labels, torch.tensor(1.5), WEIGHTS, *settled, tree, True)[-1] is None
+    packed = sk.select(logits, labels, torch.tensor(1.5), tree={"deep": [leaf]}, **settings).packed["deep"][0]
+    assert packed.grad_fn is not None
+    assert torch.equal(packed, leaf[plain[4]])
+    with pytest.raises(ValueError, match="40"):
+        sk.select(logits, labels, torch.tensor(1.5), tree=logits[:7], **settings)

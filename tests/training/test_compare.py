@@ -168,6 +168,21 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path, calibr
     assert without_time(resumed) == without_time(whole)
 
 
+def test_an_arm_may_be_named_by_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "models" / "reference.pt"
+    path.parent.mkdir()
+    torch.save(model((1, 8, 8), 3).state_dict(), path)
+    arm = f"gate@reference:{path}"
+    monkeypatch.setattr(comparison, "calibrate", lambda *_, seconds: Costs(COSTS.shared, {"dense": FREE, arm: FLAT}, 5))
+    options = {"policies": (arm,), "seeds": (0,), "seconds": 10.0, "folder": tmp_path / "runs"}
+    made = run(**options)
+    assert len(list((tmp_path / "runs" / "runs").glob("*.counts"))) == 1
+    begun = []
+    again = run(**options, resume=True, progress=lambda *status: begun.append(status))
+    assert not begun
+    assert without_time(again) == without_time(made)
+
+
 def test_a_folder_of_another_comparison_is_refused(tmp_path):
     run(folder=tmp_path, seeds=(0,), seconds=5.0)
     with pytest.raises(UserError, match="holds a comparison already"):

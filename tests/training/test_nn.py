@@ -65,6 +65,29 @@ def test_parameters_get_the_gradient_of_the_rows_kept_alone(capacity):
     assert torch.allclose(found, layer.weight.grad, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kept", [5, 0])
+def test_a_row_left_out_that_is_not_finite_reaches_nothing(kept):
+    x, mask = torch.randn(16, 4, dtype=torch.float64), mask_of(16, 8)
+    mask &= mask.cumsum(0) <= kept
+    mask[0] = False
+    count = int(mask.sum())
+    x[~mask] = torch.nan
+    layer, norm = nn.Linear(4, 2).double(), nn.BatchNorm1d(2).double()
+    rows, selection = Compact(7)(x, mask)
+    hidden = layer(rows)
+    norm(hidden)
+    out = Expand()(hidden, selection)
+    out.square().sum().backward()
+    assert norm.running_mean.isfinite().all()
+    assert norm.running_var.isfinite().all()
+    found = layer.weight.grad.clone()
+    layer.weight.grad = None
+    layer(x[mask]).square().sum().backward()
+    assert torch.allclose(found, layer.weight.grad, rtol=1e-12)
+    assert (rows[count:] == (rows[0] if count else 0.0)).all()
+    assert torch.equal(selection.take(x)[:count], x[mask])
+
+
 def test_what_follows_runs_on_the_packed_rows_only():
     """Counted by PyTorch: forward and backward of the block cost kept / rows of the dense block's."""
     rows, kept = 40, 7

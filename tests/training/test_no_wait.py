@@ -15,8 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from sparse_kernels import backends, control_law, cuda_backend
+from sparse_training.criterion import Criterion
 from sparse_training.gate import Gate
+from sparse_training.loader import Batch
+from sparse_training.policies import GatePolicy
 from sparse_training.schedules import Ramp
+from sparse_training.scoring import Scores
 from sparse_training.significance import Significance
 
 ROWS, CLASSES, CAPACITY = 96, 7, 24
@@ -75,6 +79,17 @@ def test_nothing_reads_a_value(options: dict[str, Any]) -> None:
             index, weight, count, overflow, loss = step(gate, *given, progress)
         assert index.shape == weight.shape == (CAPACITY,)
         assert all(x.device.type == DEVICE for x in (index, count, overflow, loss))
+
+
+def test_a_policy_packs_without_reading_a_value() -> None:
+    policy = GatePolicy(gate=Gate(0.2, capacity=CAPACITY))
+    with FakeTensorMode():
+        logits, targets = without_values(policy.gate)
+        batch = Batch((logits, targets), targets, None, ROWS)
+        kept = policy.select(Scores(targets, Criterion(), logits=logits), batch)
+        assert kept.inputs[0].shape == (CAPACITY, CLASSES)
+        assert kept.positions is not None
+        assert kept.positions.shape == kept.inputs[1].shape == (CAPACITY,)
 
 
 READS = (DataDependentOutputException, DynamicOutputShapeException)

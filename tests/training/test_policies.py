@@ -171,6 +171,33 @@ def test_a_capacity_pads_with_weight_zero_and_divides_by_the_rows_kept():
     assert list(policy.likely_rows(64)) == [32]
 
 
+def test_padding_repeats_the_first_row_kept():
+    some = batch(64)
+    some.inputs[0] = torch.nan
+    kept = scored(GatePolicy(gate=Gate(0.1, capacity=48, threshold=4.0)), some)
+    count = int(kept.rows)
+    assert 0 < count < 48
+    assert (kept.positions[count:] == kept.positions[0]).all()
+    assert kept.positions[0] > 0
+    assert torch.equal(kept.inputs, some.inputs[kept.positions])
+    assert torch.equal(kept.targets, some.targets[kept.positions])
+    assert (kept.weight[count:] == 0).all()
+
+
+def test_padding_of_a_batch_with_nothing_kept_is_zeros():
+    """As a GPU trains on it, which skips the step but not the forward pass."""
+    nan = torch.full((8, 3), torch.nan)
+    tokens = torch.arange(8)
+    some = Batch({"x": nan, "tokens": tokens}, nan[:, 0], None, 8)
+    policy = GatePolicy(gate=Gate(0.1, capacity=5, threshold=2.0))
+    kept = policy.select(Scores(None, Criterion(), losses=torch.ones(8)), some)
+    assert int(kept.rows) == 0
+    assert torch.equal(kept.inputs["x"], torch.zeros(5, 3))
+    assert torch.equal(kept.targets, torch.zeros(5))
+    assert torch.equal(kept.inputs["tokens"], torch.zeros(5, dtype=torch.int64))
+    assert nan.isnan().all()  # the batch is as it was
+
+
 def test_the_gate_sees_the_loss_that_is_trained_on():
     loss = nn.CrossEntropyLoss(reduction="none", ignore_index=2)
     policy, some = make_policy("gate", rate=0.9, seed=0, loss=loss), batch()

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sparse_training.errors import UserError
 from sparse_training.sampler import LAWS, HistorySampler, Indexed
+from sparse_training.worth import Worth
 
 ROWS = 203
 
@@ -23,6 +24,12 @@ def score(index, epoch=0):
     return ((index * 37 + epoch * 11) % 101).float() / 101
 
 
+def logits_of(index, epoch=0):
+    """[n, 7]: sure of the right class in most rows, of another one in others."""
+    believed = torch.where(score(index, epoch) < 0.2, index * 5 % 7, index % 7)
+    return 8.0 * torch.nn.functional.one_hot(believed, 7).float()
+
+
 def train(sampler, loader, epoch, batches=None):
     """Goes through so many batches of an epoch as training would; their rows and weights."""
     sampler.set_epoch(epoch)
@@ -30,7 +37,7 @@ def train(sampler, loader, epoch, batches=None):
     for index, (x, _) in loader:
         assert torch.equal(x, index * 10.0)
         found.append((index.tolist(), sampler.weights(index).tolist()))
-        sampler.update(index, score(index, epoch))
+        sampler.update(index, score(index, epoch), logits_of(index, epoch))
         if len(found) == batches:
             break
     return found
@@ -93,24 +100,42 @@ def test_drop_last_leaves_out_the_short_batch_unless_it_is_the_only_one():
     assert [len(batch) for batch in HistorySampler(3, 4, drop_last=True)] == [3]
 
 
+def rare_classes(rows=ROWS):
+    """int64 [rows]: class 1 is a twentieth, class 2 a tenth."""
+    kind = torch.arange(rows) % 20
+    return torch.where(kind == 7, 1, torch.where((kind == 3) | (kind == 11), 2, 0))
+
+
+OPTIONS = {
+    "importance": {},
+    "infobatch": {},
+    # Passes end within epochs, and classes are balanced from the third epoch on.
+    "adaptive": {"rate": 0.8, "epochs": 4, "targets": rare_classes(), "copies": 1 + (torch.arange(ROWS) < 50).long()},
+}
+
+
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize(("workers", "stop"), [(0, 5), (0, 13), (2, 5), (2, 12)])
-def test_a_state_goes_on_bit_for_bit(law, workers, stop):
+@pytest.mark.parametrize("place", [{}, {"rank": 1, "num_replicas": 2}], ids=["alone", "of two"])
+def test_a_state_goes_on_bit_for_bit(law, workers, stop, place):
     """With workers, batches are drawn ahead: the state holds them, and they are not drawn again."""
+    if place and law == "infobatch":
+        pytest.skip("its processes agree on the batches of an epoch")
+    options = {"law": law, "seed": 3, **OPTIONS[law], **place}
 
     def epochs(sampler, first, last):
         loader = loader_of(sampler, workers)
         return [train(sampler, loader, epoch) for epoch in range(first, last)]
 
-    whole = HistorySampler(ROWS, 16, law=law, seed=3)
+    whole = HistorySampler(ROWS, 16, **options)
     expected = epochs(whole, 0, 4)
 
-    part = HistorySampler(ROWS, 16, law=law, seed=3)
+    part = HistorySampler(ROWS, 16, **options)
     epochs(part, 0, 1)
     stop = min(stop, len(expected[1]))
     head = train(part, loader_of(part, workers), 1, batches=stop)
     state = copy.deepcopy(part.state_dict())
-    resumed = HistorySampler(ROWS, 16, law=law, seed=3)
+    resumed = HistorySampler(ROWS, 16, **options)
     resumed.load_state_dict(state)
     assert resumed.epoch == 1
     assert head == expected[1][:stop]
@@ -119,7 +144,12 @@ def test_a_state_goes_on_bit_for_bit(law, workers, stop):
         assert rest[0] == []
     assert head + rest[0] == expected[1]
     assert rest[1:] == expected[2:]
-    assert torch.equal(resumed.table.scores, whole.table.scores)
+    if law == "adaptive":
+        assert resumed.law.balanced
+        for name, value in whole.law.state_dict().items():
+            assert torch.equal(torch.as_tensor(resumed.law.state_dict()[name]), torch.as_tensor(value)), name
+    else:
+        assert torch.equal(resumed.table.scores, whole.table.scores)
 
 
 def test_weights_are_those_of_the_draw():
@@ -134,6 +164,81 @@ def test_weights_are_those_of_the_draw():
     sampler.update(second, torch.ones(16))
     with pytest.raises(UserError, match="not under way"):
         sampler.weights(second)
+
+
+def drawn(sampler, epochs):
+    """How often each row of the data set comes in an epoch, for each of so many more; nothing is learned of them."""
+    found = []
+    for epoch in range(sampler.epoch, sampler.epoch + epochs):
+        sampler.set_epoch(epoch)
+        found.append(torch.bincount(torch.tensor([row for batch in sampler for row in batch]), minlength=sampler.size))
+    return found
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_adaptive_rows_whose_labels_the_model_denies_come_seldom(known):
+    rows, classes = 4000, 7
+    generator = torch.Generator().manual_seed(1)
+    right = torch.arange(rows) % classes
+    wrong = torch.rand(rows, generator=generator) < 0.2
+    given = torch.where(wrong, (right + torch.randint(1, classes, (rows,), generator=generator)) % classes, right)
+    sampler = HistorySampler(rows, 100, law="adaptive", targets=given.tolist())
+    assert (drawn(sampler, 1)[0] == 1).all()
+    logits = 4.0 * torch.nn.functional.one_hot(right, classes).float()
+    losses = torch.nn.functional.cross_entropy(logits, given, reduction="none")
+    for index in torch.randperm(rows, generator=generator).split(100):
+        sampler.update(index, losses[index], logits[index] if known else None)
+    sampler.set_epoch(1)
+    (counts,) = drawn(sampler, 1)
+    assert counts[wrong].float().mean() == pytest.approx(0.0 if known else 1.0, abs=0.02)
+    assert counts[~wrong].float().mean() > 0.95
+    index = torch.tensor(next(iter(sampler)))
+    assert torch.equal(sampler.weights(index), torch.ones(100))
+
+
+def test_adaptive_copies_share_the_draws_of_one_row():
+    copies = torch.where(torch.arange(1000) < 600, 6, 1)
+    (counts,) = drawn(HistorySampler(1000, 50, law="adaptive", copies=copies), 1)
+    assert counts[:600].sum() == pytest.approx(200, abs=10)
+    assert counts[600:].float().mean() == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize("epochs", [5, None])
+def test_adaptive_classes_are_balanced_in_the_last_two_fifths_of_the_epochs(epochs):
+    targets = rare_classes(2000)
+    sampler = HistorySampler(2000, 50, law="adaptive", targets=targets, epochs=epochs)
+    shares = [torch.bincount(targets, weights=counts.double()) / 2000 for counts in drawn(sampler, 5)]
+    for epoch, share in enumerate(shares):
+        balanced = epochs is not None and epoch >= 3
+        wanted = [1 / 3, 1 / 3, 1 / 3] if balanced else [0.85, 0.05, 0.1]
+        assert share.tolist() == pytest.approx(wanted, abs=0.02)
+
+
+def test_adaptive_processes_draw_their_own_rows_by_their_own_classes_and_copies():
+    targets, copies = rare_classes(), torch.where(torch.arange(ROWS) < 90, 3, 1)
+    samplers = [
+        HistorySampler(
+            ROWS, 8, law="adaptive", epochs=4, seed=7, targets=targets, copies=copies, rank=rank, num_replicas=2
+        )
+        for rank in range(2)
+    ]
+    for rank, sampler in enumerate(samplers):
+        own = torch.arange(rank, ROWS, 2)
+        law = Worth(len(own), targets[own], copies[own], seed=2 * 7 + rank)
+        for epoch in range(4):  # balanced from the midst of the third on
+            sampler.set_epoch(epoch)
+            batches = 0
+            for index, _ in loader_of(sampler):
+                rows = own[law.draw(min(8, 102 - 8 * batches), (epoch + batches / 13) / 4)]  # both have 102 an epoch
+                assert index.tolist() == rows.tolist()
+                assert torch.equal(sampler.weights(index), torch.ones(len(index)))
+                sampler.update(index, score(index, epoch), logits_of(index, epoch))
+                law.update(index // 2, score(index, epoch), logits_of(index, epoch))
+                batches += 1
+            assert batches == len(sampler) == 13
+        assert law.balanced
+    with pytest.raises(UserError, match="rows of another process"):
+        samplers[0].update(torch.tensor([1]), torch.ones(1))
 
 
 @pytest.mark.parametrize("replicas", [2, 3])
@@ -164,7 +269,7 @@ def test_processes_share_the_rows_out_and_stay_unbiased_together(replicas):
         samplers[0].update(torch.tensor([1]), torch.ones(1))
 
 
-def infobatch_of_a_process(rank, folder, results):
+def epochs_of_a_process(rank, folder, results):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     sampler = HistorySampler(101, 8, law="infobatch")
     counts = []
@@ -176,15 +281,20 @@ def infobatch_of_a_process(rank, folder, results):
         own = torch.arange(rank, 101, 2)
         # Rank 0 has one hard row and so few kept ones, rank 1 few easy rows.
         sampler.update(own, (own == 50).float() if rank == 0 else 1.0 - (own == 51).float())
+    sampler = HistorySampler(101, 8, law="adaptive", targets=torch.arange(101) % 3, epochs=3)
+    for _ in range(3):
+        batches = list(sampler)
+        owners = {row % 2 for batch in batches for row in batch}
+        counts.append((len(batches), {len(batch) for batch in batches[:-1]}, owners))
     results.put((rank, counts))
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
-def test_two_processes_agree_on_the_batches_of_an_infobatch_epoch(tmp_path):
+def test_two_processes_agree_on_the_batches_of_an_epoch(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=infobatch_of_a_process, args=(rank, tmp_path, results)) for rank in range(2)]
+    processes = [context.Process(target=epochs_of_a_process, args=(rank, tmp_path, results)) for rank in range(2)]
     for process in processes:
         process.start()
     found = dict(results.get(timeout=240) for _ in processes)
@@ -217,7 +327,11 @@ def test_an_iterable_data_set_is_refused_with_the_reason(make):
     ("options", "words"),
     [
         ({"batch_size": 0}, "batch size 0"),
-        ({"law": "best"}, "wanted one of importance, infobatch"),
+        ({"law": "best"}, "wanted one of importance, infobatch, adaptive"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"law": "adaptive", "targets": [0] * 9}, "targets of 9 rows: wanted one for each of the data set's 10"),
+        ({"law": "adaptive", "copies": torch.ones(11)}, "copies of 11 rows"),
+        ({"targets": [0] * 10}, "targets or copies with the law importance"),
         ({"rate": 0.0}, "rate 0.0"),
         ({"uniform": 0.0}, "uniform 0.0"),
         ({"rank": 2, "num_replicas": 2}, "rank 2 of 2"),
@@ -228,6 +342,19 @@ def test_an_iterable_data_set_is_refused_with_the_reason(make):
 def test_settings_out_of_range_are_refused(options, words):
     with pytest.raises(UserError, match=words):
         HistorySampler(**{"dataset": 10, "batch_size": 4, **options})
+
+
+def test_what_an_adaptive_law_is_told_must_fit():
+    sampler = HistorySampler(10, 4, law="adaptive", targets=torch.arange(10) % 2)
+    with pytest.raises(UserError, match="3 scores for 4 rows"):
+        sampler.update(torch.arange(4), torch.ones(3))
+    with pytest.raises(UserError, match="logits of 5 rows for 4"):
+        sampler.update(torch.arange(4), torch.ones(4), torch.zeros(5, 2))
+    for row in (-1, 10):
+        with pytest.raises(IndexError, match="wanted 0 to 9"):
+            sampler.update(torch.tensor([row]), torch.ones(1))
+    with pytest.raises(UserError, match="has no table"):
+        _ = sampler.table
 
 
 def test_a_state_of_other_settings_is_refused():

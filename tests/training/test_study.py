@@ -9,6 +9,7 @@ from sparse_training import study as studies
 from sparse_training.clock import Costs
 from sparse_training.data import ImageData, Split
 from sparse_training.errors import UserError
+from sparse_training.store import file_name
 from sparse_training.study import Cell, Interrupted, Study, verdicts
 
 FREE = {"score": ((1,), (0.0,)), "select": ((1,), (0.0,))}
@@ -138,6 +139,43 @@ def test_a_study_stopped_anywhere_goes_on_to_the_same_runs(tmp_path, monkeypatch
     whole, part = read(tmp_path / "whole"), read(tmp_path / "part")
     assert [without_time(run) for run in whole.values()] == [without_time(run) for run in part.values()]
     assert not [path for path in (tmp_path / "part" / "runs").iterdir() if path.is_dir()]
+
+
+def test_an_arm_may_be_named_by_a_file(tmp_path, monkeypatch):
+    """Its runs are files of the one folder, with their own checkpoints, and go on as any others."""
+    others = [tmp_path / "models" / name for name in ("a.pt", "b.pt")]
+    others[0].parent.mkdir()
+    for seed, path in enumerate(others):
+        torch.manual_seed(seed)
+        torch.save(model((1, 8, 8), 3).state_dict(), path)
+    arms = [f"gate@reference:{path}" for path in others]
+    costs = Costs(COSTS.shared, {**COSTS.own, **dict.fromkeys(arms, COSTS.own["gate"])}, 5)
+    monkeypatch.setattr(studies, "calibrate", lambda *arguments, **options: costs)
+    monkeypatch.setattr(studies, "CHECKPOINT_STEPS", 7)
+    options = {"tasks": ("clean",), "arms": arms, "seeds": (0,)}
+    make(tmp_path / "whole", **options).run()
+    with pytest.raises(Interrupted):
+        make(tmp_path / "part", **options).run(
+            stop=lambda: any(path.is_dir() and "b.pt" in path.name for path in (tmp_path / "part" / "runs").iterdir())
+        )
+    make(tmp_path / "part", resume=True, **options).run()
+    whole, part = read(tmp_path / "whole"), read(tmp_path / "part")
+    assert [run["arm"] for run in whole.values()] == [arms[0], arms[1], "random"]
+    assert [without_time(run) for run in whole.values()] == [without_time(run) for run in part.values()]
+    for folder in (tmp_path / "whole", tmp_path / "part"):
+        assert not [path for path in (folder / "runs").iterdir() if path.is_dir()]
+        assert set(make(folder, resume=True, **options).result()["tasks"]["clean"]["galleries"]) == {*arms, "random"}
+
+
+def test_names_of_files_are_those_of_runs_where_they_can_be():
+    for name in ("clean-random-again-1-0", "noise-gate@early:3-0.5-12", "clean-gate@self:0.5-1-0", "gate@proxy-2", "ü"):
+        assert file_name(name) == name
+    names = [f"clean-gate@reference:{path}-1-0" for path in ("/a/b", "/a_b", "_a/b", "a/b/", "x" * 300, "ü" * 300)]
+    found = [file_name(name) for name in names]
+    assert len(set(found)) == len(found)
+    assert not any("/" in name or len(name.encode()) > 240 for name in found)
+    assert found[0].startswith("clean-gate@reference:_a_b-1-0~")
+    assert [file_name(name) for name in names] == found
 
 
 def test_finetuning_starts_from_one_checkpoint_of_the_first_half(tmp_path, monkeypatch):

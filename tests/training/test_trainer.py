@@ -16,6 +16,7 @@ from sparse_training.gate import Gate
 from sparse_training.loader import ResidentLoader
 from sparse_training.policies import POLICIES, Kept, Policy
 from sparse_training.schedules import Schedule
+from sparse_training.scoring import Scorer, Scores
 from sparse_training.trainer import SparseTrainer
 
 ROWS, CLASSES = 44, 4
@@ -163,6 +164,36 @@ def test_a_padded_batch_with_nothing_selected_takes_no_step():
     history = trainer.fit(resident(), steps=4)
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
     assert int(history.kept) == 0
+
+
+class Told(Scorer):
+    """A loss for each row of a batch, that of the first one not a number; whatever the batch holds."""
+
+    name = "told"
+
+    def forward(self, batch):
+        losses = torch.linspace(0.0, 2.0, batch.rows)
+        losses[0] = torch.nan
+        return Scores(batch.targets, self.criterion, losses=losses)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_first_row_that_is_not_finite_is_no_part_of_a_padded_step(temperature):
+    """Padding stands for no row; a weight of 0 would not keep a NaN out of the loss and of BatchNorm."""
+    found = []
+    for value in (torch.nan, 0.0):
+        data = [batch[:2] for batch in map(resident().load, resident(shuffle=False))]
+        for images, _ in data:
+            images[0] = value
+        model = network()
+        gate = Gate(0.4, capacity=14, threshold=1.0, temperature=temperature)
+        trainer = SparseTrainer(model, policy=gate, scorer=Told(), warmup=0, anneal=0, channels_last=False)
+        torch.manual_seed(5)
+        history = trainer.fit(data, steps=6)
+        assert 6 < int(history.rows_trained) < 6 * 12  # padding in every step
+        found.append(weights(model))
+    assert all(value.isfinite().all() for value in found[0].values())
+    same(*found)
 
 
 def test_weighted_rows_give_the_weighted_gradient():

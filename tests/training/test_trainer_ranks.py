@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from sparse_training import Gate, SparseTrainer
 from sparse_training import checkpoint as files
 from sparse_training.clock import Clock
+from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
 from sparse_training.policies import POLICIES, Kept
 from sparse_training.schedules import Schedule
+from sparse_training.scorers import Beside, EarlyScorer, ProxyScorer, ReferenceScorer
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="a PyTorch without torch.distributed and gloo"
@@ -209,6 +211,92 @@ def test_a_step_in_which_no_rank_keeps_a_row_is_none(run: Callable[..., list[Any
     assert all(steps == [1] * 6 for steps, _ in first)
 
 
+# --- what is trained beside the model -----------------------------------------------------------
+
+
+def kept_by(step: int, rank: int) -> tuple[Tensor, Kept]:
+    """Rows of a rank: with weights and without, on one rank alone in some steps, on none in others, and padded."""
+    g = torch.Generator().manual_seed(10 * step + rank)
+    rows = 0 if step % 4 == 3 or (step % 4 == 1 and rank == 0) else 3 + 4 * rank
+    inputs = torch.randn(rows, 6, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, CLASSES, (rows,), generator=g)
+    if step < 4:
+        return inputs, Kept(inputs, targets, rows)
+    padded = torch.cat((inputs, inputs.new_zeros(2, 6))), torch.cat((targets, targets.new_zeros(2)))
+    weight = torch.cat((torch.rand(rows, generator=g, dtype=torch.float64) + 1.0, torch.zeros(2)))
+    count = torch.tensor(rows, dtype=torch.int32)
+    return padded[0], Kept(*padded, count, None, weight, count.clamp(min=1))
+
+
+def beside(rank: int, ranks: int, group: Any, alone: bool) -> Any:
+    torch.manual_seed(rank)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    trained, criterion = Beside(net, 0.1, torch.device("cpu")), Criterion()
+    found = []
+    for step in range(8):
+        if alone:
+            parts = [kept_by(step, rank)[1] for rank in range(RANKS)]
+            inputs, targets = (torch.cat(part) for part in zip(*(kept[:2] for kept in parts), strict=True))
+            weight = None if step < 4 else torch.cat([kept.weight for kept in parts if kept.weight is not None])
+            rows = sum(int(kept.rows) for kept in parts)
+            if rows:
+                trained.learn(inputs, Kept(inputs, targets, rows, None, weight, rows), criterion)
+        else:
+            trained.learn(*kept_by(step, rank), criterion)
+        found.append(weights(net))
+    return found
+
+
+def test_a_network_beside_the_model_takes_the_step_of_all_ranks_rows(run: Callable[..., list[Any]]) -> None:
+    alone = beside(0, 1, None, True)
+    first, second = run(beside, False)
+    assert first == second
+    assert first[2] == first[3]
+    assert first[6] == first[7]  # of no row, none
+    for found, wanted in zip(first, alone, strict=True):
+        close(found, wanted, 1e-9)
+
+
+def scored(rank: int, ranks: int, group: Any, scorer: str) -> Any:
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    torch.manual_seed(rank)
+    made: Any = (
+        EarlyScorer("0")
+        if scorer == "early"
+        else ProxyScorer(nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, CLASSES)))
+    )
+    if scorer == "reference":
+        made = ReferenceScorer(nn.Linear(16, CLASSES), of=made)
+    trainer = SparseTrainer(model, policy="gate", scorer=made, rate=0.3, **{**PLAIN, "warmup": 0.2})
+    seen: list[int] = []
+    learn = trainer.learn
+
+    def watched(kept: Kept) -> Any:
+        seen.append(int(kept.rows))
+        return learn(kept)
+
+    trainer.learn = watched  # type: ignore[method-assign]
+    data = [(x.float().nan_to_num(1e3), y) for x, y in parts_of(15, RANKS)[rank]]
+    trainer.fit(data, steps=15)
+    trained = made.of if scorer == "reference" else made
+    same = [(x.float(), y) for x, y in parts_of(2, 1)[0]]
+    scores = [trained(trainer.loader([]).load(batch)).losses.tolist() for batch in same]
+    state = trained.trained().net.state_dict()
+    # How many batches BatchNorm saw is each rank's own, and counts for nothing.
+    return [value.tolist() for value in state.values() if value.is_floating_point()], scores, seen
+
+
+@pytest.mark.parametrize("scorer", ["early", "proxy", "reference"])
+def test_all_ranks_score_alike(run: Callable[..., list[Any]], scorer: str) -> None:
+    """Whatever rows each has, from different weights at the start; running statistics too."""
+    (first, scores, seen), (second, others, theirs) = run(scored, scorer)
+    assert first == second
+    assert scores == others
+    assert any(map(bool, first[0]))
+    alone = [bool(some) != bool(other) for some, other in zip(seen, theirs, strict=True)]
+    assert any(alone)  # one rank had rows, the other none
+
+
 # --- a run --------------------------------------------------------------------------------------
 
 
@@ -295,7 +383,8 @@ def resumed(rank: int, ranks: int, group: Any, options: dict[str, Any], folder: 
 
 @pytest.mark.parametrize(
     "options",
-    [{"policy": name, "rate": 0.4} for name in POLICIES] + [{"policy": "gate", "accumulate": 3, "ema": 0.9}],
+    [{"policy": name, "rate": 0.4} for name in POLICIES]
+    + [{"policy": "gate", "accumulate": 3, "ema": 0.9}, {"policy": "gate@early:1", "rate": 0.4}],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_a_run_resumes_bit_for_bit_on_every_rank(

@@ -91,6 +91,20 @@ def test_copies_share_the_draws_of_one_row_from_the_first_pass_on(targets):
     assert counts[2000:].max() - counts[2000:].min() <= 1
 
 
+def test_every_batch_has_its_share_of_each_class():
+    targets = torch.cat((torch.zeros(3000), torch.ones(600), torch.full((37,), 2.0))).long()
+    law = Worth(len(targets), targets)
+    orders = []
+    for _ in range(2):
+        orders.append(law.draw(len(targets), 0.1))
+        for batch in orders[-1].split(100)[:-1]:
+            found = torch.bincount(targets[batch], minlength=3)
+            assert (found - 100 * torch.bincount(targets) / len(targets)).abs().max() < 2
+    assert not torch.equal(*orders)
+    common = [order[targets[order] == 0] for order in orders]
+    assert not torch.equal(*common)  # the rows of a class come in another order each time
+
+
 def test_the_loader_finds_copies():
     images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[[3, 5, 8]] = images[0].clone()
@@ -173,6 +187,21 @@ def test_targets_of_any_kind(targets):
         assert len(index) == 32
         law.update(index, torch.rand(32), torch.zeros(32, 3))
     assert law.noise == 0.0
+
+
+def test_a_model_may_have_classes_that_no_row_is_of():
+    """As where the data are a part of what it can tell apart."""
+    given = noisy(0.2)[0].targets.long()
+    law, wider = (Worth(len(given), given) for _ in range(2))
+    logits = logits_for(given, torch.full(given.shape, 0.9))
+    elsewhere = torch.arange(len(given)) % 50 == 0
+    believed = torch.where(elsewhere, CLASSES + 3, (given + 1) % CLASSES)
+    told(law, logits, given)
+    told(wider, torch.nn.functional.pad(logits, (0, 5), value=-30.0), given)
+    assert wider.estimate_noise() == law.estimate_noise()
+    told(wider, 9.0 * torch.nn.functional.one_hot(believed, CLASSES + 5).float(), given)
+    assert 0.0 <= wider.estimate_noise() < 1.0
+    assert len(wider.draw(100, 0.9)) == 100
 
 
 def test_what_is_not_finite_is_counted_and_a_repeated_row_keeps_its_last():

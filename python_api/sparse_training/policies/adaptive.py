@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_training.loader import Choice, Offer
 from sparse_training.policies.history import PastPolicy
-from sparse_training.worth import NOISE, Worth
+from sparse_training.worth import BALANCE_FROM, NOISE, Worth
 
 
 class AdaptivePolicy(PastPolicy):
@@ -42,7 +42,7 @@ class AdaptivePolicy(PastPolicy):
 
     def start(self, rows: int, targets: Tensor | None, copies: Callable[[], Tensor | None] | None) -> None:
         found = None if copies is None else copies()
-        self.law = Worth(rows, targets, found, seed=self.seed, balance_from=0.6 if self.balance else None)
+        self.law = Worth(rows, targets, found, seed=self.seed, balance_from=BALANCE_FROM if self.balance else None)
         if self._state is not None:
             self.law.load_state_dict(self._state)
 
@@ -61,7 +61,10 @@ class AdaptivePolicy(PastPolicy):
 
     def warnings(self, rate: float | None) -> list[str]:
         if self._stream:
-            return ["rows without numbers: every one was trained on as it came; wanted data held in memory"]
+            return [
+                "rows without numbers: every one was trained on as it came; wanted data held in memory, or for a "
+                'DataLoader HistorySampler(law="adaptive")'
+            ]
         self.up_to_date()
         found = []
         if self.law is not None and (new := int(self.law.probability.isnan().count_nonzero())):

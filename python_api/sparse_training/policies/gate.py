@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels import Selection, row_stats
+from sparse_training import padding
 from sparse_training.criterion import Criterion, are_classes
 from sparse_training.errors import UserError
 from sparse_training.gate import Gate
@@ -52,8 +53,11 @@ class GatePolicy(Policy):
             steady = self.gate.schedule is None and not self.gate.by_mass
             self.gate.capacity = min(batch.rows, math.ceil(2 * self.rate * batch.rows)) if steady else batch.rows
         selection = self.gated(scores)
-        inputs, targets = selection.take((batch.inputs, batch.targets))
         padded = self.gate.capacity is not None
+        if padded:
+            (inputs, targets), selection = padding.take((batch.inputs, batch.targets), selection)
+        else:
+            inputs, targets = selection.take((batch.inputs, batch.targets))
         count = selection.count if padded else selection.index.shape[0]
         if self.gate.temperature > 0.0:
             return Kept(inputs, targets, count, selection.index, selection.weight, batch.divisor)
