@@ -80,6 +80,10 @@ class Costs:
             self._known[key] = {**cost, "total": sum(cost.values())}
         return self._known[key]
 
+    def reaches(self, rows: int) -> bool:
+        """Whether training on so many rows was timed, or on more; beyond, ``step`` takes the most that was."""
+        return rows <= max(self.shared["train"][0])
+
     def beside(self, arm: str, trained: int) -> float:
         """Seconds, in each step, of keeping the losses of the rows trained on and of training a scorer on them."""
         return _interpolate(self.own[arm]["observe"], trained) if "observe" in self.own[arm] else 0.0

@@ -67,11 +67,11 @@ def png(result: Result, titles: Mapping[str, str]) -> bytes:
     with figure_style():
         figure = Figure(figsize=(12.5, 8), dpi=144, layout=ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.12))
         FigureCanvasAgg(figure)
-        axes = figure.subplot_mosaic("AAAABB;CCDDEE")
+        axes = figure.subplot_mosaic("ABC;DEF")
         for (name, draw), ax in zip(PANELS.items(), axes.values(), strict=True):
             draw(ax, result)
-            title = textwrap.fill(titles[name], 84 if name == "accuracy" else 40)
-            pad = 26 if ax.get_legend() else None  # the legend stands between them
+            title = textwrap.fill(titles[name], 36)
+            pad = 26 if ax.get_legend() or ax.patches else None  # what stands above a panel is between them
             ax.set_title(title, pad=pad, parse_math=False)
         figure.suptitle(titles["figure"], x=0.012, ha="left", fontsize=13, parse_math=False)
         buffer = io.BytesIO()
@@ -238,7 +238,7 @@ def _traces(ax: Axes, result: Result, field: str, scale: float) -> list[np.ndarr
     drawn = []
     for arm, (color, _) in looks(result).items():
         for run in result["arms"][arm]["runs"]:
-            values = scale * _finite([point[field] for point in run["trace"]])
+            values = scale * _finite([point.get(field) for point in run["trace"]])
             if np.isfinite(values).any():
                 drawn.append(values)
                 steps = [point["step"] for point in run["trace"]]
@@ -260,17 +260,10 @@ def _phases(ax: Axes, result: Result) -> None:
     for name, start, stop in (("warm-up", 0.0, warmup), ("anneal", end, end + anneal)):
         if stop > start:
             ax.axvspan(start, stop, color=INK, alpha=0.07, lw=0)
-            ax.text(
-                (start + stop) / 2,
-                0.97,
-                f"{name} (dense)",
-                rotation=90,
-                ha="center",
-                va="top",
-                fontsize=8,
-                alpha=0.75,
-                transform=ax.get_xaxis_transform(),
-            )
+            # Above the shade, which may be too narrow for it, and towards the middle.
+            x, side = (start, "left") if start == 0.0 else (stop, "right")
+            above = ax.get_xaxis_transform()
+            ax.text(x, 1.02, f"dense {name}", ha=side, va="bottom", fontsize=8, alpha=0.75, transform=above)
     ax.set_xlim(0, end + anneal)
 
 
@@ -289,7 +282,7 @@ def _rate(ax: Axes, result: Result) -> None:
     ax.set_ylim(0, 1.15 * max([*targets, *(np.nanmax(values) for values in drawn)]))
     ax.set_ylabel("rows kept, % (smoothed)")
     if targets:
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1))
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98))
 
 
 def _threshold(ax: Axes, result: Result) -> None:
@@ -301,6 +294,14 @@ def _threshold(ax: Axes, result: Result) -> None:
     if logarithmic:
         ax.set_yscale("log")
     ax.set_ylabel("threshold of significance" + (" (log scale)" if logarithmic else ""))
+
+
+def _mass(ax: Axes, result: Result) -> None:
+    drawn = _traces(ax, result, "mass", 100)
+    if not drawn:
+        return _empty(ax, "no mass was recorded")
+    ax.set_ylim(0, 1.15 * max(np.nanmax(values) for values in drawn))
+    ax.set_ylabel("gradient norm that they carry, %")
 
 
 # --- the step -----------------------------------------------------------------------------------
@@ -347,7 +348,8 @@ def _step(ax: Axes, result: Result) -> None:
 PANELS: dict[str, Callable[[Axes, Result], None]] = {
     "accuracy": _accuracy,
     "seeds": _seeds,
+    "step": _step,
     "rate": _rate,
     "threshold": _threshold,
-    "step": _step,
+    "mass": _mass,
 }

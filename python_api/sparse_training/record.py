@@ -11,6 +11,8 @@ from torch import Tensor
 from sparse_training.policies import Policy
 from sparse_training.schedules import PHASES
 
+TRACED = ("rate", "threshold", "mass")  # a policy may not know the last
+
 
 @dataclass
 class History:
@@ -23,7 +25,7 @@ class History:
     kept: int | Tensor = 0
     phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     evals: list[dict[str, float]] = field(default_factory=list)
-    trace: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # step, rate, threshold
+    trace: list[tuple[Any, ...]] = field(default_factory=list)  # step, and what the policy's ``trace`` said of it
     seconds: float = 0.0
     raw_seconds: float = 0.0
     joules: float | None = None  # measured, without evaluation; None where there is no meter
@@ -69,8 +71,8 @@ class History:
             "phases": dict(self.phases),
             "evals": list(self.evals),
             "trace": [
-                {"step": step, "rate": float(rate), "threshold": float(threshold)}
-                for step, rate, threshold in self.trace
+                {"step": step, **{name: float(value) for name, value in zip(TRACED, values, strict=False)}}
+                for step, *values in self.trace
             ],
             "joules": {"measured": self.joules, "by": self.meter},
             "flops": {"counted": sum(self.operations.values()), **self.operations},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -153,13 +153,20 @@ def _titles(result: Result) -> dict[str, str]:
     runs = [run for arm in result["arms"].values() for run in arm["runs"] if run["trace"]]
     ends = [run["trace"][-1]["threshold"] for run in runs]
     starts = [run["trace"][0]["threshold"] for run in runs]
+    masses = {
+        name: [m for run in arm["runs"] for point in run["trace"] if _finite(m := point.get("mass"))]
+        for name, arm in result["arms"].items()
+    }
+    carried = [
+        f"{name}'s rows carry {100 * _mean(some):.0f} % of the gradient norm" for name, some in masses.items() if some
+    ]
     gated = [
         f"{name} keeps {100 * arm['summary']['rate_mean']:.1f} % of rows, target {_format(_target(arm), '.3g', 100)} %"
         for name, arm in result["arms"].items()
         if any(run["trace"] for run in arm["runs"]) and _finite(arm["summary"]["rate_mean"])
     ]
     speeds = [f"{name} {speed['measured']:.2f}×" for name, speed in result["speedup"].items() if speed.get("measured")]
-    return {
+    titles = {
         "figure": f"{settings['model']} on {settings['data']}, seeds per arm: {_seeds(result)}",
         "accuracy": _sentence(verdict(result)),
         "seeds": "Each seed's final accuracy",
@@ -169,8 +176,10 @@ def _titles(result: Result) -> dict[str, str]:
             if runs and all(map(_finite, starts + ends))
             else "Threshold, by step"
         ),
+        "mass": _sentence("; ".join(carried)) or "Share of the gradient norm that they carry, by step",
         "step": f"Step speed-up, measured: {', '.join(speeds)}" if speeds else "Time of a step",
     }
+    return {name: title.replace(" %", "\xa0%") for name, title in titles.items()}
 
 
 def _mean(values: list[float]) -> float:
@@ -282,6 +291,50 @@ def print_table(result: Result, console: Console | None = None) -> None:
         console.print(Text(f"warning: {warning}".translate(plain), style="yellow"))
 
 
+# --- energy and work ---
+
+# Of a run: the field, how its amount was had, and its heading, unit and scale in the table.
+_AMOUNTS = (("joules", "measured", "joules", "measured", 1.0), ("flops", "counted", "FLOPs", "counted, 10⁹", 1e-9))
+
+
+def energy_rows(arms: Mapping[str, Sequence[Any]]) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
+    """Joules and FLOPs of a run, means over each arm's runs, where any run has them; and the headings.
+
+    Args:
+        arms: the runs of each.
+    """
+    present = [kind for kind in _AMOUNTS if any(_amount(run, *kind[:2]) is not None for run in _all(arms))]
+    rows: list[tuple[str, ...]] = []
+    for arm, runs in arms.items() if present else ():
+        cells = [arm]
+        for field, how, _, _, scale in present:
+            known = [value for run in runs if (value := _amount(run, field, how)) is not None]
+            cells.append(_format(_mean(known), ",.4g", scale) if known else "–")
+        rows.append(tuple(cells))
+    return rows, [("arm", ""), *((heading, unit) for _, _, heading, unit, _ in present)]
+
+
+def energy_line(arms: Mapping[str, Sequence[Any]]) -> str:
+    """Whether energy was measured, and by what."""
+    meters = dict.fromkeys(
+        run["joules"].get("by") or "a meter" for run in _all(arms) if _amount(run, "joules", "measured") is not None
+    )
+    if not meters:
+        return "No energy was measured, and a skipped row is not counted as energy."
+    return f"Joules are measured ({', '.join(meters)}), without evaluation; a skipped row is not counted as energy."
+
+
+def _all(arms: Mapping[str, Sequence[Any]]) -> list[Any]:
+    return [run for runs in arms.values() for run in runs]
+
+
+def _amount(run: Mapping[str, Any], field: str, how: str) -> float | None:
+    """What a run took of something, None where nobody measured or counted it."""
+    found = run.get(field)
+    amount: float | None = found.get(how) if isinstance(found, Mapping) else None
+    return amount
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -357,6 +410,8 @@ def _html(result: Result) -> str:
     # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
     figures = {name: (titles[name], Markup(svg)) for name, svg in plots.svgs(result).items()}
     gallery = result.get("gallery") or {}
+    runs = {name: arm["runs"] for name, arm in result["arms"].items()}
+    energy, energy_headings = energy_rows(runs)
     return (
         templates()
         .get_template("report.html.j2")
@@ -369,8 +424,12 @@ def _html(result: Result) -> str:
             notes=notes(result),
             warnings=warnings(result),
             figures=figures,
+            step_headings=STEPS,
             step_rows=_step_rows(result),
             rounds=result["calibration"].get("rounds"),
+            energy=energy,
+            energy_headings=energy_headings,
+            energy_line=energy_line(runs),
             gallery_arm=gallery.get("arm"),
             galleries=[
                 (title, gallery[key])
@@ -385,8 +444,18 @@ def _html(result: Result) -> str:
     )
 
 
+_PARTS = ("load", "score", "select", "train", "total")
+STEPS = (
+    ("arm", ""),
+    *((part, "measured") for part in _PARTS),
+    ("speed-up", "measured"),
+    ("ceiling", "computed"),
+    ("own ceiling", "from measured s"),
+)
+
+
 def _step_rows(result: Result) -> list[tuple[str, ...]]:
-    """Arm, milliseconds to load, score, select, train and in all; speed-up and the two ceilings."""
+    """The cells of the table of a step, an arm a row, under ``STEPS``; times in milliseconds."""
     rows = []
     for name, parts in result["calibration"]["arms"].items():
         speed = result["speedup"].get(name, {})
@@ -396,9 +465,6 @@ def _step_rows(result: Result) -> list[tuple[str, ...]]:
         ratios = (_times(speed.get(key)) for key in ("measured", "ceiling", "own_ceiling"))
         rows.append((name, *times, *ratios))
     return rows
-
-
-_PARTS = ("load", "score", "select", "train", "total")
 
 
 def plain(value: Any) -> str:

@@ -38,9 +38,10 @@ from sparse_training.trainer import CHECKPOINT, SparseTrainer
 FORMAT, VERSION = "sparse-training-study", 1
 RESULT, START = "study.json", "start"
 BASE, AGAIN = "random", "random-again"  # what all is measured against, and the same with other draws
+WHOLE = "whole"  # what a dense step on all that is offered is timed as
 OTHER_DRAWS = 1_000_003  # added to the seed of the draws of AGAIN
 ARMS = ("dense", BASE, AGAIN, "adaptive", "infobatch", "importance", "gate")
-ROUNDING = 1e-9
+ROUNDING = 1e-6  # of accuracies: runs keep six digits
 MARGIN = 0.001  # a tenth of a point: what an arm may lose and still count as not worse
 CHECKPOINT_STEPS = 500
 LONGEST_CALIBRATION = 60.0
@@ -212,6 +213,10 @@ class Study:
         names = dict.fromkeys(("dense", *map(policy_of, self.arms)))
         policies = {name: make_policy(name, rate=self.settings["rate"], seed=self.seeds[0]) for name in names}
         loaders = {name: self._loader(self.data, name, self.seeds[0]) for name in names}
+        most = max(loaders.values(), key=lambda one: one.batch_size)
+        if most.batch_size > self.settings["batch_size"]:
+            policies[WHOLE], loaders[WHOLE] = Policy(), most
+            policies[WHOLE].name = WHOLE
         share = 0.1 * self.settings["seconds"] * len(self.arms) * len(self.seeds)
         seconds = max(CALIBRATION_SECONDS, min(LONGEST_CALIBRATION, share))
         return self.store.keep_costs(calibrate(trainer, loader, policies, loaders=loaders, seconds=seconds))
@@ -387,7 +392,7 @@ class Study:
                 "ceilings": {
                     arm: {**found._asdict(), "share": found.share}
                     for arm, policy in policies.items()
-                    if arm != AGAIN and policy.target is not None
+                    if arm != AGAIN and policy.target is not None and costs.reaches(self._offered(policy, self.data))
                     for found in [
                         ceiling(costs, policy, batch_size=self._offered(policy, self.data), rate=policy.target)
                     ]

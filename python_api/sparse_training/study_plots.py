@@ -17,7 +17,7 @@ LATE = 0.3  # of a run: accuracies before it do not set the scale
 
 
 def figures(result: Result) -> dict[str, str]:
-    """By name: "accuracy TASK" and "differences TASK" of each task, "step", and "rate" and "threshold" of a gate."""
+    """By name: each task's "accuracy TASK" and "differences TASK", "step", and a gate's "rate", "threshold", "mass"."""
     found = {}
     for name, task in result["tasks"].items():
         runs = _runs(task)
@@ -30,7 +30,8 @@ def figures(result: Result) -> dict[str, str]:
     traced = traced_task(result)
     if traced is not None:
         gates = {arm: {"runs": some} for arm, some in _runs(result["tasks"][traced]).items() if any(_traces(some))}
-        for panel in ("rate", "threshold"):
+        known = any("mass" in point for arm in gates.values() for run in arm["runs"] for point in run["trace"])
+        for panel in ("rate", "threshold", *(["mass"] if known else [])):
             found[panel] = plots.svg(plots.PANELS[panel], {"arms": gates})
     return found
 

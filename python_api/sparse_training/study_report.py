@@ -20,7 +20,7 @@ from . import study_plots
 from .clock import STAGES, Costs
 from .errors import UserError
 from .original import CLAIMS
-from .report import jsonable, plain, read_result, replace, templates
+from .report import energy_line, energy_rows, jsonable, plain, read_result, replace, templates
 from .study import AGAIN, BASE, FORMAT, RESULT, VERSION
 
 Result = Mapping[str, Any]
@@ -165,7 +165,7 @@ TABLE = (
     ("arm", ""),
     ("n", "seeds"),
     ("accuracy, %", "measured"),
-    (f"− {BASE}", "points"),
+    (f"−\xa0{BASE}", "points"),
     ("95% interval", "points"),
     ("p", "paired"),
     (f"{BASE}’s end", "at, of its time"),
@@ -285,7 +285,7 @@ def _tasks(result: Result, figures: Mapping[str, Markup]) -> list[dict[str, Any]
         found.append(
             {
                 "name": name,
-                "says": task["says"],
+                "says": task["says"][:1].upper() + task["says"][1:],
                 "rows": f"{task['rows']:,}",
                 "planted_name": task["planted_name"],
                 "share": "" if task["planted_share"] is None else f"{100 * task['planted_share']:.3g} %",
@@ -297,18 +297,29 @@ def _tasks(result: Result, figures: Mapping[str, Markup]) -> list[dict[str, Any]
                 "table": [row[1:] for row in rows if row[0] == name],
                 "precision": planted,
                 "precision_headings": [("arm", ""), *((order, "") for order in orders)],
-                "galleries": [
-                    (f"{arm}: {order}", [{**row, "said": _said(row)} for row in shown])
-                    for arm, gallery in task["galleries"].items()
-                    for order, shown in gallery.items()
-                ],
+                "galleries": _galleries(task),
             }
         )
     return found
 
 
+def _galleries(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Title and pictures of each arm's orders, those of arms that choose at random last; the most telling is open."""
+    found: list[dict[str, Any]] = [
+        {
+            "title": f"{arm}: {order}",
+            "rows": [{**row, "said": _said(row)} for row in shown],
+            "planted": sum(bool(row["planted"]) for row in shown),
+        }
+        for arm, gallery in sorted(task["galleries"].items(), key=lambda item: item[0] in (BASE, AGAIN))
+        for order, shown in gallery.items()
+    ]
+    most = max(found, key=lambda gallery: gallery["planted"], default=None)
+    return [{**gallery, "open": gallery is most} for gallery in found]
+
+
 def _precision_rows(task: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """A row an arm, a column an order of the rows; and the orders."""
+    """A row an arm and one for chance, a column an order of the rows; and the orders."""
     by_arm = {arm: [run["planted"] for run in runs["1"] if run["planted"]] for arm, runs in task["arms"].items()}
     orders = list(dict.fromkeys(order for some in by_arm.values() for planted in some for order in planted))
     rows = []
@@ -316,6 +327,8 @@ def _precision_rows(task: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], lis
         if some:
             shares = ([planted[order] for planted in some if order in planted] for order in orders)
             rows.append((arm, *(f"{100 * fmean(share):.0f} %" if share else "–" for share in shares)))
+    if rows:
+        rows.append(("by chance", *(f"{100 * task['planted_share']:.0f} %" for _ in orders)))
     return rows, orders
 
 
@@ -332,45 +345,25 @@ def _said(row: Mapping[str, Any]) -> str:
 
 
 def _raw(result: Result) -> str:
-    """Raw seconds of a whole run by arm, as the least of its runs' on any task: what the machine gave undisturbed."""
-    least: dict[str, list[float]] = {}
-    for task in result["tasks"].values():
-        for arm, by_fraction in task["arms"].items():
-            least.setdefault(arm, []).extend(run["raw_seconds"] / run["seconds"] for run in by_fraction["1"])
-    said = [f"{arm} {min(some):.2f} to {max(some):.2f}" for arm, some in least.items() if some]
+    """Raw seconds of each arm's whole runs, from the least to the most, as shares of the seconds charged."""
+    shares = {arm: [run["raw_seconds"] / run["seconds"] for run in runs] for arm, runs in _whole(result).items()}
+    said = [f"{arm} {min(some):.2f} to {max(some):.2f}" for arm, some in shares.items() if some]
     return f"{', '.join(said)} of the charged seconds"
 
 
-def _energy_rows(result: Result) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
-    """Joules and FLOPs of a whole run, where the runs have them; and the headings."""
-    known = (("joules", "joules", "measured"), ("flops", "FLOPs", "counted"))
-    rows: list[tuple[str, ...]] = []
-    arms: dict[str, list[Any]] = {arm: [] for arm in result["settings"]["arms"]}
-    for task in result["tasks"].values():
-        for arm, by_fraction in task["arms"].items():
-            arms[arm] += by_fraction["1"]
-    whole = [run for runs in arms.values() for run in runs]
-    present = [kind for kind in known if any(_amount(run, kind[0], kind[2]) is not None for run in whole)]
-    for arm, runs in arms.items():
-        cells = [arm]
-        for key, _, how in present:
-            values = [value for run in runs if (value := _amount(run, key, how)) is not None]
-            cells.append(f"{fmean(values):.4g}" if values else "–")
-        rows.append(tuple(cells))
-    return (rows if present else []), [("arm", ""), *((heading, how) for _, heading, how in present)]
-
-
-def _amount(run: Mapping[str, Any], key: str, how: str) -> float | None:
-    """What a run took of something, None where nobody measured or counted it."""
-    found: float | None = (run.get(key) or {}).get(how)
-    return found
+def _whole(result: Result) -> dict[str, list[Any]]:
+    """Each arm's whole runs, of all tasks."""
+    return {
+        arm: [run for task in result["tasks"].values() for run in task["arms"].get(arm, {"1": []})["1"]]
+        for arm in result["settings"]["arms"]
+    }
 
 
 def page(result: Result) -> str:
     """The page: one file with its style, curves and images inside."""
     # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
     figures = {name: Markup(svg) for name, svg in study_plots.figures(result).items()}
-    energy, energy_headings = _energy_rows(result)
+    energy, energy_headings = energy_rows(_whole(result))
     text: str = (
         templates()
         .get_template("study.html.j2")
@@ -383,9 +376,9 @@ def page(result: Result) -> str:
             seconds=f"{result['settings']['seconds']:g}",
             score_headings=SCORES,
             scores=_score_rows(result),
-            headings=(*TABLE, *((f"{fraction} of the time", f"− {BASE}’s whole") for fraction in parts(result))),
+            headings=(*TABLE, *((f"{fraction} of the time", f"−\xa0{BASE}’s whole") for fraction in parts(result))),
             tasks=_tasks(result, figures),
-            figures=figures | {name: "" for name in ("rate", "threshold") if name not in figures},
+            figures=figures | {name: "" for name in ("rate", "threshold", "mass") if name not in figures},
             traced=study_plots.traced_task(result),
             step_headings=STEPS,
             steps=_step_rows(result),
@@ -395,6 +388,7 @@ def page(result: Result) -> str:
             raw=_raw(result),
             energy=energy,
             energy_headings=energy_headings,
+            energy_line=energy_line(_whole(result)),
             facts=[
                 (title, [(key.replace("_", " "), plain(value)) for key, value in result[part].items()])
                 for title, part in (("Settings", "settings"), ("Environment", "environment"))

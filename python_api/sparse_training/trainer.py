@@ -467,6 +467,7 @@ class SparseTrainer:
             self.set_learning_rate(self.schedule.factor(fraction))
             policy = self.policy if phase == "sparse" else self.dense
             policy.at(fraction)
+            policy.watched = phase == "sparse" and fraction * TRACE_POINTS >= len(history.trace)
             steered = self.spending if phase == "sparse" else None
             if steered is not None:
                 steered.before(policy, spent())
@@ -479,8 +480,7 @@ class SparseTrainer:
             if fraction >= 1.0:
                 self.update.step()  # of what was accumulated
             devices.end_step(self.device)
-            due = phase == "sparse" and fraction * TRACE_POINTS >= len(history.trace)
-            if due and (point := policy.trace()) is not None:
+            if policy.watched and (point := policy.trace()) is not None:
                 history.trace.append((history.steps, *point))
             due = int(min(fraction, 1.0) * evaluations) > len(history.evals)
             if evaluate is not None and (due or fraction >= 1.0):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_training.criterion import Criterion
@@ -98,6 +99,67 @@ def test_a_drawn_selection_is_unbiased():
     error = estimates.std() / len(estimates) ** 0.5
     assert abs(estimates.mean() - loss.mean()) < 4 * error
     assert error < 0.05 * loss.mean()
+
+
+def mass_of(some, kept, **options):
+    """The share of the sum of the rows' gradient norms, label smoothing apart, that the rows kept have, by autograd."""
+    logits = some.inputs.double().requires_grad_()
+    F.cross_entropy(logits, some.targets, reduction="sum", **options).backward()
+    norms = logits.grad.norm(dim=1)
+    taken = kept.positions if kept.weight is None else kept.positions[kept.weight > 0]
+    return (norms[taken].sum() / norms.sum()).item()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 0.2},
+        {"rate": 0.2, "capacity": 100, "label_smoothing": 0.1, "ignore_index": 3},
+        {"rate": 0.3, "temperature": 0.5, "p_min": 0.05},
+        {"rate": 0.3, "decision": "topk"},
+        {"mass": 0.6},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_a_watched_gate_knows_the_mass_of_the_rows_that_it_kept(options):
+    policy, some = GatePolicy(gate=Gate(**options)), batch(256)
+    ignored = {name: value for name, value in options.items() if name == "ignore_index"}
+    for _ in range(30):
+        scored(policy, some)
+    assert len(policy.trace()) == 2
+    policy.watched = True
+    kept = scored(policy, some)
+    rate, threshold, mass = policy.trace()
+    assert mass.item() == pytest.approx(mass_of(some, kept, **ignored), rel=1e-5)
+    assert threshold == policy.gate.threshold
+    assert rate.item() == pytest.approx(kept.rows / 256 if "mass" in options else policy.gate.rate_observed.item())
+    policy.watched = False
+    scored(policy, some)
+    assert len(policy.trace()) == 2
+
+
+def test_the_mass_of_a_batch_that_has_none_or_is_not_finite():
+    policy, some = GatePolicy(gate=Gate(0.5)), batch(8)
+    policy.watched = True
+    nothing = some._replace(targets=torch.full_like(some.targets, -100))
+    scored(policy, nothing)
+    assert policy.trace()[2].isnan()
+    some.inputs[3] = torch.nan
+    for _ in range(3):
+        scored(policy, some)
+    assert 0.0 < policy.trace()[2] < 1.0
+
+
+def test_watching_a_gate_reads_no_value():
+    """Under FakeTensorMode, where there is none to read."""
+    policy, some = GatePolicy(gate=Gate(0.2, capacity=16)), batch(64)
+    policy.watched = True
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for name, buffer in policy.gate.controller.named_buffers():
+            setattr(policy.gate.controller, name, mode.from_tensor(buffer))
+        fake = some._replace(inputs=mode.from_tensor(some.inputs), targets=mode.from_tensor(some.targets))
+        policy.select(Scores(fake.targets, Criterion(), logits=fake.inputs), fake)
+        assert [value.shape for value in policy.trace()] == [()] * 3
 
 
 def test_a_capacity_pads_with_weight_zero_and_divides_by_the_rows_kept():

@@ -41,7 +41,8 @@ def make_run(arm, seed, final, step_seconds, rate=0.1, evals=12):
         wave = rate + 0.5 * np.exp(-np.arange(300) / 6) + noise.normal(0, 0.004, 300)
         level = 2.4 * np.exp(-np.arange(300) / 80) + 0.02 + noise.normal(0, 0.002, 300)
         trace = [
-            {"step": int(s), "rate": float(r), "threshold": float(t)} for s, r, t in zip(at, wave, level, strict=True)
+            {"step": int(s), "rate": float(r), "threshold": float(t), "mass": min(1.0, 3 * float(r))}
+            for s, r, t in zip(at, wave, level, strict=True)
         ]
     reached = {"gate": 1.03 * rate, "random": rate}.get(arm)
     return {
@@ -401,6 +402,43 @@ def test_page_holds_table_gallery_and_circumstances(written):
     assert [word for word in words if word not in parsed.text] == []
     assert parsed.tags.count("img") == (32 if result["gallery"] else 0)
     assert ("Selected most" in parsed.text) == bool(result["gallery"])
+
+
+def test_the_mass_is_drawn_where_it_is_known():
+    assert report._titles(RESULT)["mass"].startswith("Gate's rows carry 3")
+    (line, *_) = lines = plots.Figure().add_subplot(), plots.Figure().add_subplot()
+    older = make_result()
+    for run in older["arms"]["gate"]["runs"]:
+        for point in run["trace"]:
+            del point["mass"]
+    for ax, result in zip(lines, (RESULT, older), strict=True):
+        plots.PANELS["mass"](ax, result)
+    assert [len(ax.get_lines()) for ax in lines] == [3, 0]
+    trace = RESULT["arms"]["gate"]["runs"][0]["trace"]
+    assert list(line.get_lines()[0].get_ydata()) == pytest.approx([100 * point["mass"] for point in trace])
+    assert "carry" not in report._titles(older)["threshold"]
+
+
+def test_energy_is_shown_where_it_was_measured_and_else_its_lack_is_said(undrawn):
+    none = "No energy was measured, and a skipped row is not counted as energy."
+    result = make_result()
+    assert none in Page(report._html(result)).text
+    for name, arm in result["arms"].items():
+        for run in arm["runs"]:
+            run["flops"] = {"counted": 2e9 + 1e9 * run["seed"]}
+            run["joules"] = {"measured": 40.0 + run["seed"] if name == "gate" else None, "by": "a meter"}
+    text = Page(report._html(result)).text
+    assert none not in text
+    assert "Joules are measured (a meter), without evaluation" in text
+    assert report.energy_rows({name: arm["runs"] for name, arm in result["arms"].items()}) == (
+        [("dense", "–", "3"), ("random", "–", "3"), ("gate", "41", "3")],
+        [("arm", ""), ("joules", "measured"), ("FLOPs", "counted, 10⁹")],
+    )
+    for run in result["arms"]["gate"]["runs"]:
+        run["joules"]["measured"] = None
+    text = Page(report._html(result)).text
+    assert none in text
+    assert "FLOPs" in text
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -92,12 +92,14 @@ def test_calibration_offers_each_arm_its_own_rows_and_is_made_once(tmp_path, cal
     make(tmp_path).costs()
     make(tmp_path, resume=True).costs()
     ((policies, loaders),) = calibrated
-    assert set(policies) == {"dense", "random", "infobatch", "gate"}
+    assert set(policies) == {"dense", "random", "infobatch", "gate", "whole"}
+    assert policies["whole"].choose(loaders["whole"].offer(next(loaders["whole"].probe()))) is None
     assert {name: loader.batch_size for name, loader in loaders.items()} == {
         "dense": 16,
         "infobatch": 16,
         "random": 64,
         "gate": 64,
+        "whole": 64,  # a dense step on what the others are offered
     }
     with pytest.raises(UserError, match="was calibrated for dense, random, infobatch, gate: wanted no importance"):
         make(tmp_path, resume=True, arms=("importance",)).costs()
@@ -204,6 +206,16 @@ def test_a_study_may_grow_but_not_change(tmp_path):
         make(tmp_path)
 
 
+def test_a_speed_up_over_a_step_that_was_not_timed_is_not_told(tmp_path, monkeypatch):
+    study = make(tmp_path, tasks=("clean",), arms=("gate",), seeds=(0,))
+    study._run(Cell("clean", "random", 1.0, 0), COSTS, None, None)
+    ceilings = study.result()["calibration"]["ceilings"]
+    assert ceilings["gate"]["speedup"] == pytest.approx((0.64 + 6.4) / (0.64 + 1.92 + 1.6))
+    shorter = Costs({**COSTS.shared, "train": ((1, 63), (0.1, 6.3))}, COSTS.own, 5)
+    monkeypatch.setattr(study, "costs", lambda: shorter)
+    assert study.result()["calibration"]["ceilings"] == {}
+
+
 def test_an_unfinished_study_is_read_as_far_as_it_goes(tmp_path):
     study = make(tmp_path, tasks=("clean",), arms=("gate",))
     with pytest.raises(UserError, match="no finished run of random yet"):
@@ -276,9 +288,17 @@ def test_differences_are_paired_by_seed_and_a_half_run_reaches_or_does_not():
     assert rows["random"]["reached"] == pytest.approx(1.0)
     assert rows["random"]["difference"] is None
     # The mean curve goes from 0.5 at half time to 0.911 at the end: 0.9 is reached near the end.
-    assert rows["gate"]["reached"] == pytest.approx(0.5 + 0.5 * 0.4 / 0.411)
+    assert rows["gate"]["reached"] == pytest.approx(0.5 + 0.5 * 0.4 / 0.411, abs=1e-5)
     assert verdicts(made_up(early=0.95), (1.0,))["table"][-1]["reached"] == 0.5
     assert verdicts(made_up(gate=(0.8, 0.8, 0.8)), (1.0,))["table"][-1]["reached"] is None
+
+
+def test_random_reaches_its_own_end_though_runs_keep_six_digits():
+    tasks = made_up()
+    tasks["clean"]["arms"]["random"]["1"] = kept = runs([177 / 360, 2 / 3, 0.5])
+    for run in kept:
+        run["evals"][-1]["accuracy"] = run["accuracy"] - 4e-7  # as rounding may make it
+    assert verdicts(tasks, (1.0,))["table"][0]["reached"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_score_counts_tasks():

@@ -269,7 +269,11 @@ def test_the_gate_is_reported_as_it_chose():
     assert int(history.rows_trained) == total + history.rows_seen - history.offered
     trace = history.to_dict()["trace"]
     assert 0 < len(trace) <= 500
-    assert {"step", "rate", "threshold"} == set(trace[0])
+    assert {"step", "rate", "threshold", "mass"} == set(trace[0])
+    assert [point["step"] for point in trace] == list(range(13, 49))  # every one of so few
+    assert all(0.0 < point["mass"] <= 1.0 for point in trace)
+    history.trace = [point[:3] for point in history.trace]  # of a checkpoint that is older than the mass
+    assert [{**point, "mass": trace[i]["mass"]} for i, point in enumerate(history.to_dict()["trace"])] == trace
 
 
 def test_selected_rows_are_counted_by_their_number_in_the_data_set():

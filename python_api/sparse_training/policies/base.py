@@ -44,6 +44,7 @@ class Policy(nn.Module):
     name = "dense"
     scored_by: str | None = None
     masks = False  # whether the rows left out are masked out of the loss, and cost as much as the others
+    watched = False  # whether ``trace`` is asked for after the step under way: it may find out more than a step needs
     phased = True  # whether a run's warm-up and anneal train on every row; if not, it chooses in them too
 
     def __init_subclass__(cls) -> None:
@@ -132,8 +133,9 @@ class Policy(nn.Module):
         count = rows if all_of_them else max(1, round((self.target or 1.0) * rows))
         return range(count, count + 1)
 
-    def trace(self) -> tuple[Tensor, Tensor] | None:
-        """Smoothed rate and threshold, on the device, where there is a controller to watch."""
+    def trace(self) -> tuple[Tensor, ...] | None:
+        """Rate and threshold, on the device, where there is a controller to watch; and, where it is known, the mass of
+        the last step that was ``watched``: the share of the sum of its rows' gradient norms that the rows kept have."""
         return None
 
     def warnings(self, rate: float | None) -> list[str]:

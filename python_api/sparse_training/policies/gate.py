@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparse_kernels import Selection
+from sparse_kernels import Selection, row_stats
 from sparse_training import padding
 from sparse_training.criterion import Criterion, are_classes
 from sparse_training.errors import UserError
@@ -36,6 +37,7 @@ class GatePolicy(Policy):
     def __init__(self, rate: float = 0.1, seed: int = 0, gate: Gate | None = None, **options: Any) -> None:
         super().__init__(gate.rate if gate is not None else rate, seed)
         self.gate = gate if gate is not None else Gate(rate, seed=seed, **options)
+        self._seen: tuple[Tensor, Tensor] | None = None  # shares of rows and of mass kept of the batch last watched
 
     def decide(self, scores: Scores) -> Decision:
         selection = self.gated(scores)
@@ -71,6 +73,7 @@ class GatePolicy(Policy):
         offset is one of the loss: it counts as much as the loss does in the significance.
         """
         logits, targets, offset = scores.logits, scores.targets, scores.offset
+        self._seen = None
         if isinstance(logits, Tensor) and targets is not None and are_classes(logits, targets):
             if offset is not None:
                 if "loss" not in self.gate.significance.weights:
@@ -78,11 +81,28 @@ class GatePolicy(Policy):
                 offset = offset * self.gate.significance.loss
             if targets.ndim == 1:
                 selection: Selection = self.gate(logits, targets, offset=offset)
+                if self.watched:
+                    self._watch(logits, targets, selection)
                 return selection
             if isinstance(scores.criterion, Criterion) and not self.gate.by_mass:
                 significance = scores.criterion.significance(logits, targets, self.gate.significance.weights)
                 return self.gate.by(significance if offset is None else significance + offset)
         return self.gate.by(scores.losses)
+
+    @torch.no_grad()
+    def _watch(self, logits: Tensor, targets: Tensor, kept: Selection) -> None:
+        """Finds out what share of a batch's rows and of their gradient norms was kept; waits for no device."""
+        gate = self.gate
+        norms = None if gate.last is None else gate.last.stats.grad_norm
+        if norms is None:
+            norms = row_stats(
+                logits, targets, outputs=("grad_norm",), dim=gate.dim, ignore_index=gate.ignore_index
+            ).grad_norm
+        assert norms is not None
+        norms = norms.nan_to_num(0.0, 0.0)  # of rows that are not finite, which are never kept
+        taken = kept.weight > 0  # not padding
+        rows = taken.sum() / (targets != gate.ignore_index).sum()
+        self._seen = rows, (norms.index_select(0, kept.index) * taken).sum() / norms.sum()
 
     def at(self, progress: float) -> None:
         self.gate.at(progress)
@@ -103,8 +123,11 @@ class GatePolicy(Policy):
         aim = max(1, round(self.rate * rows))
         return range(max(1, aim // 2), min(rows, 2 * aim) + 1)
 
-    def trace(self) -> tuple[Tensor, Tensor]:
-        return self.gate.rate_observed.detach().clone(), self.gate.threshold.detach().clone()
+    def trace(self) -> tuple[Tensor, ...]:
+        """The rate is the controller's, smoothed; of a gate with a mass the last batch's, NaN if it was not watched."""
+        observed, threshold = self.gate.rate_observed.detach().clone(), self.gate.threshold.detach().clone()
+        rows, *mass = self._seen or (torch.full_like(observed, torch.nan),)
+        return rows if self.gate.by_mass else observed, threshold, *mass
 
     def warnings(self, rate: float | None) -> list[str]:
         found = []

@@ -57,7 +57,7 @@ class MaskedPolicy(Policy):
         everything = torch.arange(batch.rows, device=mask.device)
         return Kept(batch.inputs, batch.targets, count, everything, mask.float(), max(count, 1))
 
-    def trace(self) -> tuple[Tensor, Tensor]:
+    def trace(self) -> tuple[Tensor, ...]:
         return torch.tensor(float(self.law.rate)), torch.tensor(float(self.law.threshold))
 
     def warnings(self, rate: float | None) -> list[str]:
