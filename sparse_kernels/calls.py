@@ -5,7 +5,7 @@ Checks cost host time only: shapes, dtypes and devices, never values on a device
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -209,6 +209,21 @@ class ControlCall:
         for other in (values, counters, setpoint, labels, mass, overflow):
             if other is not None and other.device != device:
                 raise ValueError(f"a tensor is on {other.device}, significance on {device}")
+
+
+def refuse_control(call: ControlCall, refuse_tensor: Callable[[Tensor], str | None]) -> str | None:
+    """Why no compiled kernel serves the call, or None; ``refuse_tensor`` says it of a backend's tensors."""
+    reason = refuse_tensor(call.significance) or refuse_tensor(call.state.values)
+    if reason is None and call.significance.dtype is not torch.float32:
+        reason = f"significance is {call.significance.dtype}; it serves float32"
+    return reason or refuse_state(call.state)
+
+
+def refuse_state(state: ControlState) -> str | None:
+    """Why no compiled kernel moves the state, or None."""
+    if state.values.is_contiguous() and state.counters.is_contiguous():
+        return None
+    return "a state that is not contiguous cannot be moved in place"
 
 
 @dataclass(slots=True)

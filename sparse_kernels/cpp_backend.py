@@ -14,10 +14,11 @@ from typing import Any
 import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
 from torch import Tensor
 
+from sparse_kernels import calls
 from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, TreeCall
 from sparse_kernels.rows import empty_rows, rows_are_packed
 from sparse_kernels.tracing import refuse_tensor
-from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
+from sparse_kernels.types import GatedRows, RowStats, Selected, Selection
 
 # The order of csrc/cpu/row_stats.h's Statistic.
 _WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
@@ -265,16 +266,7 @@ def _unpacked(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> tupl
 
 def refuse_control(call: ControlCall) -> str | None:
     """Why this call is not served, or None."""
-    reason = _refuse_tensor(call.significance) or _refuse_tensor(call.state.values)
-    if reason is None and call.significance.dtype is not torch.float32:
-        reason = f"significance is {call.significance.dtype}; it serves float32"
-    return reason or _refuse_state(call.state)
-
-
-def _refuse_state(state: ControlState) -> str | None:
-    if state.values.is_contiguous() and state.counters.is_contiguous():
-        return None
-    return "a state that is not contiguous cannot be moved in place"
+    return calls.refuse_control(call, _refuse_tensor)
 
 
 def control(call: ControlCall) -> None:
@@ -322,7 +314,7 @@ def refuse_gate_step(call: GateStepCall) -> str | None:
     reason = refuse_gate_rows(call)
     if reason is None and call.logits.dtype is torch.float64:
         reason = "a controller's state is float32"
-    return reason or _refuse_state(call.state)
+    return reason or calls.refuse_state(call.state)
 
 
 def gate_step(call: GateStepCall) -> Selected:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_kernels import triton_backend
+from sparse_kernels import calls, triton_backend
 from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, Tree, TreeCall
 from sparse_kernels.rows import empty_rows, rows_are_packed
 from sparse_kernels.tracing import refuse_tensor
@@ -97,18 +97,9 @@ def _refuse_tensors(tensors: list[Tensor]) -> str | None:
 refuse_gather_rows = refuse_scatter_rows = _refuse_tree
 
 
-def _refuse_state(state: ControlState) -> str | None:
-    if state.values.is_contiguous() and state.counters.is_contiguous():
-        return None
-    return "a state that is not contiguous cannot be moved in place"
-
-
 def refuse_control(call: ControlCall) -> str | None:
     """Why this call is not served, or None."""
-    reason = _refuse_tensor(call.significance) or _refuse_tensor(call.state.values)
-    if reason is None and call.significance.dtype is not torch.float32:
-        reason = f"significance is {call.significance.dtype}; it serves float32"
-    return reason or _refuse_state(call.state)
+    return calls.refuse_control(call, _refuse_tensor)
 
 
 def _refuse_step(call: GateCall) -> str | None:
@@ -125,7 +116,7 @@ def refuse_select(call: SelectCall) -> str | None:
 
 def refuse_gate_step(call: GateStepCall) -> str | None:
     """Why this call is not served as one, or None."""
-    return _refuse_step(call) or _refuse_state(call.state)
+    return _refuse_step(call) or calls.refuse_state(call.state)
 
 
 def _enqueue(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:

@@ -6,12 +6,14 @@ What the law achieves is in tests/training/test_controller.py.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import BackendUnavailable, ControlState, control, cpp_backend
+from sparse_kernels import BackendUnavailable, ControlState, control, cpp_backend, cuda_backend
+from sparse_kernels.calls import ControlCall
 from sparse_kernels.control_law import advance, initial_state, summarise
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES
 
@@ -313,3 +315,36 @@ def test_cpp_by_name_says_why_not() -> None:
     control(state, torch.zeros(8, dtype=torch.float64), torch.tensor(0.1))  # by default the reference takes it
     with pytest.raises(BackendUnavailable):
         control(state, torch.zeros(8, dtype=torch.float64), torch.tensor(0.1), backend="cpp")
+
+
+@pytest.mark.parametrize("backend", [cpp_backend, cuda_backend], ids=["cpp", "cuda"])
+def test_compiled_kernels_refuse_what_they_cannot_read_or_move(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    """Whatever the device: here every tensor is one of theirs."""
+    monkeypatch.setattr(backend, "_refuse_tensor", lambda tensor: None)
+    state = initial_state(torch.ones(3))
+
+    def refused(state: ControlState, dtype: torch.dtype = torch.float32) -> str | None:
+        call = ControlCall(state, torch.zeros(3, 8, dtype=dtype), torch.full((3,), 0.1), None, 0, None, None, 0.0, 0.0)
+        found: str | None = backend.refuse_control(call)
+        return found
+
+    assert refused(state) is None
+    assert refused(state, torch.float64) == "significance is torch.float64; it serves float32"
+    for name, tensor in zip(state._fields, state, strict=True):
+        strided = torch.stack((tensor, tensor), 1)[:, 0]
+        assert refused(state._replace(**{name: strided})) == "a state that is not contiguous cannot be moved in place"
+    for shape in ((3, 8), state.values.shape):  # the significance, the state
+        monkeypatch.setattr(
+            backend, "_refuse_tensor", lambda tensor, shape=shape: "why" * (tensor.shape == shape) or None
+        )
+        assert refused(state, torch.float64) == "why"
+
+
+def test_a_state_that_is_not_contiguous_is_moved_by_the_reference() -> None:
+    state = initial_state(torch.ones(3))
+    strided = ControlState(*(torch.stack((tensor, tensor), 1)[:, 0] for tensor in state))
+    significance, setpoint = torch.arange(24.0).reshape(3, 8), torch.full((3,), 0.1)
+    for moved in (state, strided):
+        control(moved, significance, setpoint, backend="torch" if moved is state else None)
+    assert torch.equal(strided.values, state.values)
+    assert torch.equal(strided.counters, state.counters)
