@@ -61,6 +61,8 @@ _RC = {
     "legend.fontsize": 9,
 }
 
+FAR = 10.0  # points of accuracy away from the others: such an arm does not set the scale
+
 
 def png(result: Result, titles: Mapping[str, str]) -> bytes:
     """Every panel, under its title of `titles`, in one figure of 1800 x 1152 pixels."""
@@ -154,14 +156,21 @@ def _accuracy(ax: Axes, result: Result) -> None:
         return _empty(ax, "no finite accuracy")
     ax.margins(y=0.1)
     low, high = ax.get_ylim()
-    if (late := result.get("late")) is not None:  # the first of a run may be far below what is of interest
-        low = _late_limit(ax, late, low, high)
     last = max(end[0] for end in ends)
+    if (late := result.get("late")) is not None:
+        # Neither the first of a run nor an arm that failed may press the others into one line.
+        bottom = float(np.median([end[1] for end in ends])) - FAR
+        lines = [np.asarray(line.get_data(), np.float64) for line in ax.get_lines()]
+        kept = [y.item() for x, line in lines if len(x) and line[-1] >= bottom for y in line[x >= late * last]]
+        if kept:
+            margin = 0.12 * max(max(kept) - min(kept), 1.0)
+            low, high = max(low, min(kept) - margin), min(high, max(kept) + margin)
+        ends = [(x, y, label if y >= low else f"{label} ↓", color) for x, y, label, color in ends]
     width = 1.28 * last  # room for the labels
     ticks = MaxNLocator(6).tick_values(0, last)
     ax.set(xlim=(0, width), ylim=(low, high), xticks=[tick for tick in ticks if tick <= last])
     ends.sort(key=lambda end: end[1])
-    places = _spread([(end[1] - low) / (high - low) for end in ends], 0.08)
+    places = _spread([max(0.05, (end[1] - low) / (high - low)) for end in ends], 0.08)
     for place, (_, _, label, color) in zip(places, ends, strict=True):
         ax.text(
             last / width + 0.03,
@@ -175,14 +184,6 @@ def _accuracy(ax: Axes, result: Result) -> None:
         )
     ax.set_xlabel("training time, s (calibrated clock)")
     ax.set_ylabel("test accuracy, %")
-
-
-def _late_limit(ax: Axes, late: float, low: float, high: float) -> float:
-    """The lower limit that shows every line from that share of the time on."""
-    lines = [np.asarray(line.get_data(), np.float64) for line in ax.get_lines()]
-    end = max(x.max() for x, _ in lines if len(x))
-    kept = [y.item() for line in lines for y in line[1, line[0] >= late * end]]
-    return max(low, min(kept, default=low) - 0.1 * (high - min(kept, default=low)))
 
 
 def _spread(places: list[float], gap: float) -> list[float]:

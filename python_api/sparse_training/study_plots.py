@@ -67,6 +67,11 @@ def _differences(ax: Axes, result: Result, again: Mapping[str, Any] | None) -> N
         values = 100 * values[np.isfinite(values)]
         if not len(values):
             continue
+        if abs(points := values.mean()) > plots.FAR:
+            text, side = (f"← −{-points:.0f}", "left") if points < 0 else (f"+{points:.0f} →", "right")
+            at = 0.02 if points < 0 else 0.98
+            ax.text(at, row, text, color=color, va="center", ha=side, transform=ax.get_yaxis_transform())
+            continue
         ax.plot(values, np.full(len(values), row), marker, color=color, ms=5, alpha=0.6, mew=0)
         ax.plot([values.mean()] * 2, [row - 0.28, row + 0.28], color=color, lw=2.4)
     plots.arm_rows(ax, arms)

@@ -171,3 +171,24 @@ def test_the_table_of_the_terminal_is_whole(result):
     words = " ".join(console.export_text().split())
     for row in study_report.study_rows(result):
         assert " ".join(cell for cell in row[1:] if cell) in words
+
+
+def test_neither_a_bad_beginning_nor_an_arm_that_failed_sets_the_scale():
+    def runs(*accuracies):
+        evals = [{"seconds": float(second), "accuracy": found} for second, found in enumerate(accuracies, 1)]
+        return [{"seed": 0, "seconds": float(len(evals)), "accuracy": accuracies[-1], "evals": evals[:-1]}]
+
+    arms = {
+        "random": runs(0.1, 0.8, 0.89, 0.90),
+        "adaptive": runs(0.2, 0.81, 0.9, 0.91),
+        "gate": runs(0.1, 0.3, 0.2, 0.25),
+    }
+    result = {"arms": {arm: {"runs": some} for arm, some in arms.items()}, "late": study_plots.LATE}
+    ax, beside = plots.Figure().add_subplot(), plots.Figure().add_subplot()
+    plots.PANELS["accuracy"](ax, result)
+    study_plots._differences(beside, result, None)
+    low, high = ax.get_ylim()
+    assert 70 < low < 80 < 91 < high < 95
+    assert [text.get_text() for text in ax.texts] == ["gate 25.0 % ↓", "random 90.0 %", "adaptive 91.0 %"]
+    assert [text.get_text() for text in beside.texts] == ["← −65"]
+    assert beside.get_xlim()[0] > -5
