@@ -128,7 +128,7 @@ def scorer_row(case: str, scorer: str, samples: dict[str, dict[str, list[float]]
 
     forward = median("dense", "learn") / 3.0
     seconds = {"dense": quantiles(samples["dense"]["step"])}
-    ratios, targets, notes = {}, {}, {"batch": batch}
+    ratios, targets, notes = {}, {}, {"batch": batch, "threads": torch.get_num_threads()}
     for rate in RATES:
         arm, at = f"{scorer} {rate}", f"{100 * rate:g}%"
         s = (median(arm, "score") + median(arm, "beside")) / forward

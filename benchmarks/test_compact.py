@@ -43,6 +43,7 @@ def tree_of_five():
     ]  # fmt: skip
 
 
+@pytest.mark.keeps_freed_memory
 @pytest.mark.parametrize(
     ("make", "targets", "rounds", "calls"),
     [
