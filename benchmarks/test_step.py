@@ -12,13 +12,16 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import _rows
 from steps import scorer_row, timed_arms
+from torch.utils.data import DataLoader, Dataset
 
 from sparse_training.data import load_data
 from sparse_training.errors import UserError
 from sparse_training.loader import ResidentLoader
 from sparse_training.models import build_model
+from sparse_training.sampler import HistorySampler, Indexed
 from sparse_training.scoring import scoring_dtype
 from sparse_training.trainer import SparseTrainer
 
@@ -61,3 +64,58 @@ def test_step(benchmark, request, small, model, batch, layer):
     for scorer in scorers:
         case = f"{request.node.callspec.id}-{scorer.partition(':')[0]}"
         _rows.append(scorer_row(case, scorer, samples, batch))
+
+
+class Decoded(Dataset):
+    """Images decoded one by one, as a loader of files does."""
+
+    def __init__(self, data):
+        self.split, self.mean, self.std = data.train, torch.tensor(data.mean), torch.tensor(data.std)
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, row):
+        image = self.split.images[row].float() / 255
+        return (image - self.mean[:, None, None]) / self.std[:, None, None], int(self.split.labels[row])
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.keeps_freed_memory
+@pytest.mark.parametrize("model", [pytest.param("cnn-620k", id="epoch-cnn-620k-history-at-10%")])
+def test_epoch_by_history(interleaved, small, model):
+    """An epoch of a plain DataLoader, decoding included: every row, or the tenth that is drawn by past losses."""
+    try:
+        data = load_data("digits" if small else "fashion-mnist")
+    except UserError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    network = build_model(model, shape=data.shape, classes=len(data.classes))
+    rows, batch = Decoded(data), 16 if small else 512
+    sampler = HistorySampler(rows, batch_size=batch, rate=0.1)
+    generator = torch.Generator().manual_seed(0)
+    sampler.update(torch.arange(len(rows)), -torch.rand(len(rows), generator=generator).log())  # the first pass is over
+    by_history = DataLoader(Indexed(rows), batch_sampler=sampler)
+    whole = DataLoader(Indexed(rows), batch_size=batch, shuffle=True)
+    bfloat16 = scoring_dtype("auto", torch.device("cpu")) is not None
+
+    def epoch(loader, drawn):
+        net = copy.deepcopy(network)
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+
+        def run():
+            for index, (inputs, targets) in loader:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                    logits = net(inputs)
+                losses = F.cross_entropy(logits.float(), targets, reduction="none")
+                loss = (losses * sampler.weights(index)).mean() if drawn else losses.mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if drawn:
+                    sampler.update(index, losses)
+
+        return run
+
+    row = interleaved(epoch(by_history, True), {"dense": epoch(whole, False)}, targets={"dense": 9.0}, rounds=3)
+    row.notes |= {"batch": batch, "rows of a dense epoch": len(rows), "steps of ours": len(sampler)}
