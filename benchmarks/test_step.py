@@ -25,6 +25,21 @@ from sparse_training.sampler import HistorySampler, Indexed
 from sparse_training.scoring import scoring_dtype
 from sparse_training.trainer import SparseTrainer
 
+BFLOAT16 = scoring_dtype("auto", torch.device("cpu")) is not None
+
+
+@pytest.fixture
+def data(small):
+    try:
+        return load_data("digits" if small else "fashion-mnist")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def network_for(data, model):
+    torch.manual_seed(0)
+    return build_model(model, shape=data.shape, classes=len(data.classes))
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -44,15 +59,10 @@ def _one_thread():
         pytest.param("vit", 512, "1", id="step-vit"),
     ],
 )
-def test_step(benchmark, request, small, model, batch, layer):
-    name, batch = ("digits", 16) if small else ("fashion-mnist", batch)
-    try:
-        data = load_data(name)
-    except UserError as error:
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    network = build_model(model, shape=data.shape, classes=len(data.classes))
-    amp = "bfloat16" if scoring_dtype("auto", torch.device("cpu")) else None
+def test_step(benchmark, request, small, data, model, batch, layer):
+    batch = 16 if small else batch
+    network = network_for(data, model)
+    amp = "bfloat16" if BFLOAT16 else None
     loader = ResidentLoader(data.train, batch_size=batch, mean=data.mean, std=data.std, drop_last=True)
 
     def make(policy, rate):
@@ -83,21 +93,15 @@ class Decoded(Dataset):
 @pytest.mark.timeout(1200)
 @pytest.mark.keeps_freed_memory
 @pytest.mark.parametrize("model", [pytest.param("cnn-620k", id="epoch-cnn-620k-history-at-10%")])
-def test_epoch_by_history(interleaved, small, model):
+def test_epoch_by_history(interleaved, small, data, model):
     """An epoch of a plain DataLoader, decoding included: every row, or the tenth that is drawn by past losses."""
-    try:
-        data = load_data("digits" if small else "fashion-mnist")
-    except UserError as error:
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    network = build_model(model, shape=data.shape, classes=len(data.classes))
+    network = network_for(data, model)
     rows, batch = Decoded(data), 16 if small else 512
     sampler = HistorySampler(rows, batch_size=batch, rate=0.1)
     generator = torch.Generator().manual_seed(0)
     sampler.update(torch.arange(len(rows)), -torch.rand(len(rows), generator=generator).log())  # the first pass is over
     by_history = DataLoader(Indexed(rows), batch_sampler=sampler)
     whole = DataLoader(Indexed(rows), batch_size=batch, shuffle=True)
-    bfloat16 = scoring_dtype("auto", torch.device("cpu")) is not None
 
     def epoch(loader, drawn):
         net = copy.deepcopy(network)
@@ -105,7 +109,7 @@ def test_epoch_by_history(interleaved, small, model):
 
         def run():
             for index, (inputs, targets) in loader:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
                     logits = net(inputs)
                 losses = F.cross_entropy(logits.float(), targets, reduction="none")
                 loss = (losses * sampler.weights(index)).mean() if drawn else losses.mean()
