@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_training.original import PackageLaw
+from sparse_training.selection.policies.masked import PackageLaw
 
 Array = NDArray[np.float64]
 

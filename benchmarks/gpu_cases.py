@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import sparse_kernels as sk
 from sparse_kernels import backends
 from sparse_training import Gate
+from sparse_training.training.settings import TrainerSettings
 
 CASES: dict[str, Callable[[Bench, str], Row]] = {}
 RATE = 0.1
@@ -483,8 +484,8 @@ def vit_share(bench: Bench, name: str) -> Row:
 
 def _trainer(bench: Bench, policy: str) -> Any:
     """A trainer on random images that rest on the device, and its loader."""
-    from sparse_training.data.types import Split
-    from sparse_training.loader import ResidentLoader
+    from sparse_training.data.resident import ResidentLoader
+    from sparse_training.data.splits import Split
     from sparse_training.trainer import SparseTrainer
 
     batch = 16 if bench.small else 1024
@@ -494,13 +495,17 @@ def _trainer(bench: Bench, policy: str) -> Any:
     loader = ResidentLoader(split, batch_size=batch, mean=(0.5,) * 3, std=(0.25,) * 3, device=bench.device)
     model = network(bench, "resnet-18")
     amp = "bfloat16" if bench.device.type == "cuda" else None
-    return SparseTrainer(model, policy=policy, rate=RATE, device=bench.device, amp=amp), loader, batch
+    return (
+        SparseTrainer(model, policy=policy, rate=RATE, device=bench.device, settings=TrainerSettings(amp=amp)),
+        loader,
+        batch,
+    )
 
 
 @case("step-gate-resnet-18-1024")
 def gated_step(bench: Bench, name: str) -> Row:
-    from sparse_training.clock import calibrate
-    from sparse_training.policies import make_policy
+    from sparse_training.profiling.calibration import calibrate
+    from sparse_training.selection.registry import make_policy
 
     trainer, loader, batch = _trainer(bench, "gate")
     arms = {"gate": trainer.policy, "random": make_policy("random", rate=RATE, seed=0)}
@@ -513,8 +518,8 @@ def gated_step(bench: Bench, name: str) -> Row:
 @case("step-history-resnet-18-1024")
 def history_step(bench: Bench, name: str) -> Row:
     """Rows that are skipped are neither loaded nor run: the ceiling is 1/r."""
-    from sparse_training.clock import calibrate
     from sparse_training.errors import UserError
+    from sparse_training.profiling.calibration import calibrate
 
     try:
         trainer, loader, batch = _trainer(bench, "history")

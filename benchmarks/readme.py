@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparse_training.study import FORMAT as STUDY
-from sparse_training.study_report import HEADINGS, again_line, parts, score_line, study_rows
+from sparse_training.experiments.study import FORMAT as STUDY
+from sparse_training.reporting.study_report import HEADINGS, again_line, parts, score_line, study_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "row_stats.md")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from timing import Row, quantiles
 
-from sparse_training.clock import Costs
-from sparse_training.loader import Loader
-from sparse_training.original import claim_at
+from sparse_training.data.loader import Loader
+from sparse_training.experiments.original import claim_at
 from sparse_training.trainer import SparseTrainer
+from sparse_training.training.clock import Costs
 
 
 def step_row(case: str, costs: Costs, batch: int, rate: float, target: float) -> Row:

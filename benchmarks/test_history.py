@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_training import checkpoint
-from sparse_training.history import Importance, ScoreTable
+from sparse_training.samplers.importance import Importance
+from sparse_training.samplers.score_table import ScoreTable
+from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
 
 ROWS = 100_000_000
 BATCH = 4096
@@ -58,14 +59,14 @@ def test_history(interleaved, tmp_path, rows):
         law = Importance(table)
         law.first.position = rows
         law.draw(BATCH)
-        checkpoint.save(tmp_path / "table.pt", {"table": table.state_dict(), "law": law.state_dict()})
-        state = checkpoint.load(tmp_path / "table.pt")
+        save_checkpoint(tmp_path / "table.pt", {"table": table.state_dict(), "law": law.state_dict()})
+        state = load_checkpoint(tmp_path / "table.pt")
         table.load_state_dict(state["table"])
         del state
     expected = law.draw(BATCH)
     other = Importance(table)
     other.load_state_dict({**law.state_dict(), "step": law.step - 1})
-    assert torch.equal(other.draw(BATCH).ids, expected.ids)
+    assert torch.equal(other.draw(BATCH).index, expected.index)
 
     batches = [torch.randint(0, rows, (BATCH,), generator=generator) for _ in range(CALLS)]
     scores = torch.rand(BATCH, generator=generator)

@@ -17,13 +17,14 @@ from conftest import _rows
 from steps import scorer_row, timed_arms
 from torch.utils.data import DataLoader, Dataset
 
-from sparse_training.data import load_data
+from sparse_training.data.load import load_data
+from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
-from sparse_training.loader import ResidentLoader
-from sparse_training.models import build_model
-from sparse_training.sampler import HistorySampler, Indexed
-from sparse_training.scoring import scoring_dtype
+from sparse_training.models.build import build_model
+from sparse_training.precision import scoring_dtype
+from sparse_training.samplers.batch_sampler import HistorySampler, Indexed
 from sparse_training.trainer import SparseTrainer
+from sparse_training.training.settings import TrainerSettings
 
 BFLOAT16 = scoring_dtype("auto", torch.device("cpu")) is not None
 
@@ -66,7 +67,7 @@ def test_step(benchmark, request, small, data, model, batch, layer):
     loader = ResidentLoader(data.train, batch_size=batch, mean=data.mean, std=data.std, drop_last=True)
 
     def make(policy, rate):
-        return SparseTrainer(copy.deepcopy(network), policy=policy, rate=rate, amp=amp)
+        return SparseTrainer(copy.deepcopy(network), policy=policy, rate=rate, settings=TrainerSettings(amp=amp))
 
     scorers = ("self", f"early:{layer}", "proxy", "history")
     rounds = 1 if small else 7

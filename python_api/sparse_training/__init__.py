@@ -1,32 +1,42 @@
-"""Training on the rows that matter: the gate, the trainer and honest comparisons.
+"""Training on the rows that matter: policies, a gate, a trainer, and honest comparisons.
 
-    trainer = SparseTrainer(model, policy="gate", rate=0.1)
-    trainer.fit(loader, seconds=60, evaluate=test_loader)
+    trainer = SparseTrainer(model, policy="infobatch")
+    trainer.fit(loader, epochs=10, evaluate=test_loader)
 
 or, inside a loop of one's own:
 
     gate = Gate(rate=0.1)
     kept = gate(logits, targets)
     inputs, targets = kept.take((inputs, targets))
+
+Names are imported when they are first used, so that ``sparse-train --help`` need not wait for PyTorch.
 """
 
-from sparse_kernels import __version__
-from sparse_training import nn
-from sparse_training.budget import Budget
-from sparse_training.controller import PIController
-from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.nn import Compact, Expand
-from sparse_training.policies import POLICIES, Policy
-from sparse_training.sampler import HistorySampler, Indexed
-from sparse_training.schedules import Ramp
-from sparse_training.significance import Significance
-from sparse_training.trainer import SparseTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparse_kernels import __version__
+    from sparse_training import nn
+    from sparse_training.criterion import Criterion
+    from sparse_training.data.load import load_data
+    from sparse_training.data.resident import ResidentLoader
+    from sparse_training.data.stream import StreamLoader
+    from sparse_training.errors import UserError
+    from sparse_training.gate import Budget, Gate, PIController, Ramp, Significance
+    from sparse_training.models.build import build_model
+    from sparse_training.nn import Compact, Expand
+    from sparse_training.samplers.batch_sampler import HistorySampler, Indexed
+    from sparse_training.selection.policies.base import Policy
+    from sparse_training.selection.registry import POLICIES
+    from sparse_training.trainer import SparseTrainer
+    from sparse_training.training.settings import TrainerSettings
 
 __all__ = [
     "POLICIES",
     "Budget",
     "Compact",
+    "Criterion",
     "Expand",
     "Gate",
     "HistorySampler",
@@ -34,9 +44,47 @@ __all__ = [
     "PIController",
     "Policy",
     "Ramp",
+    "ResidentLoader",
     "Significance",
     "SparseTrainer",
+    "StreamLoader",
+    "TrainerSettings",
     "UserError",
     "__version__",
+    "build_model",
+    "load_data",
     "nn",
 ]
+
+_MODULES = {
+    "sparse_kernels": ("__version__",),
+    "sparse_training.criterion": ("Criterion",),
+    "sparse_training.data.load": ("load_data",),
+    "sparse_training.data.resident": ("ResidentLoader",),
+    "sparse_training.data.stream": ("StreamLoader",),
+    "sparse_training.errors": ("UserError",),
+    "sparse_training.gate": ("Budget", "Gate", "PIController", "Ramp", "Significance"),
+    "sparse_training.models.build": ("build_model",),
+    "sparse_training.nn": ("Compact", "Expand"),
+    "sparse_training.samplers.batch_sampler": ("HistorySampler", "Indexed"),
+    "sparse_training.selection.policies.base": ("Policy",),
+    "sparse_training.selection.registry": ("POLICIES",),
+    "sparse_training.trainer": ("SparseTrainer",),
+    "sparse_training.training.settings": ("TrainerSettings",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nn":
+        value: Any = import_module("sparse_training.nn")
+    elif name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+    else:
+        raise AttributeError(f"module 'sparse_training' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

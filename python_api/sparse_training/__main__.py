@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; say what to install where an extra is missing."""
     try:
-        from sparse_training import cli
+        from sparse_training.cli import main as cli
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sparse_"):
             raise

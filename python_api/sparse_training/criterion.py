@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_kernels import gate_rows
 from sparse_training.errors import UserError
 
-ROWS = ("samples", "elements")
+GRANULARITIES = ("sample", "token")
 IGNORED = -100  # PyTorch's own ignore_index
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -33,14 +33,14 @@ class Criterion:
         UserError: a setting out of range, or a loss that reduces.
     """
 
-    def __init__(self, loss: Loss | None = None, *, rows: str = "samples", class_dim: int | None = None) -> None:
+    def __init__(self, loss: Loss | None = None, *, granularity: str = "sample", class_dim: int | None = None) -> None:
         self.loss = nn.CrossEntropyLoss(reduction="none") if loss is None else loss
         check_reduction(self.loss)
-        if rows not in ROWS:
-            raise UserError(f"rows {rows!r}: wanted one of {', '.join(ROWS)}")
+        if granularity not in GRANULARITIES:
+            raise UserError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if class_dim not in (None, 1, -1):
             raise UserError(f"class_dim {class_dim}: wanted 1, -1, or None for where it fits")
-        self.rows, self.class_dim = rows, class_dim
+        self.granularity, self.class_dim = granularity, class_dim
         self.ignore_index = int(getattr(self.loss, "ignore_index", IGNORED))
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Criterion:
         Raises:
             UserError: what the loss gives has not a first dimension of B.
         """
-        if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and are_classes(logits, targets):
+        if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and targets_are_classes(logits, targets):
             logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch wants them
         losses = self.loss(logits, targets)
         rows = targets.shape[0]
@@ -59,7 +59,7 @@ class Criterion:
         if losses.ndim == 1:
             return losses
         counts = self.counting(targets) if losses.shape == targets.shape else None
-        return mean_of_elements(losses, counts)
+        return mean_over_tokens(losses, counts)
 
     def counting(self, targets: Tensor) -> Tensor | None:
         """bool, the targets' shape: the elements that are not marked to be ignored; None for all of them."""
@@ -80,16 +80,16 @@ class Criterion:
             raise UserError(f"targets of shape {list(targets.shape)} for logits {list(logits.shape)}: wanted {wanted}")
         return fits[0]
 
-    def elements(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [N, classes] and targets [N] of the batch's N elements, in the order of the targets.
 
         Raises:
             UserError: targets that are not class indices, or whose shape does not fit.
         """
-        if not are_classes(logits, targets):
+        if not targets_are_classes(logits, targets):
             raise UserError(
-                f'rows="elements" with {targets.dtype} targets of shape {list(targets.shape)} for logits '
-                f'{list(logits.shape)}: wanted class indices, one an element; or rows="samples"'
+                f'granularity="token" needs one class index per token, got {targets.dtype} targets of shape '
+                f'{list(targets.shape)} for logits {list(logits.shape)}; use granularity="sample" for other targets'
             )
         dim = self.classes_in(logits, targets)
         return logits.movedim(dim, -1).reshape(-1, logits.shape[dim]), targets.reshape(-1)
@@ -102,14 +102,14 @@ class Criterion:
             weights=weights, dim=self.classes_in(logits, targets), ignore_index=self.ignore_index,
             label_smoothing=float(getattr(self.loss, "label_smoothing", 0.0)),
         ).significance  # fmt: skip
-        return mean_of_elements(found, self.counting(targets))
+        return mean_over_tokens(found, self.counting(targets))
 
-    def right(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+    def count_correct(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
         """How many elements have the right class as their largest logit, of how many; None without classes.
 
         With class probabilities for targets the right class is the most probable one.
         """
-        if are_classes(logits, targets):
+        if targets_are_classes(logits, targets):
             dim = self.classes_in(logits, targets)
         elif isinstance(self.loss, nn.CrossEntropyLoss) and logits.shape == targets.shape and logits.ndim > 1:
             dim = 1
@@ -120,7 +120,7 @@ class Criterion:
         return ((logits.argmax(dim) == targets) & counts).sum(), counts.sum()
 
 
-def mean_of_elements(values: Tensor, counts: Tensor | None = None) -> Tensor:
+def mean_over_tokens(values: Tensor, counts: Tensor | None = None) -> Tensor:
     """[B]: the mean of a sample's values, [B, ...], over those that count; 0 where none does."""
     values = values.flatten(1)
     if counts is None:
@@ -148,6 +148,6 @@ def check_reduction(loss: Callable[..., Any]) -> None:
         raise UserError(f'the loss {name} has reduction="{reduction}": wanted one loss a row, reduction="none"')
 
 
-def are_classes(logits: Tensor, targets: Tensor) -> bool:
+def targets_are_classes(logits: Tensor, targets: Tensor) -> bool:
     """Whether targets are class indices, one for each of the logits' rows."""
     return not targets.is_floating_point() and logits.ndim == targets.ndim + 1

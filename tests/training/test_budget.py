@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sparse_training.budget import Budget
 from sparse_training.errors import UserError
+from sparse_training.gate.budget import Budget
 
 
 def simulate(budget: Budget, cost: Callable[[int, float], float]) -> list[float]:

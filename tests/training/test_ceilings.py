@@ -7,11 +7,13 @@ import torch
 from rich.console import Console
 from test_scorers import network, resident
 
-from sparse_training.ceilings import Ceiling, ceiling, ceilings, print_ceilings
-from sparse_training.clock import Costs
 from sparse_training.errors import UserError
-from sparse_training.policies import MaskedPolicy, make_policy
+from sparse_training.profiling.speedup import SpeedupBound, speedup_bound, speedup_bounds
+from sparse_training.reporting.speedup import print_speedup_bounds
+from sparse_training.selection.policies.masked import MaskedPolicy
+from sparse_training.selection.registry import make_policy
 from sparse_training.trainer import SparseTrainer
+from sparse_training.training.clock import Costs
 
 FREE = {"score": ((100,), (0.0,)), "select": ((100,), (0.0,))}
 COSTS = Costs(
@@ -32,7 +34,7 @@ COSTS = Costs(
     [("topk", 0.45, 10 + 15 + 2 + 10), ("topk@proxy", 0.15, 10 + 4 + 2 + 10 + 1), ("topk@history", 0.0, 1 + 10)],
 )
 def test_the_ceiling_is_what_the_scorer_leaves(name, s, step):
-    found = ceiling(COSTS, make_policy(name, rate=0.1, seed=0), batch_size=100, rate=0.1)
+    found = speedup_bound(COSTS, make_policy(name, rate=0.1, seed=0), batch_size=100, rate=0.1)
     assert found.scorer_cost == pytest.approx(s)
     assert found.ceiling == pytest.approx(3 / (s + 0.3))
     assert found.speedup == pytest.approx(110 / step)
@@ -40,18 +42,20 @@ def test_the_ceiling_is_what_the_scorer_leaves(name, s, step):
 
 
 def test_what_is_masked_out_costs_as_much_as_what_is_not():
-    found = ceiling(COSTS, MaskedPolicy(0.1), batch_size=100, rate=0.1)
+    found = speedup_bound(COSTS, MaskedPolicy(0.1), batch_size=100, rate=0.1)
     assert found.ceiling == pytest.approx(3 / 3.9)
     assert found.speedup == pytest.approx(110 / 140)
 
 
 def test_ceilings_are_measured_on_a_model_that_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.2)  # nothing is made of the seconds
+    monkeypatch.setattr(
+        "sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.2
+    )  # nothing is made of the seconds
     trainer = SparseTrainer(network(), policy="dense")
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     names = ["topk", "topk@early:2", "topk@proxy", "gate@history", "random"]
     told = []
-    found = ceilings(trainer, resident(), names, (0.25, 0.5), rounds=2, progress=told.append)
+    found = speedup_bounds(trainer, resident(), names, (0.25, 0.5), rounds=2, progress=told.append)
     assert told == [0.25, 0.5, 0.75, 1.0]
     assert [(one.policy, one.rate) for one in found] == [(name, rate) for rate in (0.25, 0.5) for name in names]
     assert [one.scorer for one in found[:5]] == ["self", "early", "proxy", "history", None]
@@ -59,19 +63,19 @@ def test_ceilings_are_measured_on_a_model_that_stays_as_it_is(monkeypatch):
     assert all(one.scorer_cost > 0 for one in found[:3])
     torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
     with pytest.raises(UserError, match="no layer 'x'"):
-        ceilings(trainer, resident(), ["topk@early:x"], (0.5,))
+        speedup_bounds(trainer, resident(), ["topk@early:x"], (0.5,))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_what_is_printed_has_the_originals_claim_beside_its_rate(encoding):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     found = [
-        Ceiling("gate@self", 0.1, "self", 1.0, 3 / 1.3, 2.0),
-        Ceiling("random", 0.1, None, 0.0, 10.0, 9.0),
-        Ceiling("gate@self", 0.357, "self", 1.0, 3 / 2.071, 1.4),
-        Ceiling("gate@self", 0.8, "self", 1.0, 3 / 3.4, 0.8),
+        SpeedupBound("gate@self", 0.1, "self", 1.0, 3 / 1.3, 2.0),
+        SpeedupBound("random", 0.1, None, 0.0, 10.0, 9.0),
+        SpeedupBound("gate@self", 0.357, "self", 1.0, 3 / 2.071, 1.4),
+        SpeedupBound("gate@self", 0.8, "self", 1.0, 3 / 3.4, 0.8),
     ]
-    print_ceilings(found, Console(file=stream, width=80))
+    print_speedup_bounds(found, Console(file=stream, width=80))
     stream.flush()
     lines = stream.buffer.getvalue().decode(encoding).replace("x", "×").replace("|", " ").splitlines()
     rows = [line.split() for line in lines if "gate@self" in line or line.strip().startswith("random")]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_training import checkpoint
+from sparse_training import files
 from sparse_training.errors import UserError
+from sparse_training.training import generators
+from sparse_training.training.checkpoint import MAGIC, load_checkpoint, save_checkpoint
 
 STATE = {"step": 3, "weights": torch.arange(2000.0), "nested": [1.5, None, {"text": (1, True)}]}
 
@@ -21,8 +23,8 @@ def path(tmp_path):
 
 
 def test_what_is_saved_is_loaded(path):
-    checkpoint.save(path, STATE)
-    loaded = checkpoint.load(path)
+    save_checkpoint(path, STATE)
+    loaded = load_checkpoint(path)
     assert torch.equal(loaded["weights"], STATE["weights"])
     assert (loaded["step"], loaded["nested"]) == (3, STATE["nested"])
     assert os.listdir(path.parent) == [path.name]
@@ -30,53 +32,53 @@ def test_what_is_saved_is_loaded(path):
 
 @pytest.mark.parametrize("where", [0, 30, 60, 100, 4000, -100, -1])
 def test_any_flipped_bit_is_noticed(path, where):
-    checkpoint.save(path, STATE)
+    save_checkpoint(path, STATE)
     data = bytearray(path.read_bytes())
     data[where] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
-        checkpoint.load(path)
+        load_checkpoint(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\n", b"not one", checkpoint.MAGIC])
+@pytest.mark.parametrize("data", [b"", b"\n", b"not one", MAGIC])
 def test_other_files_are_refused(path, data):
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
-        checkpoint.load(path)
+        load_checkpoint(path)
 
 
 def test_a_truncated_file_is_refused(path):
-    checkpoint.save(path, STATE)
+    save_checkpoint(path, STATE)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="wanted all of what was written"):
-        checkpoint.load(path)
+        load_checkpoint(path)
 
 
 def test_none_there_is_said(path):
     with pytest.raises(UserError, match="no checkpoint there"):
-        checkpoint.load(path)
+        load_checkpoint(path)
 
 
 def test_a_damaged_one_falls_back_on_the_previous(path):
-    checkpoint.save(path, {"step": 1})
-    checkpoint.save(path, {"step": 2})
-    assert checkpoint.load(path) == {"step": 2}
+    save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path) == {"step": 2}
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.warns(UserWarning, match=r"checkpoint\.pt\.prev, is used"):
-        assert checkpoint.load(path) == {"step": 1}
+        assert load_checkpoint(path) == {"step": 1}
 
 
 def test_a_crash_while_writing_leaves_one_to_go_on_from(path, monkeypatch):
-    checkpoint.save(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
 
     def crash(descriptor):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(UserError, match=r"checkpoint\.pt cannot be written: disk full"):
-        checkpoint.save(path, {"step": 2})
+        save_checkpoint(path, {"step": 2})
     with pytest.warns(UserWarning, match="is used"):
-        assert checkpoint.load(path) == {"step": 1}
+        assert load_checkpoint(path) == {"step": 1}
 
 
 class Harmful:
@@ -89,9 +91,9 @@ def test_code_in_a_well_formed_file_is_not_run(path, tmp_path, monkeypatch):
     buffer = tmp_path / "payload"
     torch.save({"state": Harmful()}, buffer)
     for payload in (buffer.read_bytes(), pickle.dumps(Harmful(), protocol=2)):
-        path.write_bytes(checkpoint.MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+        path.write_bytes(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
         with pytest.raises(UserError, match="more than tensors"):
-            checkpoint.load(path)
+            load_checkpoint(path)
     assert not (tmp_path / "harm").exists()
 
 
@@ -103,19 +105,19 @@ def test_every_global_generator_comes_back(path):
         return torch.rand(2).tolist(), random.random(), legacy, random.gauss(0, 1)
 
     draw()
-    checkpoint.save(path, checkpoint.rng_state(cpu))
+    save_checkpoint(path, generators.rng_state(cpu))
     expected = draw()
     draw()
-    checkpoint.set_rng_state(checkpoint.load(path), cpu)
+    generators.set_rng_state(load_checkpoint(path), cpu)
     assert draw() == expected
 
 
 def test_json_that_is_none_is_refused(tmp_path):
     path = tmp_path / "a.json"
     with pytest.raises(UserError, match="no such file"):
-        checkpoint.read_json(path)
+        files.read_json(path)
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        checkpoint.read_json(path)
-    checkpoint.write_json(path, {"seconds": 0.1})
-    assert checkpoint.read_json(path) == {"seconds": 0.1}
+        files.read_json(path)
+    files.write_json(path, {"seconds": 0.1})
+    assert files.read_json(path) == {"seconds": 0.1}

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from sparse_training import cli
 from sparse_training.__main__ import main
+from sparse_training.cli import main as cli
 
 TRAIN = ["train", "--rate", "0.3", "--batch-size", "256", "--model", "test_cli:model"]
 
@@ -94,7 +94,7 @@ def test_a_signal_ends_a_run_which_resume_completes_bit_for_bit(here, capsys, mo
 
 def test_compare_writes_a_report_that_can_be_drawn_again(here, capsys, monkeypatch):
     arguments = ["compare", "--model", "test_cli:model", "--batch-size", "256", "--seconds", "0.05", "--seeds", "0,4"]
-    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
     assert main([*arguments, "--out", "out"]) == 0
     out = capsys.readouterr().out
     assert "dense" in out
@@ -112,7 +112,7 @@ def test_compare_writes_a_report_that_can_be_drawn_again(here, capsys, monkeypat
 
 
 def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
     update = cli._Display.update
 
     def signalled(self, arm, seed, status):
@@ -136,8 +136,8 @@ STUDY += ["--tasks", "clean,noise", "--arms", "random-again,gate", "--seeds", "2
 
 
 def test_study_says_whether_chance_shows_before_any_difference(here, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
-    monkeypatch.setattr("sparse_training.study.LONGEST_CALIBRATION", 0.0)
+    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("sparse_training.experiments.study.LONGEST_CALIBRATION", 0.0)
     assert main([*STUDY, "--fractions", "1,0.5", "--out", "out", "--calibrate-only"]) == 0
     assert sorted(os.listdir("out")) == ["calibration.json", "options.json", "runs", "settings.json"]
     timed = (here / "out" / "calibration.json").read_bytes()
@@ -158,7 +158,7 @@ def test_study_says_whether_chance_shows_before_any_difference(here, capsys, mon
 
 
 def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
     step = cli._StudyDisplay.step
 
     def signalled(self, cell, status):
@@ -181,7 +181,7 @@ CEILINGS = ["ceilings", "--model", "test_cli:model", "--batch-size", "256", "--r
 
 
 def test_ceilings_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written(here, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_training.clock.CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
     assert main([*CEILINGS, "--scorers", "self,early:1,history"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     arms = ("gate@self", "gate@early:1", "gate@history", "random")
@@ -205,7 +205,7 @@ def test_a_signal_ends_the_timing_of_ceilings(here, monkeypatch, number, code):
         os.kill(os.getpid(), number)
         progress(0.5)
 
-    monkeypatch.setattr("sparse_training.ceilings.calibrate", calibrate)
+    monkeypatch.setattr("sparse_training.profiling.speedup.calibrate", calibrate)
     assert main(CEILINGS) == code
     assert len(timed) == 1
 
@@ -232,7 +232,7 @@ def test_a_signal_ends_the_timing_of_ceilings(here, monkeypatch, number, code):
         ("train --steps 3 --model nowhere:model", "nowhere"),
         ("train --steps 3 --batch-size 5000", "batch size 5000: wanted 1 to 1437"),
         ("train --steps 3 --device nonsense", "device 'nonsense' cannot be used"),
-        ("train --steps 3 --warmup 0.6 --anneal 0.6", "wanted a sum of at most 1"),
+        ("train --steps 3 --dense-start 0.6 --dense-end 0.6", "wanted a sum of at most 1"),
         ("train --steps 3 --data imagefolder --root nowhere", "nowhere"),
         ("train --steps 3 --out used", "used exists and is not empty"),
         ("train --steps 3 --out used/file", "used/file exists and is not empty"),
@@ -291,8 +291,8 @@ def test_a_damaged_checkpoint_is_one_line_and_code_2(here, capsys):
 
 def test_a_missing_extra_is_said(here, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "click", None)
-    monkeypatch.delitem(sys.modules, "sparse_training.cli")
-    monkeypatch.delattr("sparse_training.cli", raising=False)
+    monkeypatch.delitem(sys.modules, "sparse_training.cli.main")
+    monkeypatch.delattr("sparse_training.cli.main", raising=False)
     assert main(["train"]) == 2
     assert "sparse-kernels[train]" in capsys.readouterr().err
 

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from trainers import make_trainer
 
-from sparse_training.clock import Clock, Costs, calibrate
+from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
-from sparse_training.loader import ResidentLoader
-from sparse_training.policies import ImportancePolicy, InfoBatchPolicy, Policy, RandomPolicy
-from sparse_training.trainer import SparseTrainer
+from sparse_training.profiling.calibration import calibrate
+from sparse_training.selection.policies.base import Policy
+from sparse_training.selection.policies.past import ImportancePolicy, InfoBatchPolicy
+from sparse_training.selection.policies.random import RandomPolicy
+from sparse_training.training.clock import Clock, Costs
 
 COSTS = Costs(
     shared={"load": ((10, 100), (1.0, 2.0)), "train": ((1, 50, 100), (5.0, 30.0, 60.0))},
@@ -90,7 +93,7 @@ def trainer_and_loader(rows=40, batch_size=16, **options):
     labels = torch.randint(0, 3, (rows,), generator=generator)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
     loader = ResidentLoader(SimpleNamespace(images=images, labels=labels), batch_size=batch_size)
-    return SparseTrainer(model, **options), loader
+    return make_trainer(model, **options), loader
 
 
 def test_calibration_leaves_everything_as_it_was():

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sparse_training import compare as comparison
-from sparse_training.clock import Costs
-from sparse_training.compare import Interrupted, compare
-from sparse_training.data import ImageData, Split
+from sparse_training.data.splits import ImageData, Split
 from sparse_training.errors import UserError
-from sparse_training.report import load_result, write_report
+from sparse_training.experiments import compare as comparison
+from sparse_training.experiments.compare import Interrupted, compare
+from sparse_training.reporting.report import load_result, write_report
+from sparse_training.training.clock import Costs
 
 FLAT = {"score": ((1,), (0.5,)), "select": ((1,), (0.1,))}
 FREE = {"score": ((1,), (0.0,)), "select": ((1,), (0.0,))}

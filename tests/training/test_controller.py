@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparse_kernels import control
 from sparse_kernels.control_law import initial_state
-from sparse_training.controller import PIController
 from sparse_training.errors import UserError
+from sparse_training.gate.controller import PIController
 
 TARGETS = (0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9)
 STARTS = (1e-3, 1.0, 1e3, -math.inf)  # the last is the automatic one

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_training.data import DATASETS, ImageData, Split, cifar10, idx, load_data
-from sparse_training.data.types import channel_statistics
+from sparse_training.data import cifar10
+from sparse_training.data import fashion_mnist as idx
+from sparse_training.data.load import DATASETS, load_data
+from sparse_training.data.splits import ImageData, Split, channel_statistics
 from sparse_training.errors import UserError
 
 

@@ -115,7 +115,7 @@ def train(rank: int, ranks: int, group: Any, options: dict[str, Any], steps: int
     trace: list[Any] = []
     together = batches(steps, 4)
     for step, of_ranks in enumerate(together):
-        gate.at(step / steps)
+        gate.set_progress(step / steps)
         inputs, targets = cut(of_ranks, ranks)[rank]
         if wrap == "accumulate":  # two backward passes a step, the ranks' gradients summed in the second
             quiet = net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
@@ -162,7 +162,7 @@ def agree(alone: Any, together: list[Any], tolerance: float = 1e-6) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "threshold": {"rate": 0.3},
     "capacity": {"rate": 0.3, "capacity": 160},
-    "mass": {"mass": 0.6},
+    "mass": {"grad_norm_fraction": 0.6},
     "ramp": {"rate": Ramp(1.0, 0.2), "threshold": 0.5},
     "soft": {"rate": 0.5, "temperature": 1e-4, "p_min": 0.0},
 }

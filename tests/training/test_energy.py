@@ -9,9 +9,11 @@ from test_trainer import network, resident
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_training import energy
-from sparse_training.energy import Energy, Operations, ZeusMeter, find_meter
+from sparse_training.profiling import energy
+from sparse_training.profiling.energy import Energy, ZeusMeter, find_meter
 from sparse_training.trainer import SparseTrainer
+from sparse_training.training.flops import Operations
+from sparse_training.training.settings import TrainerSettings
 
 CPU = torch.device("cpu")
 
@@ -50,7 +52,7 @@ def test_evaluation_and_writing_are_not_metered(tmp_path):
         return {"accuracy": 0.0}
 
     trainer = SparseTrainer(network())
-    options = {"evaluate": evaluate, "evaluations": 2, "checkpoint": tmp_path, "every": 3}
+    options = {"evaluate": evaluate, "evaluations": 2, "checkpoint": tmp_path, "checkpoint_interval": 3}
     history = trainer.fit(resident(), steps=8, meter=meter, **options)
     # Two evaluations and the files after steps 3 and 6 part the run into five stretches.
     assert history.to_dict()["joules"] == {"measured": 5.0, "by": "a test's counter"}
@@ -123,7 +125,7 @@ def test_operations_are_those_of_every_step_counted(policy):
     """Most steps are not counted, and the sum is that of a run all of whose steps are."""
     model = network()
     torch.manual_seed(0)
-    trainer = SparseTrainer(model, policy=policy, rate=0.4, warmup=0.2, anneal=0.2)
+    trainer = SparseTrainer(model, policy=policy, rate=0.4, dense_start=0.2, dense_end=0.2)
     counted = 0
     step = trainer.step
 
@@ -153,7 +155,9 @@ def test_a_compiled_models_operations_are_counted_too():
     plain, compiled = nn.Linear(8, 3), nn.Linear(8, 3)
     data = [(torch.randn(16, 8), torch.randint(0, 3, (16,))) for _ in range(3)]
     found = [
-        SparseTrainer(model, policy="random", rate=0.5, compile=compiled_too).fit(data, steps=12).operations
+        SparseTrainer(model, policy="random", rate=0.5, settings=TrainerSettings(compile=compiled_too))
+        .fit(data, steps=12)
+        .operations
         for model, compiled_too in ((plain, False), (compiled, True))
     ]
     assert found[0] == found[1]

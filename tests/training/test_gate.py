@@ -12,9 +12,9 @@ from torch import Tensor
 from sparse_kernels import backends, cpp_backend, row_stats
 from sparse_kernels.types import CONTROL_VALUES
 from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.schedules import Ramp
-from sparse_training.significance import Significance
+from sparse_training.gate.gate import Gate
+from sparse_training.gate.schedules import Ramp
+from sparse_training.gate.significance import Significance
 
 CLASSES = 10
 
@@ -213,7 +213,7 @@ def grad_norm_of(logits: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("mass", [0.3, 0.8, 0.95])
 @pytest.mark.parametrize("significance", [None, Significance(loss=0.7, entropy=0.3)])
 def test_keeps_the_share_of_mass_asked_for(mass: float, significance: Significance | None) -> None:
-    gate = Gate(mass=mass, significance=significance)
+    gate = Gate(grad_norm_fraction=mass, significance=significance)
     shares, fewest = [], []
     for logits, targets in batches(120):
         kept = gate(logits, targets)
@@ -229,7 +229,7 @@ def test_keeps_the_share_of_mass_asked_for(mass: float, significance: Significan
 
 
 def test_mass_counts_neither_ignored_nor_invalid_rows() -> None:
-    gate = Gate(mass=0.7)
+    gate = Gate(grad_norm_fraction=0.7)
     for logits, targets in batches(80):
         targets[:100] = -100
         logits[100:110, 3] = math.nan
@@ -239,13 +239,13 @@ def test_mass_counts_neither_ignored_nor_invalid_rows() -> None:
     assert kept.index.min() >= 110
 
 
-@pytest.mark.parametrize("name", ["rate", "mass"])
+@pytest.mark.parametrize("name", ["rate", "grad_norm_fraction"])
 def test_a_ramp_is_followed_over_the_run(name: str) -> None:
     ramp = Ramp(0.8, 0.2, begin=0.25, finish=0.75)
     gate = Gate(**{name: ramp})  # type: ignore[arg-type]
     observed = []
     for t, (logits, targets) in enumerate(batches(300)):
-        gate.at(t / 300)
+        gate.set_progress(t / 300)
         kept = gate(logits, targets)
         norm = torch.ones(512) if name == "rate" else grad_norm_of(logits, targets)
         observed.append((norm[kept.index].sum() / norm.sum()).item())
@@ -259,7 +259,7 @@ def test_a_run_that_starts_with_every_row() -> None:
     gate = Gate(Ramp(1.0, 0.1, finish=0.1))
     counts = []
     for t, batch in enumerate(batches(200)):
-        gate.at(t / 200)
+        gate.set_progress(t / 200)
         counts.append(int(gate(*batch).count))
     assert counts[0] == 512
     assert sum(counts[60:]) / 140 / 512 == pytest.approx(0.1, abs=0.01)
@@ -269,10 +269,10 @@ def test_aim_out_of_range_is_refused_and_changes_nothing() -> None:
     gate = Gate(0.3, floor=0.1)
     for setpoint in (0.0, 1.5, math.nan, 0.05):
         with pytest.raises(UserError, match="wanted"):
-            gate.aim(setpoint)
+            gate.set_target_rate(setpoint)
         assert gate.rate == 0.3
         assert gate.controller.target.item() == pytest.approx(0.3)
-    gate.aim(0.2)
+    gate.set_target_rate(0.2)
     assert gate.controller.target.item() == pytest.approx(0.2)
 
 
@@ -356,7 +356,7 @@ def test_topk_draws_among_equal_rows() -> None:
     [
         {"rate": 0.2},
         {"rate": 0.2, "capacity": 64},
-        {"mass": 0.5},
+        {"grad_norm_fraction": 0.5},
         {"rate": 0.2, "decision": "topk"},
         {"rate": 0.2, "ties": "random"},
         {"rate": 0.2, "temperature": 0.5},
@@ -545,12 +545,15 @@ def test_label_smoothing_and_reduced_precision() -> None:
         ({"label_smoothing": 1.1}, "label_smoothing=1.1"),
         ({"threshold": math.inf}, "threshold=inf"),
         ({"significance": {"loss": 1.0}}, "wanted a Significance"),
-        ({"rate": None, "mass": 0.0}, "mass=0.0"),
-        ({"rate": None, "mass": 1.1}, "mass=1.1"),
-        ({"mass": 0.5}, "rate=0.1 and mass=0.5"),
-        ({"rate": None, "mass": 0.5, "decision": "topk"}, "wanted a rate"),
-        ({"rate": None, "mass": 0.5, "floor": 0.1}, "wanted a rate"),
-        ({"rate": None, "mass": 0.05, "temperature": 1.0, "p_min": 0.1}, "p_min=0.1 is not below mass=0.05"),
+        ({"rate": None, "grad_norm_fraction": 0.0}, "grad_norm_fraction=0.0"),
+        ({"rate": None, "grad_norm_fraction": 1.1}, "grad_norm_fraction=1.1"),
+        ({"grad_norm_fraction": 0.5}, "rate=0.1 and grad_norm_fraction=0.5"),
+        ({"rate": None, "grad_norm_fraction": 0.5, "decision": "topk"}, "wanted a rate"),
+        ({"rate": None, "grad_norm_fraction": 0.5, "floor": 0.1}, "wanted a rate"),
+        (
+            {"rate": None, "grad_norm_fraction": 0.05, "temperature": 1.0, "p_min": 0.1},
+            "p_min=0.1 is not below grad_norm_fraction=0.05",
+        ),
         ({"decision": "best"}, "decision='best'; wanted one of threshold, topk"),
         ({"ties": "keep"}, "ties='keep'; wanted one of equal, random"),
         ({"temperature": 1.0, "decision": "topk"}, "wanted temperature=0"),
@@ -589,7 +592,7 @@ def test_tensors_that_do_not_fit_are_refused_and_change_nothing() -> None:
     [
         ({"rate": 0.2}, True),
         ({"rate": 0.2, "decision": "topk"}, True),
-        ({"mass": 0.9}, True),
+        ({"grad_norm_fraction": 0.9}, True),
         ({"rate": 0.2, "ties": "random"}, True),
         ({"rate": 0.2, "temperature": 0.5}, False),
         ({"rate": 1.0}, False),

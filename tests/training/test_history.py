@@ -5,7 +5,10 @@ import torch
 
 from sparse_kernels import cpp_backend
 from sparse_training.errors import UserError
-from sparse_training.history import Importance, InfoBatch, ScoreTable, Shuffle
+from sparse_training.samplers.importance import Importance
+from sparse_training.samplers.infobatch import InfoBatch
+from sparse_training.samplers.score_table import ScoreTable
+from sparse_training.samplers.shuffle import Shuffle
 
 ROWS = 500
 
@@ -96,7 +99,7 @@ def test_every_row_is_drawn_once_before_any_is_twice():
     unseen = ROWS - table.seen
     for _ in range(unseen // 32 + 1):
         drawn = law.draw(32)
-        table.update(drawn.ids, torch.ones(32))
+        table.update(drawn.index, torch.ones(32))
         first.append(drawn)
     index, weight = (torch.cat(parts)[:unseen] for parts in zip(*first, strict=True))
     assert sorted(index.tolist()) == [row for row in range(ROWS) if row % 3]
@@ -111,7 +114,7 @@ def test_rows_are_drawn_as_often_as_their_probability_says(uniform):
     law, draws, batches = after_the_first_pass(table, uniform=uniform), 256, 500
     counts = torch.zeros(ROWS)
     for _ in range(batches):
-        counts += torch.bincount(law.draw(draws).ids, minlength=ROWS)
+        counts += torch.bincount(law.draw(draws).index, minlength=ROWS)
     probability = (1 - uniform) * scores() / scores().sum() + uniform / ROWS
     expected = draws * batches * probability
     # Stratified draws vary less than independent ones, whose deviation is sqrt(expected).
@@ -136,7 +139,7 @@ def test_the_weighted_mean_of_a_batch_is_unbiased_and_varies_less_than_a_uniform
 def test_the_weights_are_what_makes_it_unbiased():
     """Without them the mean is off by far more than its error: what the test above would miss."""
     law = after_the_first_pass(full_table())
-    means = torch.stack([scores()[law.draw(32).ids].mean() for _ in range(200)])
+    means = torch.stack([scores()[law.draw(32).index].mean() for _ in range(200)])
     assert means.mean() > 1.5 * scores().mean()
 
 
@@ -146,10 +149,10 @@ def test_draws_hang_on_seed_step_and_slot_alone():
     first, second = law.draw(64), law.draw(64)
     torch.manual_seed(6)
     torch.rand(3)
-    assert torch.equal(same.draw(64).ids, first.ids)
-    assert torch.equal(same.draw(64).ids, second.ids)
-    assert not torch.equal(first.ids, second.ids)
-    assert not torch.equal(other.draw(64).ids, first.ids)
+    assert torch.equal(same.draw(64).index, first.index)
+    assert torch.equal(same.draw(64).index, second.index)
+    assert not torch.equal(first.index, second.index)
+    assert not torch.equal(other.draw(64).index, first.index)
 
 
 @pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="no C++")
@@ -160,10 +163,10 @@ def test_draws_are_the_same_without_cpp_and_on_any_number_of_threads():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             expected, found = (law.draw(20_000) for law in laws)
-            assert torch.equal(found.ids, expected.ids)
+            assert torch.equal(found.index, expected.index)
             assert torch.equal(found.weight, expected.weight)
             for law in laws:
-                law.table.update(expected.ids, expected.weight)
+                law.table.update(expected.index, expected.weight)
     finally:
         torch.set_num_threads(threads)
 
@@ -173,14 +176,14 @@ def test_a_table_of_zeros_is_drawn_from_uniformly():
     table.update(torch.arange(ROWS), torch.zeros(ROWS))
     drawn = after_the_first_pass(table).draw(ROWS)
     assert (drawn.weight == 1.0).all()
-    assert len(drawn.ids.unique()) > 0.9 * ROWS  # stratified: one in each row's part
+    assert len(drawn.index.unique()) > 0.9 * ROWS  # stratified: one in each row's part
 
 
 @pytest.mark.parametrize("stop", [1, 7, 15, 16, 40])  # within the first pass, at its end, after it
 def test_draws_go_on_from_their_state_bit_for_bit(stop):
     def step(law):
         drawn = law.draw(33)
-        law.table.update(drawn.ids, scores()[drawn.ids] / (1 + law.step))
+        law.table.update(drawn.index, scores()[drawn.index] / (1 + law.step))
         return drawn
 
     law = Importance(ScoreTable(ROWS), seed=1)
@@ -192,7 +195,7 @@ def test_draws_go_on_from_their_state_bit_for_bit(stop):
     other.load_state_dict(law.state_dict())
     for _ in range(20):
         expected, found = step(law), step(other)
-        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.index, expected.index)
         assert torch.equal(found.weight, expected.weight)
     assert (table.seen, table.total) == (law.table.seen, law.table.total)
 
@@ -224,17 +227,17 @@ def test_infobatch_is_unbiased_over_epochs():
 def test_infobatch_keeps_rows_without_a_score_and_its_threshold_for_an_epoch():
     table = ScoreTable(ROWS)
     law = InfoBatch(table)
-    assert len(law.prune(torch.arange(ROWS), 0).ids) == ROWS
+    assert len(law.prune(torch.arange(ROWS), 0).index) == ROWS
     table.update(torch.arange(ROWS), scores())
-    assert len(law.prune(torch.arange(ROWS), 0).ids) == ROWS  # the epoch began without scores
+    assert len(law.prune(torch.arange(ROWS), 0).index) == ROWS  # the epoch began without scores
     kept = law.prune(torch.arange(ROWS), 1)
-    assert len(kept.ids) < ROWS
+    assert len(kept.index) < ROWS
     table.update(torch.arange(250), torch.full((250,), 9.0))  # the mean rises above every other score
     later = torch.arange(250, ROWS)
-    assert torch.equal(law.prune(later, 1).ids, kept.ids[kept.ids >= 250])
+    assert torch.equal(law.prune(later, 1).index, kept.index[kept.index >= 250])
     other = InfoBatch(table)
     other.load_state_dict(law.state_dict())
-    assert torch.equal(other.prune(later, 1).ids, law.prune(later, 1).ids)
+    assert torch.equal(other.prune(later, 1).index, law.prune(later, 1).index)
     assert set(law.prune(later, 1).weight.tolist()) == {1.0, 2.0}
     assert set(law.prune(later, 2).weight.tolist()) == {2.0}
 
@@ -287,4 +290,4 @@ def test_ten_million_rows():
     assert len(index.unique()) > 900_000
     heavy = torch.tensor([rows - 1])
     table.update(heavy, torch.tensor([1e7]))  # now two thirds of the whole
-    assert int((law.draw(1000).ids == heavy).sum()) == pytest.approx(0.9 * 1000 * 2 / 3, abs=40)
+    assert int((law.draw(1000).index == heavy).sum()) == pytest.approx(0.9 * 1000 * 2 / 3, abs=40)

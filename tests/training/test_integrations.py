@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.integrations import SampleGate
+from sparse_training.gate.gate import Gate
+from sparse_training.integrations.sample_gate import SampleGate
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -137,7 +137,9 @@ def test_hugging_face_trains_on_the_tokens_kept(tmp_path):
     tokens, _, below = digit_tokens()
     seen = []
     model = bert("BertForTokenClassification", num_labels=17)
-    trainer = gated_trainer(tmp_path, model, Rows(tokens, below), seen, gate=Gate(0.3), rows="elements", accumulate=2)
+    trainer = gated_trainer(
+        tmp_path, model, Rows(tokens, below), seen, gate=Gate(0.3), granularity="token", accumulate=2
+    )
     trainer.train()
     assert {training for training, _ in seen} == {True}  # no scoring pass
     assert int(trainer.gate.step) == 59  # an epoch has 57 batches, the last step of it one
@@ -153,7 +155,7 @@ def test_a_language_models_tokens_are_judged_by_the_next(tmp_path):
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=20, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     model = transformers.GPT2LMHeadModel(config)
-    trainer = gated_trainer(tmp_path, model, Rows(tokens, tokens), max_steps=2, gate=1.0, rows="elements")
+    trainer = gated_trainer(tmp_path, model, Rows(tokens, tokens), max_steps=2, gate=1.0, granularity="token")
     batch = {"input_ids": tokens[:4], "labels": tokens[:4]}
     with torch.no_grad():
         wanted = model.eval()(**batch).loss

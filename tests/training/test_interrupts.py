@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
-from sparse_training import checkpoint
+from sparse_training import files
 from sparse_training.__main__ import main
 from sparse_training.errors import UserError
+from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
 
 KILLS = 20
 TRAIN = [
@@ -46,7 +47,7 @@ def command(folder, arguments, log):
 def start():
     """Starts command lines in fresh processes that need not import PyTorch: they fork from one that has."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sparse_training.cli", "test_interrupts", "torch._dynamo"])
+    context.set_forkserver_preload(["sparse_training.cli.main", "test_interrupts", "torch._dynamo"])
 
     def starter(folder, arguments, log="log.txt"):
         process = context.Process(target=command, args=(str(folder), arguments, log))
@@ -62,7 +63,7 @@ def outcome(folder):
     for timed in (run, *run["evals"]):
         for name in ("seconds", "raw_seconds"):
             timed.pop(name, None)
-    state = checkpoint.load(folder / "checkpoint.pt")
+    state = load_checkpoint(folder / "checkpoint.pt")
     for name in ("seconds", "raw_seconds", "evals"):
         del state["history"][name]
     # Nobody seeded Python's and NumPy's generators, and nothing draws from them.
@@ -105,7 +106,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path, start):
             if (folder / "checkpoint.pt").exists() or (folder / "checkpoint.pt.prev").exists():
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr("warnings.warn", lambda *arguments, **options: None)
-                    steps.append(checkpoint.load(folder / "checkpoint.pt")["history"]["steps"])
+                    steps.append(load_checkpoint(folder / "checkpoint.pt")["history"]["steps"])
         else:
             assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "log.txt").read_text()
             found = outcome(folder)
@@ -130,16 +131,16 @@ def full_disk(more):
 @pytest.mark.parametrize("limit", [0, 10, 1000, 5000, 40000])
 def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path, limit):
     path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, {"step": 1, "weights": torch.ones(10)})
+    save_checkpoint(path, {"step": 1, "weights": torch.ones(10)})
     with full_disk(limit), pytest.raises(UserError, match=r"checkpoint\.pt cannot be written: File too large"):
-        checkpoint.save(path, {"step": 2, "weights": torch.ones(20000)})
+        save_checkpoint(path, {"step": 2, "weights": torch.ones(20000)})
     assert not any(name.endswith(".tmp") for name in os.listdir(tmp_path))
     with pytest.warns(UserWarning, match="is used"):
-        assert checkpoint.load(path)["step"] == 1
-    checkpoint.save(path, {"step": 3})
-    assert checkpoint.load(path)["step"] == 3
+        assert load_checkpoint(path)["step"] == 1
+    save_checkpoint(path, {"step": 3})
+    assert load_checkpoint(path)["step"] == 3
     with full_disk(0), pytest.raises(UserError, match=r"a\.json cannot be written: File too large"):
-        checkpoint.write_json(tmp_path / "a.json", [1])
+        files.write_json(tmp_path / "a.json", [1])
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "checkpoint.pt.prev"]
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparse_training.data.resident import ResidentLoader
+from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
-from sparse_training.loader import Choice, ResidentLoader, StreamLoader
+from sparse_training.selection.types import WeightedIndices
 
 
 def split(rows=10, channels=3):
@@ -57,7 +59,7 @@ def test_rows_not_chosen_are_never_loaded(monkeypatch):
     loaded = []
     fetch = loader.fetch
     monkeypatch.setattr(loader, "fetch", lambda index: loaded.append(index.tolist()) or fetch(index))
-    batch = loader.load(torch.tensor([5, 6, 7, 8]), Choice(torch.tensor([8, 6])))
+    batch = loader.load(torch.tensor([5, 6, 7, 8]), WeightedIndices(torch.tensor([8, 6])))
     assert loaded == [[8, 6]]
     assert batch.targets.tolist() == batch.ids.tolist() == [8, 6]
     assert (batch.rows, batch.offered) == (2, 4)
@@ -119,7 +121,7 @@ def test_batches_may_be_pairs_tuples_mappings_or_anything_with_extractors():
 
 
 def test_a_stream_chooses_after_loading():
-    batch = StreamLoader([]).load((torch.arange(4.0), torch.arange(4)), Choice(torch.tensor([2, 0])))
+    batch = StreamLoader([]).load((torch.arange(4.0), torch.arange(4)), WeightedIndices(torch.tensor([2, 0])))
     assert batch.inputs.tolist() == [2.0, 0.0]
     assert (batch.rows, batch.offered) == (2, 4)
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from sparse_training.errors import UserError
-from sparse_training.models import MODELS, Attention, ResidualBlock, build_model
+from sparse_training.models.build import MODELS, build_model
+from sparse_training.models.resnet import ResidualBlock
+from sparse_training.models.vit import Attention
 
 CIFAR = (3, 32, 32)
 

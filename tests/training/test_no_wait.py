@@ -16,27 +16,26 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from sparse_kernels import backends, control_law, cuda_backend
 from sparse_training.criterion import Criterion
-from sparse_training.gate import Gate
-from sparse_training.loader import Batch
-from sparse_training.policies import GatePolicy
-from sparse_training.schedules import Ramp
-from sparse_training.scoring import Scores
-from sparse_training.significance import Significance
+from sparse_training.gate.gate import Gate
+from sparse_training.gate.schedules import Ramp
+from sparse_training.gate.significance import Significance
+from sparse_training.selection.policies.gate import GatePolicy
+from sparse_training.selection.types import Batch, Scores
 
 ROWS, CLASSES, CAPACITY = 96, 7, 24
 VARIANTS: dict[str, dict[str, Any]] = {
     "rate": {"rate": 0.2},
     "rate of 1": {"rate": 1.0},
-    "mass": {"mass": 0.6},
+    "mass": {"grad_norm_fraction": 0.6},
     "schedule of a rate": {"rate": Ramp(0.5, 0.1)},
-    "schedule of a mass": {"mass": Ramp(0.9, 0.5)},
+    "schedule of a mass": {"grad_norm_fraction": Ramp(0.9, 0.5)},
     "draws": {"rate": 0.2, "temperature": 0.5, "p_min": 0.01},
-    "draws by mass": {"mass": 0.6, "temperature": 0.5},
+    "draws by mass": {"grad_norm_fraction": 0.6, "temperature": 0.5},
     "floor": {"rate": 0.2, "floor": 0.1},
     "topk": {"rate": 0.2, "decision": "topk"},
     "random ties": {"rate": 0.2, "ties": "random"},
     "topk, random ties": {"rate": 0.2, "decision": "topk", "ties": "random"},
-    "random ties by mass": {"mass": 0.6, "ties": "random"},
+    "random ties by mass": {"grad_norm_fraction": 0.6, "ties": "random"},
     "other statistics": {"rate": 0.2, "significance": Significance(entropy=1.0, margin=-0.5), "label_smoothing": 0.1},
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
@@ -51,7 +50,7 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 def step(gate: Gate, logits: Tensor, targets: Tensor, progress: float = 0.5) -> tuple[Any, ...]:
     """A training loop's use of the gate, all of it."""
-    gate.at(progress)
+    gate.set_progress(progress)
     kept = gate(logits, targets)
     rows, labels = kept.take((logits, targets))
     loss = (kept.weight * torch.nn.functional.cross_entropy(rows, labels, reduction="none")).sum() / gate.divisor()

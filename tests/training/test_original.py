@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sparse_training.original import CLAIMS, PackageLaw, claim_at
+from sparse_training.experiments.original import CLAIMS, claim_at
+from sparse_training.selection.policies.masked import PackageLaw
 
 
 @pytest.mark.parametrize(("rate", "speedups"), [(0.012, (86.5,)), (0.1, (8.6, 10.4)), (0.06, (16.0,)), (0.8, None)])

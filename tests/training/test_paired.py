@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sparse_training.paired import common_curve, holm, paired, time_to_reach
+from sparse_training.experiments.statistics import common_curve, holm, paired, time_to_reach
 
 
 def test_the_test_is_students_over_pairs():

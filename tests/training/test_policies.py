@@ -9,23 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.loader import Batch, Offer
-from sparse_training.policies import (
-    POLICIES,
-    BatchImportancePolicy,
-    BatchInfoBatchPolicy,
-    GatePolicy,
-    ImportancePolicy,
-    InfoBatchPolicy,
-    MaskedPolicy,
-    Policy,
-    RandomPolicy,
-    TopKPolicy,
-    make_policy,
-)
-from sparse_training.scoring import Scores
-from sparse_training.significance import Significance
+from sparse_training.gate.gate import Gate
+from sparse_training.gate.significance import Significance
+from sparse_training.selection.policies.base import Policy
+from sparse_training.selection.policies.by_loss import BatchImportancePolicy, BatchInfoBatchPolicy, TopKPolicy
+from sparse_training.selection.policies.gate import GatePolicy
+from sparse_training.selection.policies.masked import MaskedPolicy
+from sparse_training.selection.policies.past import ImportancePolicy, InfoBatchPolicy
+from sparse_training.selection.policies.random import RandomPolicy
+from sparse_training.selection.registry import POLICIES, make_policy
+from sparse_training.selection.types import Batch, CandidateIndices, Scores
 
 
 def batch(rows=64, classes=5):
@@ -36,7 +29,7 @@ def batch(rows=64, classes=5):
 
 
 def offer(rows, epoch=0):
-    return Offer(torch.arange(rows), epoch)
+    return CandidateIndices(torch.arange(rows), epoch)
 
 
 def scored(policy, some):
@@ -55,14 +48,14 @@ def test_dense_keeps_the_batch_as_it_is():
 @pytest.mark.parametrize(("rate", "rows", "count"), [(0.1, 512, 51), (0.1, 96, 10), (1.0, 7, 7), (0.3, 5, 2)])
 def test_random_draws_exactly_its_share_without_repeats(rate, rows, count):
     policy = RandomPolicy(rate)
-    drawn = [policy.choose(offer(rows)).ids for _ in range(20)]
+    drawn = [policy.choose(offer(rows)).index for _ in range(20)]
     assert all(len(set(rows_.tolist())) == len(rows_) == count for rows_ in drawn)
     assert len({tuple(sorted(rows_.tolist())) for rows_ in drawn}) > 1 or rate == 1.0
 
 
 def test_random_reaches_its_rate_where_it_rounds_to_nothing():
     policy = RandomPolicy(0.1)
-    assert sum(len(policy.choose(offer(1)).ids) for _ in range(3000)) == pytest.approx(300, abs=70)
+    assert sum(len(policy.choose(offer(1)).index) for _ in range(3000)) == pytest.approx(300, abs=70)
 
 
 def test_random_goes_on_from_its_state_and_leaves_the_global_generator():
@@ -71,7 +64,7 @@ def test_random_goes_on_from_its_state_and_leaves_the_global_generator():
     policy.choose(offer(100))
     other = RandomPolicy(0.1, seed=6)
     other.load_state_dict(policy.state_dict())
-    assert torch.equal(policy.choose(offer(100)).ids, other.choose(offer(100)).ids)
+    assert torch.equal(policy.choose(offer(100)).index, other.choose(offer(100)).index)
     assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -117,7 +110,7 @@ def mass_of(some, kept, **options):
         {"rate": 0.2, "capacity": 100, "label_smoothing": 0.1, "ignore_index": 3},
         {"rate": 0.3, "temperature": 0.5, "p_min": 0.05},
         {"rate": 0.3, "decision": "topk"},
-        {"mass": 0.6},
+        {"grad_norm_fraction": 0.6},
     ],
     ids=lambda options: " ".join(options),
 )
@@ -132,7 +125,9 @@ def test_a_watched_gate_knows_the_mass_of_the_rows_that_it_kept(options):
     rate, threshold, mass = policy.trace()
     assert mass.item() == pytest.approx(mass_of(some, kept, **ignored), rel=1e-5)
     assert threshold == policy.gate.threshold
-    assert rate.item() == pytest.approx(kept.rows / 256 if "mass" in options else policy.gate.rate_observed.item())
+    assert rate.item() == pytest.approx(
+        kept.rows / 256 if "grad_norm_fraction" in options else policy.gate.rate_observed.item()
+    )
     policy.watched = False
     scored(policy, some)
     assert len(policy.trace()) == 2
@@ -377,8 +372,8 @@ def test_infobatch_steps_are_whole_batches_in_the_order_offered():
     losses = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 2
     policy = trained(InfoBatchPolicy(), losses)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
-    choices = [policy.choose(Offer(ids, 1)) for ids in order.split(50)]
-    assert {len(choice.ids) for choice in choices} == {0, 50}
+    choices = [policy.choose(CandidateIndices(ids, 1)) for ids in order.split(50)]
+    assert {len(choice.index) for choice in choices} == {0, 50}
     ids, weight = (torch.cat(parts) for parts in zip(*choices, policy.waiting, strict=True))
     places = torch.empty_like(order)
     places[order] = torch.arange(1000)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from sparse_training import plots, report
 from sparse_training.errors import UserError
+from sparse_training.reporting import plots, report
 
 EVIL = "$\\frac{$<script>alert('x')</script> & \""
 
@@ -103,8 +103,8 @@ def make_result(arms=("dense", "random", "gate"), seeds=(0, 1, 2), finals=None, 
             "seconds": 20.0,
             "seeds": list(seeds),
             "lr": 1e-3,
-            "warmup": 0.05,
-            "anneal": 0.125,
+            "dense_start": 0.05,
+            "dense_end": 0.125,
             "precision": "bfloat16",
             "train_rows": 1437,
             "test_rows": 360,
@@ -167,7 +167,7 @@ def evil():
     return result
 
 
-def bare():
+def unwrap():
     """One arm; nothing timed, traced, evaluated or shown, and no accuracy to be had."""
     result = make_result(arms=("gate",))
     result.update(gallery={}, speedup={}, calibration={"rounds": 0, "arms": {}})
@@ -193,7 +193,7 @@ def diverged():
 
 
 RESULT = make_result()
-CASES = {"whole": RESULT, "evil": evil(), "bare": bare(), "diverged": diverged()}
+CASES = {"whole": RESULT, "evil": evil(), "bare": unwrap(), "diverged": diverged()}
 STYLE = dict(matplotlib.rcParams)
 
 

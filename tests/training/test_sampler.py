@@ -9,8 +9,8 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sparse_training.errors import UserError
-from sparse_training.sampler import LAWS, HistorySampler, Indexed
-from sparse_training.worth import Worth
+from sparse_training.samplers.adaptive_weights import SamplingWeights
+from sparse_training.samplers.batch_sampler import METHODS, HistorySampler, Indexed
 
 ROWS = 203
 
@@ -47,9 +47,9 @@ def loader_of(sampler, workers=0, rows=ROWS):
     return DataLoader(Indexed(dataset(rows)), batch_sampler=sampler, num_workers=workers)
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", METHODS)
 def test_the_first_epoch_is_a_plain_one_in_random_order(law):
-    sampler = HistorySampler(dataset(), 16, law=law)
+    sampler = HistorySampler(dataset(), 16, method=law)
     found = train(sampler, loader_of(sampler), 0)
     assert len(found) == len(sampler) == 13
     rows = [row for index, _ in found for row in index]
@@ -69,7 +69,7 @@ def test_importance_epochs_have_the_share_of_rows_that_was_asked_for():
 
 
 def test_infobatch_epochs_hold_what_is_not_dropped_and_the_last_ones_everything():
-    sampler = HistorySampler(ROWS, 16, law="infobatch", epochs=8)
+    sampler = HistorySampler(ROWS, 16, method="infobatch", epochs=8)
     loader = loader_of(sampler)
     sizes = []
     for epoch in range(8):
@@ -86,7 +86,7 @@ def test_infobatch_epochs_hold_what_is_not_dropped_and_the_last_ones_everything(
 
 
 def test_a_loader_that_is_gone_through_again_counts_its_own_epochs():
-    sampler = HistorySampler(ROWS, 64, law="infobatch")
+    sampler = HistorySampler(ROWS, 64, method="infobatch")
     for epoch in range(3):
         assert sum(1 for _ in sampler) == len(sampler)
         assert sampler.epoch == epoch
@@ -110,18 +110,23 @@ OPTIONS = {
     "importance": {},
     "infobatch": {},
     # Passes end within epochs, and classes are balanced from the third epoch on.
-    "adaptive": {"rate": 0.8, "epochs": 4, "targets": rare_classes(), "copies": 1 + (torch.arange(ROWS) < 50).long()},
+    "adaptive": {
+        "rate": 0.8,
+        "epochs": 4,
+        "targets": rare_classes(),
+        "duplicate_counts": 1 + (torch.arange(ROWS) < 50).long(),
+    },
 }
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", METHODS)
 @pytest.mark.parametrize(("workers", "stop"), [(0, 5), (0, 13), (2, 5), (2, 12)])
 @pytest.mark.parametrize("place", [{}, {"rank": 1, "num_replicas": 2}], ids=["alone", "of two"])
 def test_a_state_goes_on_bit_for_bit(law, workers, stop, place):
     """With workers, batches are drawn ahead: the state holds them, and they are not drawn again."""
     if place and law == "infobatch":
         pytest.skip("its processes agree on the batches of an epoch")
-    options = {"law": law, "seed": 3, **OPTIONS[law], **place}
+    options = {"method": law, "seed": 3, **OPTIONS[law], **place}
 
     def epochs(sampler, first, last):
         loader = loader_of(sampler, workers)
@@ -182,7 +187,7 @@ def test_adaptive_rows_whose_labels_the_model_denies_come_seldom(known):
     right = torch.arange(rows) % classes
     wrong = torch.rand(rows, generator=generator) < 0.2
     given = torch.where(wrong, (right + torch.randint(1, classes, (rows,), generator=generator)) % classes, right)
-    sampler = HistorySampler(rows, 100, law="adaptive", targets=given.tolist())
+    sampler = HistorySampler(rows, 100, method="adaptive", targets=given.tolist())
     assert (drawn(sampler, 1)[0] == 1).all()
     logits = 4.0 * torch.nn.functional.one_hot(right, classes).float()
     losses = torch.nn.functional.cross_entropy(logits, given, reduction="none")
@@ -198,7 +203,7 @@ def test_adaptive_rows_whose_labels_the_model_denies_come_seldom(known):
 
 def test_adaptive_copies_share_the_draws_of_one_row():
     copies = torch.where(torch.arange(1000) < 600, 6, 1)
-    (counts,) = drawn(HistorySampler(1000, 50, law="adaptive", copies=copies), 1)
+    (counts,) = drawn(HistorySampler(1000, 50, method="adaptive", duplicate_counts=copies), 1)
     assert counts[:600].sum() == pytest.approx(200, abs=10)
     assert counts[600:].float().mean() == pytest.approx(2.0, abs=0.05)
 
@@ -206,7 +211,7 @@ def test_adaptive_copies_share_the_draws_of_one_row():
 @pytest.mark.parametrize("epochs", [5, None])
 def test_adaptive_classes_are_balanced_in_the_last_two_fifths_of_the_epochs(epochs):
     targets = rare_classes(2000)
-    sampler = HistorySampler(2000, 50, law="adaptive", targets=targets, epochs=epochs)
+    sampler = HistorySampler(2000, 50, method="adaptive", targets=targets, epochs=epochs)
     shares = [torch.bincount(targets, weights=counts.double()) / 2000 for counts in drawn(sampler, 5)]
     for epoch, share in enumerate(shares):
         balanced = epochs is not None and epoch >= 3
@@ -218,13 +223,21 @@ def test_adaptive_processes_draw_their_own_rows_by_their_own_classes_and_copies(
     targets, copies = rare_classes(), torch.where(torch.arange(ROWS) < 90, 3, 1)
     samplers = [
         HistorySampler(
-            ROWS, 8, law="adaptive", epochs=4, seed=7, targets=targets, copies=copies, rank=rank, num_replicas=2
+            ROWS,
+            8,
+            method="adaptive",
+            epochs=4,
+            seed=7,
+            targets=targets,
+            duplicate_counts=copies,
+            rank=rank,
+            num_replicas=2,
         )
         for rank in range(2)
     ]
     for rank, sampler in enumerate(samplers):
         own = torch.arange(rank, ROWS, 2)
-        law = Worth(len(own), targets[own], copies[own], seed=2 * 7 + rank)
+        law = SamplingWeights(len(own), targets[own], copies[own], seed=2 * 7 + rank)
         for epoch in range(4):  # balanced from the midst of the third on
             sampler.set_epoch(epoch)
             batches = 0
@@ -271,7 +284,7 @@ def test_processes_share_the_rows_out_and_stay_unbiased_together(replicas):
 
 def epochs_of_a_process(rank, folder, results):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    sampler = HistorySampler(101, 8, law="infobatch")
+    sampler = HistorySampler(101, 8, method="infobatch")
     counts = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -281,7 +294,7 @@ def epochs_of_a_process(rank, folder, results):
         own = torch.arange(rank, 101, 2)
         # Rank 0 has one hard row and so few kept ones, rank 1 few easy rows.
         sampler.update(own, (own == 50).float() if rank == 0 else 1.0 - (own == 51).float())
-    sampler = HistorySampler(101, 8, law="adaptive", targets=torch.arange(101) % 3, epochs=3)
+    sampler = HistorySampler(101, 8, method="adaptive", targets=torch.arange(101) % 3, epochs=3)
     for _ in range(3):
         batches = list(sampler)
         owners = {row % 2 for batch in batches for row in batch}
@@ -327,16 +340,16 @@ def test_an_iterable_data_set_is_refused_with_the_reason(make):
     ("options", "words"),
     [
         ({"batch_size": 0}, "batch size 0"),
-        ({"law": "best"}, "wanted one of importance, infobatch, adaptive"),
+        ({"method": "best"}, "wanted one of importance, infobatch, adaptive"),
         ({"epochs": 0}, "epochs 0"),
-        ({"law": "adaptive", "targets": [0] * 9}, "targets of 9 rows: wanted one for each of the data set's 10"),
-        ({"law": "adaptive", "copies": torch.ones(11)}, "copies of 11 rows"),
-        ({"targets": [0] * 10}, "targets or copies with the law importance"),
+        ({"method": "adaptive", "targets": [0] * 9}, "targets of 9 rows: wanted one for each of the data set's 10"),
+        ({"method": "adaptive", "duplicate_counts": torch.ones(11)}, "duplicate_counts of 11 rows"),
+        ({"targets": [0] * 10}, "targets or duplicate_counts with the method importance"),
         ({"rate": 0.0}, "rate 0.0"),
         ({"uniform": 0.0}, "uniform 0.0"),
         ({"rank": 2, "num_replicas": 2}, "rank 2 of 2"),
         ({"dataset": 1, "rank": 0, "num_replicas": 2}, "wanted a row a process"),
-        ({"law": "infobatch", "rank": 0, "num_replicas": 2}, r"wanted torch\.distributed"),
+        ({"method": "infobatch", "rank": 0, "num_replicas": 2}, r"wanted torch\.distributed"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, words):
@@ -345,7 +358,7 @@ def test_settings_out_of_range_are_refused(options, words):
 
 
 def test_what_an_adaptive_law_is_told_must_fit():
-    sampler = HistorySampler(10, 4, law="adaptive", targets=torch.arange(10) % 2)
+    sampler = HistorySampler(10, 4, method="adaptive", targets=torch.arange(10) % 2)
     with pytest.raises(UserError, match="3 scores for 4 rows"):
         sampler.update(torch.arange(4), torch.ones(3))
     with pytest.raises(UserError, match="logits of 5 rows for 4"):

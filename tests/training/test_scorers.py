@@ -8,22 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from trainers import make_trainer
 
+from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.loader import Batch, ResidentLoader
-from sparse_training.policies import GatePolicy, Kept, make_policy
-from sparse_training.scorers import (
-    EarlyScorer,
-    HistoryScorer,
-    ProxyScorer,
-    ReferenceScorer,
-    make_scorer,
-    pooled,
-)
-from sparse_training.scoring import SelfScorer
-from sparse_training.significance import Significance
+from sparse_training.gate.gate import Gate
+from sparse_training.gate.significance import Significance
+from sparse_training.models.build import ModelFactory
+from sparse_training.selection.policies.gate import GatePolicy
+from sparse_training.selection.registry import make_policy, make_scorer
+from sparse_training.selection.scorers.early import EarlyScorer, pooled
+from sparse_training.selection.scorers.history import HistoryScorer
+from sparse_training.selection.scorers.model import SelfScorer
+from sparse_training.selection.scorers.proxy import ProxyScorer
+from sparse_training.selection.scorers.reference import ReferenceScorer
+from sparse_training.selection.types import Batch, SelectedBatch
 from sparse_training.trainer import SparseTrainer
+from sparse_training.training.settings import TrainerSettings
 
 ROWS, CLASSES = 44, 4
 SPECS = ("self", "self:0.5", "early:2", "early:5", "proxy", "proxy:resnet", "history")
@@ -60,8 +61,8 @@ def same(a, b):
 
 
 def trainer_of(scorer, policy="topk", rate=0.25, model=None, **options):
-    options = {"warmup": 0.0, "anneal": 0.0, "precision": "float32", **options}
-    return SparseTrainer(model or network(), policy=policy, scorer=scorer, rate=rate, **options)
+    options = {"dense_start": 0.0, "dense_end": 0.0, "scoring_precision": "float32", **options}
+    return make_trainer(model or network(), policy=policy, scorer=scorer, rate=rate, **options)
 
 
 def flops(call):
@@ -100,7 +101,7 @@ def test_scoring_leaves_everything_as_it_was(spec):
 @pytest.mark.parametrize("policy", ["gate", "topk", "importance", "infobatch"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_policy_takes_every_scorer(spec, policy):
-    trainer = trainer_of(None, f"{policy}@{spec}", rate=0.5, warmup=0.2, anneal=0.2)
+    trainer = trainer_of(None, f"{policy}@{spec}", rate=0.5, dense_start=0.2, dense_end=0.2)
     assert trainer.policy.name == f"{policy}@{spec}"
     history = trainer.fit(resident(), steps=15, evaluate=resident(shuffle=False), evaluations=1)
     assert history.phases == {"warmup": 3, "sparse": 9, "anneal": 3}
@@ -117,7 +118,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, spec, policy):
 
     def run(folder, stop_at=None, resume=False):
         torch.manual_seed(5 + resume)
-        trainer = trainer_of(spec, policy, rate=0.3, warmup=0.2, anneal=0.2, lr=1e-2)
+        trainer = trainer_of(spec, policy, rate=0.3, dense_start=0.2, dense_end=0.2, lr=1e-2)
         stop = iter(range(1, 100))
         trainer.fit(
             resident(), steps=14, checkpoint=tmp_path / folder, resume=resume, stop=lambda: next(stop) == stop_at
@@ -158,7 +159,7 @@ def test_an_early_step_costs_the_early_layers_once_and_the_kept_rows_wholly():
     step = flops(lambda: trainer.step(trainer.policy, loader, torch.arange(16)))
     plain = SparseTrainer(network(), policy="dense")
     x, y = loader.fetch(torch.arange(4))
-    train = flops(lambda: plain.learn(Kept(x, y, 4)))
+    train = flops(lambda: plain.learn(SelectedBatch(x, y, 4)))
     early = 16 * 2 * 9 * 4 * 64  # the first convolution: 1 x 3 x 3 to 4 channels of 8 x 8
     head = (16 + 2 * 4) * 2 * 64 * CLASSES  # scoring; forward, and the weights' gradient
     assert step == early + train + head
@@ -181,9 +182,16 @@ def test_features_are_means_over_a_grid_of_evaluation_statistics():
 
 
 def test_the_head_learns_and_nothing_of_it_reaches_the_model():
-    trainer = trainer_of("early:5", rate=0.5, warmup=0.5, anneal=0.5, lr=1e-2)
+    trainer = trainer_of("early:5", rate=0.5, dense_start=0.5, dense_end=0.5, lr=1e-2)
     trainer.scorer.lr = 1e-2
-    plain = SparseTrainer(network(), policy="dense", warmup=0.5, anneal=0.5, lr=1e-2, precision="float32")
+    plain = SparseTrainer(
+        network(),
+        policy="dense",
+        dense_start=0.5,
+        dense_end=0.5,
+        lr=1e-2,
+        settings=TrainerSettings(scoring_precision="float32"),
+    )
     for either in (trainer, plain):
         torch.manual_seed(3)
         either.fit(resident(), steps=90)
@@ -241,8 +249,8 @@ def test_a_lower_resolution_scores_the_pooled_images_for_less():
 def test_what_cannot_be_scored_at_a_lower_resolution_is_refused():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
     with pytest.raises(UserError, match=r"resolution 0.5: the model takes no images of \[4, 4\] pixels"):
-        first_step(SparseTrainer(flat, policy="topk", scorer="self:0.5", warmup=0))
-    vectors = SparseTrainer(nn.Linear(3, CLASSES), policy="topk", scorer="self:0.5", warmup=0)
+        first_step(SparseTrainer(flat, policy="topk", scorer="self:0.5", dense_start=0))
+    vectors = SparseTrainer(nn.Linear(3, CLASSES), policy="topk", scorer="self:0.5", dense_start=0)
     with pytest.raises(UserError, match=r"inputs of shape \[4, 3\]: wanted images, float \[B, C, H, W\]"):
         vectors.check(Batch(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), None, 4))
     with pytest.raises(UserError, match=r"resolution 1\.5: wanted a scale"):
@@ -298,7 +306,7 @@ def test_a_reference_counts_in_a_significance_as_the_loss_does():
     loss = F.cross_entropy(scores.logits, batch.targets, reduction="none")
     wanted = 0.5 * (loss + scores.offset) - 0.5 * (p * p.log()).sum(1)
     torch.testing.assert_close(gate.last.significance, wanted)
-    trainer = trainer_of(ReferenceScorer(network(seed=3)), Gate(mass=0.9))
+    trainer = trainer_of(ReferenceScorer(network(seed=3)), Gate(grad_norm_fraction=0.9))
     with pytest.raises(UserError, match="wanted a significance with it"):
         first_step(trainer)
 
@@ -353,7 +361,7 @@ def test_rows_drawn_by_history_estimate_the_mean_of_those_offered():
     for _ in range(300):
         choice = policy.choose(loader.offer(torch.arange(256)))
         kept = policy.select(policy.score(None), loader.load(torch.arange(256), choice))
-        estimates.append((losses[choice.ids] * kept.weight).sum() / kept.divisor)
+        estimates.append((losses[choice.index] * kept.weight).sum() / kept.divisor)
     estimates = torch.stack(estimates[50:])
     assert abs(estimates.mean() - losses.mean()) < 4 * estimates.std() / len(estimates) ** 0.5
 
@@ -372,8 +380,8 @@ def test_names_that_there_are_not_are_refused(wrong):
 def test_names_and_their_arguments():
     assert make_scorer("self:0.5").resolution == 0.5
     assert make_scorer("early:layer.1").layer == "layer.1"
-    assert make_scorer("proxy")._given == ("cnn-tiny",)
-    assert make_scorer("proxy:module:factory")._given == ("module:factory",)
+    assert make_scorer("proxy")._given == (ModelFactory("cnn-tiny"),)
+    assert make_scorer("proxy:module:factory")._given == (ModelFactory("module:factory"),)
     assert make_scorer("reference:/a/b.pt")._reference == "/a/b.pt"
 
 

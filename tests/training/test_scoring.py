@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from sparse_training.errors import UserError
-from sparse_training.loader import Batch
-from sparse_training.scoring import SelfScorer, evaluation_statistics, forward, scoring_dtype
+from sparse_training.evaluation import evaluation_statistics, forward
+from sparse_training.precision import scoring_dtype
+from sparse_training.selection.scorers.model import SelfScorer
+from sparse_training.selection.types import Batch
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from sparse_training.errors import UserError
-from sparse_training.significance import Significance
+from sparse_training.gate.significance import Significance
 
 
 def test_weights_are_the_terms_that_count() -> None:

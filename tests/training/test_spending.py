@@ -3,11 +3,12 @@
 import pytest
 import torch
 from test_scorers import network, resident, same, weights
+from trainers import make_trainer
 
-from sparse_training.clock import Clock, Costs
 from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.trainer import SparseTrainer
+from sparse_training.gate.gate import Gate
+from sparse_training.training.clock import Clock, Costs
+from sparse_training.training.settings import TrainerSettings
 
 
 def data():
@@ -16,7 +17,14 @@ def data():
 
 
 def trainer_of(policy="gate", **options):
-    return SparseTrainer(network(), policy=policy, warmup=0.1, anneal=0.1, precision="float32", **options)
+    return make_trainer(
+        network(),
+        policy=policy,
+        dense_start=0.1,
+        dense_end=0.1,
+        **options,
+        settings=TrainerSettings(scoring_precision="float32"),
+    )
 
 
 def dense_operations(steps=60):
@@ -29,7 +37,7 @@ def dense_operations(steps=60):
 def test_a_run_takes_the_operations_that_it_was_given(policy, share):
     total = share * dense_operations()
     trainer = trainer_of(policy)
-    history = trainer.fit(data(), steps=60, within=(total, "flops"))
+    history = trainer.fit(data(), steps=60, cost_budget=(total, "flops"))
     assert sum(history.operations.values()) == pytest.approx(total, rel=0.02)
     assert not any("was to take" in text for text in history.warnings)
 
@@ -44,7 +52,7 @@ def costs(policy):
 @pytest.mark.parametrize("policy", ["gate", "topk"])
 def test_a_run_takes_the_seconds_that_it_was_given(policy):
     total = 0.8 * 60 * costs(policy).step("dense", 53, 53)["total"]
-    history = trainer_of(policy).fit(data(), steps=60, within=(total, "seconds"), clock=Clock(costs(policy)))
+    history = trainer_of(policy).fit(data(), steps=60, cost_budget=(total, "seconds"), clock=Clock(costs(policy)))
     assert history.seconds == pytest.approx(total, rel=0.02)
 
 
@@ -55,7 +63,7 @@ def test_a_stopped_run_goes_on_to_the_same_total_bit_for_bit(tmp_path):
         trainer, asked = trainer_of(), iter(range(1, 100))
         torch.manual_seed(3 + resume)
         history = trainer.fit(
-            data(), steps=40, within=(total, "flops"),
+            data(), steps=40, cost_budget=(total, "flops"),
             checkpoint=tmp_path / folder, resume=resume, stop=lambda: next(asked) == stop_at,
         )  # fmt: skip
         return weights(trainer.model), history.operations, int(history.kept)
@@ -68,7 +76,7 @@ def test_a_stopped_run_goes_on_to_the_same_total_bit_for_bit(tmp_path):
 
 
 def test_a_total_that_cannot_be_met_is_said():
-    history = trainer_of().fit(data(), steps=20, within=(10 * dense_operations(20), "flops"))
+    history = trainer_of().fit(data(), steps=20, cost_budget=(10 * dense_operations(20), "flops"))
     assert "the run took -" in history.warnings[-1]
 
 
@@ -85,7 +93,7 @@ def test_a_total_that_cannot_be_met_is_said():
         ("gate", {"steps": 20, "within": (1e9, "seconds"), "clock": Clock()}, "wanted a calibrated clock"),
         ("dense", {"steps": 20, "within": (1e9, "flops")}, "dense has no rate to steer"),
         ("masked", {"steps": 20, "within": (1e9, "flops")}, "masked has no rate to steer"),
-        (Gate(mass=0.9), {"steps": 20, "within": (1e9, "flops")}, "for a gate with a mass"),
+        (Gate(grad_norm_fraction=0.9), {"steps": 20, "within": (1e9, "flops")}, "for a gate with a mass"),
     ],
 )
 def test_what_cannot_be_steered_is_refused(policy, options, words):

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from sparse_training import study as studies
-from sparse_training.clock import Costs
-from sparse_training.data import ImageData, Split
+from sparse_training.data.splits import ImageData, Split
 from sparse_training.errors import UserError
-from sparse_training.store import file_name
-from sparse_training.study import Cell, Interrupted, Study, verdicts
+from sparse_training.experiments import study as studies
+from sparse_training.experiments.store import file_name
+from sparse_training.experiments.study import Cell, Interrupted, Study, verdicts
+from sparse_training.training.clock import Costs
 
 FREE = {"score": ((1,), (0.0,)), "select": ((1,), (0.0,))}
 COSTS = Costs(
@@ -111,7 +111,7 @@ def test_the_arm_of_other_draws_differs_in_its_draws_alone(tmp_path):
     assert torch.equal(loader.order(0), its.order(0))
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
     offer = loader.offer(next(loader.probe()))
-    drawn, again = one.policy.choose(offer).ids, other.policy.choose(offer).ids
+    drawn, again = one.policy.choose(offer).index, other.policy.choose(offer).index
     assert len(drawn) == len(again) == 16
     assert not torch.equal(drawn.sort().values, again.sort().values)
     assert study.arms == ("random", "random-again")

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from test_study import COSTS, make
 
-from sparse_training import plots, study_plots, study_report
-from sparse_training import study as studies
+from sparse_training.experiments import study as studies
+from sparse_training.reporting import plots, study_plots, study_report
 
 ARMS = ("random", "random-again", "infobatch", "gate")
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from sparse_training.data import ImageData, Split, load_data
+from sparse_training.data.load import load_data
+from sparse_training.data.splits import ImageData, Split
 from sparse_training.errors import UserError
-from sparse_training.tasks import TASKS, make_task
+from sparse_training.experiments.tasks import TASKS, make_task
 
 
 def numbered(rows=1000, classes=10):

@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import make_trainer
 
-from sparse_training.clock import Clock, Costs
+from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.loader import ResidentLoader
-from sparse_training.policies import POLICIES, Kept, Policy
-from sparse_training.schedules import Schedule
-from sparse_training.scoring import Scorer, Scores
+from sparse_training.gate.gate import Gate
+from sparse_training.selection.policies.base import Policy
+from sparse_training.selection.registry import POLICIES
+from sparse_training.selection.scorers.base import Scorer
+from sparse_training.selection.types import Scores, SelectedBatch
 from sparse_training.trainer import SparseTrainer
+from sparse_training.training.clock import Clock, Costs
+from sparse_training.training.schedule import Schedule
+from sparse_training.training.settings import TrainerSettings
 
 ROWS, CLASSES = 44, 4
 
@@ -58,7 +62,7 @@ class Fixed(Policy):
 
     def select(self, scores, batch):
         index = self.positions
-        return Kept(batch.inputs[index], batch.targets[index], len(index), index)
+        return SelectedBatch(batch.inputs[index], batch.targets[index], len(index), index)
 
 
 # --- a step -------------------------------------------------------------------------------------
@@ -67,9 +71,14 @@ class Fixed(Policy):
 def test_dense_training_equals_a_plain_loop():
     model, plain = network(), network()
     torch.manual_seed(5)
-    SparseTrainer(model, policy="dense", schedule="constant", warmup=0, anneal=0, channels_last=False).fit(
-        resident(), steps=6
-    )
+    SparseTrainer(
+        model,
+        policy="dense",
+        schedule="constant",
+        dense_start=0,
+        dense_end=0,
+        settings=TrainerSettings(channels_last=False),
+    ).fit(resident(), steps=6)
     torch.manual_seed(5)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
     loader, step = resident(), 0
@@ -87,7 +96,9 @@ def test_dense_training_equals_a_plain_loop():
 
 def test_only_the_kept_rows_are_seen_by_the_model():
     model, plain = network(), network()
-    trainer = SparseTrainer(model, policy=Fixed([1, 5]), warmup=0, anneal=0, channels_last=False)
+    trainer = SparseTrainer(
+        model, policy=Fixed([1, 5]), dense_start=0, dense_end=0, settings=TrainerSettings(channels_last=False)
+    )
     loader = resident(shuffle=False)
     torch.manual_seed(5)
     trainer.step(trainer.policy, loader, torch.arange(16))
@@ -108,10 +119,10 @@ class Watching(Fixed):
         super().__init__(positions)
         self.told, self.progress = [], []
 
-    def prepare(self, rows, targets=None, copies=None):
-        self.rows, self.targets, self.copies = rows, targets, copies
+    def prepare(self, rows, targets=None, duplicate_counts=None):
+        self.rows, self.targets, self.copies = rows, targets, duplicate_counts
 
-    def at(self, progress):
+    def set_progress(self, progress):
         self.progress.append(progress)
 
     def observe(self, ids, losses, logits):
@@ -121,10 +132,10 @@ class Watching(Fixed):
 def test_a_policy_is_told_of_the_data_and_what_the_model_made_of_its_rows_before_the_step():
     model, policy = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), Watching([3, 0])
     before, loader = copy.deepcopy(model), resident(shuffle=False)
-    SparseTrainer(model, policy=policy, channels_last=False).fit(loader, steps=1)
+    SparseTrainer(model, policy=policy, settings=TrainerSettings(channels_last=False)).fit(loader, steps=1)
     assert policy.rows == ROWS
     assert policy.targets is loader.labels
-    assert torch.equal(policy.copies(), loader.copies())
+    assert torch.equal(policy.copies(), loader.duplicate_counts())
     ((ids, losses, logits),) = policy.told
     x, y = loader.fetch(torch.tensor([3, 0]))
     same(ids, torch.tensor([3, 0]))
@@ -135,15 +146,15 @@ def test_a_policy_is_told_of_the_data_and_what_the_model_made_of_its_rows_before
 
 def test_a_policy_without_phases_chooses_from_the_first_step_to_the_last():
     policy = Watching([0, 1])
-    history = SparseTrainer(network(), policy=policy, warmup=0.3, anneal=0.3).fit(resident(), steps=10)
+    history = SparseTrainer(network(), policy=policy, dense_start=0.3, dense_end=0.3).fit(resident(), steps=10)
     assert policy.progress == [step / 10 for step in range(10)]
     assert all(len(ids) == 2 for ids, _, _ in policy.told)
-    assert history.phases == {"warmup": 0, "sparse": 10, "anneal": 0}
+    assert history.phases == {"dense_start": 0, "sparse": 10, "dense_end": 0}
 
 
 def test_a_batch_with_nothing_selected_takes_no_step():
     model = network()
-    trainer = SparseTrainer(model, policy=Fixed([]), warmup=0.5, anneal=0)
+    trainer = SparseTrainer(model, policy=Fixed([]), dense_start=0.5, dense_end=0)
     loader = resident()
     trainer.fit(loader, steps=4)
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
@@ -157,10 +168,10 @@ def test_a_padded_batch_with_nothing_selected_takes_no_step():
         def select(self, scores, batch):
             none = torch.tensor(0)
             index, weight = torch.zeros(4, dtype=torch.int64), torch.zeros(4)
-            return Kept(batch.inputs[index], batch.targets[index], none, index, weight, none.clamp(min=1))
+            return SelectedBatch(batch.inputs[index], batch.targets[index], none, index, weight, none.clamp(min=1))
 
     model = network()
-    trainer = SparseTrainer(model, policy=Padded(), warmup=0.5, anneal=0)
+    trainer = SparseTrainer(model, policy=Padded(), dense_start=0.5, dense_end=0)
     history = trainer.fit(resident(), steps=4)
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
     assert int(history.kept) == 0
@@ -187,7 +198,9 @@ def test_a_first_row_that_is_not_finite_is_no_part_of_a_padded_step(temperature)
             images[0] = value
         model = network()
         gate = Gate(0.4, capacity=14, threshold=1.0, temperature=temperature)
-        trainer = SparseTrainer(model, policy=gate, scorer=Told(), warmup=0, anneal=0, channels_last=False)
+        trainer = SparseTrainer(
+            model, policy=gate, scorer=Told(), dense_start=0, dense_end=0, settings=TrainerSettings(channels_last=False)
+        )
         torch.manual_seed(5)
         history = trainer.fit(data, steps=6)
         assert 6 < int(history.rows_trained) < 6 * 12  # padding in every step
@@ -200,7 +213,7 @@ def test_weighted_rows_give_the_weighted_gradient():
     trainer = SparseTrainer(nn.Linear(3, 2), optimizer=torch.optim.SGD, lr=1.0)
     plain = copy.deepcopy(trainer.model)
     x, y, weight = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), torch.tensor([1.0, 4.0, 2.0, 0.0])
-    trainer.learn(Kept(x, y, 3, None, weight, 16))
+    trainer.learn(SelectedBatch(x, y, 3, None, weight, 16))
     ((F.cross_entropy(plain(x), y, reduction="none") * weight).sum() / 16).backward()
     for new, old in zip(trainer.model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(new, old - old.grad)
@@ -218,7 +231,7 @@ def test_one_row_trains_with_batchnorm_over_a_vector():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("rate", "batch_size"), [(1.0, 16), (0.1, 1), (0.3, 44), (0.5, 43)])
 def test_rates_and_batch_sizes_at_their_ends(policy, rate, batch_size):
-    trainer = SparseTrainer(network(), policy=policy, rate=rate, warmup=0, anneal=0)
+    trainer = SparseTrainer(network(), policy=policy, rate=rate, dense_start=0, dense_end=0)
     history = trainer.fit(resident(batch_size=batch_size), epochs=2)
     assert history.rows_seen == 2 * ROWS
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
@@ -227,9 +240,11 @@ def test_rates_and_batch_sizes_at_their_ends(policy, rate, batch_size):
 
 
 def test_gradients_are_clipped():
-    trainer = SparseTrainer(nn.Linear(3, 2), optimizer=torch.optim.SGD, lr=1.0, clip_norm=0.01)
+    trainer = SparseTrainer(
+        nn.Linear(3, 2), optimizer=torch.optim.SGD, lr=1.0, settings=TrainerSettings(clip_norm=0.01)
+    )
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.learn(Kept(torch.randn(4, 3) * 100, torch.tensor([0, 1, 1, 0]), 4))
+    trainer.learn(SelectedBatch(torch.randn(4, 3) * 100, torch.tensor([0, 1, 1, 0]), 4))
     moved = torch.cat([(new - old).flatten() for new, old in zip(trainer.model.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -237,7 +252,7 @@ def test_gradients_are_clipped():
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_reduced_precision_training_learns(amp):
     torch.manual_seed(0)
-    trainer = SparseTrainer(network(), policy="dense", amp=amp, lr=1e-2)
+    trainer = SparseTrainer(network(), policy="dense", lr=1e-2, settings=TrainerSettings(amp=amp))
     assert trainer.update.scaler.is_enabled() == (amp == "float16")
     before = trainer.evaluate(resident())["loss"]
     trainer.fit(resident(), steps=40)
@@ -248,7 +263,7 @@ def test_reduced_precision_training_learns(amp):
 
 
 def test_phases_and_counts():
-    trainer = SparseTrainer(network(), policy="random", rate=0.25, warmup=0.1, anneal=0.25)
+    trainer = SparseTrainer(network(), policy="random", rate=0.25, dense_start=0.1, dense_end=0.25)
     history = trainer.fit(resident(batch_size=11), steps=20)
     assert history.phases == {"warmup": 2, "sparse": 13, "anneal": 5}
     assert history.rows_seen == 220
@@ -257,7 +272,7 @@ def test_phases_and_counts():
 
 
 def test_the_gate_is_reported_as_it_chose():
-    trainer = SparseTrainer(network(), policy="gate", rate=0.3, warmup=0.2, anneal=0.2)
+    trainer = SparseTrainer(network(), policy="gate", rate=0.3, dense_start=0.2, dense_end=0.2)
     kept = []
     select = trainer.policy.select
     trainer.policy.select = lambda scores, batch: kept.append(select(scores, batch)) or kept[-1]
@@ -277,7 +292,7 @@ def test_the_gate_is_reported_as_it_chose():
 
 
 def test_selected_rows_are_counted_by_their_number_in_the_data_set():
-    trainer = SparseTrainer(network(), policy=Fixed([0, 2]), warmup=0, anneal=0)
+    trainer = SparseTrainer(network(), policy=Fixed([0, 2]), dense_start=0, dense_end=0)
     loader = resident()
     order = loader.order(0)
     history = trainer.fit(loader, steps=1)
@@ -312,7 +327,7 @@ def test_evaluations_are_spaced_and_change_nothing():
 
 def test_evaluation_is_right():
     model = network()
-    found = SparseTrainer(model, channels_last=False).evaluate(resident(shuffle=False))
+    found = SparseTrainer(model, settings=TrainerSettings(channels_last=False)).evaluate(resident(shuffle=False))
     x, y = resident().fetch(torch.arange(ROWS))
     logits = model.eval()(x)
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
@@ -344,7 +359,7 @@ def test_a_missed_rate_is_a_warning():
             self.threshold.zero_()
             return super().forward(logits, targets, index=index, offset=offset)
 
-    trainer = SparseTrainer(network(), policy=Loose(0.1), warmup=0, anneal=0)
+    trainer = SparseTrainer(network(), policy=Loose(0.1), dense_start=0, dense_end=0)
     history = trainer.fit(resident(), steps=10)
     assert any("the target was 10.0%" in text for text in history.warnings)
 
@@ -352,10 +367,10 @@ def test_a_missed_rate_is_a_warning():
 # --- going on -----------------------------------------------------------------------------------
 
 
-def run(folder, policy, stop_at=None, resume=False, every=None, data=resident, budget=None, clock=None):
+def run(folder, policy, stop_at=None, resume=False, checkpoint_interval=None, data=resident, budget=None, clock=None):
     model = network(seed=0 if not resume else 7)
     torch.manual_seed(3 if not resume else 8)
-    trainer = SparseTrainer(model, policy=policy, rate=0.3, warmup=0.2, anneal=0.2, lr=1e-2)
+    trainer = SparseTrainer(model, policy=policy, rate=0.3, dense_start=0.2, dense_end=0.2, lr=1e-2)
     steps = 0
 
     def stop():
@@ -370,7 +385,7 @@ def run(folder, policy, stop_at=None, resume=False, every=None, data=resident, b
         evaluations=4,
         clock=clock,
         checkpoint=folder,
-        every=every,
+        checkpoint_interval=checkpoint_interval,
         resume=resume,
         stop=stop,
     )
@@ -418,13 +433,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
 
     model = network()
     torch.manual_seed(3)
-    trainer = SparseTrainer(model, policy="gate", rate=0.3, warmup=0.2, anneal=0.2, lr=1e-2)
+    trainer = SparseTrainer(model, policy="gate", rate=0.3, dense_start=0.2, dense_end=0.2, lr=1e-2)
 
     def kill(status):
         if status.step == 11:
             raise Killed
 
-    options = {"evaluate": resident(shuffle=False), "evaluations": 4, "checkpoint": tmp_path / "part", "every": 4}
+    options = {
+        "evaluate": resident(shuffle=False),
+        "evaluations": 4,
+        "checkpoint": tmp_path / "part",
+        "checkpoint_interval": 4,
+    }
     with pytest.raises(Killed):
         trainer.fit(resident(), steps=17, progress=kill, **options)
     resumed, history = run(tmp_path / "part", "gate", resume=True)
@@ -487,7 +507,7 @@ def test_any_callable_loss_will_do(loss):
 @pytest.mark.parametrize("policy", ["dense", "gate"])
 def test_a_loss_of_the_wrong_shape_is_refused_before_anything_changes(policy):
     model = network()
-    trainer = SparseTrainer(model, loss=lambda z, y: F.cross_entropy(z, y), policy=policy, warmup=0)
+    trainer = SparseTrainer(model, loss=lambda z, y: F.cross_entropy(z, y), policy=policy, dense_start=0)
     before, rng = weights(model), torch.get_rng_state()
     with pytest.raises(UserError, match=r"the loss gives \[\] for 16 rows: wanted one value a row, \[B\]"):
         trainer.fit(resident(), steps=3)
@@ -497,7 +517,7 @@ def test_a_loss_of_the_wrong_shape_is_refused_before_anything_changes(policy):
 
 
 def test_inputs_and_targets_that_disagree_are_refused():
-    with pytest.raises(UserError, match=r"an input of shape \[3, 3\] beside 4 targets"):
+    with pytest.raises(UserError, match=r"an input of shape \[3, 3\] has 4 targets beside it"):
         SparseTrainer(nn.Linear(3, 2)).fit([(torch.randn(3, 3), torch.zeros(4, dtype=torch.int64))], steps=1)
 
 
@@ -506,18 +526,18 @@ def test_inputs_and_targets_that_disagree_are_refused():
     [
         ({"rate": 0.0}, "rate 0.0: wanted"),
         ({"policy": "best"}, "policy 'best'"),
-        ({"lr": 0.0}, "lr 0.0"),
-        ({"clip_norm": -1.0}, "clip_norm -1.0"),
-        ({"amp": "int8"}, "amp 'int8'"),
-        ({"precision": "int8"}, "precision 'int8'"),
-        ({"warmup": 0.6, "anneal": 0.6}, "add up to more than 1"),
-        ({"warmup": -0.1}, "warmup -0.1"),
-        ({"schedule": "linear"}, "schedule 'linear'"),
+        ({"lr": 0.0}, "`lr` must be above 0, got 0.0"),
+        ({"clip_norm": -1.0}, "`clip_norm` must be .*, got -1.0"),
+        ({"amp": "int8"}, "`amp` must be .*, got 'int8'"),
+        ({"scoring_precision": "int8"}, "precision 'int8'"),
+        ({"dense_start": 0.6, "dense_end": 0.6}, "add up to more than 1"),
+        ({"dense_start": -0.1}, "`dense_start` must be .*, got -0.1"),
+        ({"schedule": "linear"}, "`schedule` must be .*, got 'linear'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        SparseTrainer(network(), **options)
+        make_trainer(network(), **options)
 
 
 @pytest.mark.parametrize(

@@ -19,23 +19,28 @@ from processes import Processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from trainers import make_trainer
 
 from sparse_training import Gate, SparseTrainer
-from sparse_training import checkpoint as files
-from sparse_training.clock import Clock
 from sparse_training.criterion import Criterion
+from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
-from sparse_training.loader import ResidentLoader
-from sparse_training.policies import POLICIES, Kept
-from sparse_training.schedules import Schedule
-from sparse_training.scorers import Beside, EarlyScorer, ProxyScorer, ReferenceScorer
+from sparse_training.files import read_json
+from sparse_training.selection.registry import POLICIES
+from sparse_training.selection.scorers.auxiliary import AuxiliaryNetwork
+from sparse_training.selection.scorers.early import EarlyScorer
+from sparse_training.selection.scorers.proxy import ProxyScorer
+from sparse_training.selection.scorers.reference import ReferenceScorer
+from sparse_training.selection.types import SelectedBatch
+from sparse_training.training.clock import Clock
+from sparse_training.training.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="a PyTorch without torch.distributed and gloo"
 )
 
 RANKS, ROWS, CLASSES = 2, 45, 4  # a rank has 23 rows, the other 22
-PLAIN = {"warmup": 0, "anneal": 0, "schedule": "constant", "lr": 0.1}
+PLAIN = {"dense_start": 0, "dense_end": 0, "schedule": "constant", "lr": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +84,14 @@ def close(found: list[list[float]], wanted: list[list[float]], tolerance: float 
 def record(rank: int, ranks: int, group: Any, options: dict[str, Any], wrapped: bool, steps: int) -> Any:
     """What each step trained on, and the weights in the end."""
     model = network(seed=rank)
-    trainer = SparseTrainer(
+    trainer = make_trainer(
         DistributedDataParallel(model) if wrapped else model, optimizer=torch.optim.SGD, **PLAIN, **options
     )
     assert isinstance(trainer.parallel, DistributedDataParallel)
     seen: list[Any] = []
     learn = trainer.learn
 
-    def watched(kept: Kept) -> Tensor | None:
+    def watched(kept: SelectedBatch) -> Tensor | None:
         divisor = len(kept.targets) if kept.weight is None else kept.divisor
         weight = torch.ones(len(kept.targets)) if kept.weight is None else kept.weight
         seen.append((kept.inputs.tolist(), kept.targets.tolist(), weight.tolist(), float(divisor)))
@@ -166,7 +171,7 @@ def whole(rank: int, ranks: int, group: Any, options: dict[str, Any], alone: boo
         data = [tuple(map(torch.cat, zip(*batch, strict=True))) for batch in zip(*parts, strict=True)]
     else:
         data = parts[rank]
-    trainer = SparseTrainer(network(seed=rank), optimizer=torch.optim.SGD, **PLAIN, **options)
+    trainer = make_trainer(network(seed=rank), optimizer=torch.optim.SGD, **PLAIN, **options)
     history = trainer.fit(data, steps=12)
     gate = trainer.policy.gate
     return weights(trainer.model), gate.threshold.item(), gate.controller.counters.tolist(), history.to_dict()["rate"]
@@ -188,12 +193,12 @@ def nothing(rank: int, ranks: int, group: Any, rows: str) -> Any:
     for capacity in (None, 4):
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
         gate = Gate(0.1, threshold=1e9, capacity=capacity, process_group="world")
-        trainer = SparseTrainer(model, policy=gate, rows=rows, warmup=0, anneal=0)
+        trainer = SparseTrainer(model, policy=gate, granularity=rows, dense_start=0, dense_end=0)
         before = copy.deepcopy(model.state_dict())
         loader = trainer.loader([])
         x, y = torch.randn(8, 16), torch.zeros(8, dtype=torch.int64)
         trainer.step(trainer.policy, loader, (x, y))
-        if rows == "samples":  # elements go through the model before they are chosen
+        if rows == "sample":  # elements go through the model before they are chosen
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert not trainer.optimizer.state
         gate.settle()
@@ -204,7 +209,7 @@ def nothing(rank: int, ranks: int, group: Any, rows: str) -> Any:
     return found
 
 
-@pytest.mark.parametrize("rows", ["samples", "elements"])
+@pytest.mark.parametrize("rows", ["sample", "token"])
 def test_a_step_in_which_no_rank_keeps_a_row_is_none(run: Callable[..., list[Any]], rows: str) -> None:
     first, second = run(nothing, rows)
     assert first == second
@@ -214,24 +219,24 @@ def test_a_step_in_which_no_rank_keeps_a_row_is_none(run: Callable[..., list[Any
 # --- what is trained beside the model -----------------------------------------------------------
 
 
-def kept_by(step: int, rank: int) -> tuple[Tensor, Kept]:
+def kept_by(step: int, rank: int) -> tuple[Tensor, SelectedBatch]:
     """Rows of a rank: with weights and without, on one rank alone in some steps, on none in others, and padded."""
     g = torch.Generator().manual_seed(10 * step + rank)
     rows = 0 if step % 4 == 3 or (step % 4 == 1 and rank == 0) else 3 + 4 * rank
     inputs = torch.randn(rows, 6, generator=g, dtype=torch.float64)
     targets = torch.randint(0, CLASSES, (rows,), generator=g)
     if step < 4:
-        return inputs, Kept(inputs, targets, rows)
+        return inputs, SelectedBatch(inputs, targets, rows)
     padded = torch.cat((inputs, inputs.new_zeros(2, 6))), torch.cat((targets, targets.new_zeros(2)))
     weight = torch.cat((torch.rand(rows, generator=g, dtype=torch.float64) + 1.0, torch.zeros(2)))
     count = torch.tensor(rows, dtype=torch.int32)
-    return padded[0], Kept(*padded, count, None, weight, count.clamp(min=1))
+    return padded[0], SelectedBatch(*padded, count, None, weight, count.clamp(min=1))
 
 
 def beside(rank: int, ranks: int, group: Any, alone: bool) -> Any:
     torch.manual_seed(rank)
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
-    trained, criterion = Beside(net, 0.1, torch.device("cpu")), Criterion()
+    trained, criterion = AuxiliaryNetwork(net, 0.1, torch.device("cpu")), Criterion()
     found = []
     for step in range(8):
         if alone:
@@ -240,7 +245,7 @@ def beside(rank: int, ranks: int, group: Any, alone: bool) -> Any:
             weight = None if step < 4 else torch.cat([kept.weight for kept in parts if kept.weight is not None])
             rows = sum(int(kept.rows) for kept in parts)
             if rows:
-                trained.learn(inputs, Kept(inputs, targets, rows, None, weight, rows), criterion)
+                trained.learn(inputs, SelectedBatch(inputs, targets, rows, None, weight, rows), criterion)
         else:
             trained.learn(*kept_by(step, rank), criterion)
         found.append(weights(net))
@@ -267,11 +272,11 @@ def scored(rank: int, ranks: int, group: Any, scorer: str) -> Any:
     )
     if scorer == "reference":
         made = ReferenceScorer(nn.Linear(16, CLASSES), of=made)
-    trainer = SparseTrainer(model, policy="gate", scorer=made, rate=0.3, **{**PLAIN, "warmup": 0.2})
+    trainer = make_trainer(model, policy="gate", scorer=made, rate=0.3, **{**PLAIN, "dense_start": 0.2})
     seen: list[int] = []
     learn = trainer.learn
 
-    def watched(kept: Kept) -> Any:
+    def watched(kept: SelectedBatch) -> Any:
         seen.append(int(kept.rows))
         return learn(kept)
 
@@ -316,7 +321,7 @@ class Rushing(Clock):
 
 
 def ends(rank: int, ranks: int, group: Any, budget: dict[str, Any], stops: int) -> Any:
-    trainer = SparseTrainer(network(), policy="random", rate=0.5, **PLAIN)
+    trainer = make_trainer(network(), policy="random", rate=0.5, **PLAIN)
     clock = Rushing(rank)
     history = trainer.fit(
         ResidentLoader(split(), batch_size=8), clock=clock, **budget,
@@ -361,7 +366,7 @@ def rough() -> nn.Module:
 
 
 def resumed(rank: int, ranks: int, group: Any, options: dict[str, Any], folder: str | None, stop: int | None) -> Any:
-    trainer = SparseTrainer(rough(), **{"warmup": 0.1, "anneal": 0.1, **options})
+    trainer = make_trainer(rough(), **{"dense_start": 0.1, "dense_end": 0.1, **options})
     torch.manual_seed(5 + rank)
     steps = 0
 
@@ -399,7 +404,7 @@ def test_a_run_resumes_bit_for_bit_on_every_rank(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert repr(run(resumed, options, str(tmp_path), None)) == repr(uninterrupted)  # NaN is not equal to itself
     with pytest.raises(UserError, match="of 2 processes: wanted as many, not 1"):
-        SparseTrainer(rough(), **options).fit(
+        make_trainer(rough(), **options).fit(
             ResidentLoader(split(), batch_size=8, rank=0, ranks=2), steps=20, checkpoint=tmp_path, resume=True
         )
 
@@ -440,7 +445,7 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accuracy") == 2
     assert done.stdout.count("written") == 1
-    found = files.read_json(folder / "result.json")["run"]
+    found = read_json(folder / "result.json")["run"]
     assert found["steps"] == 20
     # 1437 images are 719 and 718: 11 batches of 64 on each and 15 and 14; then 8 more.
     assert found["rows_seen"] == 1437 + 2 * 8 * 64

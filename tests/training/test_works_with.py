@@ -9,14 +9,16 @@ from sklearn.datasets import load_digits
 from test_trainer import Fixed, network, resident, same, weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from trainers import make_trainer
 
-from sparse_training.clock import Clock, Costs
 from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.policies import Kept
-from sparse_training.significance import Significance
+from sparse_training.gate.gate import Gate
+from sparse_training.gate.significance import Significance
+from sparse_training.selection.types import SelectedBatch
 from sparse_training.trainer import SparseTrainer
+from sparse_training.training.clock import Clock, Costs
+from sparse_training.training.settings import TrainerSettings
 
 BACKGROUND, CLASSES = 10, 11
 
@@ -49,17 +51,19 @@ def segmenter():
 # --- pixels -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", ["samples", "elements"])
+@pytest.mark.parametrize("rows", ["sample", "token"])
 @pytest.mark.parametrize("policy", ["dense", "random", "gate", "topk"])
 def test_a_segmentation_network_learns(policy, rows):
     data = batches(*segmentation())
-    trainer = SparseTrainer(segmenter(), policy=policy, rows=rows, rate=0.4, lr=1e-2, warmup=0.1, anneal=0.1)
+    trainer = SparseTrainer(
+        segmenter(), policy=policy, granularity=rows, rate=0.4, lr=1e-2, dense_start=0.1, dense_end=0.1
+    )
     before = trainer.evaluate(data)
     history = trainer.fit(data, epochs=5, evaluate=data, evaluations=2)
     after = history.evals[-1]
     assert after["loss"] < (0.95 if policy == "topk" else 0.8) * before["loss"]  # the hardest alone teach slowly
     assert after["accuracy"] > before["accuracy"]
-    valid = 48 if rows == "elements" else 1  # of a sample's 64 pixels
+    valid = 48 if rows == "token" else 1  # of a sample's 64 pixels
     assert history.to_dict()["rows_seen"] == 5 * 512 * valid
     if policy != "dense":
         assert history.rate == pytest.approx(0.4, abs=0.08)
@@ -71,7 +75,7 @@ def test_pixels_trained_densely_are_a_plain_loop():
     data = batches(*segmentation())
     model, plain = segmenter(), segmenter()
     options = {"optimizer": torch.optim.SGD, "lr": 0.1, "schedule": lambda progress: 1.0, "channels_last": False}
-    SparseTrainer(model, policy="dense", rows="elements", **options).fit(data, steps=5)
+    make_trainer(model, policy="dense", granularity="token", **options).fit(data, steps=5)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for x, y in data[:5]:
         optimizer.zero_grad()
@@ -84,7 +88,14 @@ def test_only_the_hard_pixels_have_a_gradient():
     images, pixels = segmentation()
     model = segmenter().eval()
     gate = Gate(0.2, significance=Significance(loss=1.0), threshold=2.3)
-    trainer = SparseTrainer(model, policy=gate, rows="elements", optimizer=torch.optim.SGD, lr=1.0, channels_last=False)
+    trainer = SparseTrainer(
+        model,
+        policy=gate,
+        granularity="token",
+        optimizer=torch.optim.SGD,
+        lr=1.0,
+        settings=TrainerSettings(channels_last=False),
+    )
     logits = model(images[:64])
     losses = F.cross_entropy(logits, pixels[:64], reduction="none")
     hard = losses > 2.3
@@ -106,7 +117,14 @@ def test_unbiased_draws_of_pixels_estimate_the_mean_over_those_that_count():
     plain = copy.deepcopy(model)
     wanted = torch.autograd.grad(F.cross_entropy(plain(images), pixels), [plain[5].bias])[0]
     gate = Gate(0.5, temperature=1.0, threshold=2.4, seed=3)
-    trainer = SparseTrainer(model, policy=gate, rows="elements", optimizer=torch.optim.SGD, lr=1.0, channels_last=False)
+    trainer = SparseTrainer(
+        model,
+        policy=gate,
+        granularity="token",
+        optimizer=torch.optim.SGD,
+        lr=1.0,
+        settings=TrainerSettings(channels_last=False),
+    )
     before = model[5].bias.detach().clone()
     trainer.step(trainer.policy, trainer.loader([]), (images, pixels))
     torch.testing.assert_close(before - model[5].bias.detach(), wanted, rtol=0.2, atol=0.01)
@@ -116,7 +134,7 @@ def test_a_gate_over_samples_goes_by_the_mean_of_their_pixels():
     images, pixels = segmentation()
     model = segmenter()
     gate = Gate(0.2, significance=Significance(loss=1.0), threshold=2.4)
-    trainer = SparseTrainer(model, policy=gate, channels_last=False)
+    trainer = SparseTrainer(model, policy=gate, settings=TrainerSettings(channels_last=False))
     with torch.no_grad():
         losses = F.cross_entropy(copy.deepcopy(model).eval()(images), pixels, reduction="none")
     means = losses.sum((1, 2)) / 48
@@ -128,7 +146,7 @@ def test_a_gate_over_samples_goes_by_the_mean_of_their_pixels():
 # --- tokens -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", ["samples", "elements"])
+@pytest.mark.parametrize("rows", ["sample", "token"])
 def test_a_token_classifier_learns_from_dict_batches(rows):
     """A Transformers model from its configuration; pixels as tokens, each to say how bright the one below is."""
     transformers = pytest.importorskip("transformers")
@@ -144,7 +162,9 @@ def test_a_token_classifier_learns_from_dict_batches(rows):
     model = transformers.BertForTokenClassification(config)
     names = ("input_ids", "attention_mask", "labels")
     data = [dict(zip(names, parts, strict=True)) for parts in batches(tokens, torch.ones_like(tokens), labels)]
-    trainer = SparseTrainer(model, policy="gate", rate=0.4, rows=rows, lr=1e-2, clip_norm=1.0)
+    trainer = SparseTrainer(
+        model, policy="gate", rate=0.4, granularity=rows, lr=1e-2, settings=TrainerSettings(clip_norm=1.0)
+    )
     history = trainer.fit(data, epochs=6, evaluate=data, evaluations=1)
     assert history.evals[-1]["accuracy"] > 0.75
     assert history.rate == pytest.approx(0.4, abs=0.08)
@@ -164,34 +184,34 @@ def test_what_shapes_leave_open_is_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": "pixels"}, "rows 'pixels': wanted one of samples, elements"),
-        ({"class_dim": 2}, "class_dim 2"),
-        ({"rows": "elements", "scorer": "proxy"}, "scorer proxy with rows="),
-        ({"accumulate": 0}, "accumulate 0"),
-        ({"ema": 1.0}, "ema 1.0"),
+        ({"granularity": "pixels"}, "`granularity` must be one of sample, token, got 'pixels'"),
+        ({"loss": {"class_dim": 2}}, "class_dim 2"),
+        ({"granularity": "token", "scorer": "proxy"}, 'scorer proxy cannot be used with granularity="token"'),
+        ({"accumulate": 0}, "`accumulate` must be .*, got 0"),
+        ({"ema": 1.0}, "`ema` must be .*, got 1.0"),
         ({"schedule": "linear"}, "or a callable"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        SparseTrainer(network(), **options)
+        make_trainer(network(), **{name: Criterion(**v) if name == "loss" else v for name, v in options.items()})
 
 
-def test_elements_refuse_what_they_cannot_be():
+def test_tokens_refuse_what_they_cannot_be():
     images, pixels = segmentation()
     soft = F.one_hot(pixels.clamp(min=0), CLASSES).movedim(-1, 1).float()
-    with pytest.raises(UserError, match="wanted class indices, one an element"):
-        SparseTrainer(segmenter(), rows="elements").fit(batches(images, soft), steps=1)
+    with pytest.raises(UserError, match="needs one class index per token"):
+        SparseTrainer(segmenter(), granularity="token").fit(batches(images, soft), steps=1)
     with pytest.raises(UserError, match="asks for rows by their number"):
-        SparseTrainer(segmenter(), rows="elements", policy="importance").fit(batches(images, pixels), steps=1)
+        SparseTrainer(segmenter(), granularity="token", policy="importance").fit(batches(images, pixels), steps=1)
     costs = Costs({"load": ((1,), (1.0,)), "train": ((1,), (1.0,))}, {}, 1)
-    with pytest.raises(UserError, match="a calibrated clock with rows"):
-        SparseTrainer(segmenter(), rows="elements").fit(batches(images, pixels), seconds=1.0, clock=Clock(costs))
+    with pytest.raises(UserError, match="a calibrated clock does not know granularity"):
+        SparseTrainer(segmenter(), granularity="token").fit(batches(images, pixels), seconds=1.0, clock=Clock(costs))
 
 
 def test_seconds_of_elements_are_raw_and_end_with_an_evaluation():
     data = batches(*segmentation())
-    history = SparseTrainer(segmenter(), rows="elements").fit(data, seconds=0.3, evaluate=data, evaluations=2)
+    history = SparseTrainer(segmenter(), granularity="token").fit(data, seconds=0.3, evaluate=data, evaluations=2)
     assert history.seconds >= 0.3
     assert history.evals[-1]["step"] == history.steps
 
@@ -243,11 +263,14 @@ def test_batches_accumulated_are_one_large_batch(clip_norm, amp):
     found = []
     for accumulate, sets in ((4, parts), (1, [torch.cat(parts)])):
         trainer = SparseTrainer(
-            plain_network(), optimizer=torch.optim.SGD, lr=0.5, accumulate=accumulate, clip_norm=clip_norm, amp=amp
+            plain_network(),
+            optimizer=torch.optim.SGD,
+            lr=0.5,
+            settings=TrainerSettings(accumulate=accumulate, clip_norm=clip_norm, amp=amp),
         )
         before = weights(trainer.model)
         for rows in sets:
-            trainer.learn(Kept(images[rows], labels[rows], len(rows)))
+            trainer.learn(SelectedBatch(images[rows], labels[rows], len(rows)))
         found.append({name: value - before[name] for name, value in weights(trainer.model).items()})
         assert any(value.abs().sum() > 0 for value in found[-1].values())
     loose = {"rtol": 0.05, "atol": 2e-3} if amp else {"rtol": 1e-4, "atol": 1e-6}
@@ -257,12 +280,12 @@ def test_batches_accumulated_are_one_large_batch(clip_norm, amp):
 def test_accumulated_weights_and_padding():
     images, labels = digits(64)
     empty = torch.zeros(4)
-    trainer = SparseTrainer(plain_network(), optimizer=torch.optim.SGD, lr=0.5, accumulate=3)
+    trainer = SparseTrainer(plain_network(), optimizer=torch.optim.SGD, lr=0.5, settings=TrainerSettings(accumulate=3))
     plain = plain_network()
     weight = torch.tensor([2.0, 4.0, 0.0, 0.0])
     for rows, some, count in ((slice(0, 4), weight, 2), (slice(4, 8), empty, 0), (slice(8, 12), weight, 2)):
         count = torch.tensor(count)
-        trainer.learn(Kept(images[rows], labels[rows], count, None, some, count.clamp(min=1)))
+        trainer.learn(SelectedBatch(images[rows], labels[rows], count, None, some, count.clamp(min=1)))
     rows = [0, 1, 8, 9]
     losses = F.cross_entropy(plain(images[rows]), labels[rows], reduction="none")
     ((losses * weight[[0, 1, 0, 1]]).sum() / 4).backward()
@@ -271,13 +294,13 @@ def test_accumulated_weights_and_padding():
 
 
 def test_what_is_left_over_at_the_end_is_one_more_step():
-    trainer = SparseTrainer(network(), policy="dense", accumulate=4)
+    trainer = SparseTrainer(network(), policy="dense", settings=TrainerSettings(accumulate=4))
     trainer.fit(resident(), steps=10)
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {3}
 
 
 def test_the_average_is_what_is_evaluated_and_pytorchs():
-    trainer = SparseTrainer(network(), policy="dense", ema=0.8, lr=1e-2)
+    trainer = SparseTrainer(network(), policy="dense", lr=1e-2, settings=TrainerSettings(ema=0.8))
     wanted = AveragedModel(copy.deepcopy(trainer.model), multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
     seen = []
     history = trainer.fit(
@@ -292,13 +315,17 @@ def test_the_average_is_what_is_evaluated_and_pytorchs():
     assert trainer.evaluate(resident())["loss"] != trained.evaluate(resident())["loss"]
 
 
-@pytest.mark.parametrize(("stop_at", "rows"), [(1, "samples"), (5, "samples"), (8, "elements")])
+@pytest.mark.parametrize(("stop_at", "rows"), [(1, "sample"), (5, "sample"), (8, "token")])
 def test_a_run_stopped_within_a_step_goes_on_bit_for_bit(tmp_path, stop_at, rows):
     data = batches(*segmentation())
 
     def run(name, stop_at=None, resume=False):
         trainer = SparseTrainer(
-            segmenter(), rows=rows, rate=0.4, lr=1e-2, accumulate=3, ema=0.9, clip_norm=1.0, amp="float16"
+            segmenter(),
+            granularity=rows,
+            rate=0.4,
+            lr=1e-2,
+            settings=TrainerSettings(accumulate=3, ema=0.9, clip_norm=1.0, amp="float16"),
         )
         steps = iter(range(1, 100))
         history = trainer.fit(
@@ -333,7 +360,14 @@ def test_no_number_of_rows_is_compiled_anew():
 
     torch._dynamo.reset()
     dynamo.counters.clear()
-    trainer = SparseTrainer(network(), policy="gate", rate=0.4, warmup=0.1, anneal=0.1, compile="aot_eager")
+    trainer = SparseTrainer(
+        network(),
+        policy="gate",
+        rate=0.4,
+        dense_start=0.1,
+        dense_end=0.1,
+        settings=TrainerSettings(compile="aot_eager"),
+    )
     loader = resident()
     trainer.fit(loader, steps=12, evaluate=loader, evaluations=1)
 
@@ -358,7 +392,7 @@ def test_a_compiled_model_trains_as_it_does_without(policy):
         torch.manual_seed(0)
         model = network()
         model[4].p = 0.0
-        trainer = SparseTrainer(model, policy=policy, rate=0.5, compile=compiled, ema=0.9)
+        trainer = SparseTrainer(model, policy=policy, rate=0.5, settings=TrainerSettings(compile=compiled, ema=0.9))
         trainer.fit(resident(), steps=6)
         assert set(trainer.model.state_dict()) == set(network().state_dict())  # no prefix of a compiler's
         found.append(weights(trainer.update.evaluated))

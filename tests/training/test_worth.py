@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
-from sparse_training.loader import Offer, ResidentLoader
-from sparse_training.policies import AdaptivePolicy
-from sparse_training.worth import NOISE, Worth
+from sparse_training.samplers.adaptive_weights import NOISE, SamplingWeights
+from sparse_training.selection.policies.adaptive import AdaptivePolicy
+from sparse_training.selection.types import CandidateIndices
 
 CLASSES = 10
 
@@ -46,13 +47,13 @@ def noisy(rate, rows=20_000):
     believed = right.clone()
     confused = (right == 6) & (torch.rand(rows, generator=generator) < 0.3)
     believed[confused] = 0
-    law = Worth(rows, given)
+    law = SamplingWeights(rows, given)
     one_pass(law)
     return told(law, logits_for(believed, torch.full((rows,), min(0.95, 1.0 - rate))), given), wrong, confused
 
 
 def test_the_first_pass_has_every_row_once_in_an_order_of_its_seed():
-    law, same, other = (Worth(1000, labels(1000), seed=seed) for seed in (3, 3, 4))
+    law, same, other = (SamplingWeights(1000, labels(1000), seed=seed) for seed in (3, 3, 4))
     first = torch.cat([law.draw(7, 0.0) for _ in range(142)])
     assert torch.equal(first.sort().values.unique(), first.sort().values)
     assert torch.equal(first, same.draw(994, 0.0))
@@ -62,7 +63,7 @@ def test_the_first_pass_has_every_row_once_in_an_order_of_its_seed():
 @pytest.mark.parametrize("progress", [0.1, 0.9])
 def test_nothing_that_sets_rows_apart_makes_passes_epochs(progress):
     targets = torch.arange(2000) % CLASSES
-    law = Worth(2000, targets)
+    law = SamplingWeights(2000, targets)
     one_pass(law)
     told(law, logits_for(targets, torch.full((2000,), 0.5)), targets)
     for _ in range(3):
@@ -71,7 +72,7 @@ def test_nothing_that_sets_rows_apart_makes_passes_epochs(progress):
 
 def test_well_learned_rows_come_a_third_as_often_over_the_passes():
     rows = 6000
-    law = Worth(rows, learned=1.0 / 3.0)
+    law = SamplingWeights(rows, learned=1.0 / 3.0)
     one_pass(law)
     sure = torch.arange(rows) < rows // 2
     law.update(torch.arange(rows), torch.where(sure, 0.0, 1.0))
@@ -84,7 +85,7 @@ def test_well_learned_rows_come_a_third_as_often_over_the_passes():
 @pytest.mark.parametrize("targets", [None, torch.arange(3000) % CLASSES])
 def test_copies_share_the_draws_of_one_row_from_the_first_pass_on(targets):
     copies = torch.where(torch.arange(3000) < 2000, 10, 1)
-    law = Worth(3000, targets, copies)
+    law = SamplingWeights(3000, targets, copies)
     counts = sum(one_pass(law) for _ in range(10)).float()
     assert float(counts.sum()) == pytest.approx(30_000, rel=0.01)
     assert float(counts[2000:].mean() / counts[:2000].mean()) == pytest.approx(10.0, rel=0.03)
@@ -93,7 +94,7 @@ def test_copies_share_the_draws_of_one_row_from_the_first_pass_on(targets):
 
 def test_every_batch_has_its_share_of_each_class():
     targets = torch.cat((torch.zeros(3000), torch.ones(600), torch.full((37,), 2.0))).long()
-    law = Worth(len(targets), targets)
+    law = SamplingWeights(len(targets), targets)
     orders = []
     for _ in range(2):
         orders.append(law.draw(len(targets), 0.1))
@@ -111,12 +112,12 @@ def test_the_loader_finds_copies():
     images[7] = images[1].clone()
     images[7, 0, 3, 3] ^= 1
     loader = ResidentLoader(SimpleNamespace(images=images, labels=torch.arange(9)), batch_size=3)
-    assert loader.copies().tolist() == [4, 1, 1, 4, 1, 4, 1, 1, 4]
+    assert loader.duplicate_counts().tolist() == [4, 1, 1, 4, 1, 4, 1, 1, 4]
 
 
 def test_no_class_gains_by_being_hard():
     targets = labels(5000)
-    law = Worth(5000, targets, learned=1.0 / 3.0)
+    law = SamplingWeights(5000, targets, learned=1.0 / 3.0)
     one_pass(law)
     told(law, logits_for(targets, torch.where(targets < 3, 0.3, 0.999)), targets)
     counts = torch.bincount(targets, weights=one_pass(law).double())
@@ -151,7 +152,7 @@ def test_a_model_that_is_not_sure_rejects_nothing():
 @pytest.mark.parametrize("balance_from", [0.6, None])
 def test_classes_are_balanced_late_in_the_run_and_the_pass_is_cut_for_it(balance_from):
     targets = torch.cat((torch.zeros(4000), torch.ones(400), torch.full((40,), 2.0))).long()
-    law = Worth(len(targets), targets, balance_from=balance_from)
+    law = SamplingWeights(len(targets), targets, balance_from=balance_from)
     told(law, torch.zeros(len(targets), 3), targets)
     before = law.draw(1000, 0.59)
     assert torch.bincount(targets[before]).tolist() == pytest.approx([900, 90, 9], abs=40)
@@ -163,7 +164,7 @@ def test_classes_are_balanced_late_in_the_run_and_the_pass_is_cut_for_it(balance
 
 
 def test_a_balanced_set_is_not_cut_short():
-    law = Worth(100, torch.arange(100) % CLASSES)
+    law = SamplingWeights(100, torch.arange(100) % CLASSES)
     first = torch.cat((law.draw(50, 0.5), law.draw(50, 0.7)))
     assert len(first.unique()) == 100
 
@@ -181,7 +182,7 @@ def test_a_balanced_set_is_not_cut_short():
     ids=["none", "soft", "regression", "pixels", "ignored", "one class"],
 )
 def test_targets_of_any_kind(targets):
-    law = Worth(50, targets)
+    law = SamplingWeights(50, targets)
     for progress in (0.0, 0.3, 0.7, 0.9):
         index = law.draw(32, progress)
         assert len(index) == 32
@@ -192,7 +193,7 @@ def test_targets_of_any_kind(targets):
 def test_a_model_may_have_classes_that_no_row_is_of():
     """As where the data are a part of what it can tell apart."""
     given = noisy(0.2)[0].targets.long()
-    law, wider = (Worth(len(given), given) for _ in range(2))
+    law, wider = (SamplingWeights(len(given), given) for _ in range(2))
     logits = logits_for(given, torch.full(given.shape, 0.9))
     elsewhere = torch.arange(len(given)) % 50 == 0
     believed = torch.where(elsewhere, CLASSES + 3, (given + 1) % CLASSES)
@@ -205,7 +206,7 @@ def test_a_model_may_have_classes_that_no_row_is_of():
 
 
 def test_what_is_not_finite_is_counted_and_a_repeated_row_keeps_its_last():
-    law = Worth(4)
+    law = SamplingWeights(4)
     law.update(torch.tensor([0, 1, 1, 2]), torch.tensor([torch.nan, 1.0, 2.0, torch.inf]))
     assert law.invalid == 2
     expected = torch.tensor([torch.nan, torch.nan, torch.nan, torch.nan])
@@ -215,11 +216,11 @@ def test_what_is_not_finite_is_counted_and_a_repeated_row_keeps_its_last():
 
 def test_arguments_and_states_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="learned 0: wanted more than 0"):
-        Worth(5, learned=0)
+        SamplingWeights(5, learned=0)
     with pytest.raises(UserError, match="0 rows to draw from"):
-        Worth(0)
+        SamplingWeights(0)
     with pytest.raises(UserError, match="a state of 5 rows: wanted one of 6"):
-        Worth(6).load_state_dict(Worth(5).state_dict())
+        SamplingWeights(6).load_state_dict(SamplingWeights(5).state_dict())
 
 
 def test_the_policy_goes_on_from_its_state_bit_for_bit():
@@ -230,8 +231,8 @@ def test_the_policy_goes_on_from_its_state_bit_for_bit():
     def steps(policy, begin, end):
         drawn = []
         for step in range(begin, end):
-            policy.at(step / 30)
-            drawn.append(policy.choose(Offer(torch.arange(64), 0)).ids)
+            policy.set_progress(step / 30)
+            drawn.append(policy.choose(CandidateIndices(torch.arange(64), 0)).index)
             policy.observe(drawn[-1], *made[step])
         return torch.stack(drawn)
 
@@ -257,6 +258,6 @@ def test_the_policy_says_what_it_assumed():
     assert any("of the labels seem wrong" in text for text in policy.warnings(None))
     stream = AdaptivePolicy()
     stream.prepare(None)
-    assert stream.choose(Offer(torch.arange(4), 0)) is None
+    assert stream.choose(CandidateIndices(torch.arange(4), 0)) is None
     assert "rows without numbers" in stream.warnings(None)[0]
     assert AdaptivePolicy(balance=False).balance is False

@@ -12,14 +12,15 @@ import torch_xla
 from test_xla import compilations, on_host
 from torch import nn
 from torch_xla.debug import metrics
+from trainers import make_trainer
 
-from sparse_training import Gate, SparseTrainer
-from sparse_training.data import load_data
-from sparse_training.loader import ResidentLoader
+from sparse_training import Gate
+from sparse_training.data.load import load_data
+from sparse_training.data.resident import ResidentLoader
 
 DATA = load_data("digits", None)
 FACTS = {"mean": DATA.mean, "std": DATA.std}
-PLAIN = {"warmup": 0, "anneal": 0, "schedule": "constant", "lr": 3e-3}
+PLAIN = {"dense_start": 0, "dense_end": 0, "schedule": "constant", "lr": 3e-3}
 
 
 def network():
@@ -30,7 +31,7 @@ def network():
 
 def train(device, policy, steps, watch=lambda status: None, **options):
     model = network()
-    trainer = SparseTrainer(model, policy=policy, device=device, **{**PLAIN, **options})
+    trainer = make_trainer(model, policy=policy, device=device, **{**PLAIN, **options})
     loader = ResidentLoader(DATA.train, batch_size=128, drop_last=True, device=trainer.device, **FACTS)
     test = ResidentLoader(DATA.test, batch_size=100, shuffle=False, device=trainer.device, **FACTS)
     history = trainer.fit(loader, steps=steps, progress=watch)
@@ -88,7 +89,7 @@ def test_a_run_resumes_exactly(tmp_path):
     def run(folder, stop):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Dropout(0.2), network())
-        trainer = SparseTrainer(model, device="xla", policy="gate", rate=0.25, **PLAIN)
+        trainer = make_trainer(model, device="xla", policy="gate", rate=0.25, **PLAIN)
         torch_xla.manual_seed(3)
         loader = ResidentLoader(DATA.train, batch_size=128, device=trainer.device, **FACTS)
         steps = iter(range(1, 100))
@@ -122,7 +123,7 @@ def test_torch_xla_is_imported_for_an_xla_device_alone() -> None:
     said = command("-c", (
         "import sys, torch, sparse_kernels, sparse_training, sparse_training.cli\n"
         "from sparse_training import Gate, SparseTrainer\n"
-        "SparseTrainer(torch.nn.Linear(4, 2), warmup=0, anneal=0).fit([(torch.randn(8, 4), torch.zeros(8).long())],\n"
+        "SparseTrainer(torch.nn.Linear(4, 2), dense_start=0, dense_end=0).fit([(torch.randn(8, 4), torch.zeros(8).long())],\n"
         "  steps=2)\n"
         "print('torch_xla' in sys.modules)\n"
         "SparseTrainer(torch.nn.Linear(4, 2), device='xla')\n"

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sparse_training.data.types import ImageData, Split, missing_set
+from sparse_training.data.splits import ImageData, Split, missing_set
 from sparse_training.errors import UserError
 
 FOLDER = "cifar-10-batches-py"

@@ -14,7 +14,7 @@ from io import BytesIO
 import numpy as np
 import torch
 
-from sparse_training.data.types import ImageData, Split
+from sparse_training.data.splits import ImageData, Split
 
 TEST_ROWS = 360
 

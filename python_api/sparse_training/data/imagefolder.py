@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from sparse_training.data.types import ImageData, Split, missing_set
+from sparse_training.data.splits import ImageData, Split, missing_set
 from sparse_training.errors import UserError
 
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sparse_kernels import row_stats
-from sparse_training.criterion import ROWS, Criterion
+from sparse_training.criterion import GRANULARITIES, Criterion
 from sparse_training.errors import UserError
-from sparse_training.gate import Gate
-from sparse_training.integrations import SampleGate
-from sparse_training.scoring import evaluation_statistics
+from sparse_training.evaluation import evaluation_statistics
+from sparse_training.gate.gate import Gate
+from sparse_training.integrations.sample_gate import SampleGate
 
 if TYPE_CHECKING:
     Base = Any
@@ -35,19 +35,19 @@ class GatedTrainer(Base):  # type: ignore[misc]
 
     Args:
         gate: a gate, or a rate for one. Its state is saved with the trainer's checkpoints.
-        rows: "samples": the batch is scored without gradient, and the trainer's own loss is taken of the samples kept
-            alone. "elements": one forward pass, and the mean cross-entropy of the tokens kept of its logits; for a
+        granularity: "sample": the batch is scored without gradient, and the trainer's own loss is taken of the samples
+            kept alone. "token": one forward pass, and the mean cross-entropy of the tokens kept of its logits; for a
             causal language model each token is judged by the next one. That saves the loss's own work, not the
             model's.
 
     Raises:
-        UserError: as ``SampleGate``; with "elements", labels that are no class indices.
+        UserError: as ``SampleGate``; with "token", labels that are no class indices.
     """
 
-    def __init__(self, *arguments: Any, gate: Gate | float = 0.1, rows: str = "samples", **options: Any) -> None:
-        if rows not in ROWS:
-            raise UserError(f"rows {rows!r}: wanted one of {', '.join(ROWS)}")
-        self.select = SampleGate(gate) if rows == "samples" else None
+    def __init__(self, *arguments: Any, gate: Gate | float = 0.1, granularity: str = "sample", **options: Any) -> None:
+        if granularity not in GRANULARITIES:
+            raise UserError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        self.select = SampleGate(gate) if granularity == "sample" else None
         self.gate = self.select.gate if self.select is not None else gate if isinstance(gate, Gate) else Gate(gate)
         super().__init__(*arguments, **options)
         # The losses here are means over what each batch keeps, so that they are still to be divided.
@@ -84,7 +84,7 @@ class GatedTrainer(Base):  # type: ignore[misc]
         return logits, labels
 
     def _loss_of_tokens(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits, labels = Criterion(class_dim=-1).elements(*self._aligned(logits, labels))
+        logits, labels = Criterion(class_dim=-1).tokens(*self._aligned(logits, labels))
         self.gate.to(logits.device)
         kept = self.gate(logits, labels)
         logits, labels = kept.take((logits, labels))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_training.gate import Gate
-from sparse_training.integrations import SampleGate
-from sparse_training.loader import default_inputs, default_targets
-from sparse_training.scoring import evaluation_statistics, forward
+from sparse_training.data.stream import default_inputs, default_targets
+from sparse_training.evaluation import evaluation_statistics, forward
+from sparse_training.gate.gate import Gate
+from sparse_training.integrations.sample_gate import SampleGate
 
 if TYPE_CHECKING:
     Base = Any

@@ -1,0 +1,131 @@
+"""Any iterable of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparse_training.data.loader import Loader
+from sparse_training.errors import UserError
+from sparse_training.selection.types import Batch, CandidateIndices, WeightedIndices
+
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+class StreamLoader(Loader):
+    """Any iterable of batches, such as a DataLoader; every batch is loaded whole.
+
+    A sampler with ``set_epoch`` is told the epoch. On resume the batches of the epoch that were
+    already used are drawn again, from the generator state the epoch began with, and passed over.
+
+    Args:
+        batches: tuples (inputs..., targets), or mappings with the targets under one of TARGET_KEYS.
+        inputs, targets: how to take them from a batch of any other structure.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        inputs: Callable[[Any], Any] | None = None,
+        targets: Callable[[Any], Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.source = batches
+        self.inputs = inputs or default_inputs
+        self.targets = targets or default_targets
+        self.device = torch.device(device)
+        self._epoch_rng: Tensor | None = None  # torch's CPU generator when the epoch began
+
+    def batches(self) -> int | None:
+        if not isinstance(self.source, Sized):
+            return None
+        try:
+            return len(self.source)
+        except TypeError:  # a DataLoader over an iterable data set has a __len__ that raises
+            return None
+
+    def __iter__(self) -> Iterator[Any]:
+        set_epoch = getattr(getattr(self.source, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.epoch)
+        if self.position and self._epoch_rng is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self._epoch_rng.cpu())
+                source = iter(self.source)
+                for _ in range(self.position):
+                    next(source, None)
+        else:
+            self._epoch_rng = torch.get_rng_state()
+            source = iter(self.source)
+        for batch in source:
+            self.position += 1
+            yield batch
+        if not self.position:
+            raise UserError("the training data gave no batch: wanted an iterable that can be gone through again")
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def offer(self, item: Any) -> CandidateIndices:
+        return CandidateIndices(torch.arange(self.targets(item).shape[0]), self.epoch)
+
+    def load(self, item: Any, choice: WeightedIndices | None = None) -> Batch:
+        def to_device(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        parts = (self.inputs(item), self.targets(item))
+        offered = parts[1].shape[0]
+        if choice is not None:
+            parts = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, choice.index.to(t.device)), parts)
+        weight = None if choice is None else choice.weight
+        inputs, targets, weight = pytree.tree_map_only(Tensor, to_device, (*parts, weight))
+        return Batch(inputs, targets, None, offered, weight)
+
+    def probe(self) -> Iterator[Any]:
+        if isinstance(self.source, Iterator):
+            raise UserError("a one-shot iterator cannot be timed beforehand: give a DataLoader, or steps= for a budget")
+        while True:
+            yield from self.source
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "epoch_rng": self._epoch_rng}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._epoch_rng = state.get("epoch_rng")
+
+
+def default_inputs(batch: Any) -> Any:
+    """All of a batch but its targets; a pair's first half bare."""
+    if isinstance(batch, Mapping):
+        key = _target_key(batch)
+        return {name: value for name, value in batch.items() if name != key}
+    if isinstance(batch, Sequence) and len(batch) >= 2:
+        return batch[0] if len(batch) == 2 else tuple(batch[:-1])
+    raise UserError(
+        f"a batch of type {type(batch).__name__}: wanted (inputs, targets), a mapping, or inputs= and targets="
+    )
+
+
+def default_targets(batch: Any) -> Any:
+    """The last of a sequence, or what a mapping holds under one of TARGET_KEYS."""
+    if isinstance(batch, Mapping):
+        return batch[_target_key(batch)]
+    if isinstance(batch, Sequence) and len(batch) >= 2:
+        return batch[-1]
+    raise UserError(
+        f"a batch of type {type(batch).__name__}: wanted (inputs, targets), a mapping, or inputs= and targets="
+    )
+
+
+def _target_key(batch: Mapping[str, Any]) -> str:
+    for key in TARGET_KEYS:
+        if key in batch:
+            return key
+    raise UserError(
+        f"a batch with the keys {', '.join(map(str, batch))}: wanted one of {', '.join(TARGET_KEYS)}, or targets="
+    )

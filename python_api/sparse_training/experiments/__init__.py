@@ -1,0 +1,1 @@
+"""Comparisons of policies at equal cost."""

@@ -1,0 +1,9 @@
+"""The gate: rows above a threshold, which a PI controller moves so that a target rate is kept."""
+
+from sparse_training.gate.budget import Budget
+from sparse_training.gate.controller import PIController
+from sparse_training.gate.gate import Gate, SetPoint
+from sparse_training.gate.schedules import Ramp
+from sparse_training.gate.significance import Significance
+
+__all__ = ["Budget", "Gate", "PIController", "Ramp", "SetPoint", "Significance"]

@@ -1,0 +1,1 @@
+"""Image classifiers for demonstrations and comparisons."""

@@ -1,0 +1,99 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparse_training.errors import UserError
+from sparse_training.models.cnn import cnn_2m, cnn_620k, cnn_bn, cnn_tiny
+from sparse_training.models.resnet import resnet
+from sparse_training.models.shapes import Shape
+from sparse_training.models.vit import vit
+
+
+def build_model(name: str, *, shape: Shape, classes: int) -> nn.Module:
+    """Makes a model with fresh weights, drawn from torch's global generator.
+
+    Args:
+        name: one of `MODELS`, or the import path `module:factory` of a callable that takes
+            `shape` and `classes` as keywords and returns an `nn.Module`.
+        shape: (C, H, W) of one image.
+        classes: number of classes, at least 2.
+
+    Returns:
+        A module that maps float images [N, C, H, W] to logits [N, classes].
+
+    Raises:
+        UserError: no such model or factory, one that does not fit, or a shape too small for it.
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise UserError(f"shape must be (channels, height, width), each at least 1, got {shape}")
+    if classes < 2:
+        raise UserError(f"classes must be at least 2, got {classes}")
+    if name in _FACTORIES:
+        return _FACTORIES[name](shape=shape, classes=classes)
+    if ":" not in name:
+        raise UserError(f"unknown model {name!r}: one of {', '.join(MODELS)} or module:factory is wanted")
+    model = _import_factory(name)(shape=shape, classes=classes)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+@dataclass(frozen=True)
+class ModelFactory:
+    """A model by name, to be built once the shape of its inputs is known.
+
+    Attributes:
+        name: as for ``build_model``.
+    """
+
+    name: str
+
+    def __call__(self, *, shape: Shape, classes: int) -> nn.Module:
+        """Build the model; see ``build_model``."""
+        return build_model(self.name, shape=shape, classes=classes)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _import_factory(name: str) -> Callable[..., object]:
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise UserError(f"model {name!r} is not an import path: module:factory is wanted")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        reason = " ".join(str(error).split())  # some packages explain theirs at length
+        raise UserError(f"model {name!r}: cannot import {module_name}: {reason}") from error
+    try:
+        factory: object = getattr(module, attribute)
+    except AttributeError:
+        raise UserError(f"model {name!r}: module {module_name} has no {attribute!r}") from None
+    if not callable(factory):
+        raise UserError(f"model {name!r}: {attribute} must be callable, got {type(factory).__name__}")
+    try:
+        # Asked beforehand, so that a TypeError from inside the factory keeps its traceback.
+        inspect.signature(factory).bind(shape=(1, 1, 1), classes=2)
+    except TypeError as error:
+        raise UserError(f"model {name!r}: must be callable as {attribute}(shape=..., classes=...): {error}") from None
+    except ValueError:
+        pass  # some builtins tell no signature
+    return factory
+
+
+_FACTORIES: dict[str, Callable[..., nn.Module]] = {
+    "cnn-620k": cnn_620k,
+    "cnn-2m": cnn_2m,
+    "cnn-bn": cnn_bn,
+    "cnn-tiny": cnn_tiny,
+    "resnet": resnet,
+    "vit": vit,
+}
+MODELS = tuple(_FACTORIES)

@@ -1,0 +1,1 @@
+"""What training costs: calibrated step times, speed-up bounds, energy, cost budgets."""

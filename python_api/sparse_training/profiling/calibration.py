@@ -1,0 +1,208 @@
+"""The calibrated clock: a run's time as the sum of what its steps cost on an idle machine.
+
+On a machine that others use, raw wall-clock gives one arm of a comparison more steps than another. So
+each kind of work is timed beforehand, blocks of the arms' steps interleaved so that a drift hits them alike, and
+a run's clock advances by the medians. Raw seconds are recorded beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparse_training.data.loader import Loader
+from sparse_training.devices import synchronize
+from sparse_training.selection.policies.base import Policy
+from sparse_training.training.clock import Costs, Curve
+from sparse_training.training.step import TrainingStep
+
+BLOCK, SETTLING = 12, 2  # consecutive steps of an arm, of which the first are not timed
+SHORT_BLOCK = 3  # on the short last batch of an epoch
+MIN_ROUNDS, MAX_ROUNDS, CALIBRATION_SECONDS = 5, 101, 5.0
+TOLD = 1 << 14  # rows told of at once
+
+
+def calibrate(
+    trainer: TrainingStep,
+    loader: Loader,
+    policies: Mapping[str, Policy] | None = None,
+    *,
+    loaders: Mapping[str, Loader] | None = None,
+    rounds: int | None = None,
+    seconds: float = CALIBRATION_SECONDS,
+    progress: Callable[[float], None] | None = None,
+) -> Costs:
+    """Time every stage of every arm's step, interleaved, on copies: the trainer stays as it is.
+
+    Args:
+        trainer: whose model and optimiser are copied.
+        loader: of the batches to time; its epoch and position stay as they are.
+        policies: the arms; by default the trainer's own policy. Dense steps are always timed too.
+        loaders: by arm, where one is offered other batches than those of ``loader``.
+        rounds: over all arms and batch sizes; by default as many as take ``seconds``, within
+            MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
+        progress: called after every round with the share done, 0 to 1.
+    """
+    twin = copy.deepcopy(trainer)
+    twin.compile()
+    memo = {id(trainer.model): twin.model}  # of a scorer that is attached to it
+    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
+    sources = [
+        _Source(twin.attach(policy), (loaders or {}).get(policy.name, loader))
+        for policy in {policy.name: policy for policy in arms}.values()
+    ]
+    samples: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    devices = [twin.device] if twin.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for source in sources:
+            twin.policy = source.policy
+            twin.check(loader.load(source.items()[0]))
+            _fill(twin, source)
+            _warm_up(twin, source)
+        done, began = 0, time.perf_counter()
+        while done < (rounds or MIN_ROUNDS) or (rounds is None and done < MAX_ROUNDS and _since(began) < seconds):
+            for source in sources:
+                for item, steps in zip(source.items(), (BLOCK, SHORT_BLOCK), strict=False):
+                    _time_block(twin, source, item, steps, samples)
+            done += 1
+            if progress is not None:
+                least = min(done / MIN_ROUNDS, _since(began) / max(seconds, 1e-9))
+                progress(min(1.0, done / rounds if rounds else max(least, done / MAX_ROUNDS)))
+    shared = {stage: _curve(samples, "", stage) for stage in ("load", "train")}
+    stages = ("score", "select", "observe")
+    names = [source.policy.name for source in sources]
+    own = {name: {stage: _curve(samples, name, stage) for stage in stages} for name in names}
+    return Costs(shared, own, done)
+
+
+class _Source:
+    """An arm's policy and the batches that it is offered."""
+
+    def __init__(self, policy: Policy, loader: Loader) -> None:
+        self.policy, self.loader = policy, loader
+        policy.prepare(loader.size, loader.labels, loader.duplicate_counts)
+        self._probe = loader.probe()
+
+    def items(self) -> list[Any]:
+        """A full batch and, where an epoch has more than one, the short last one."""
+        return [next(self._probe) for _ in range(2 if (self.loader.batches() or 0) > 1 else 1)]
+
+
+def _time_block(
+    twin: TrainingStep, source: _Source, item: Any, steps: int, samples: dict[tuple[str, str, int], list[float]]
+) -> None:
+    """Consecutive steps of an arm on one item, then training on other row counts it may come to.
+
+    A run takes its steps in a row, so they are timed in a row: the first ones only bring the caches and the
+    allocator to the state that a run of this arm keeps them in. Timed straight after another arm's step, a
+    gate's step was seen to cost 1.3 times its own.
+    """
+    policy, loader = source.policy, source.loader
+    twin.policy = policy
+    watch = Stopwatch(twin.device)
+    for step in range(steps):
+        watch.lap()
+        choice = policy.choose(loader.offer(item))
+        choose = watch.lap()
+        batch = loader.load(item, choice)
+        load = watch.lap()
+        scores = policy.score(batch)
+        score = watch.lap()
+        policy.select(scores, batch)
+        select = watch.lap()
+        ladder = _ladder(policy.likely_rows(batch.rows), batch.rows)
+        usual = ladder[len(ladder) // 3]
+        kept = twin.head(batch, usual)
+        watch.lap()
+        learned = twin.learn(kept)
+        train = watch.lap()
+        twin.report(policy, batch, kept, learned)
+        observe = watch.lap()
+        if step < min(SETTLING, steps // 2):
+            continue
+        samples[policy.name, "select", batch.offered].append(choose + select)
+        samples[policy.name, "score", batch.rows].append(score)
+        samples[policy.name, "observe", usual].append(observe)
+        if batch.rows:  # a policy may let a batch go by
+            samples["", "load", batch.rows].append(load)
+            samples["", "train", usual].append(train)
+    if len(policy.likely_rows(batch.rows)) == 1:
+        return
+    for rows in ladder if batch.rows else ():
+        kept = twin.head(batch, rows)
+        twin.learn(kept)
+        watch.lap()
+        twin.learn(kept)
+        samples["", "train", rows].append(watch.lap())
+
+
+def _ladder(likely: range, rows: int) -> list[int]:
+    """The likely row counts' ends and middle, for interpolation; with a choice of them, 1 to rows."""
+    if len(likely) == 1:
+        return [likely[0]]
+    return sorted({1, likely[0], likely[len(likely) // 3], likely[-1], max(1, rows // 2), rows})
+
+
+def _fill(twin: TrainingStep, source: _Source) -> None:
+    """Tell an arm of every row, as in the midst of a run: choosing by past losses takes its usual path."""
+    size = source.loader.size
+    batch = source.loader.load(source.items()[0])
+    learned = twin.learn(twin.head(batch, batch.rows))
+    if size is None or learned is None:
+        return
+    losses = torch.linspace(0.0, 1.0, size, device=batch.targets.device)
+    for start in range(0, size, TOLD):
+        ids = torch.arange(start, min(start + TOLD, size), device=losses.device)
+        of_rows = ids % batch.rows
+        logits = pytree.tree_map_only(Tensor, operator.itemgetter(of_rows), learned.logits)
+        source.policy.observe(ids, losses[ids], logits)
+
+
+def _warm_up(twin: TrainingStep, source: _Source) -> None:
+    """Train once on each likely row count, the middle ones first, for at most CALIBRATION_SECONDS.
+
+    Libraries prepare a kernel for each shape they meet: that is paid once a process, not every step.
+    """
+    began = time.perf_counter()
+    for item in source.items():
+        batch = source.loader.load(item, source.policy.choose(source.loader.offer(item)))
+        likely = source.policy.likely_rows(batch.rows)
+        middle = likely[len(likely) // 3]
+        for rows in sorted(likely, key=lambda rows: abs(rows - middle)):
+            if _since(began) > CALIBRATION_SECONDS:
+                return
+            twin.learn(twin.head(batch, rows))
+
+
+class Stopwatch:
+    """Seconds between laps, each once the device has done what was asked of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last = 0.0
+        self.lap()
+
+    def lap(self) -> float:
+        synchronize(self.device)
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+def _curve(samples: Mapping[tuple[str, str, int], list[float]], arm: str, stage: str) -> Curve:
+    points = sorted(
+        (rows, statistics.median(found)) for (a, s, rows), found in samples.items() if (a, s) == (arm, stage)
+    )
+    return tuple(rows for rows, _ in points), tuple(seconds for _, seconds in points)
+
+
+def _since(began: float) -> float:
+    return time.perf_counter() - began

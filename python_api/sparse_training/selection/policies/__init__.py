@@ -1,0 +1,1 @@
+"""Policies: which rows of a batch are trained on, one file each."""

@@ -1,0 +1,104 @@
+"""The original system's step, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_training.evaluation import forward
+from sparse_training.selection.policies.base import Policy
+from sparse_training.selection.types import Batch, Scores, SelectedBatch
+
+
+class MaskedPolicy(Policy):
+    """The original system's step, for comparison only: it saves nothing.
+
+    All rows go forward twice, the first time to be scored, and backward once; rows that are not selected are masked
+    out of the loss, which is divided by the number selected. That is four thirds of a dense step's work, whatever the
+    rate. Scoring is in training mode and float32, as there: BatchNorm's statistics move in it. So is the control law
+    (``original.PackageLaw``), which waits for the device in every step and cannot reach every rate. Its settings
+    besides: Adam at 1e-3, ``clip_norm=1``.
+    """
+
+    name = "masked"
+    uses_scores = True
+    masks = True
+
+    def __init__(self, rate: float = 0.4, seed: int = 0) -> None:
+        super().__init__(rate, seed)
+        self.law = PackageLaw(self.rate)
+        self.clamped, self.steps = 0, 0
+
+    @property
+    def target(self) -> float:
+        return self.rate
+
+    def score(self, batch: Batch) -> Scores:
+        with torch.no_grad():
+            return Scores(batch.targets, self.scorer.criterion, logits=forward(self.scorer.model, batch.inputs))
+
+    def select(self, scores: Scores | None, batch: Batch) -> SelectedBatch:
+        assert scores is not None
+        p = scores.logits.softmax(-1)
+        entropy = -(p * (p + 1e-8).log()).sum(-1)
+        significance = 0.7 * scores.losses + 0.3 * entropy
+        mask = significance > float(self.law.threshold)
+        least = self.law.least(batch.rows)
+        if int(mask.sum()) < least:
+            mask = torch.zeros_like(mask).index_fill_(0, significance.topk(min(least, batch.rows)).indices, True)
+        count = int(mask.sum())
+        self.law.observe(count / batch.rows)
+        self.steps += 1
+        self.clamped += not 0.5 < self.law.threshold < 10.0
+        everything = torch.arange(batch.rows, device=mask.device)
+        return SelectedBatch(batch.inputs, batch.targets, count, everything, mask.float(), max(count, 1))
+
+    def trace(self) -> tuple[Tensor, ...]:
+        return torch.tensor(float(self.law.rate)), torch.tensor(float(self.law.threshold))
+
+    def warnings(self, rate: float | None) -> list[str]:
+        found = ["masked is the original system's step, for comparison only: every row goes forward twice and backward"]
+        if self.clamped:
+            found.append(f"masked's threshold was at its clamp in {self.clamped} of {self.steps} steps")
+        return found
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"law": [float(value) for value in vars(self.law).values()], "counts": (self.clamped, self.steps)}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.law = PackageLaw(*state["law"])
+        self.clamped, self.steps = state["counts"]
+
+
+@dataclass
+class PackageLaw:
+    """The package's controller: a clamped threshold, fed the rate after the fallback to the most significant tenth.
+
+    ``target`` is a number or an array of them; the state has its shape.
+    """
+
+    target: Any
+    threshold: Any = 3.0
+    integral: Any = 0.0
+    rate: Any = None  # smoothed; starts at the target
+
+    def __post_init__(self) -> None:
+        self.rate = self.target if self.rate is None else self.rate
+
+    @staticmethod
+    def least(rows: int) -> int:
+        """How many of a batch's rows it keeps at least, the most significant."""
+        return max(2, rows // 10)
+
+    def observe(self, kept: Any) -> None:
+        """Takes a step on the fraction kept of a batch, of the target's shape."""
+        self.rate = 0.1 * kept + 0.9 * self.rate
+        error = self.rate - self.target
+        inside = (self.threshold > 0.5) & (self.threshold < 10)
+        self.integral = np.where(inside, np.clip(self.integral + error, -100, 100), 0.9 * self.integral)
+        self.threshold = np.clip(self.threshold + 0.005 * error + 0.0001 * self.integral, 0.5, 10)

@@ -1,0 +1,1 @@
+"""Scorers: what rows are judged by, one file each."""

@@ -1,0 +1,63 @@
+"""The trained model as its own scorer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_training.errors import UserError
+from sparse_training.evaluation import evaluation_statistics, forward
+from sparse_training.selection.scorers.base import Scorer
+from sparse_training.selection.types import Batch
+
+
+class SelfScorer(Scorer):
+    """The model itself: no gradient, evaluation statistics, every buffer and generator untouched.
+
+    Args:
+        precision: of the pass; None for the trainer's.
+        resolution: scale of the images that are scored, in (0, 1): pooled by area, for a model that takes images of
+            any size. None for the images as they are.
+
+    Raises:
+        UserError: a setting out of range; with ``build``, inputs that are not images, or too small for the model.
+    """
+
+    name = "self"
+
+    def __init__(self, *, precision: str | None = None, resolution: float | None = None) -> None:
+        super().__init__(precision=precision)
+        if resolution is not None and not 0.0 < resolution < 1.0:
+            raise UserError(f"resolution {resolution}: wanted a scale above 0 and below 1, or None")
+        self.resolution = resolution
+
+    def logits(self, inputs: Any) -> Any:
+        if self.resolution is not None:
+            inputs = self._reduced(inputs)
+        with evaluation_statistics(self.model):
+            return forward(self.model, inputs)
+
+    def build(self, batch: Batch, logits: Any) -> None:
+        if self.resolution is None:
+            return
+        reduced = self._reduced(batch.inputs)
+        try:
+            self(batch)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"resolution {self.resolution}: the model takes no images of {list(reduced.shape[2:])} pixels: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+
+    def _reduced(self, inputs: Any) -> Tensor:
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
+            shape = f"shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else f"type {type(inputs).__name__}"
+            raise UserError(f"resolution {self.resolution} with inputs of {shape}: wanted images, float [B, C, H, W]")
+        assert self.resolution is not None
+        size = [max(1, round(self.resolution * side)) for side in inputs.shape[2:]]
+        return F.interpolate(inputs, size=size, mode="area")
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() if self.resolution is None else f"resolution={self.resolution}"

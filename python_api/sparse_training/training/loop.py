@@ -1,0 +1,213 @@
+"""The loop of a run: steps until the budget is spent, with evaluation, checkpoints and callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from sparse_training import devices
+from sparse_training.data.loader import Loader
+from sparse_training.errors import UserError
+from sparse_training.evaluation import evaluation_statistics
+from sparse_training.selection.types import Batch, SelectedBatch
+from sparse_training.training.callbacks import Callbacks, RateControl
+from sparse_training.training.log import Status, TrainingLog
+from sparse_training.training.schedule import Schedule
+from sparse_training.training.state import RunState
+
+TRACE_POINTS = 500
+
+
+class RunLength(NamedTuple):
+    """How long a run is.
+
+    Attributes:
+        kind: "steps", "rows" or "seconds".
+        amount: how many of them, above 0.
+    """
+
+    kind: str
+    amount: float
+
+    @classmethod
+    def of(cls, loader: Loader, **given: float | None) -> RunLength:
+        """Make it from the one budget that is not None.
+
+        Raises:
+            UserError: no budget or several, one that is not above 0, or epochs of data of unknown length.
+        """
+        named = {name: amount for name, amount in given.items() if amount is not None}
+        if len(named) != 1:
+            raise UserError(f"give exactly one of {', '.join(given)}, got {' and '.join(named) or 'none'}")
+        ((kind, amount),) = named.items()
+        if not 0.0 < amount < float("inf"):
+            raise UserError(f"`{kind}` must be above 0 and finite, got {amount}")
+        if kind != "epochs":
+            return cls(kind, amount)
+        batches = loader.batches()
+        if batches is None:
+            raise UserError("`epochs` needs training data with a length; use steps= or seconds=")
+        return cls("steps", max(1, round(amount * batches)))
+
+
+class TrainingLoop:
+    """Takes steps until a run's length is reached.
+
+    Args:
+        state: the run's parts, which its checkpoint holds.
+        length: when the run ends.
+        schedule: phases and learning rate by progress.
+        callbacks: functions to call.
+        rate_control: steers the rate of the sparse steps; None for the policy's own.
+        checkpoint_interval: number of steps between checkpoints; None for one at the end alone.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        length: RunLength,
+        schedule: Schedule,
+        callbacks: Callbacks,
+        *,
+        rate_control: RateControl | None,
+        checkpoint_interval: int | None,
+    ) -> None:
+        self.state, self.trainer, self.log = state, state.trainer, state.log
+        self.clock, self.energy = state.clock, state.energy
+        self.length, self.schedule, self.callbacks = length, schedule, callbacks
+        self.rate_control, self.checkpoint_interval = rate_control, checkpoint_interval
+        self.latest: Mapping[str, float] | None = self.log.evals[-1] if self.log.evals else None
+
+    def run(self) -> TrainingLog:
+        """Train; returns the log, on all ranks of all their rows."""
+        items = _endless(self.state.loader)
+        self._start()
+        progress = self._progress()
+        while progress < 1.0:
+            progress = self._step(next(items), progress)
+            if self._stop_requested() and progress < 1.0:
+                self.log.interrupted = True
+                break
+            interval = self.checkpoint_interval
+            if interval and self.log.steps % interval == 0 and progress < 1.0:
+                self._pause()
+                self.state.save()
+                self._start()
+        self._pause()
+        return self._finish()
+
+    def _step(self, item: Any, progress: float) -> float:
+        """Take one step and call what is due after it; returns the progress it reached."""
+        trainer, log, clock = self.trainer, self.log, self.clock
+        phase = self.schedule.phase(progress) if trainer.policy.phased else "sparse"
+        trainer.set_learning_rate(self.schedule.factor(progress))
+        policy = trainer.policy if phase == "sparse" else trainer.dense
+        policy.set_progress(progress)
+        policy.watched = phase == "sparse" and progress * TRACE_POINTS >= len(log.trace)
+        control = self.rate_control if phase == "sparse" else None
+        if control is not None:
+            control.before(policy, self._spent())
+        batch, kept = trainer.step(policy, self.state.loader, item)
+        clock.charge(policy.name, batch.rows, kept.targets.shape[0], batch.offered, observer=trainer.policy.name)
+        if control is not None:
+            control.after(self._spent())
+        self._count(phase, batch, kept)
+        progress = self._progress()
+        if progress >= 1.0:
+            trainer.update.step()  # of what was accumulated
+        devices.end_step(trainer.device)
+        if policy.watched and (point := policy.trace()) is not None:
+            log.trace.append((log.steps, *point))
+        due = int(min(progress, 1.0) * self.callbacks.evaluations) > len(log.evals)
+        if self.callbacks.evaluate is not None and (due or progress >= 1.0):
+            self._pause()
+            self._evaluate()
+            self._start()
+        if self.callbacks.progress is not None:
+            self.callbacks.progress(Status(progress, phase, log.steps, clock.seconds, self.latest, policy))
+        return progress
+
+    def _progress(self) -> float:
+        """Part of the run that is done, from 0; of several processes the same on all."""
+        kind, amount = self.length
+        ranks = self.trainer.ranks
+        if kind == "rows":
+            return ranks.total(int(self.log.rows_seen)) / amount
+        return (ranks.first(self.clock.seconds) if kind == "seconds" else self.log.steps) / amount
+
+    def _spent(self) -> float:
+        """Cost of the run so far, in the rate control's unit."""
+        in_seconds = self.rate_control is not None and self.rate_control.unit == "seconds"
+        return self.clock.seconds if in_seconds else sum(self.trainer.operations.total.values())
+
+    def _stop_requested(self) -> bool:
+        stop = self.callbacks.stop
+        return stop is not None and self.trainer.ranks.total(stop()) > 0
+
+    def _start(self) -> None:
+        self.energy.start()
+        self.clock.start()
+
+    def _pause(self) -> None:
+        self.clock.stop(self.trainer.device)
+        self.energy.stop()
+
+    def _evaluate(self) -> None:
+        evaluate, trainer = self.callbacks.evaluate, self.trainer
+        if callable(evaluate) and not isinstance(evaluate, Loader):
+            model = trainer.update.evaluated
+            with evaluation_statistics(model):
+                found = {name: float(value) for name, value in evaluate(model).items()}
+        else:
+            assert evaluate is not None
+            found = trainer.evaluate(evaluate)
+        self.log.evals.append({"seconds": self.clock.seconds, "step": self.log.steps, **found})
+        self.latest = self.log.evals[-1]
+
+    def _count(self, phase: str, batch: Batch, kept: SelectedBatch) -> None:
+        """Add a step's rows to the log; waits for no device."""
+        log, policy = self.log, self.trainer.policy
+        log.steps += 1
+        log.phases[phase] += 1
+        offered = batch.offered if batch.counted is None else batch.counted
+        log.rows_seen += offered
+        log.rows_trained += kept.rows
+        if phase != "sparse" or policy.name == self.trainer.dense.name:
+            return
+        log.offered += offered
+        log.kept += kept.rows
+        size = self.state.loader.size
+        if batch.ids is None or size is None:
+            return
+        zeros = torch.zeros(size if log.selected is None else 0, dtype=torch.int32, device=self.trainer.device)
+        one = torch.ones_like(batch.ids, dtype=torch.int32)
+        if kept.positions is None:
+            if policy.before_loading:
+                log.selected = zeros if log.selected is None else log.selected
+                log.selected.index_add_(0, batch.ids, one)
+            return
+        if log.selected is None or log.seen is None:
+            log.selected, log.seen = zeros, zeros.clone()
+        log.seen.index_add_(0, batch.ids, one)
+        valid = one[: len(kept.positions)] if kept.weight is None else (kept.weight > 0).int()
+        log.selected.index_add_(0, batch.ids[kept.positions], valid)
+
+    def _finish(self) -> TrainingLog:
+        log, trainer, energy = self.log, self.trainer, self.energy
+        log.seconds, log.raw_seconds = self.clock.seconds, self.clock.raw_seconds
+        log.joules, log.meter, log.operations = energy.joules, energy.source, trainer.operations.total
+        self.state.save()
+        if not trainer.ranks.alone:
+            log.together(trainer.ranks.all(log))
+        if not log.interrupted:
+            log.warnings = trainer.policy.warnings(log.rate)
+            if self.rate_control is not None:
+                log.warnings += self.rate_control.warnings()
+        return log
+
+
+def _endless(loader: Loader) -> Iterator[Any]:
+    while True:
+        yield from loader

@@ -1,0 +1,185 @@
+"""The optimiser's side of a step: gradients accumulated, scaled, clipped, applied, and the weights averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparse_training.selection.types import SelectedBatch
+from sparse_training.training.distributed import Ranks
+from sparse_training.training.settings import TrainerSettings
+
+
+class OptimizerStep:
+    """Makes an optimiser step of the kept rows of every ``accumulate`` batches, of all ranks.
+
+    Batches keep different numbers of rows. Their gradients are summed and divided by all their rows (or the sum
+    of what the policy divides by), so that n batches give the gradient of one batch n times as large, and so do
+    the batches of n ranks.
+
+    Args:
+        model: the model whose weights are averaged.
+        optimizer: steps on the gradients.
+        settings: ``accumulate``, ``clip_norm``, ``ema`` and ``amp``.
+        device: device of the gradients.
+        ranks: the processes that train together; DistributedDataParallel averages their gradients, and ``add`` and
+            ``skip`` are called by all of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: TrainerSettings,
+        *,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.clip_norm, self.accumulate, ema = settings.clip_norm, settings.accumulate, settings.ema
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp_dtype == torch.float16)
+        average = None if ema is None else get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
+        self.ema = None if ema is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.ranks = ranks or Ranks()
+        self._shared: Callable[[], Tensor] | None = None  # rows and divisor of all ranks' batches, on their way
+        self.batches = 0  # since the last step
+        self.first: int | Tensor | None = None  # divisor of the first of them that had rows,
+        self.total: int | Tensor = 0  # and the sum of all of them
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate and keep: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def nothing_in(self, kept: SelectedBatch) -> bool:
+        """Whether there is no row; False where only the device knows and the step can be skipped there."""
+        if kept.targets.shape[0] == 0:
+            return True
+        return isinstance(kept.rows, Tensor) and not self.skips_on_device() and int(kept.rows) == 0  # waits
+
+    def share(self, kept: SelectedBatch) -> None:
+        """Starts to add up the ranks' rows, behind their forward passes; alone there is nothing to add."""
+        if not self.ranks.alone:
+            divisor = kept.targets.shape[0] if kept.weight is None else kept.divisor
+            # Of an empty padded batch the divisor is no number of rows.
+            some = torch.as_tensor(kept.rows, device=self.device).double().clamp(max=1)
+            own = torch.stack((some, some * divisor))
+            self._shared = self.ranks.sum_later(own)
+
+    def add(self, losses: Tensor, kept: SelectedBatch) -> None:
+        """Backward pass of a batch's losses, and the step where it is the last batch of one."""
+        if self.first is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        rows: int | Tensor = kept.rows
+        divisor = losses.shape[0] if kept.weight is None else kept.divisor
+        if self._shared is not None:
+            rows, divisor = self._shared().unbind()
+            self._shared = None
+            divisor = torch.where(rows > 0, divisor, 1.0) / self.ranks.size
+            loss = (losses if kept.weight is None else losses * kept.weight).sum() / divisor
+        elif kept.weight is None:
+            loss = losses.mean()
+        else:
+            loss = (losses * kept.weight).sum() / divisor
+        if self.first is None:
+            self.first = divisor
+        elif self.accumulate > 1:
+            loss = loss * (divisor / self.first)
+        # Of an empty padded batch the divisor is no number of rows.
+        self.total += torch.where(rows == 0, 0, divisor) if isinstance(rows, Tensor) else divisor
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.skip()
+
+    def skip(self) -> None:
+        """A batch has gone by, with or without rows to add."""
+        self.batches += 1
+        if self.batches >= self.accumulate:
+            self.step()
+
+    def step(self) -> None:
+        """The optimiser step of what was added since the last one; none if that was nothing."""
+        self.batches = 0
+        first, total = self.first, self.total
+        self.first, self.total = None, 0
+        if first is None:
+            return
+        empty = (total == 0).float().reshape(()) if isinstance(total, Tensor) and self.skips_on_device() else None
+        if empty is None and not self.ranks.alone and float(total) == 0.0:  # no rank had a row
+            return
+        if self.accumulate > 1:
+            self.scaler.unscale_(self.optimizer)
+            gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            total = torch.where(total > 0, total, 1) if isinstance(total, Tensor) else total
+            torch._foreach_mul_(gradients, torch.as_tensor(first / total, device=self.device))
+        if self.clip_norm is not None:
+            if self.accumulate == 1:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+        with nullcontext() if empty is None else self._skipped_where(empty):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those the optimiser moves."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def skips_on_device(self) -> bool:
+        """Whether a step can be left out without asking the host.
+
+        Fused optimisers leave everything as it is where ``found_inf`` is 1; XLA undoes the step in the same program.
+        """
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and self.device.type == "cuda"
+        return (fused or self.device.type == "xla") and not self.scaler.is_enabled()
+
+    @contextmanager
+    def _skipped_where(self, empty: Tensor) -> Iterator[None]:
+        """What is stepped in here stays as it was where ``empty``, float32, is 1."""
+        if self.device.type != "xla":
+            self.optimizer.found_inf = empty  # type: ignore[attr-defined]
+            yield
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+            return
+        before = {id(tensor): tensor.detach().clone() for tensor in self._moved()}
+        yield
+        with torch.no_grad():
+            for tensor in self._moved():  # optimisers' states begin with 0
+                was = before.get(id(tensor))
+                tensor.copy_(torch.where(empty > 0, 0.0 if was is None else was, tensor))
+
+    def _moved(self) -> list[Tensor]:
+        """What an optimiser step changes on the device."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        found = [*self._parameters(), *(value for value in states if isinstance(value, Tensor))]
+        return [tensor for tensor in found if tensor.device.type == self.device.type]  # "xla" is xla:0
+
+    def state_dict(self) -> dict[str, Any]:
+        pending = None
+        if self.first is not None:  # the gradients of a step that is not complete
+            pending = {"first": self.first, "total": self.total, "gradients": [p.grad for p in self._parameters()]}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "batches": self.batches,
+            "pending": pending,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.batches = int(state["batches"])
+        self.first, self.total = None, 0
+        if (pending := state["pending"]) is not None:
+            self.first, self.total = pending["first"], pending["total"]
+            for parameter, gradient in zip(self._parameters(), pending["gradients"], strict=True):
+                parameter.grad = None if gradient is None else gradient.to(parameter)

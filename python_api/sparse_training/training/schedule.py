@@ -1,0 +1,69 @@
+"""The phases of a run and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparse_training.errors import UserError
+
+PHASES = ("warmup", "sparse", "anneal")  # dense start, sparse, dense end: the names that recorded results have
+SHAPES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases of a run (dense start, sparse, dense end), and a learning rate that follows the same progress.
+
+    Args:
+        dense_start: fraction of the run that trains on every row at the start, so that scores mean something, in
+            [0, 1]. Default 0.05.
+        dense_end: fraction that trains on every row at the end, so that rows left out are not forgotten, in [0, 1].
+            Default 0.125.
+        shape: learning rate: "cosine" to zero or "constant", after a linear rise; or a callable that maps progress
+            in [0, 1] to a factor of the learning rate. Default "cosine".
+        rise: fraction of the run over which the learning rate rises, in [0, 1]. Default 0.02.
+
+    Raises:
+        UserError: fractions outside [0, 1] or adding up to more than 1; an unknown shape.
+    """
+
+    dense_start: float = 0.05
+    dense_end: float = 0.125
+    shape: str | Callable[[float], float] = "cosine"
+    rise: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("dense_start", "dense_end", "rise"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"`{name}` must be a fraction in [0, 1], got {value}")
+        if self.dense_start + self.dense_end > 1.0:
+            raise UserError(
+                f"`dense_start` {self.dense_start} and `dense_end` {self.dense_end} add up to more than 1, "
+                "which leaves no sparse phase"
+            )
+        if not callable(self.shape) and self.shape not in SHAPES:
+            raise UserError(f"`schedule` must be a callable or one of {', '.join(SHAPES)}, got {self.shape!r}")
+
+    @property
+    def name(self) -> str:
+        """Name of the shape, for a checkpoint's settings."""
+        shape = self.shape
+        return getattr(shape, "__qualname__", type(shape).__name__) if callable(shape) else shape
+
+    def phase(self, progress: float) -> str:
+        """Return the phase at a progress in [0, 1]: one of PHASES."""
+        if progress < self.dense_start:
+            return "warmup"
+        return "anneal" if progress >= 1.0 - self.dense_end else "sparse"
+
+    def factor(self, progress: float) -> float:
+        """Return the learning rate's factor at a progress; the rise starts at 0.1, for a step at 0 is wasted."""
+        if callable(self.shape):
+            return float(self.shape(progress))
+        scale = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))) if self.shape == "cosine" else 1.0
+        if progress < self.rise:
+            scale *= 0.1 + 0.9 * progress / self.rise
+        return scale

@@ -1,0 +1,67 @@
+"""Settings of the training step that most runs leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_training.errors import UserError
+from sparse_training.precision import PRECISIONS
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How a step computes, apart from what it trains on and with which objective.
+
+    Example:
+        >>> SparseTrainer(model, settings=TrainerSettings(amp="bfloat16", accumulate=4, clip_norm=1.0))
+
+    Args:
+        accumulate: number of batches whose rows make one optimizer step, at least 1. Default 1.
+        clip_norm: largest norm of the whole gradient, above 0; None for no clipping. Default None.
+        ema: decay of an exponential moving average of the weights, in (0, 1), such as 0.999; the average is what is
+            evaluated. None for no average. Default None.
+        amp: autocast type of training: "bfloat16", "float16" (with a gradient scaler) or "float32"; None for the
+            model's own. Default None.
+        scoring_precision: autocast type of the scoring pass: "auto" (bfloat16 where the hardware multiplies it),
+            "float32", "bfloat16" or "float16". Default "auto".
+        compile: True to ``torch.compile`` the model, once for all numbers of rows; or the name of a backend of
+            torch.compile. Default False.
+        channels_last: True for the channels-last memory format of convolutional weights; None for True where the
+            model has a Conv2d. Default None.
+        inputs: function from a batch to the model's inputs, for batches that are neither (inputs, targets) nor a
+            mapping. Default None.
+        targets: function from a batch to its targets, likewise. Default None.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    accumulate: int = 1
+    clip_norm: float | None = None
+    ema: float | None = None
+    amp: str | None = None
+    scoring_precision: str = "auto"
+    compile: bool | str = False
+    channels_last: bool | None = None
+    inputs: Callable[[Any], Any] | None = None
+    targets: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None and not self.clip_norm > 0.0:
+            raise UserError(f"`clip_norm` must be above 0, or None, got {self.clip_norm}")
+        if isinstance(self.accumulate, bool) or not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise UserError(f"`accumulate` must be a number of batches, at least 1, got {self.accumulate}")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise UserError(f"`ema` must be a decay in (0, 1), or None, got {self.ema}")
+        if self.amp is not None and self.amp not in PRECISIONS:
+            raise UserError(f"`amp` must be None or one of {', '.join(PRECISIONS)}, got {self.amp!r}")
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """Autocast type of training; None for the model's own."""
+        return None if self.amp is None else PRECISIONS[self.amp]

@@ -1,0 +1,175 @@
+"""What a run saves, and how another one continues it bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_training.data.loader import Loader
+from sparse_training.errors import UserError
+from sparse_training.training.callbacks import EnergyRecord, RateControl
+from sparse_training.training.checkpoint import load_checkpoint, previous_of, save_checkpoint
+from sparse_training.training.clock import Clock
+from sparse_training.training.generators import rng_state, set_rng_state
+from sparse_training.training.log import TrainingLog
+from sparse_training.training.schedule import Schedule
+from sparse_training.training.step import TrainingStep
+
+CHECKPOINT = "checkpoint.pt"
+# Names and values of settings in checkpoints of version 0.1.0.
+_FORMER_NAMES = {"warmup": "dense_start", "anneal": "dense_end", "kept": "granularity", "within": "cost_budget"}
+_FORMER_GRANULARITIES = {"samples": "sample", "elements": "token"}
+
+
+class RunState:
+    """The parts of a run that a checkpoint holds.
+
+    Args:
+        trainer: the model with its policy and optimizer.
+        loader: the training data.
+        settings: what must agree for a run to be the continuation of another, by name.
+        log: counts of the run.
+        clock: the run's clock.
+        energy: the run's energy.
+        folder: where ``checkpoint.pt`` is kept; None for no checkpoints.
+    """
+
+    def __init__(
+        self,
+        trainer: TrainingStep,
+        loader: Loader,
+        settings: dict[str, Any],
+        log: TrainingLog,
+        clock: Clock,
+        energy: EnergyRecord,
+        folder: str | Path | None,
+    ) -> None:
+        self.trainer, self.loader, self.settings = trainer, loader, settings
+        self.log, self.clock, self.energy = log, clock, energy
+        self.rate_control: RateControl | None = None
+        self.path = None if folder is None else Path(folder) / CHECKPOINT
+
+    def save(self) -> None:
+        """Write the checkpoint; of several processes all call it and the first one writes. Nothing without a folder."""
+        if self.path is None:
+            return
+        ranks = self.trainer.ranks
+        own = ranks.all(self._own())
+        if ranks.rank == 0:
+            save_checkpoint(self.path, {**self._shared(), **own[0], "others": own[1:]})
+
+    def restore(self) -> Mapping[str, Any]:
+        """Read the checkpoint and take up its state, all but the rate control's.
+
+        Returns:
+            This process's state, for what is made after the clock.
+
+        Raises:
+            UserError: a damaged file, another number of processes, or a run with other settings.
+        """
+        assert self.path is not None
+        trainer, state = self.trainer, load_checkpoint(self.path, self.trainer.device)
+        of_ranks = [state, *state["others"]]
+        if len(of_ranks) != trainer.ranks.size:
+            raise UserError(
+                f"the checkpoint was written by {len(of_ranks)} processes; resume it with as many, "
+                f"not {trainer.ranks.size}"
+            )
+        own: Mapping[str, Any] = of_ranks[trainer.ranks.rank]
+        _compare(_renamed(own["settings"]), self.settings)
+        trainer.model.load_state_dict(state["model"])
+        trainer.update.load_state_dict(state["update"])
+        self.clock.load_state_dict(state["clock"])
+        for buffer, value in zip(self._buffers() if own["buffers"] else (), own["buffers"], strict=True):
+            buffer.copy_(value)
+        trainer.policy.load_state_dict(own["policy"])
+        self.loader.load_state_dict(own["loader"])
+        self.energy.load_state_dict(state["energy"])
+        trainer.operations.load_state_dict(own["operations"])
+        vars(self.log).update(own["history"], interrupted=False)
+        set_rng_state(own["rng"], trainer.device)
+        return own
+
+    def _shared(self) -> dict[str, Any]:
+        """State that is equal on all ranks, or the first one's for all."""
+        return {
+            "model": self.trainer.model.state_dict(),
+            "update": self.trainer.update.state_dict(),
+            "clock": self.clock.state_dict(),
+            "energy": self.energy.state_dict(),
+        }
+
+    def _own(self) -> dict[str, Any]:
+        """State of this rank."""
+        trainer = self.trainer
+        return {
+            "settings": self.settings,
+            "policy": trainer.policy.state_dict(),
+            "loader": self.loader.state_dict(),
+            "operations": trainer.operations.state_dict(),
+            "spending": None if self.rate_control is None else self.rate_control.state_dict(),
+            "history": self.log.state_dict(),
+            "rng": rng_state(trainer.device),
+            "buffers": [] if trainer.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],
+        }
+
+    def _buffers(self) -> list[Tensor]:
+        """Buffers of the model and its average: running statistics are of each rank's own rows."""
+        ema = self.trainer.update.ema
+        models: list[torch.nn.Module] = [self.trainer.model] if ema is None else [self.trainer.model, ema]
+        return [buffer for model in models for buffer in model.buffers()]
+
+
+def has_checkpoint(folder: str | Path | None) -> bool:
+    """Tell whether a folder holds a checkpoint, or the one before it."""
+    if folder is None:
+        return False
+    path = Path(folder) / CHECKPOINT
+    return path.exists() or previous_of(path).exists()
+
+
+def run_settings(
+    trainer: TrainingStep, schedule: Schedule, loader: Loader, *, seed: int, budget: str, cost_budget: str
+) -> dict[str, Any]:
+    """Collect what must agree for a run to be the continuation of another, by name."""
+    return {
+        "budget": budget,
+        "policy": trainer.policy.name,
+        "rate": trainer.policy.rate,
+        "seed": seed,
+        "dense_start": schedule.dense_start,
+        "dense_end": schedule.dense_end,
+        "schedule": schedule.name,
+        "lr": [float(group["initial_lr"]) for group in trainer.optimizer.param_groups],
+        "optimizer": type(trainer.optimizer).__name__,
+        "clip_norm": trainer.settings.clip_norm,
+        "accumulate": trainer.settings.accumulate,
+        "ema": trainer.settings.ema,
+        "granularity": trainer.criterion.granularity,
+        "scorer": str(trainer.scorer),
+        "precision": str(trainer.scorer.dtype),
+        "amp": str(trainer.amp),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "batches": loader.batches(),
+        "batch_size": getattr(loader, "batch_size", None),
+        "rows": loader.size,
+        "cost_budget": cost_budget,
+    }
+
+
+def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint under today's names."""
+    if "warmup" not in settings:
+        return dict(settings)
+    renamed = {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}
+    return {**renamed, "granularity": _FORMER_GRANULARITIES.get(str(settings.get("kept")), settings.get("kept"))}
+
+
+def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    if differing := [name for name, value in settings.items() if saved.get(name) != value]:
+        said = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
+        raise UserError(f"the checkpoint was made with other settings: {said}")

@@ -1,0 +1,315 @@
+"""One training step: load, score, select, train; for any module, batch structure and loss per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from sparse_training import devices
+from sparse_training.criterion import Criterion
+from sparse_training.data.loader import Loader
+from sparse_training.data.stream import StreamLoader
+from sparse_training.errors import UserError
+from sparse_training.evaluation import evaluation_statistics, forward
+from sparse_training.selection.policies.base import Policy
+from sparse_training.selection.policies.gate import GatePolicy
+from sparse_training.selection.scorers.base import Scorer
+from sparse_training.selection.scorers.model import SelfScorer
+from sparse_training.selection.types import Batch, CandidateIndices, Scores, SelectedBatch, WeightedIndices
+from sparse_training.training.distributed import Ranks
+from sparse_training.training.flops import Operations
+from sparse_training.training.optimizer_step import OptimizerStep
+from sparse_training.training.settings import TrainerSettings
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class ForwardResult(NamedTuple):
+    """Losses and outputs of the rows trained on, from before the model learned from them; without gradient.
+
+    Attributes:
+        losses: loss of each row, [n].
+        logits: the model's output.
+    """
+
+    losses: Tensor
+    logits: Any
+
+
+class TrainingStep:
+    """A model with its policy, loss and optimizer, which takes one step at a time.
+
+    Knows nothing of runs: how long to train, clocks, checkpoints and callbacks are the loop's. Calibration and cost
+    budgets work on deep copies of it.
+
+    Args:
+        model: any module; wrapped in DistributedDataParallel where several processes train it.
+        criterion: loss of each row.
+        policy: chooses the rows of the sparse steps.
+        optimizer: as for ``SparseTrainer``.
+        lr: learning rate of an optimizer made here, above 0.
+        settings: how the step computes.
+        device: where to train; None for where the model is.
+
+    Attributes:
+        policy: the policy of the sparse steps.
+        dense: the policy of the dense steps.
+        update: the optimizer's side of a step.
+        operations: floating-point operations counted so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        criterion: Criterion,
+        policy: Policy,
+        optimizer: OptimizerFactory | torch.optim.Optimizer | None,
+        lr: float,
+        settings: TrainerSettings,
+        device: torch.device | str | None,
+    ) -> None:
+        if not lr > 0.0:
+            raise UserError(f"`lr` must be above 0, got {lr}")
+        if criterion.granularity == "token" and policy.uses_scores and type(policy.scorer) is not SelfScorer:
+            raise UserError(
+                f'the scorer {policy.scorer.name} cannot be used with granularity="token", which judges the training '
+                "forward's own logits; give no scorer"
+            )
+        self.criterion, self.policy, self.dense = criterion, policy, Policy()
+        self.settings, self.amp, self.precision = settings, settings.amp_dtype, settings.scoring_precision
+        self.device = devices.find(device) if device is not None else _device_of(model)
+        self.ranks = Ranks()
+        wrapped = model if isinstance(model, DistributedDataParallel) else None
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        self.model: nn.Module = model.to(self.device)
+        channels_last = settings.channels_last
+        if channels_last is None:
+            channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.attach(self.policy)
+        self.optimizer = self._make_optimizer(optimizer, lr)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
+        self.operations = Operations()
+        # What is trained through: not scored with, for a scoring pass has no gradient to average.
+        self.parallel = wrapped or (self.model if self.ranks.alone else DistributedDataParallel(self.model))
+        self.compile()
+        self._checked = False
+
+    def compile(self) -> None:
+        """Compile the model where the settings ask for it; to be repeated after a deep copy, which is not compiled."""
+        if not self.settings.compile:
+            return
+        model, backend = self.model, "inductor" if self.settings.compile is True else self.settings.compile
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            return model._call_impl(*arguments, **named)  # type: ignore[no-untyped-call]
+
+        # Module.compile() in our own function: of PyTorch's own containers that one compiles nothing. Static
+        # shapes would be compiled anew for every number of rows.
+        model._compiled_call_impl = torch.compile(call, dynamic=True, backend=backend)
+
+    def _make_optimizer(
+        self, optimizer: OptimizerFactory | torch.optim.Optimizer | None, lr: float
+    ) -> torch.optim.Optimizer:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer
+        if optimizer is not None:
+            return optimizer(self.model.parameters(), lr=lr)
+        # One pass over the parameters: a quarter of the unfused step's time on a CPU.
+        if self.device.type == "xla":  # with its count of steps on the device, whatever skips a step can undo that too
+            return torch.optim.AdamW(self.model.parameters(), lr=lr, capturable=True)
+        fused = self.device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(self.model.parameters(), lr=lr, fused=fused)
+
+    def attach(self, policy: Policy) -> Policy:
+        """Move a policy to the device and give its scorer the model and the loss."""
+        policy.to(self.device)
+        policy.scorer.attach(self.model, self.criterion, device=self.device, precision=self.precision)
+        return policy
+
+    @property
+    def scorer(self) -> Scorer:
+        """The policy's scorer."""
+        return self.policy.scorer
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    def step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, SelectedBatch]:
+        """Load, score, select and train on one item of the loader."""
+        if self.criterion.granularity == "token":
+            samples = loader.load(item)
+            with self.operations.of("train", samples.rows):
+                return self._step_on_tokens(policy, samples)
+        batch = loader.load(item, policy.choose(loader.offer(item)))
+        if not self._checked:
+            self.check(batch)
+        with self.operations.of("score", batch.rows, policy.name):
+            kept = policy.select(policy.score(batch), batch)
+        with self.operations.of("train", kept.targets.shape[0]):
+            self.report(self.policy, batch, kept, self.learn(kept))
+        return batch, kept
+
+    def _step_on_tokens(self, policy: Policy, samples: Batch) -> tuple[Batch, SelectedBatch]:
+        """One forward of all samples; their logits, one row a token, are the batch that the policy sees."""
+        if not self._checked:
+            self.check(samples)
+        if samples.rows == 0 and not self.ranks.alone:
+            inputs, targets = zero_row_like((samples.inputs, samples.targets))
+            samples = samples._replace(inputs=inputs, targets=targets.fill_(self.criterion.ignore_index))
+        with self._statistics(samples.rows), self._autocast():
+            rows = self.criterion.tokens(forward(self.parallel, samples.inputs), samples.targets)
+            counts = rows[1] != self.criterion.ignore_index
+            loader = StreamLoader((), device=self.device)
+            if (not policy.uses_scores and not policy.before_loading) or isinstance(policy, GatePolicy):
+                batch = loader.load(rows)._replace(weight=counts.float(), counted=counts.sum())
+            else:  # it chooses, or ranks, among the tokens that count
+                offer = CandidateIndices(counts.nonzero().squeeze(1).cpu(), 0)
+                chosen = policy.choose(offer) or WeightedIndices(offer.ids)
+                batch = loader.load(rows, chosen)._replace(offered=len(offer.ids))
+            scores = None
+            if policy.uses_scores and not policy.before_loading:
+                scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
+            kept = policy.select(scores, batch)
+            if self.update.nothing_in(kept) and self.ranks.alone:
+                self.update.skip()
+                return batch, kept
+            self.update.share(kept)
+            losses = self.criterion(kept.inputs, kept.targets)
+        self.update.add(losses, kept)
+        return batch, kept
+
+    def report(self, policy: Policy, batch: Batch, kept: SelectedBatch, result: ForwardResult | None) -> None:
+        """Give the policy the rows' losses, where rows have numbers, and train the scorer's own network, if any."""
+        if result is not None or not self.ranks.alone:  # auxiliary networks are one for all ranks
+            policy.scorer.learn(kept)
+        if result is not None and batch.ids is not None:
+            policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], *result)
+
+    def learn(self, kept: SelectedBatch) -> ForwardResult | None:
+        """Train on the selected rows; None if there are none."""
+        if nothing := self.update.nothing_in(kept):
+            if self.ranks.alone:
+                self.update.skip()
+                return None
+            # The other ranks wait for a backward pass. Not of a row of the batch: it may be empty, or not finite.
+            inputs, targets = zero_row_like((kept.inputs, kept.targets))
+            kept = SelectedBatch(inputs, targets, 0, None, torch.zeros(1, device=self.device), 0)
+        self.update.share(kept)
+        with self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
+            logits = forward(self.parallel, kept.inputs)
+            losses = self.criterion(logits, kept.targets)
+        self.update.add(losses, kept)
+        if nothing:
+            return None
+        return ForwardResult(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
+
+    def _statistics(self, rows: int) -> AbstractContextManager[None]:
+        """The variance of one row is 0, or an error: BatchNorm uses its running statistics for it."""
+        return evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def check(self, batch: Batch) -> None:
+        """Try the model and the loss on a batch; nothing of the model or the generators changes.
+
+        Raises:
+            UserError: a tensor whose dim 0 does not count the rows, or a loss not of shape [B].
+        """
+        for tensor in pytree.tree_leaves(batch.inputs):
+            if isinstance(tensor, Tensor) and tensor.shape[:1] != (batch.rows,):
+                raise UserError(
+                    f"an input of shape {list(tensor.shape)} has {batch.rows} targets beside it; "
+                    "dim 0 of both must be the same number of rows"
+                )
+        with torch.no_grad(), evaluation_statistics(self.model), self._autocast():
+            logits, targets = forward(self.model, batch.inputs), batch.targets
+            if self.criterion.granularity == "token":
+                self.criterion(*self.criterion.tokens(logits, targets))
+            else:
+                self.criterion(logits, targets)
+        if self.criterion.granularity == "sample":
+            self.scorer.build(batch, logits)
+        self._checked = True
+
+    def head(self, batch: Batch, rows: int) -> SelectedBatch:
+        """The first rows of a batch, to train on."""
+        parts = (batch.inputs, batch.targets, batch.weight)
+        inputs, targets, weight = pytree.tree_map_only(Tensor, lambda tensor: tensor[:rows], parts)
+        positions = None if rows == batch.rows else torch.arange(rows, device=batch.targets.device)
+        return SelectedBatch(inputs, targets, rows, positions, weight, rows)
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Set the learning rate of each parameter group to a multiple of its first one."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(group["initial_lr"] * factor)
+            else:
+                group["lr"] = group["initial_lr"] * factor
+        self.scorer.set_learning_rate(factor)
+
+    # --- evaluation -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
+        """Measure the mean loss of a row, and the accuracy where targets are classes, over one pass.
+
+        The average of the weights is evaluated where there is one. Several processes evaluate their parts of the
+        data together. Nothing of the model or the generators changes.
+
+        Args:
+            data: a loader, or any iterable of batches.
+
+        Returns:
+            "loss" and, with classes, "accuracy", a fraction.
+        """
+        loader, model = self.loader(data), self.update.evaluated
+        total = torch.zeros(4, dtype=torch.float64, device=self.device)  # losses, rows, correct, tokens
+        classes = False
+        with torch.random.fork_rng(devices=[]), evaluation_statistics(model):
+            for item in loader:
+                batch = loader.load(item)
+                logits, targets = forward(model, batch.inputs), batch.targets
+                rows: int | Tensor = batch.rows
+                if self.criterion.granularity == "token":
+                    logits, targets = self.criterion.tokens(logits, targets)
+                    counts = targets != self.criterion.ignore_index
+                    logits, targets, rows = logits[counts], targets[counts], counts.sum()
+                total[0] += self.criterion(logits, targets).sum()
+                total[1] += rows
+                if (correct := self.criterion.count_correct(logits, targets)) is not None:
+                    classes = True
+                    total[2] += correct[0]
+                    total[3] += correct[1]
+                devices.end_step(self.device)
+        loss, rows, right, tokens = self.ranks.sum_later(total)().tolist()
+        accuracy = {"accuracy": right / max(tokens, 1)} if classes or tokens else {}
+        return {**accuracy, "loss": loss / max(rows, 1)}
+
+    def loader(self, data: Iterable[Any]) -> Loader:
+        """Return the data as a Loader: as it is, or wrapped as a stream of batches."""
+        if isinstance(data, Loader):
+            return data
+        return StreamLoader(data, device=self.device, inputs=self.settings.inputs, targets=self.settings.targets)
+
+
+def zero_row_like(tree: Any) -> Any:
+    """Replace every tensor by one row of zeros like its rows."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.new_zeros((1, *tensor.shape[1:])), tree)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return parameter.device if parameter is not None else torch.device("cpu")
