@@ -8,7 +8,6 @@ from trainers import make_trainer
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.training.clock import Clock, Costs
-from sparse_training.training.settings import TrainerSettings
 
 
 def data():
@@ -18,12 +17,7 @@ def data():
 
 def trainer_of(policy="gate", **options):
     return make_trainer(
-        network(),
-        policy=policy,
-        dense_start=0.1,
-        dense_end=0.1,
-        **options,
-        settings=TrainerSettings(scoring_precision="float32"),
+        network(), policy=policy, dense_start=0.1, dense_end=0.1, scoring_precision="float32", **options
     )
 
 
@@ -85,15 +79,15 @@ def test_a_total_that_cannot_be_met_is_said():
     [
         (
             "gate",
-            {"steps": 20, "within": (1.0, "flops")},
+            {"steps": 20, "cost_budget": (1.0, "flops")},
             r"wanted .* at least, for 4 dense steps and the scoring of 16",
         ),
-        ("gate", {"steps": 20, "within": (1e9, "joules")}, "wanted flops or seconds"),
-        ("gate", {"rows": 2000, "within": (1e9, "flops")}, "a budget of rows: wanted steps or epochs"),
-        ("gate", {"steps": 20, "within": (1e9, "seconds"), "clock": Clock()}, "wanted a calibrated clock"),
-        ("dense", {"steps": 20, "within": (1e9, "flops")}, "dense has no rate to steer"),
-        ("masked", {"steps": 20, "within": (1e9, "flops")}, "masked has no rate to steer"),
-        (Gate(grad_norm_fraction=0.9), {"steps": 20, "within": (1e9, "flops")}, "for a gate with a mass"),
+        ("gate", {"steps": 20, "cost_budget": (1e9, "joules")}, "wanted flops or seconds"),
+        ("gate", {"rows": 2000, "cost_budget": (1e9, "flops")}, "a budget of rows: wanted steps or epochs"),
+        ("gate", {"steps": 20, "cost_budget": (1e9, "seconds"), "clock": Clock()}, "wanted a calibrated clock"),
+        ("dense", {"steps": 20, "cost_budget": (1e9, "flops")}, "dense has no rate to steer"),
+        ("masked", {"steps": 20, "cost_budget": (1e9, "flops")}, "masked has no rate to steer"),
+        (Gate(grad_norm_fraction=0.9), {"steps": 20, "cost_budget": (1e9, "flops")}, "for a gate with a mass"),
     ],
 )
 def test_what_cannot_be_steered_is_refused(policy, options, words):
