@@ -116,15 +116,15 @@ def test_hugging_face_trains_on_the_samples_kept(tmp_path):
 def test_a_gate_that_keeps_all_leaves_hugging_face_as_it_was(tmp_path):
     transformers = hugging_face()
     tokens, labels, below = digit_tokens()
-    for kind, targets, rows in (
-        ("BertForSequenceClassification", labels, "samples"),
-        ("BertForTokenClassification", below, "samples"),
-        ("BertForTokenClassification", below, "elements"),
+    for kind, targets, granularity in (
+        ("BertForSequenceClassification", labels, "sample"),
+        ("BertForTokenClassification", below, "sample"),
+        ("BertForTokenClassification", below, "token"),
     ):
         found = []
         for gated in (False, True):
             model = bert(kind, num_labels=17 if targets is below else 10)
-            options = {"gate": 1.0, "rows": rows} if gated else {}
+            options = {"gate": 1.0, "granularity": granularity} if gated else {}
             trainer = gated_trainer(tmp_path, model, Rows(tokens, targets), max_steps=3, **options)
             if not gated:
                 trainer = transformers.Trainer(model, trainer.args, train_dataset=trainer.train_dataset)

@@ -421,9 +421,9 @@ def test_a_loader_gives_each_process_its_part(run: Callable[..., list[Any]]) -> 
     assert (first, second) == ([11, 11, 1], [11, 11, 0])
     assert (sorted(ids), sorted(others)) == (list(range(23)), list(range(22)))
     assert ids[:22] != others
-    with pytest.raises(UserError, match="a row a process"):
+    with pytest.raises(UserError, match="each process needs a row"):
         ResidentLoader(split(3), batch_size=1, rank=3, ranks=4)
-    with pytest.raises(UserError, match="wanted 1 to 2, the rows of a process"):
+    with pytest.raises(UserError, match="must be 1 to 2, the rows of a process"):
         ResidentLoader(split(3), batch_size=3, rank=1, ranks=2)
 
 

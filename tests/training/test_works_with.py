@@ -189,7 +189,7 @@ def test_what_shapes_leave_open_is_asked_for():
         ({"granularity": "token", "scorer": "proxy"}, 'scorer proxy cannot be used with granularity="token"'),
         ({"accumulate": 0}, "`accumulate` must be .*, got 0"),
         ({"ema": 1.0}, "`ema` must be .*, got 1.0"),
-        ({"schedule": "linear"}, "or a callable"),
+        ({"schedule": "linear"}, "must be a callable or one of cosine, constant, got 'linear'"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):

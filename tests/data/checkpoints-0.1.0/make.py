@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from task import BATCHES, FLOPS, SETTINGS, STEPS, STOPPED_AT, build_model, data, token_batches
-
 from sparse_training.clock import Clock, Costs
 from sparse_training.loader import ResidentLoader
+from task import BATCHES, FLOPS, SETTINGS, STEPS, STOPPED_AT, build_model, data, token_batches
+
 from sparse_training.trainer import SparseTrainer
 
 HERE = Path(__file__).parent
