@@ -218,4 +218,6 @@ class SparseTrainer(TrainingStep):
             raise UserError(f"`cost_budget` needs a run of steps or epochs, got one of {length.kind}")
         if not self.ranks.alone:
             raise UserError(f"`cost_budget` needs one process, got {self.ranks.size}")
-        return BudgetController(self, self.schedule, loader, total, unit, steps=int(length.amount), costs=clock.costs)
+        return BudgetController(
+            self, self.schedule, loader, total=total, unit=unit, steps=int(length.amount), costs=clock.costs
+        )

@@ -1,4 +1,4 @@
-"""What a run saves, and how another one continues it bit for bit."""
+"""State of a run: saved in a checkpoint, restored to continue the run bit for bit."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class RunState:
     Args:
         trainer: the model with its policy and optimizer.
         loader: the training data.
-        settings: what must agree for a run to be the continuation of another, by name.
+        settings: values, by name, that must agree for a run to be the continuation of another.
         log: counts of the run.
         clock: the run's clock.
         energy: the run's energy.
-        folder: where ``checkpoint.pt`` is kept; None for no checkpoints.
+        folder: folder of ``checkpoint.pt``; None for no checkpoints.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RunState:
         self.path = None if folder is None else Path(folder) / CHECKPOINT
 
     def save(self) -> None:
-        """Write the checkpoint; of several processes all call it and the first one writes. Nothing without a folder."""
+        """Write the checkpoint, if there is a folder; all ranks call it, and the first one writes."""
         if self.path is None:
             return
         ranks = self.trainer.ranks
@@ -63,10 +63,10 @@ class RunState:
             save_checkpoint(self.path, {**self._shared(), **own[0], "others": own[1:]})
 
     def restore(self) -> Mapping[str, Any]:
-        """Read the checkpoint and take up its state, all but the rate control's.
+        """Read the checkpoint and restore its state, except the rate control's.
 
         Returns:
-            This process's state, for what is made after the clock.
+            This rank's part of the checkpoint; its "spending" is the rate control's state.
 
         Raises:
             UserError: a damaged file, another number of processes, or a run with other settings.
@@ -95,7 +95,7 @@ class RunState:
         return own
 
     def _shared(self) -> dict[str, Any]:
-        """State that is equal on all ranks, or the first one's for all."""
+        """Return the state that is equal on all ranks, or that all take from the first."""
         return {
             "model": self.trainer.model.state_dict(),
             "update": self.trainer.update.state_dict(),
@@ -104,7 +104,7 @@ class RunState:
         }
 
     def _own(self) -> dict[str, Any]:
-        """State of this rank."""
+        """Return the state of this rank."""
         trainer = self.trainer
         return {
             "settings": self.settings,
@@ -118,7 +118,7 @@ class RunState:
         }
 
     def _buffers(self) -> list[Tensor]:
-        """Buffers of the model and its average: running statistics are of each rank's own rows."""
+        """Return the buffers of the model and its average: running statistics are over each rank's own rows."""
         ema = self.trainer.update.ema
         models: list[torch.nn.Module] = [self.trainer.model] if ema is None else [self.trainer.model, ema]
         return [buffer for model in models for buffer in model.buffers()]
@@ -135,7 +135,7 @@ def has_checkpoint(folder: str | Path | None) -> bool:
 def run_settings(
     trainer: TrainingStep, schedule: Schedule, loader: Loader, *, seed: int, budget: str, cost_budget: str
 ) -> dict[str, Any]:
-    """Collect what must agree for a run to be the continuation of another, by name."""
+    """Collect the settings, by name, that must agree for a run to be the continuation of another."""
     return {
         "budget": budget,
         "policy": trainer.policy.name,
@@ -162,7 +162,7 @@ def run_settings(
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint under today's names."""
+    """Return the settings of a checkpoint under today's names."""
     if "warmup" not in settings:
         return dict(settings)
     renamed = {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}
@@ -171,5 +171,5 @@ def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     if differing := [name for name, value in settings.items() if saved.get(name) != value]:
-        said = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
-        raise UserError(f"the checkpoint was made with other settings: {said}")
+        changes = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
+        raise UserError(f"the checkpoint was made with other settings: {changes}")

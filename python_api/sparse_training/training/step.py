@@ -182,10 +182,10 @@ class TrainingStep:
             if policy.uses_scores and not policy.before_loading:
                 scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
             kept = policy.select(scores, batch)
-            if self.update.nothing_in(kept) and self.ranks.alone:
+            if self.update.is_empty(kept) and self.ranks.alone:
                 self.update.skip()
                 return batch, kept
-            self.update.share(kept)
+            self.update.sum_rows(kept)
             losses = self.criterion(kept.inputs, kept.targets)
         self.update.add(losses, kept)
         return batch, kept
@@ -199,14 +199,14 @@ class TrainingStep:
 
     def learn(self, kept: SelectedBatch) -> ForwardResult | None:
         """Train on the selected rows; None if there are none."""
-        if nothing := self.update.nothing_in(kept):
+        if nothing := self.update.is_empty(kept):
             if self.ranks.alone:
                 self.update.skip()
                 return None
             # The other ranks wait for a backward pass. Not of a row of the batch: it may be empty, or not finite.
             inputs, targets = zero_row_like((kept.inputs, kept.targets))
             kept = SelectedBatch(inputs, targets, 0, None, torch.zeros(1, device=self.device), 0)
-        self.update.share(kept)
+        self.update.sum_rows(kept)
         with self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
             logits = forward(self.parallel, kept.inputs)
             losses = self.criterion(logits, kept.targets)
