@@ -33,7 +33,7 @@ def test_two_samples_are_always_kept(decision):
     assert len(kept.take(targets)) == int(kept.count) == 2
     assert len(select(logits[:1], targets[:1]).index) == 1
     for options in ({"temperature": 0.1}, {"capacity": 3}):
-        with pytest.raises(UserError, match="wanted temperature=0 and no capacity"):
+        with pytest.raises(UserError, match="must have temperature=0 and no capacity"):
             SampleGate(Gate(0.1, **options))
 
 
@@ -282,7 +282,7 @@ def test_trls_head_and_row_stats_agree(temperature):
             torch.testing.assert_close(
                 mine[name], wanted[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
-    with pytest.raises(UserError, match="output 'mean_logits': wanted some of"):
+    with pytest.raises(UserError, match=r"must be some of log_probs, .*, got 'mean_logits'"):
         serve(language_model(), outputs=("mean_logits",))
 
 

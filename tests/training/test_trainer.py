@@ -517,7 +517,7 @@ def test_a_loss_of_the_wrong_shape_is_refused_before_anything_changes(policy):
 
 
 def test_inputs_and_targets_that_disagree_are_refused():
-    with pytest.raises(UserError, match=r"an input of shape \[3, 3\] has 4 targets beside it"):
+    with pytest.raises(UserError, match=r"an input of shape \[3, 3\] and 4 targets"):
         SparseTrainer(nn.Linear(3, 2)).fit([(torch.randn(3, 3), torch.zeros(4, dtype=torch.int64))], steps=1)
 
 

@@ -205,7 +205,7 @@ def test_tokens_refuse_what_they_cannot_be():
     with pytest.raises(UserError, match="asks for rows by their number"):
         SparseTrainer(segmenter(), granularity="token", policy="importance").fit(batches(images, pixels), steps=1)
     costs = Costs({"load": ((1,), (1.0,)), "train": ((1,), (1.0,))}, {}, 1)
-    with pytest.raises(UserError, match="a calibrated clock does not know granularity"):
+    with pytest.raises(UserError, match="a calibrated clock cannot be used with granularity"):
         SparseTrainer(segmenter(), granularity="token").fit(batches(images, pixels), seconds=1.0, clock=Clock(costs))
 
 
