@@ -172,40 +172,51 @@ class SparseTrainer(TrainingStep):
         if resumes and not resume:
             path = Path(checkpoint or "") / CHECKPOINT
             raise UserError(f"{path} exists already; resume it, or choose another folder")
+        state = self._run_state(
+            loader, length, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint, resumes=resumes
+        )
+        if state.path is not None:
+            state.path.parent.mkdir(parents=True, exist_ok=True)
+        callbacks = Callbacks(evaluate, evaluations, progress, stop)
+        return TrainingLoop(state, length, self.schedule, callbacks, checkpoint_interval=checkpoint_interval).run()
+
+    def _run_state(
+        self,
+        loader: Loader,
+        length: RunLength,
+        *,
+        clock: Clock | None,
+        cost_budget: tuple[float, str] | None,
+        meter: Meter | None,
+        folder: str | Path | None,
+        resumes: bool,
+    ) -> RunState:
+        """Make the state of a new run, or restore that of the checkpoint in the folder."""
         self.operations = Operations()
         if self.criterion.granularity == "token":
             self.policy.prepare(None)
         else:
             self.policy.prepare(loader.size, loader.labels, loader.duplicate_counts)
+        settings = run_settings(
+            self, self.schedule, loader,
+            seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
+        )  # fmt: skip
         in_seconds = length.kind == "seconds" or (cost_budget is not None and cost_budget[1] == "seconds")
         state = RunState(
             self,
             loader,
-            run_settings(
-                self, self.schedule, loader,
-                seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
-            ),
-            TrainingLog(),
-            self._clock(clock, loader, calibrated=in_seconds and not resumes),
+            settings=settings,
+            clock=self._clock(clock, loader, calibrated=in_seconds and not resumes),
             # With several processes each would read the processor of all and its own GPU.
-            Energy(meter or (find_meter(self.device) if self.ranks.alone else None)),
-            checkpoint,
-        )  # fmt: skip
+            energy=Energy(meter or (find_meter(self.device) if self.ranks.alone else None)),
+            folder=folder,
+        )
         saved = state.restore() if resumes else None
-        rate_control = None
         if cost_budget is not None:
-            rate_control = self._budget_controller(cost_budget, length, loader, state.clock)
+            state.rate_control = self._budget_controller(cost_budget, length, loader, state.clock)
             if saved is not None:
-                rate_control.load_state_dict(saved["spending"])
-        state.rate_control = rate_control
-        if state.path is not None:
-            state.path.parent.mkdir(parents=True, exist_ok=True)
-        callbacks = Callbacks(evaluate, evaluations, progress, stop)
-        loop = TrainingLoop(
-            state, length, self.schedule, callbacks,
-            rate_control=rate_control, checkpoint_interval=checkpoint_interval,
-        )  # fmt: skip
-        return loop.run()
+                state.rate_control.load_state_dict(saved["spending"])
+        return state
 
     def _clock(self, clock: Clock | None, loader: Loader, calibrated: bool) -> Clock:
         tokens = self.criterion.granularity == "token"

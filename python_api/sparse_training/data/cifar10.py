@@ -37,6 +37,9 @@ def load(roots: Sequence[Path]) -> ImageData:
     Args:
         roots: folders, or the tar.gz, in the order of the search.
 
+    Returns:
+        The training and test split, with the class names and the channel statistics.
+
     Raises:
         UserError: it is in none of them, or a file is missing, corrupt or not the published one.
     """

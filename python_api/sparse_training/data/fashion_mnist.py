@@ -34,6 +34,9 @@ def load(roots: Sequence[Path]) -> ImageData:
     Args:
         roots: folders to search, in order.
 
+    Returns:
+        The training and test split, with the class names and the channel statistics.
+
     Raises:
         UserError: it is in none of them, or a file is missing or corrupt.
     """

@@ -29,6 +29,9 @@ def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
         size: height and width in pixels, at least 1; None for the images' own size if they all share one, else 32.
             Default None.
 
+    Returns:
+        The training and test split, with the class names and the channel statistics.
+
     Raises:
         UserError: no such folders, no Pillow, or an image that cannot be read.
     """

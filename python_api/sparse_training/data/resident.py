@@ -91,6 +91,7 @@ class ResidentLoader(Loader):
         self.shuffle, self.drop_last = shuffle, drop_last
 
     def batches(self) -> int:
+        """Return the number of batches in an epoch."""
         return self._least // self.batch_size if self.drop_last else -(-self._most // self.batch_size)
 
     __len__ = batches
@@ -127,9 +128,11 @@ class ResidentLoader(Loader):
         return images, self.labels.index_select(0, index)
 
     def offer(self, item: Tensor) -> CandidateIndices:
+        """Return the indices of an item's rows, which are the item itself."""
         return CandidateIndices(item, self.epoch)
 
     def load(self, item: Tensor, choice: WeightedIndices | None = None) -> Batch:
+        """Load the batch of an item, or of the rows chosen in its place, which may be any of the data set."""
         index, weight = (item, None) if choice is None else choice
         index = index.to(self.device, non_blocking=True)
         if weight is not None:

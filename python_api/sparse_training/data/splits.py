@@ -62,7 +62,18 @@ class ImageData:
 
     @classmethod
     def from_splits(cls, name: str, train: Split, test: Split, classes: Sequence[str], source: str) -> ImageData:
-        """Make a data set of two splits, with the channel statistics of its training images."""
+        """Make a data set of two splits, with the channel statistics of its training images.
+
+        Args:
+            name: one of ``DATASETS``.
+            train: training split.
+            test: test split.
+            classes: name of each label.
+            source: where the data came from, in words.
+
+        Returns:
+            The data set.
+        """
         mean, std = channel_statistics(train.images)
         return cls(name, train, test, tuple(classes), mean, std, source)
 
@@ -104,6 +115,9 @@ def missing_set(name: str, contents: str, roots: Sequence[Path], advice: str) ->
         contents: what was looked for in each root.
         roots: the folders that were searched; empty if none was named.
         advice: where to get the set.
+
+    Returns:
+        The error, to be raised.
     """
     places = ", ".join(map(str, roots)) if roots else f"no folder: none given, {ROOT_VARIABLE} unset"
     return UserError(

@@ -46,6 +46,7 @@ class StreamLoader(Loader):
         self._epoch_rng: Tensor | None = None  # torch's CPU generator when the epoch began
 
     def batches(self) -> int | None:
+        """Return the number of batches in an epoch; None for data without a length."""
         if not isinstance(self.source, Sized):
             return None
         try:
@@ -74,9 +75,12 @@ class StreamLoader(Loader):
         self.epoch, self.position = self.epoch + 1, 0
 
     def offer(self, item: Any) -> CandidateIndices:
+        """Return the positions of an item's rows in the batch."""
         return CandidateIndices(torch.arange(self.targets(item).shape[0]), self.epoch)
 
     def load(self, item: Any, choice: WeightedIndices | None = None) -> Batch:
+        """Move an item to the device, or the rows of it that were chosen."""
+
         def to_device(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
 
@@ -89,15 +93,22 @@ class StreamLoader(Loader):
         return Batch(inputs, targets, None, offered, weight)
 
     def probe(self) -> Iterator[Any]:
+        """Yield batches without end, for timing.
+
+        Raises:
+            UserError: the data is a one-shot iterator.
+        """
         if isinstance(self.source, Iterator):
             raise UserError("a one-shot iterator cannot be timed beforehand; use a DataLoader, or a budget of steps=")
         while True:
             yield from self.source
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position, and the generator state at the epoch's start, for a checkpoint."""
         return {**super().state_dict(), "epoch_rng": self._epoch_rng}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
         super().load_state_dict(state)
         self._epoch_rng = state.get("epoch_rng")
 

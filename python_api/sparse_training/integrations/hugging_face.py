@@ -59,7 +59,17 @@ class GatedTrainer(Base):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = False
 
     def compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, **options: Any) -> Any:
-        """Compute the loss of the kept samples or tokens; see ``transformers.Trainer.compute_loss``."""
+        """Compute the loss of the kept samples or tokens; of all in evaluation.
+
+        Args:
+            model: the model.
+            inputs: a batch, with its targets under "labels".
+            return_outputs: True to return the model's outputs as well. Default False.
+            **options: further arguments of ``transformers.Trainer.compute_loss``.
+
+        Returns:
+            The loss, or the loss and the outputs.
+        """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, **options)
         # The number of items is that of the batch before the gate.

@@ -14,6 +14,11 @@ class ResidualBlock(nn.Module):
 
     The shortcut is a 1x1 convolution where the shape changes. The last BatchNorm's scale starts at 0, so that each
     block starts as its shortcut (Goyal et al., 2017).
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the output.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:

@@ -8,7 +8,19 @@ Shape = tuple[int, int, int]
 
 
 def pooled_shape(name: str, shape: Shape, pools: int) -> Shape:
-    """Return the shape after ``pools`` 2x2 pools, channels unchanged; ``name`` is the model's, for the error."""
+    """Return the shape that 2x2 pools leave, channels unchanged.
+
+    Args:
+        name: name of the model, for the error.
+        shape: (C, H, W) of one image.
+        pools: number of pools.
+
+    Returns:
+        (C, H, W) after the pools.
+
+    Raises:
+        UserError: images too small for the pools.
+    """
     channels, height, width = shape
     smallest = 2**pools
     if min(height, width) < smallest:

@@ -13,7 +13,12 @@ PATCH = 4
 
 
 class Attention(nn.Module):
-    """Self-attention of tokens [B, T, D], without a mask."""
+    """Self-attention of tokens [B, T, D], without a mask.
+
+    Args:
+        width: features D of a token, divisible by ``heads``.
+        heads: number of attention heads.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -30,7 +35,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron four times as wide, each after a LayerNorm and with a shortcut around it."""
+    """Attention and a perceptron four times as wide, each after a LayerNorm and with a shortcut around it.
+
+    Args:
+        width: features of a token, divisible by ``heads``.
+        heads: number of attention heads.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -48,6 +58,10 @@ class Tokens(nn.Module):
     """Maps images [B, C, H, W] to tokens [B, T, D]: one per patch of 4 x 4 pixels, with its position embedding.
 
     Position embeddings are learned for the size that the model is built for, and interpolated for another.
+
+    Args:
+        shape: (C, H, W) of one image, H and W divisible by 4.
+        width: features of a token.
     """
 
     def __init__(self, shape: Shape, width: int) -> None:
@@ -80,7 +94,10 @@ def vit(*, shape: Shape, classes: int, width: int = 192, heads: int = 4, depth: 
         classes: number of classes.
         width: features of a token, divisible by ``heads``. Default 192.
         heads: attention heads. Default 4.
-        depth: blocks. Default 2.
+        depth: number of blocks. Default 2.
+
+    Returns:
+        A model that maps images [N, C, H, W] to logits [N, classes].
 
     Raises:
         UserError: a side that is not divisible by 4.

@@ -51,6 +51,9 @@ def speedup_bound(costs: Costs, policy: Policy, *, batch_size: int, rate: float)
         policy: the policy.
         batch_size: rows that the policy is offered.
         rate: fraction of them that it keeps, in (0, 1].
+
+    Returns:
+        The measured speed-up and its bound.
     """
     kept = batch_size if policy.masks else max(1, round(rate * batch_size))
     dense = costs.step("dense", batch_size, batch_size)

@@ -39,7 +39,7 @@ class Costs:
     def step(
         self, policy: str, loaded: int, trained: int, offered: int | None = None, observer: str | None = None
     ) -> dict[str, float]:
-        """Return the seconds of each stage of a step, and their "total".
+        """Return the seconds of each stage of a step.
 
         Args:
             policy: name of the step's policy.
@@ -48,6 +48,9 @@ class Costs:
             offered: rows that the policy chose from before loading; choosing reads all of them. Default: ``loaded``.
             observer: name of the policy that keeps the losses (counted in "select"), which may be another than the
                 step's in a dense phase. Default: ``policy``.
+
+        Returns:
+            Seconds by the stages "load", "score", "select" and "train", and their "total".
 
         Raises:
             UserError: a policy that was not calibrated.
@@ -121,7 +124,15 @@ class Clock:
     def charge(
         self, policy: str, loaded: int, trained: int, offered: int | None = None, observer: str | None = None
     ) -> None:
-        """Advance a calibrated clock by one step; the arguments are those of ``Costs.step``."""
+        """Advance a calibrated clock by one step; raw seconds advance by themselves.
+
+        Args:
+            policy: name of the step's policy.
+            loaded: rows loaded and scored.
+            trained: rows trained on.
+            offered: rows that the policy chose from before loading. Default: ``loaded``.
+            observer: name of the policy that keeps the losses. Default: ``policy``.
+        """
         if self.costs is not None:
             self._charged += self.costs.step(policy, loaded, trained, offered, observer)["total"]
 

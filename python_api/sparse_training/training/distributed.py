@@ -13,7 +13,7 @@ from sparse_training.ranks import rank_and_world_size
 
 
 class Ranks:
-    """The processes that train one model together: all of torch.distributed's, or this one alone.
+    """Processes that train one model together: all of torch.distributed's, or this one alone.
 
     All of them call every method, in the same order; a process alone gets its own value back. Values of the host
     are exchanged through gloo, so that they wait for no accelerator.

@@ -109,7 +109,7 @@ class TrainingLog:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run is after a step, for a progress display.
+    """Status of a run after a step, for a progress display.
 
     Attributes:
         progress: part of the run that is done, in [0, 1].

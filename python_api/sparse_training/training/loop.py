@@ -12,7 +12,7 @@ from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics
 from sparse_training.selection.types import Batch, SelectedBatch
-from sparse_training.training.callbacks import Callbacks, RateControl
+from sparse_training.training.callbacks import Callbacks
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.state import RunState
@@ -32,19 +32,22 @@ class RunLength(NamedTuple):
     amount: float
 
     @classmethod
-    def of(cls, loader: Loader, **given: float | None) -> RunLength:
+    def of(cls, loader: Loader, **budgets: float | None) -> RunLength:
         """Make the length from the one budget that is not None.
 
         Args:
             loader: the training data, whose number of batches turns epochs into steps.
-            **given: budgets by name: epochs, steps, rows and seconds, each a number or None.
+            **budgets: budgets by name: epochs, steps, rows and seconds, each a number or None.
+
+        Returns:
+            The length, in "steps", "rows" or "seconds".
 
         Raises:
             UserError: no budget or several, one that is not above 0, or epochs of data of unknown length.
         """
-        named = {name: amount for name, amount in given.items() if amount is not None}
+        named = {name: amount for name, amount in budgets.items() if amount is not None}
         if len(named) != 1:
-            raise UserError(f"give exactly one of {', '.join(given)}, got {' and '.join(named) or 'none'}")
+            raise UserError(f"give exactly one of {', '.join(budgets)}, got {' and '.join(named) or 'none'}")
         ((kind, amount),) = named.items()
         if not 0.0 < amount < float("inf"):
             raise UserError(f"`{kind}` must be above 0 and finite, got {amount}")
@@ -64,7 +67,6 @@ class TrainingLoop:
         length: when the run ends.
         schedule: phases and learning rate by progress.
         callbacks: functions to call.
-        rate_control: steers the rate of the sparse steps; None for the policy's own.
         checkpoint_interval: number of steps between checkpoints; None for one at the end alone.
     """
 
@@ -75,13 +77,12 @@ class TrainingLoop:
         schedule: Schedule,
         callbacks: Callbacks,
         *,
-        rate_control: RateControl | None,
         checkpoint_interval: int | None,
     ) -> None:
         self.state, self.trainer, self.log = state, state.trainer, state.log
         self.clock, self.energy = state.clock, state.energy
         self.length, self.schedule, self.callbacks = length, schedule, callbacks
-        self.rate_control, self.checkpoint_interval = rate_control, checkpoint_interval
+        self.rate_control, self.checkpoint_interval = state.rate_control, checkpoint_interval
         self.latest: Mapping[str, float] | None = self.log.evals[-1] if self.log.evals else None
 
     def run(self) -> TrainingLog:

@@ -26,30 +26,34 @@ _FORMER_GRANULARITIES = {"samples": "sample", "elements": "token"}
 
 
 class RunState:
-    """The parts of a run that a checkpoint holds.
+    """Parts of a run that a checkpoint holds.
 
     Args:
         trainer: the model with its policy and optimizer.
         loader: the training data.
         settings: values, by name, that must agree for a run to be the continuation of another.
-        log: counts of the run.
         clock: the run's clock.
         energy: the run's energy.
         folder: folder of ``checkpoint.pt``; None for no checkpoints.
+
+    Attributes:
+        log: counts of the run, from 0.
+        rate_control: sets the rate of the sparse steps; None for the policy's own rate.
+        path: path of the checkpoint; None for no checkpoints.
     """
 
     def __init__(
         self,
         trainer: TrainingStep,
         loader: Loader,
+        *,
         settings: dict[str, Any],
-        log: TrainingLog,
         clock: Clock,
         energy: EnergyRecord,
         folder: str | Path | None,
     ) -> None:
         self.trainer, self.loader, self.settings = trainer, loader, settings
-        self.log, self.clock, self.energy = log, clock, energy
+        self.log, self.clock, self.energy = TrainingLog(), clock, energy
         self.rate_control: RateControl | None = None
         self.path = None if folder is None else Path(folder) / CHECKPOINT
 
@@ -135,7 +139,19 @@ def has_checkpoint(folder: str | Path | None) -> bool:
 def run_settings(
     trainer: TrainingStep, schedule: Schedule, loader: Loader, *, seed: int, budget: str, cost_budget: str
 ) -> dict[str, Any]:
-    """Collect the settings, by name, that must agree for a run to be the continuation of another."""
+    """Collect the settings, by name, that must agree for a run to be the continuation of another.
+
+    Args:
+        trainer: the run's model, policy and settings.
+        schedule: its phases and learning rate.
+        loader: its training data.
+        seed: the trainer's seed.
+        budget: length of the run in words, such as "1000 steps".
+        cost_budget: cost budget in words; "None" without one.
+
+    Returns:
+        Plain values by name.
+    """
     return {
         "budget": budget,
         "policy": trainer.policy.name,

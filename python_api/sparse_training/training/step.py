@@ -144,7 +144,7 @@ class TrainingStep:
 
     @property
     def scorer(self) -> Scorer:
-        """The policy's scorer."""
+        """Scorer of the policy of the sparse steps."""
         return self.policy.scorer
 
     # --- a step ---------------------------------------------------------------------------------
@@ -203,7 +203,14 @@ class TrainingStep:
         return batch, kept
 
     def report(self, policy: Policy, batch: Batch, kept: SelectedBatch, result: ForwardResult | None) -> None:
-        """Pass the policy the rows' losses, where rows have indices, and train the scorer's own network, if any."""
+        """Pass the policy the rows' losses, where rows have indices, and train the scorer's own network, if any.
+
+        Args:
+            policy: policy that keeps the losses.
+            batch: the batch.
+            kept: its selected rows.
+            result: losses and outputs of those rows; None if there were none.
+        """
         if result is not None or not self.ranks.alone:  # all ranks train one auxiliary network
             policy.scorer.learn(kept)
         if result is not None and batch.ids is not None:
