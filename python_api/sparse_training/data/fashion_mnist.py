@@ -58,7 +58,7 @@ def read_idx(path: Path, item: tuple[int, ...]) -> torch.Tensor:
         item: shape that each of its items must have.
 
     Returns:
-        uint8 [N, *item], N at least 1.
+        Tensor uint8 of shape ``[N, *item]``, N at least 1.
 
     Raises:
         UserError: a file that cannot be read, is not of this kind, is truncated or too long.

@@ -18,7 +18,7 @@ DEEP_MODES = ("I", "F")  # beginnings of Pillow's modes with more than 8 bits, s
 
 
 def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
-    """Load root/train/<class>/*.png (or .jpg, ...) and root/test/..., or else root/val/...
+    """Load ``train/<class>/*.png`` (or .jpg, ...) and ``test/...``, or else ``val/...``, from the first root with both.
 
     The classes are the folders in train, sorted by name; the rows are sorted by class and file name. Images are
     converted to RGB and resized with antialiasing, without keeping their proportions. Folders and files whose names
