@@ -1,4 +1,4 @@
-"""The data sets: what is loaded, what is refused and in which words, and that nothing else runs."""
+"""Data sets: what is loaded, what is refused and in which words, and that no pickle runs."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_debians_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def py2(value: Any) -> bytes:
-    """What Python 2's cPickle wrote for a value at protocol 2; bytes stand for its str."""
+    """Encode a value as Python 2's cPickle did at protocol 2; bytes stand for its str."""
     if isinstance(value, bool):
         return b"\x88" if value else b"\x89"
     if isinstance(value, int):
@@ -500,7 +500,7 @@ def test_small_files_take_little_memory(code: bytes) -> None:
 
 
 def test_damaged_batch_gives_one_error_or_a_batch() -> None:
-    """Whatever byte is changed outside the pixels, no other exception comes out."""
+    """A change of any byte outside the pixels raises no other exception."""
     good = file_of(batch(2))
     pixels = good.index(bytes(decode(good).images.flatten().tolist()))
     outside = [*range(pixels), *range(pixels + 2 * 3072, len(good))]

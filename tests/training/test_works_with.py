@@ -1,4 +1,4 @@
-"""What the trainer works with: pixels and tokens as rows, soft targets, accumulation, averages, compiled models."""
+"""The trainer with pixels and tokens as rows, soft targets, accumulation, averages, compiled models."""
 
 import copy
 
@@ -209,7 +209,7 @@ def test_tokens_refuse_what_they_cannot_be():
         SparseTrainer(segmenter(), granularity="token").fit(batches(images, pixels), seconds=1.0, clock=Clock(costs))
 
 
-def test_seconds_of_elements_are_raw_and_end_with_an_evaluation():
+def test_seconds_of_tokens_are_raw_and_end_with_an_evaluation():
     data = batches(*segmentation())
     history = SparseTrainer(segmenter(), granularity="token").fit(data, seconds=0.3, evaluate=data, evaluations=2)
     assert history.seconds >= 0.3
@@ -257,7 +257,7 @@ def plain_network():
 @pytest.mark.parametrize("amp", [None, "float16"])
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 def test_batches_accumulated_are_one_large_batch(clip_norm, amp):
-    """Whatever each of them keeps: 3, 0, 16 and 1 rows have the gradient of the 20 together."""
+    """Batches that keep 3, 0, 16 and 1 rows have the gradient of the 20 together."""
     images, labels = digits(64)
     parts = [torch.tensor(rows, dtype=torch.int64) for rows in ([1, 5, 7], [], range(32, 48), [60])]
     found = []

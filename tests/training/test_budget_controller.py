@@ -1,4 +1,4 @@
-"""A run takes the total that it was given, whatever steers it there."""
+"""A run costs its budget, under each policy whose rate can be set."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def trainer_of(policy="gate", **options):
 
 
 def dense_operations(steps=60):
-    """Of a run of so many steps, all of them dense."""
+    """Operations of a run of dense steps alone."""
     return sum(trainer_of("dense").fit(data(), steps=steps).operations.values())
 
 
