@@ -73,7 +73,7 @@ class BudgetController:
         if unit not in UNITS:
             raise UserError(f"the unit of `cost_budget` must be {' or '.join(UNITS)}, got {unit!r}")
         if unit == "seconds" and costs is None:
-            raise UserError("a `cost_budget` in seconds needs a calibrated clock; give none, so that one is calibrated")
+            raise UserError("a `cost_budget` in seconds needs a calibrated clock; leave out clock= for one")
         policy = trainer.policy
         if policy.target is None or policy.masks:
             raise UserError(
