@@ -1,15 +1,15 @@
-"""Training on the rows that matter: policies, a gate, a trainer, and honest comparisons.
+"""Training on the rows that matter: policies, a gate, a trainer, and comparisons at equal cost.
 
     trainer = SparseTrainer(model, policy="infobatch")
     trainer.fit(loader, epochs=10, evaluate=test_loader)
 
-or, inside a loop of one's own:
+or, inside your own loop:
 
     gate = Gate(rate=0.1)
     kept = gate(logits, targets)
     inputs, targets = kept.take((inputs, targets))
 
-Names are imported when they are first used, so that ``sparse-train --help`` need not wait for PyTorch.
+Names are imported when first used, so that ``sparse-train --help`` does not import PyTorch.
 """
 
 from importlib import import_module
@@ -73,18 +73,21 @@ _MODULES = {
     "sparse_training.training.settings": ("TrainerSettings",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+# Reachable as attributes after ``import sparse_training`` alone.
+_SUBMODULES = (
+    "criterion", "data", "errors", "gate", "models", "nn", "profiling", "samplers", "selection", "trainer", "training",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nn":
-        value: Any = import_module("sparse_training.nn")
-    elif name in _MODULE_OF:
-        value = getattr(import_module(_MODULE_OF[name]), name)
-    else:
+    if name in _SUBMODULES:
+        return import_module(f"sparse_training.{name}")
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'sparse_training' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*globals(), *__all__, *_SUBMODULES})

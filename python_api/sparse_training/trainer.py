@@ -1,4 +1,4 @@
-"""The trainer: trains any module on the rows that a policy selects, for a given budget."""
+"""Trainer of any module on the rows that a policy selects, for a given budget."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class SparseTrainer(TrainingStep):
     """Trains a model on the rows that a policy selects; a row is a sample, or a token or pixel of one.
 
     Where torch.distributed is initialised (``torchrun``), its processes train one model: each on its part of the
-    data, with the gradient of all their rows together. BatchNorm alone sees one process's rows. A process whose rows
-    are all left out takes part in the step.
+    data, with the gradient of all their rows together. BatchNorm alone uses one process's rows. A process whose rows
+    are all left out still takes part in the step.
 
     Example:
         >>> trainer = SparseTrainer(model, policy="infobatch")
@@ -63,12 +63,13 @@ class SparseTrainer(TrainingStep):
         policy: a name in ``POLICIES``, a ``Policy``, or a ``Gate``; "gate@early:3" names a policy and its scorer. A
             gate scores targets that are not class indices by the loss itself. Default: "adaptive", or "gate" where a
             scorer is given.
-        scorer: what the policy judges rows by: "self", "self:SCALE", "early:LAYER", "proxy", "proxy:MODEL",
-            "reference:FILE", "history", or a ``Scorer``. Default: the policy's own, the model itself for a gate.
+        scorer: source of the scores that the policy selects by: "self", "self:SCALE", "early:LAYER", "proxy",
+            "proxy:MODEL", "reference:FILE", "history", or a ``Scorer``. Default: the policy's own, the model itself
+            for a gate.
         rate: fraction of rows to keep in the sparse phase, in (0, 1]. Default 0.1.
         seed: seed of the policy's own generators, mixed with the process's rank; global generators are left to the
             caller. Default 0.
-        device: PyTorch device to train on, such as "cuda:0". Default: where the model is.
+        device: PyTorch device to train on, such as "cuda:0". Default: the model's.
         settings: precision, accumulation and other settings of the step. Default: ``TrainerSettings()``.
 
     Raises:
@@ -134,31 +135,36 @@ class SparseTrainer(TrainingStep):
 
         Args:
             train: a ResidentLoader, a DataLoader, or any iterable of batches. With several processes each has its
-                part, in as many batches as the others: a ResidentLoader sees to that, a DataLoader needs a
+                part, in as many batches as the others: a ResidentLoader splits the data itself, a DataLoader needs a
                 DistributedSampler.
-            epochs: passes over the data, which needs a length.
-            steps: number of batches.
-            rows: rows in those batches, trained on or not, over all processes.
-            seconds: seconds of the clock. With several processes the first one's clock counts.
-            evaluate: data, or a function of the model that returns named numbers. Not charged to the clock.
+            epochs: number of passes over the data, which must have a length; above 0.
+            steps: number of batches, above 0.
+            rows: number of rows in the batches, trained on or not, over all processes; above 0.
+            seconds: seconds of the clock, above 0. With several processes the first one's clock counts.
+            evaluate: data to evaluate on, or a function of the model that returns named numbers. The clock stands
+                still meanwhile. Default: no evaluation.
             evaluations: number of evaluations, evenly spaced, the last one at the end. Default 20.
             clock: the run's clock. Default: one calibrated here where seconds count, on one process; else raw seconds.
             cost_budget: cost of the whole run and its unit: (2e15, "flops") or (60.0, "seconds") of the clock; the
                 rate of the sparse phase follows what is left. Needs ``steps`` or ``epochs``, and one process.
-            meter: energy meter. Default: what can be read here, on one process. Evaluation is not in its figure.
+                Default: no such budget, and a fixed rate.
+            meter: energy meter; evaluation is not measured. Default: the counters that can be read here, on one
+                process.
             checkpoint: folder of ``checkpoint.pt``, written when stopped and at the end. With several processes the
-                first one writes it, and all read it.
-            checkpoint_interval: steps between further checkpoints. Default: none.
-            resume: True to continue the folder's checkpoint bit for bit, and to start if there is none.
-            progress: called after every step with where the run is.
-            stop: asked after every step; once true, on any process, the run writes its checkpoint and returns.
+                first one writes it, and all read it. Default: no checkpoints.
+            checkpoint_interval: number of steps between further checkpoints. Default: no further ones.
+            resume: True to continue the folder's checkpoint bit for bit, and to start a new run if there is none.
+                Default False.
+            progress: called after every step with the run's ``Status``. Default: not called.
+            stop: called after every step; once it returns true, on any process, the run writes its checkpoint and
+                returns. Default: not called.
 
         Returns:
             The run's log, its counts over all processes.
 
         Raises:
-            UserError: no budget or several, a checkpoint in the folder without ``resume``, one made with other
-                settings, or a batch or loss of the wrong shape.
+            UserError: no budget or several, a checkpoint in the folder without ``resume``, a checkpoint made with
+                other settings, or a batch or loss of the wrong shape.
         """
         loader = self.loader(train)
         length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
@@ -166,48 +172,61 @@ class SparseTrainer(TrainingStep):
         if resumes and not resume:
             path = Path(checkpoint or "") / CHECKPOINT
             raise UserError(f"{path} exists already; resume it, or choose another folder")
+        state = self._run_state(
+            loader, length, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint, resumes=resumes
+        )
+        if state.path is not None:
+            state.path.parent.mkdir(parents=True, exist_ok=True)
+        callbacks = Callbacks(evaluate, evaluations, progress, stop)
+        return TrainingLoop(state, length, self.schedule, callbacks, checkpoint_interval=checkpoint_interval).run()
+
+    def _run_state(
+        self,
+        loader: Loader,
+        length: RunLength,
+        *,
+        clock: Clock | None,
+        cost_budget: tuple[float, str] | None,
+        meter: Meter | None,
+        folder: str | Path | None,
+        resumes: bool,
+    ) -> RunState:
+        """Make the state of a new run, or restore that of the checkpoint in the folder."""
         self.operations = Operations()
         if self.criterion.granularity == "token":
             self.policy.prepare(None)
         else:
             self.policy.prepare(loader.size, loader.labels, loader.duplicate_counts)
+        settings = run_settings(
+            self, self.schedule, loader,
+            seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
+        )  # fmt: skip
         in_seconds = length.kind == "seconds" or (cost_budget is not None and cost_budget[1] == "seconds")
         state = RunState(
             self,
             loader,
-            run_settings(
-                self, self.schedule, loader,
-                seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
-            ),
-            TrainingLog(),
-            self._clock(clock, loader, calibrated=in_seconds and not resumes),
-            # Each process would read the processor of all and a GPU of its own.
-            Energy(meter or (find_meter(self.device) if self.ranks.alone else None)),
-            checkpoint,
-        )  # fmt: skip
+            settings=settings,
+            clock=self._clock(clock, loader, calibrated=in_seconds and not resumes),
+            # With several processes each would read the processor of all and its own GPU.
+            energy=Energy(meter or (find_meter(self.device) if self.ranks.alone else None)),
+            folder=folder,
+        )
         saved = state.restore() if resumes else None
-        rate_control = None
         if cost_budget is not None:
-            rate_control = self._budget_controller(cost_budget, length, loader, state.clock)
+            state.rate_control = self._budget_controller(cost_budget, length, loader, state.clock)
             if saved is not None:
-                rate_control.load_state_dict(saved["spending"])
-        state.rate_control = rate_control
-        if state.path is not None:
-            state.path.parent.mkdir(parents=True, exist_ok=True)
-        callbacks = Callbacks(evaluate, evaluations, progress, stop)
-        loop = TrainingLoop(
-            state, length, self.schedule, callbacks,
-            rate_control=rate_control, checkpoint_interval=checkpoint_interval,
-        )  # fmt: skip
-        return loop.run()
+                state.rate_control.load_state_dict(saved["spending"])
+        return state
 
     def _clock(self, clock: Clock | None, loader: Loader, calibrated: bool) -> Clock:
         tokens = self.criterion.granularity == "token"
         if clock is not None:
             if clock.costs is not None and tokens:
-                raise UserError('a calibrated clock does not know granularity="token"; use Clock(), of raw seconds')
+                raise UserError(
+                    'a calibrated clock cannot be used with granularity="token"; use Clock(), of raw seconds'
+                )
             return clock
-        # Processes would time one another.
+        # Several processes would slow each other down while they are timed.
         return Clock(calibrate(self, loader) if calibrated and not tokens and self.ranks.alone else None)
 
     def _budget_controller(
@@ -218,4 +237,6 @@ class SparseTrainer(TrainingStep):
             raise UserError(f"`cost_budget` needs a run of steps or epochs, got one of {length.kind}")
         if not self.ranks.alone:
             raise UserError(f"`cost_budget` needs one process, got {self.ranks.size}")
-        return BudgetController(self, self.schedule, loader, total, unit, steps=int(length.amount), costs=clock.costs)
+        return BudgetController(
+            self, self.schedule, loader, total=total, unit=unit, steps=int(length.amount), costs=clock.costs
+        )

@@ -50,7 +50,7 @@ def test_other_files_are_refused(path, data):
 def test_a_truncated_file_is_refused(path):
     save_checkpoint(path, STATE)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="wanted all of what was written"):
+    with pytest.raises(UserError, match="its digest does not match"):
         load_checkpoint(path)
 
 

@@ -99,14 +99,14 @@ def trainer_and_loader(rows=40, batch_size=16, **options):
 def test_calibration_leaves_everything_as_it_was():
     trainer, loader = trainer_and_loader(policy="gate")
     trainer.fit(loader, steps=7)
-    arms = {"random": RandomPolicy(0.1), "gate": trainer.policy}
+    policies = {"random": RandomPolicy(0.1), "gate": trainer.policy}
 
     def state():
-        parts = (trainer.model, trainer.optimizer, trainer.policy, arms["random"], loader)
+        parts = (trainer.model, trainer.optimizer, trainer.policy, policies["random"], loader)
         return copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
 
     before = state()
-    calibrate(trainer, loader, arms, rounds=2)
+    calibrate(trainer, loader, policies, rounds=2)
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
 
 

@@ -200,7 +200,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
         ({"seeds": ()}, "seeds none"),
         ({"seeds": (1, 1)}, "seeds 1, 1"),
         ({"rate": 0.0}, "rate 0.0"),
-        ({"batch_size": 101}, "batch size 101: wanted 1 to 100"),
+        ({"batch_size": 101}, "`batch_size` must be 1 to 100, the rows of the data set, got 101"),
         ({"seconds": 0.0}, "seconds 0.0"),
         ({"model": "vgg"}, "'vgg'"),
     ],

@@ -1,4 +1,4 @@
-"""The data sets: what is loaded, what is refused and in which words, and that nothing else runs."""
+"""Data sets: what is loaded, what is refused and in which words, and that no pickle runs."""
 
 from __future__ import annotations
 
@@ -188,18 +188,18 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     ("name", "damage", "words"),
     [
         (IMAGES, lambda raw: b"", "not an IDX file"),
-        (IMAGES, lambda raw: b"<htm" + raw[4:], "two zero bytes wanted first, got b'<h'"),
-        (IMAGES, lambda raw: raw[:2] + b"\x0d" + raw[3:], "0x08 (uint8) wanted, got 0x0d"),
-        (IMAGES, lambda raw: raw[:3] + b"\x01" + raw[4:], "3 dimensions wanted, got 1"),
+        (IMAGES, lambda raw: b"<htm" + raw[4:], "it must begin with two zero bytes, got b'<h'"),
+        (IMAGES, lambda raw: raw[:2] + b"\x0d" + raw[3:], "the type code must be 0x08 (uint8), got 0x0d"),
+        (IMAGES, lambda raw: raw[:3] + b"\x01" + raw[4:], "must have 3 dimensions, got 1"),
         (IMAGES, lambda raw: raw[:10], "truncated: the header ends after 10 bytes"),
-        (IMAGES, lambda raw: raw[:-1], "truncated: 3920 bytes wanted for [5, 28, 28], got 3919"),
-        (IMAGES, lambda raw: raw + b"\0", "too long: 3920 bytes wanted"),
+        (IMAGES, lambda raw: raw[:-1], "truncated: [5, 28, 28] needs 3920 bytes, got 3919"),
+        (IMAGES, lambda raw: raw + b"\0", "too long: [5, 28, 28] needs 3920 bytes"),
         (IMAGES, lambda raw: idx_bytes(np.zeros((5, 32, 32))), "got [5, 32, 32]"),
         (IMAGES, lambda raw: idx_bytes(np.zeros((0, 28, 28))), "got [0, 28, 28]"),
         (IMAGES, lambda raw: gzip.compress(raw)[:-20], "truncated"),
         (IMAGES, lambda raw: gzip.compress(raw)[:-8] + bytes(8), "cannot be read: CRC"),
-        (LABELS, lambda raw: idx_bytes(np.zeros(4)), "5 labels wanted, one an image, got 4"),
-        (LABELS, lambda raw: idx_bytes(np.full(5, 10)), "labels 0 to 9 wanted, got 10"),
+        (LABELS, lambda raw: idx_bytes(np.zeros(4)), "5 images need as many labels, got 4"),
+        (LABELS, lambda raw: idx_bytes(np.full(5, 10)), "labels must be 0 to 9, got 10"),
     ],
 )
 def test_damaged_idx_file(tmp_path: Path, name: str, damage: Callable[[bytes], bytes], words: str) -> None:
@@ -255,7 +255,7 @@ def test_debians_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def py2(value: Any) -> bytes:
-    """What Python 2's cPickle wrote for a value at protocol 2; bytes stand for its str."""
+    """Encode a value as Python 2's cPickle did at protocol 2; bytes stand for its str."""
     if isinstance(value, bool):
         return b"\x88" if value else b"\x89"
     if isinstance(value, int):
@@ -391,8 +391,8 @@ PIXELS = np.zeros((3, 3072), np.uint8)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([1, 2], "a dict of b'data' and b'labels' wanted"),
-        ({b"data": py2_array(PIXELS)}, "a dict of b'data' and b'labels' wanted"),
+        ([1, 2], "must be a dict of b'data' and b'labels'"),
+        ({b"data": py2_array(PIXELS)}, "must be a dict of b'data' and b'labels'"),
         (batch(data=b"pixels"), "not a NumPy array"),
         (batch(data=Raw(b"cnumpy\nndarray\n")), "not a NumPy array"),
         (batch(data=py2_array(PIXELS, code=b"f4")), "not a uint8 array"),
@@ -400,15 +400,15 @@ PIXELS = np.zeros((3, 3072), np.uint8)
         (batch(data=py2_array(PIXELS[:, :3071])), "not a uint8 array of shape [N, 3072]"),
         (batch(data=py2_array(PIXELS[:0]), labels=[]), "not a uint8 array of shape [N, 3072]"),
         (batch(data=py2_array(PIXELS, shape=(-3, -3072))), "not a uint8 array"),
-        (batch(data=py2_array(PIXELS, raw=bytes(9215))), "9216 pixels wanted, got 9215"),
+        (batch(data=py2_array(PIXELS, raw=bytes(9215))), "3 images need 9216 pixels, got 9215"),
         (batch(data=py2_array(PIXELS, shape=(2**31 - 1, 3072))), "truncated"),
         (batch(data=Raw(call(b"numpy.core.multiarray\n_reconstruct"))), "not a uint8 array"),
-        (batch(labels=[0, 1]), "a list of 3 labels wanted"),
-        (batch(labels=(0, 1, 2)), "a list of 3 labels wanted"),
-        (batch(labels=[0, 1, 10]), "labels 0 to 9 wanted"),
-        (batch(labels=[0, 1, True]), "labels 0 to 9 wanted"),
-        (batch(labels=[0, 1, -1]), "labels 0 to 9 wanted"),
-        (batch(labels=[0, 1, b"2"]), "labels 0 to 9 wanted"),
+        (batch(labels=[0, 1]), "must be a list of 3 labels"),
+        (batch(labels=(0, 1, 2)), "must be a list of 3 labels"),
+        (batch(labels=[0, 1, 10]), "labels must be integers from 0 to 9"),
+        (batch(labels=[0, 1, True]), "labels must be integers from 0 to 9"),
+        (batch(labels=[0, 1, -1]), "labels must be integers from 0 to 9"),
+        (batch(labels=[0, 1, b"2"]), "labels must be integers from 0 to 9"),
     ],
 )
 def test_wrong_batch_file(content: Any, words: str) -> None:
@@ -500,7 +500,7 @@ def test_small_files_take_little_memory(code: bytes) -> None:
 
 
 def test_damaged_batch_gives_one_error_or_a_batch() -> None:
-    """Whatever byte is changed outside the pixels, no other exception comes out."""
+    """A change of any byte outside the pixels raises no other exception."""
     good = file_of(batch(2))
     pixels = good.index(bytes(decode(good).images.flatten().tolist()))
     outside = [*range(pixels), *range(pixels + 2 * 3072, len(good))]
@@ -646,7 +646,7 @@ def test_imagefolder_layout_errors(folder: Path) -> None:
     assert "no images" in message
 
     (folder / "train/ant").rename(folder / "ant")
-    assert "at least 2 class folders wanted, got 1" in refuses(load_data, "imagefolder", folder)
+    assert "must hold at least 2 class folders, got 1" in refuses(load_data, "imagefolder", folder)
 
 
 def test_imagefolder_without_pillow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

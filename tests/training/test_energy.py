@@ -112,7 +112,7 @@ def test_a_rapl_tree_is_read_through_zeus(tmp_path, monkeypatch):
         write(package, "package-0", 1100.5)
         found.stop()
         assert found.joules == pytest.approx(3.5 + 1.25 + 0.5)
-        with pytest.raises(ValueError, match="neither a GPU nor a processor"):
+        with pytest.raises(ValueError, match="got neither a GPU nor a processor"):
             ZeusMeter(ZeusMonitor(gpu_indices=[], cpu_indices=[]))
     finally:
         rapl.rapl_is_available.cache_clear()

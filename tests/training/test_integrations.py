@@ -33,7 +33,7 @@ def test_two_samples_are_always_kept(decision):
     assert len(kept.take(targets)) == int(kept.count) == 2
     assert len(select(logits[:1], targets[:1]).index) == 1
     for options in ({"temperature": 0.1}, {"capacity": 3}):
-        with pytest.raises(UserError, match="wanted temperature=0 and no capacity"):
+        with pytest.raises(UserError, match="must have temperature=0 and no capacity"):
             SampleGate(Gate(0.1, **options))
 
 
@@ -116,15 +116,15 @@ def test_hugging_face_trains_on_the_samples_kept(tmp_path):
 def test_a_gate_that_keeps_all_leaves_hugging_face_as_it_was(tmp_path):
     transformers = hugging_face()
     tokens, labels, below = digit_tokens()
-    for kind, targets, rows in (
-        ("BertForSequenceClassification", labels, "samples"),
-        ("BertForTokenClassification", below, "samples"),
-        ("BertForTokenClassification", below, "elements"),
+    for kind, targets, granularity in (
+        ("BertForSequenceClassification", labels, "sample"),
+        ("BertForTokenClassification", below, "sample"),
+        ("BertForTokenClassification", below, "token"),
     ):
         found = []
         for gated in (False, True):
             model = bert(kind, num_labels=17 if targets is below else 10)
-            options = {"gate": 1.0, "rows": rows} if gated else {}
+            options = {"gate": 1.0, "granularity": granularity} if gated else {}
             trainer = gated_trainer(tmp_path, model, Rows(tokens, targets), max_steps=3, **options)
             if not gated:
                 trainer = transformers.Trainer(model, trainer.args, train_dataset=trainer.train_dataset)
@@ -282,7 +282,7 @@ def test_trls_head_and_row_stats_agree(temperature):
             torch.testing.assert_close(
                 mine[name], wanted[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
-    with pytest.raises(UserError, match="output 'mean_logits': wanted some of"):
+    with pytest.raises(UserError, match=r"must be some of log_probs, .*, got 'mean_logits'"):
         serve(language_model(), outputs=("mean_logits",))
 
 

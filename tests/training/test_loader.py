@@ -93,7 +93,7 @@ def test_probe_gives_full_and_short_batches_and_leaves_the_position():
 
 @pytest.mark.parametrize("batch_size", [0, -1, 11])
 def test_batch_size_must_fit_the_data(batch_size):
-    with pytest.raises(UserError, match=rf"batch size {batch_size}: wanted 1 to 10"):
+    with pytest.raises(UserError, match=rf"`batch_size` must be 1 to 10, the rows of the data set, got {batch_size}"):
         resident(batch_size=batch_size)
 
 
@@ -114,7 +114,7 @@ def test_batches_may_be_pairs_tuples_mappings_or_anything_with_extractors():
     odd = SimpleNamespace(x=x, y=y)
     batch = StreamLoader([], inputs=lambda b: b.x, targets=lambda b: b.y).load(odd)
     assert batch.inputs is x
-    with pytest.raises(UserError, match="wanted one of labels"):
+    with pytest.raises(UserError, match="must have one of the keys labels"):
         StreamLoader([]).load({"x": x})
     with pytest.raises(UserError, match="SimpleNamespace"):
         StreamLoader([]).load(odd)

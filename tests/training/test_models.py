@@ -59,12 +59,12 @@ def test_resnet_takes_large_images() -> None:
 def test_the_transformer_takes_other_sizes_than_it_was_made_for_and_refuses_what_it_cannot_cut() -> None:
     model = build_model("vit", shape=CIFAR, classes=5)
     assert model(torch.randn(2, 3, 16, 24)).shape == (2, 5)
-    with pytest.raises(UserError, match=r"4x4 pixels: wanted such sides, got \(11, 40\)"):
+    with pytest.raises(UserError, match=r"4x4 pixels; their sides must be divisible by 4, got \(11, 40\)"):
         build_model("vit", shape=(3, 11, 40), classes=5)
 
 
 def test_odd_sides_are_refused_where_pixels_are_taken_in_blocks() -> None:
-    with pytest.raises(UserError, match=r"2x2 pixels: wanted even sides, got \(28, 27\)"):
+    with pytest.raises(UserError, match=r"2x2 pixels; their sides must be even, got \(28, 27\)"):
         build_model("cnn-bn", shape=(1, 28, 27), classes=5)
 
 
@@ -121,9 +121,9 @@ def test_images_too_small_for_the_pools(name: str, shape: tuple[int, int, int], 
 
 def test_bad_shape_and_classes() -> None:
     for shape in [(32, 32), (3, 0, 32), (3, 32, 32, 1)]:
-        with pytest.raises(UserError, match="shape must be"):
+        with pytest.raises(UserError, match="`shape` must be"):
             build_model("resnet", shape=shape, classes=10)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="classes must be at least 2, got 1"):
+    with pytest.raises(UserError, match="`classes` must be at least 2, got 1"):
         build_model("resnet", shape=CIFAR, classes=1)
 
 

@@ -149,7 +149,7 @@ def test_a_policy_without_phases_chooses_from_the_first_step_to_the_last():
     history = SparseTrainer(network(), policy=policy, dense_start=0.3, dense_end=0.3).fit(resident(), steps=10)
     assert policy.progress == [step / 10 for step in range(10)]
     assert all(len(ids) == 2 for ids, _, _ in policy.told)
-    assert history.phases == {"dense_start": 0, "sparse": 10, "dense_end": 0}
+    assert history.phases == {"warmup": 0, "sparse": 10, "anneal": 0}
 
 
 def test_a_batch_with_nothing_selected_takes_no_step():
@@ -349,7 +349,7 @@ def test_any_batch_structure():
         assert history.steps == 9
     pairs = DataLoader(TensorDataset(torch.randn(10, 3), torch.randint(0, 2, (10,))), batch_size=4)
     assert SparseTrainer(nn.Linear(3, 2)).fit(pairs, epochs=2, evaluate=pairs).rows_seen == 20
-    with pytest.raises(UserError, match="without a length"):
+    with pytest.raises(UserError, match="`epochs` needs training data with a length"):
         SparseTrainer(nn.Linear(3, 2)).fit((pair for pair in pairs), epochs=1)
 
 
@@ -471,7 +471,7 @@ def test_a_calibrated_run_goes_on_with_its_own_costs(tmp_path, policy):
 def test_a_checkpoint_in_the_way_or_of_another_run_is_refused(tmp_path):
     run(tmp_path, "gate", stop_at=3)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="exists already"):
         run(tmp_path, "gate")
     with pytest.raises(UserError, match="policy gate is now random"):
         run(tmp_path, "random", resume=True)
@@ -517,7 +517,7 @@ def test_a_loss_of_the_wrong_shape_is_refused_before_anything_changes(policy):
 
 
 def test_inputs_and_targets_that_disagree_are_refused():
-    with pytest.raises(UserError, match=r"an input of shape \[3, 3\] has 4 targets beside it"):
+    with pytest.raises(UserError, match=r"an input of shape \[3, 3\] and 4 targets"):
         SparseTrainer(nn.Linear(3, 2)).fit([(torch.randn(3, 3), torch.zeros(4, dtype=torch.int64))], steps=1)
 
 
@@ -543,10 +543,10 @@ def test_arguments_out_of_range_are_refused(options, message):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "no budget"),
+        ({}, "exactly one of epochs, steps, rows, seconds, got none"),
         ({"steps": 3, "seconds": 1.0}, "steps and seconds"),
-        ({"steps": 0}, "steps 0"),
-        ({"seconds": -1}, "seconds -1"),
+        ({"steps": 0}, "`steps` must be above 0 and finite, got 0"),
+        ({"seconds": -1}, "`seconds` must be above 0 and finite, got -1"),
     ],
 )
 def test_budgets_are_checked(budget, message):

@@ -82,7 +82,7 @@ def close(found: list[list[float]], wanted: list[list[float]], tolerance: float 
 
 
 def record(rank: int, ranks: int, group: Any, options: dict[str, Any], wrapped: bool, steps: int) -> Any:
-    """What each step trained on, and the weights in the end."""
+    """Return the rows that each step trained on, and the final weights."""
     model = network(seed=rank)
     trainer = make_trainer(
         DistributedDataParallel(model) if wrapped else model, optimizer=torch.optim.SGD, **PLAIN, **options
@@ -118,7 +118,7 @@ def record(rank: int, ranks: int, group: Any, options: dict[str, Any], wrapped: 
 def test_a_step_is_that_of_one_process_with_all_the_rows(
     run: Callable[..., list[Any]], options: dict[str, Any], wrapped: bool
 ) -> None:
-    """Whatever rows a policy keeps, the ranks' step on them is one on all of them."""
+    """The ranks' step on the rows that a policy keeps equals one step on all of these rows."""
     steps = 8
     of_ranks = run(record, options, wrapped, steps)
     assert of_ranks[0][1] == of_ranks[1][1]
@@ -198,7 +198,7 @@ def nothing(rank: int, ranks: int, group: Any, rows: str) -> Any:
         loader = trainer.loader([])
         x, y = torch.randn(8, 16), torch.zeros(8, dtype=torch.int64)
         trainer.step(trainer.policy, loader, (x, y))
-        if rows == "sample":  # elements go through the model before they are chosen
+        if rows == "sample":  # tokens go through the model before they are chosen
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert not trainer.optimizer.state
         gate.settle()
@@ -293,7 +293,7 @@ def scored(rank: int, ranks: int, group: Any, scorer: str) -> Any:
 
 @pytest.mark.parametrize("scorer", ["early", "proxy", "reference"])
 def test_all_ranks_score_alike(run: Callable[..., list[Any]], scorer: str) -> None:
-    """Whatever rows each has, from different weights at the start; running statistics too."""
+    """Ranks with different rows and initial weights end with one model, running statistics included."""
     (first, scores, seen), (second, others, theirs) = run(scored, scorer)
     assert first == second
     assert scores == others
@@ -403,7 +403,7 @@ def test_a_run_resumes_bit_for_bit_on_every_rank(
     run(resumed, options, str(tmp_path), 7)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert repr(run(resumed, options, str(tmp_path), None)) == repr(uninterrupted)  # NaN is not equal to itself
-    with pytest.raises(UserError, match="of 2 processes: wanted as many, not 1"):
+    with pytest.raises(UserError, match="written by 2 processes; resume it with as many, not 1"):
         make_trainer(rough(), **options).fit(
             ResidentLoader(split(), batch_size=8, rank=0, ranks=2), steps=20, checkpoint=tmp_path, resume=True
         )
@@ -421,9 +421,9 @@ def test_a_loader_gives_each_process_its_part(run: Callable[..., list[Any]]) -> 
     assert (first, second) == ([11, 11, 1], [11, 11, 0])
     assert (sorted(ids), sorted(others)) == (list(range(23)), list(range(22)))
     assert ids[:22] != others
-    with pytest.raises(UserError, match="a row a process"):
+    with pytest.raises(UserError, match="each process needs a row"):
         ResidentLoader(split(3), batch_size=1, rank=3, ranks=4)
-    with pytest.raises(UserError, match="wanted 1 to 2, the rows of a process"):
+    with pytest.raises(UserError, match="must be 1 to 2, the rows of a process"):
         ResidentLoader(split(3), batch_size=3, rank=1, ranks=2)
 
 

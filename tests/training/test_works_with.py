@@ -1,4 +1,4 @@
-"""What the trainer works with: pixels and tokens as rows, soft targets, accumulation, averages, compiled models."""
+"""The trainer with pixels and tokens as rows, soft targets, accumulation, averages, compiled models."""
 
 import copy
 
@@ -189,7 +189,7 @@ def test_what_shapes_leave_open_is_asked_for():
         ({"granularity": "token", "scorer": "proxy"}, 'scorer proxy cannot be used with granularity="token"'),
         ({"accumulate": 0}, "`accumulate` must be .*, got 0"),
         ({"ema": 1.0}, "`ema` must be .*, got 1.0"),
-        ({"schedule": "linear"}, "or a callable"),
+        ({"schedule": "linear"}, "must be a callable or one of cosine, constant, got 'linear'"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):
@@ -205,11 +205,11 @@ def test_tokens_refuse_what_they_cannot_be():
     with pytest.raises(UserError, match="asks for rows by their number"):
         SparseTrainer(segmenter(), granularity="token", policy="importance").fit(batches(images, pixels), steps=1)
     costs = Costs({"load": ((1,), (1.0,)), "train": ((1,), (1.0,))}, {}, 1)
-    with pytest.raises(UserError, match="a calibrated clock does not know granularity"):
+    with pytest.raises(UserError, match="a calibrated clock cannot be used with granularity"):
         SparseTrainer(segmenter(), granularity="token").fit(batches(images, pixels), seconds=1.0, clock=Clock(costs))
 
 
-def test_seconds_of_elements_are_raw_and_end_with_an_evaluation():
+def test_seconds_of_tokens_are_raw_and_end_with_an_evaluation():
     data = batches(*segmentation())
     history = SparseTrainer(segmenter(), granularity="token").fit(data, seconds=0.3, evaluate=data, evaluations=2)
     assert history.seconds >= 0.3
@@ -257,7 +257,7 @@ def plain_network():
 @pytest.mark.parametrize("amp", [None, "float16"])
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 def test_batches_accumulated_are_one_large_batch(clip_norm, amp):
-    """Whatever each of them keeps: 3, 0, 16 and 1 rows have the gradient of the 20 together."""
+    """Batches that keep 3, 0, 16 and 1 rows have the gradient of the 20 together."""
     images, labels = digits(64)
     parts = [torch.tensor(rows, dtype=torch.int64) for rows in ([1, 5, 7], [], range(32, 48), [60])]
     found = []

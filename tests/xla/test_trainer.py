@@ -123,8 +123,8 @@ def test_torch_xla_is_imported_for_an_xla_device_alone() -> None:
     said = command("-c", (
         "import sys, torch, sparse_kernels, sparse_training, sparse_training.cli\n"
         "from sparse_training import Gate, SparseTrainer\n"
-        "SparseTrainer(torch.nn.Linear(4, 2), dense_start=0, dense_end=0).fit([(torch.randn(8, 4), torch.zeros(8).long())],\n"
-        "  steps=2)\n"
+        "trainer = SparseTrainer(torch.nn.Linear(4, 2), dense_start=0, dense_end=0)\n"
+        "trainer.fit([(torch.randn(8, 4), torch.zeros(8).long())], steps=2)\n"
         "print('torch_xla' in sys.modules)\n"
         "SparseTrainer(torch.nn.Linear(4, 2), device='xla')\n"
         "print('torch_xla' in sys.modules)\n"

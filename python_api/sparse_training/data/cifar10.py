@@ -1,9 +1,8 @@
-"""CIFAR-10 from its published "python version", without letting its pickles run anything.
+"""CIFAR-10 from its published "python version", read without running its pickles.
 
-A pickle is a program: it may name any function and have it called. These are read by an unpickler
-to which every name is inert. `_Record` notes what the file would have had made, so that reading
-one yields nothing but plain data; `_array_bytes` then takes the pixels out of the notes, and NumPy
-never sees them.
+A pickle is a program: it may name any function and have it called. These are read by an unpickler that calls nothing.
+It records each call as a ``_Record``, so that reading a file yields only plain data, and ``_array_bytes`` takes the
+pixels from the records.
 """
 
 from __future__ import annotations
@@ -26,28 +25,23 @@ FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST = "test_batch"
-CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
-MAX_BYTES = 64 << 20  # the published files have 31 MB each
+MAX_BYTES = 64 << 20  # a published file has 31 MB
 
 
 def load(roots: Sequence[Path]) -> ImageData:
-    """CIFAR-10 from the first of `roots` that holds its folder or its tar.gz, or is one of them.
+    """Load CIFAR-10 from the first of ``roots`` that holds its folder or its tar.gz, or is one of them.
+
+    Args:
+        roots: folders, or the tar.gz, in the order of the search.
+
+    Returns:
+        The training and test split, with the class names and the channel statistics.
 
     Raises:
-        UserError: it is in none of them, or a file is missing, corrupt or not what was published.
+        UserError: it is in none of them, or a file is missing, corrupt or not the published one.
     """
     place = _find(roots)
     files = _read_archive(place) if place.is_file() else _read_folder(place)
@@ -69,37 +63,37 @@ def load(roots: Sequence[Path]) -> ImageData:
 
 
 def decode_batch(raw: bytes, where: str) -> Split:
-    """Decodes one batch file.
+    """Decode one batch file.
 
     Args:
-        raw: the file: a pickled dict of b"data", uint8 [N, 3072], and b"labels", N integers.
-        where: names the file in errors.
+        raw: contents of the file: a pickled dict of b"data", uint8 [N, 3072], and b"labels", N integers.
+        where: name of the file, for errors.
 
     Returns:
-        Images uint8 [N, 3, 32, 32] and labels.
+        Images uint8 [N, 3, 32, 32] and labels int64 [N].
 
     Raises:
-        UserError: it is not such a file, or names anything that such a file has no use for.
+        UserError: another kind of file, or one that names anything but NumPy's array and dtype.
     """
     try:
         content = _InertUnpickler(BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a malformed pickle may raise nearly anything
-        raise UserError(f"{where}: not a pickle that CIFAR-10 would hold: {error}") from error
+        raise UserError(f"{where}: not one of CIFAR-10's pickles: {error}") from error
     if not isinstance(content, dict) or not {b"data", b"labels"} <= content.keys():
-        raise UserError(f"{where}: a dict of b'data' and b'labels' wanted")
+        raise UserError(f"{where}: must be a dict of b'data' and b'labels'")
     rows, pixels = _array_bytes(content[b"data"], where)
     labels = content[b"labels"]
     if not isinstance(labels, list) or len(labels) != rows:
-        raise UserError(f"{where}: a list of {rows} labels wanted, one an image")
+        raise UserError(f"{where}: b'labels' must be a list of {rows} labels, one per image")
     if not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
-        raise UserError(f"{where}: labels 0 to {len(CLASSES) - 1} wanted")
+        raise UserError(f"{where}: labels must be integers from 0 to {len(CLASSES) - 1}")
     return Split(pixels.reshape(rows, *SHAPE), torch.tensor(labels))
 
 
 class _Record:
-    """A name in a pickle, with the arguments of the call and the state that the pickle has for it.
+    """A name in a pickle, with the arguments and the state that the pickle gives it.
 
-    Calling it or setting its state, which is all that a pickle can do with it, notes and no more.
+    Calling it and setting its state, which is all that a pickle can do with it, only record.
     """
 
     __slots__ = ("arguments", "name", "state")
@@ -116,10 +110,10 @@ class _Record:
         self.state = state
 
 
-# The Python unpickler, as the C one allocates a memo as long as the largest index in the file: five
-# bytes can ask for 64 GB. These files are mostly one string, so its slowness does not show.
+# The unpickler in Python: the one in C allocates a memo as long as the largest index in the file, so that five bytes
+# can ask for 64 GB. These files are mostly one string, which costs little in either.
 class _InertUnpickler(pickle._Unpickler):
-    """Gives a `_Record` for the names that a pickled NumPy array needs and refuses all others."""
+    """Returns a ``_Record`` for the names that a pickled NumPy array needs and refuses all others."""
 
     NAMES: ClassVar[dict[tuple[str, str], str]] = {
         ("numpy.core.multiarray", "_reconstruct"): "reconstruct",
@@ -135,7 +129,7 @@ class _InertUnpickler(pickle._Unpickler):
 
 
 def _array_bytes(array: Any, where: str) -> tuple[int, torch.Tensor]:
-    """The rows and pixels (uint8 [rows, 3072]) of an array as NumPy pickles it.
+    """Return the number of rows and the pixels, uint8 [rows, 3072], of an array as NumPy pickles it.
 
     NumPy writes reconstruct(ndarray, (0,), "b") with the state
     (version, shape, dtype(code, ...), is_fortran, bytes).
@@ -154,7 +148,7 @@ def _array_bytes(array: Any, where: str) -> tuple[int, torch.Tensor]:
         case _:
             raise UserError(f"{where}: b'data' is not a uint8 array of shape [N, {PIXELS}]")
     if len(raw) != rows * PIXELS:
-        raise UserError(f"{where}: truncated: {rows * PIXELS} pixels wanted, got {len(raw)}")
+        raise UserError(f"{where}: truncated: {rows} images need {rows * PIXELS} pixels, got {len(raw)}")
     pixels = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     return rows, pixels.reshape(PIXELS, rows).t() if fortran else pixels.reshape(rows, PIXELS)
 
@@ -188,18 +182,18 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The batch files in the archive, in memory: nothing is extracted to disk."""
-    wanted = {f"{FOLDER}/{name}": name for name in (*TRAIN, TEST)}
+    """Yield the batch files of the archive from memory; nothing is extracted to disk."""
+    members = {f"{FOLDER}/{name}": name for name in (*TRAIN, TEST)}
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
-                name = wanted.get(member.name)
+                name = members.get(member.name)
                 if name is not None and member.isreg():
                     _check_size(member.size, f"{path}: {member.name}")
                     file = archive.extractfile(member)
                     assert file is not None  # as it is a regular file
                     yield name, file.read()
-            while stream.read(1 << 20):  # to the end, where gzip compares its checksum
+            while stream.read(1 << 20):  # gzip compares its checksum at the end
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: corrupt or not a tar.gz file: {error}") from error
@@ -207,4 +201,4 @@ def _read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _check_size(size: int, where: str) -> None:
     if size > MAX_BYTES:
-        raise UserError(f"{where}: at most {MAX_BYTES} bytes wanted, got {size}")
+        raise UserError(f"{where}: the file must have at most {MAX_BYTES} bytes, got {size}")

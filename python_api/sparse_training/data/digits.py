@@ -20,12 +20,11 @@ TEST_ROWS = 360
 
 
 def load() -> ImageData:
-    """The digits, grey levels stretched from 0..16 to 0..255.
+    """Load the digits, grey levels stretched from 0..16 to 0..255.
 
-    The last 360 rows are the test split. In the file one writer after another copies the same text
-    of some 130 digits, so nearly all of these come from writers who are not in the training split.
-    A shuffled split would have every writer in both and flatter the model: 3 nearest neighbours
-    get 98.5% on one, 96.7% on this.
+    The last 360 rows are the test split. The file's rows are sorted by writer, so nearly all test rows come from
+    writers who are not in the training split. A shuffled split would have every writer in both and flatter the model:
+    3 nearest neighbours reach 98.5% on a shuffled split and 96.7% on this one.
     """
     raw = resources.files(__package__).joinpath("digits.npz").read_bytes()
     with np.load(BytesIO(raw), allow_pickle=False) as arrays:

@@ -22,23 +22,20 @@ from sparse_training.errors import UserError
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FOLDERS = ("", "fashion-mnist", "FashionMNIST/raw")  # the last is where torchvision puts them
 CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 UINT8 = 0x08
 CHUNK = 1 << 20
 
 
 def load(roots: Sequence[Path]) -> ImageData:
-    """Fashion-MNIST from the first of `roots` that holds it.
+    """Load Fashion-MNIST from the first of ``roots`` that holds it.
+
+    Args:
+        roots: folders to search, in order.
+
+    Returns:
+        The training and test split, with the class names and the channel statistics.
 
     Raises:
         UserError: it is in none of them, or a file is missing or corrupt.
@@ -54,17 +51,17 @@ def load(roots: Sequence[Path]) -> ImageData:
 
 
 def read_idx(path: Path, item: tuple[int, ...]) -> torch.Tensor:
-    """Reads an IDX file of bytes, gzipped or not (its first bytes tell, not its name).
+    """Read an IDX file of bytes, gzipped or not; its first bytes decide, not its name.
 
     Args:
         path: the file.
-        item: the shape that each of its items must have.
+        item: shape that each of its items must have.
 
     Returns:
-        uint8 [N, *item], N at least 1.
+        Tensor uint8 of shape ``[N, *item]``, N at least 1.
 
     Raises:
-        UserError: the file cannot be read, or is not of this kind, cut short or too long.
+        UserError: a file that cannot be read, is not of this kind, is truncated or too long.
     """
     try:
         with path.open("rb") as file:
@@ -83,28 +80,28 @@ def read_idx(path: Path, item: tuple[int, ...]) -> torch.Tensor:
 def _parse(stream: BinaryIO | gzip.GzipFile, path: Path, item: tuple[int, ...]) -> torch.Tensor:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
-        raise UserError(f"{path}: not an IDX file: two zero bytes wanted first, got {magic[:2]!r}")
+        raise UserError(f"{path}: not an IDX file: it must begin with two zero bytes, got {magic[:2]!r}")
     if magic[2] != UINT8:
-        raise UserError(f"{path}: type code 0x{UINT8:02x} (uint8) wanted, got 0x{magic[2]:02x}")
+        raise UserError(f"{path}: the type code must be 0x{UINT8:02x} (uint8), got 0x{magic[2]:02x}")
     if magic[3] != 1 + len(item):
-        raise UserError(f"{path}: {1 + len(item)} dimensions wanted, got {magic[3]}")
+        raise UserError(f"{path}: the file must have {1 + len(item)} dimensions, got {magic[3]}")
     header = stream.read(4 * magic[3])
     if len(header) < 4 * magic[3]:
         raise UserError(f"{path}: truncated: the header ends after {4 + len(header)} bytes")
     shape = struct.unpack(f">{magic[3]}I", header)
     if shape[0] == 0 or shape[1:] != item:
-        wanted = ", ".join(map(str, ("N > 0", *item)))
-        raise UserError(f"{path}: shape [{wanted}] wanted, got {list(shape)}")
+        expected = ", ".join(map(str, ("N > 0", *item)))
+        raise UserError(f"{path}: the shape must be [{expected}], got {list(shape)}")
 
-    # In pieces: a corrupt header may promise terabytes, and must not make us allocate them.
+    # In pieces: a corrupt header may announce terabytes, which must not be allocated.
     size = math.prod(shape)
     body = bytearray()
     while len(body) <= size and (chunk := stream.read(CHUNK)):
         body += chunk
     if len(body) != size:
         fault = "truncated" if len(body) < size else "too long"
-        found = len(body) if len(body) < size else "more"
-        raise UserError(f"{path}: {fault}: {size} bytes wanted for {list(shape)}, got {found}")
+        length = len(body) if len(body) < size else "more"
+        raise UserError(f"{path}: {fault}: {list(shape)} needs {size} bytes, got {length}")
     return torch.frombuffer(body, dtype=torch.uint8).reshape(shape)
 
 
@@ -122,7 +119,7 @@ def _find(roots: Sequence[Path]) -> Path:
 
 
 def _with_suffix(folder: Path, name: str) -> Path | None:
-    """The file itself, else its gzipped form, else None."""
+    """Return the path of the file itself, else of its gzipped form, else None."""
     paths = (folder / name, folder / f"{name}.gz")
     return next((path for path in paths if path.is_file()), None)
 
@@ -133,14 +130,14 @@ def _read_split(folder: Path, prefix: str) -> Split:
     images = read_idx(images_path, (28, 28)).unsqueeze(1)
     labels = read_idx(labels_path, ()).long()
     if len(labels) != len(images):
-        raise UserError(f"{labels_path}: {len(images)} labels wanted, one an image, got {len(labels)}")
+        raise UserError(f"{labels_path}: {len(images)} images need as many labels, got {len(labels)}")
     if (largest := int(labels.max())) >= len(CLASSES):
-        raise UserError(f"{labels_path}: labels 0 to {len(CLASSES) - 1} wanted, got {largest}")
+        raise UserError(f"{labels_path}: labels must be 0 to {len(CLASSES) - 1}, got {largest}")
     return Split(images, labels)
 
 
 def _existing(folder: Path, name: str) -> Path:
     path = _with_suffix(folder, name)
     if path is None:
-        raise UserError(f"{folder / name}[.gz]: missing, though other Fashion-MNIST files are here")
+        raise UserError(f"{folder / name}[.gz] is missing, and other Fashion-MNIST files are there")
     return path

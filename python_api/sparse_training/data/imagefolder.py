@@ -1,4 +1,4 @@
-"""A data set of one's own: a folder of images for each class."""
+"""The user's own data set: a folder of images for each class."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ DEEP_MODES = ("I", "F")  # beginnings of Pillow's modes with more than 8 bits, s
 
 
 def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
-    """Reads root/train/<class>/*.png (or .jpg, ...) and root/test/... or else root/val/...
+    """Load ``train/<class>/*.png`` (or .jpg, ...) and ``test/...``, or else ``val/...``, from the first root with both.
 
-    The classes are the folders in train, sorted by name; the rows are sorted by class and file
-    name. Images become RGB and are stretched to one size with antialiasing. Folders and files
-    whose names begin with a dot, and files that are not named like images, are passed over.
+    The classes are the folders in train, sorted by name; the rows are sorted by class and file name. Images are
+    converted to RGB and resized with antialiasing, without keeping their proportions. Folders and files whose names
+    begin with a dot, and files without the suffix of an image, are ignored.
 
     Args:
-        roots: the places to search, in order.
-        size: height and width in pixels; None keeps the images' own size if they all share one,
-            and otherwise means 32.
+        roots: folders to search, in order.
+        size: height and width in pixels, at least 1; None for the images' own size if they all share one, else 32.
+            Default None.
+
+    Returns:
+        The training and test split, with the class names and the channel statistics.
 
     Raises:
         UserError: no such folders, no Pillow, or an image that cannot be read.
     """
     if size is not None and size < 1:
-        raise UserError(f"size must be at least 1 pixel, got {size}")
+        raise UserError(f"`size` must be at least 1 pixel, got {size}")
     root = _find(roots)
     held_out = root / "test" if (root / "test").is_dir() else root / "val"
     classes = _subfolders(root / "train")
     if len(classes) < 2:
-        raise UserError(f"{root / 'train'}: at least 2 class folders wanted, got {len(classes)}")
+        raise UserError(f"{root / 'train'} must hold at least 2 class folders, got {len(classes)}")
     if unknown := sorted(set(_subfolders(held_out)) - set(classes)):
         raise UserError(f"{held_out / unknown[0]}: no such class in {root / 'train'}")
 
@@ -62,7 +65,7 @@ def _find(roots: Sequence[Path]) -> Path:
         "imagefolder",
         "train/<class>/*.png and test/<class>/*.png (or val)",
         roots,
-        "arrange images of your own so",
+        "arrange your images in such folders",
     )
 
 
@@ -71,7 +74,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Each image's path and label."""
+    """Return each image's path and label."""
     files = [
         (path, label)
         for label, name in enumerate(classes)
@@ -88,18 +91,18 @@ def _pillow() -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:
-        raise UserError("data set imagefolder needs Pillow: pip install pillow") from error
+        raise UserError("the data set imagefolder needs Pillow: pip install pillow") from error
     return Image
 
 
 def _common_size(pillow: ModuleType, files: Sequence[tuple[Path, int]]) -> tuple[int, int]:
-    """(width, height) of all the images, from their headers; the default size if they differ."""
+    """Return (width, height) of all images, from their headers; the default size if they differ."""
     sizes = {_read_size(pillow, path) for path, _ in files}
     return sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
 
 
 def _read_size(pillow: ModuleType, path: Path) -> tuple[int, int]:
-    """(width, height)."""
+    """Return (width, height)."""
     try:
         with pillow.open(path) as image:
             width, height = image.size
@@ -116,15 +119,15 @@ def _read_split(pillow: ModuleType, files: Sequence[tuple[Path, int]], width: in
 
 
 def _read_image(pillow: ModuleType, path: Path, width: int, height: int) -> torch.Tensor:
-    """uint8 [3, height, width]."""
+    """Return the image as uint8 [3, height, width]."""
     try:
         with pillow.open(path) as image:
             mode = image.mode
             rgb = image.convert("RGB").resize((width, height), pillow.Resampling.BILINEAR)
     except Exception as error:  # decoders raise many types on corrupt files
         raise _unreadable(path, error) from error
-    if mode.startswith(DEEP_MODES):  # made RGB by clipping at 255, so most images turn white
-        raise UserError(f"{path}: 8 bits a channel wanted, got Pillow mode {mode}")
+    if mode.startswith(DEEP_MODES):  # conversion to RGB clips at 255, so most images turn white
+        raise UserError(f"{path}: images must have 8 bits per channel, got Pillow mode {mode}")
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 

@@ -1,9 +1,9 @@
 """Batches in two stages, so that a policy can choose rows before they are loaded.
 
-A loader yields *items*, one a batch. ``offer`` names an item's rows, a policy chooses among them, and
-``load`` turns the item and the choice into a ``Batch`` on the device. For data resident on the device an
-item is a list of row numbers: any row may be chosen, of this item or not, and the others are never
-touched. For any other iterable an item is the batch itself, and choosing happens after loading.
+A loader yields *items*, one per batch. ``offer`` returns the indices of an item's rows, a policy chooses among them,
+and ``load`` turns the item and the choice into a ``Batch`` on the device. For data resident on the device an item is a
+list of row indices: a policy may choose any row, of this item or not, and rows left out are never read. For any other
+iterable an item is the batch itself, and rows are chosen after it was loaded.
 """
 
 from __future__ import annotations
@@ -18,41 +18,50 @@ from sparse_training.selection.types import Batch, CandidateIndices, WeightedInd
 
 
 class Loader(ABC):
-    """An epoch of items from where the last one stopped; ``epoch`` and ``position`` say where."""
+    """Iterates over the rest of an epoch's items, from where the last iteration stopped.
 
-    size: int | None = None  # rows of the data set, where known
-    labels: Tensor | None = None  # [size, ...], the targets of all of them, where held
+    Attributes:
+        size: rows of the data set; None where unknown.
+        labels: targets of all rows, [size, ...]; None where they are not held.
+        epoch: number of the current epoch, from 0.
+        position: number of this epoch's items already yielded.
+    """
+
+    size: int | None = None
+    labels: Tensor | None = None
 
     def __init__(self) -> None:
         self.epoch = 0
-        self.position = 0  # items of this epoch already yielded
+        self.position = 0
 
     @abstractmethod
     def __iter__(self) -> Iterator[Any]:
-        """The rest of the current epoch."""
+        """Iterate over the rest of the current epoch."""
 
     @abstractmethod
     def offer(self, item: Any) -> CandidateIndices:
-        """The rows of an item."""
+        """Return the indices of an item's rows."""
 
     @abstractmethod
     def load(self, item: Any, choice: WeightedIndices | None = None) -> Batch:
-        """The batch of an item, or of the rows chosen in its place."""
+        """Load the batch of an item, or of the rows chosen in its place."""
 
     @abstractmethod
     def probe(self) -> Iterator[Any]:
-        """Items without end for timing; epoch and position stay as they are."""
+        """Yield items without end, for timing; epoch and position stay as they are."""
 
     @abstractmethod
     def batches(self) -> int | None:
-        """Items in an epoch, None where unknown."""
+        """Return the number of items in an epoch; None where unknown."""
 
     def duplicate_counts(self) -> Tensor | None:
-        """int64 [size], on the CPU: how many rows have the same inputs as each, itself included; None where unknown."""
+        """Count the rows with the same inputs as each, itself included: int64 [size] on the CPU; None where unknown."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position, for a checkpoint."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
         self.epoch, self.position = int(state["epoch"]), int(state["position"])

@@ -1,4 +1,4 @@
-"""Images held on the device."""
+"""Loader of images held on the device."""
 
 from __future__ import annotations
 
@@ -15,31 +15,41 @@ from sparse_training.selection.types import Batch, CandidateIndices, WeightedInd
 
 
 class ArraySplit(Protocol):
-    """Images uint8 [N, C, H, W] and labels int64 [N]."""
+    """Images with their labels, such as ``load_data(...).train``."""
 
     @property
-    def images(self) -> Tensor: ...
+    def images(self) -> Tensor:
+        """Images, uint8 [N, C, H, W]."""
 
     @property
-    def labels(self) -> Tensor: ...
+    def labels(self) -> Tensor:
+        """Labels, int64 [N]."""
 
 
 class ResidentLoader(Loader):
-    """Images held on the device as uint8, normalised when a batch of them is fetched.
+    """Loader of images held on the device as uint8, normalised when a batch is fetched.
 
-    Of several processes each holds the images rank, rank + ranks, ..., numbers them from 0, and gives as many
-    batches as the others, each row once: the last batch may be empty where another process has a row more.
+    With several processes each holds the images rank, rank + ranks, ..., numbers them from 0, and yields as many
+    batches as the others, each row once. Its last batch may be empty where another process has a row more.
+
+    Example:
+        >>> data = load_data("digits")
+        >>> loader = ResidentLoader(data.train, batch_size=64, mean=data.mean, std=data.std)
 
     Args:
         split: images uint8 [N, C, H, W] and labels int64 [N].
-        batch_size: rows in a batch of this process, 1 to the rows it holds.
-        seed: with the epoch's number it determines the order of the rows.
-        mean, std: per channel, of images / 255.
-        drop_last: leave out a short last batch.
-        rank, ranks: of this process and how many there are; by default torch.distributed's.
+        batch_size: rows in a batch of this process, from 1 to the rows it holds.
+        seed: seed of the order of the rows, mixed with the epoch's number. Default 0.
+        mean: mean of each channel, of images / 255; one value serves all channels. Default (0.0,).
+        std: standard deviation of each channel, likewise, above 0. Default (1.0,).
+        device: PyTorch device that holds the images, such as "cuda:0". Default "cpu".
+        shuffle: True for a new order in each epoch, False for the order of the split. Default True.
+        drop_last: True to leave out a short last batch. Default False.
+        rank: rank of this process. Default: torch.distributed's, 0 without it.
+        ranks: number of processes. Default: torch.distributed's, 1 without it.
 
     Raises:
-        UserError: batch_size outside 1..N, no images, or fewer than processes.
+        UserError: a batch size out of range, no images, or fewer images than processes.
     """
 
     def __init__(
@@ -57,17 +67,18 @@ class ResidentLoader(Loader):
         ranks: int | None = None,
     ) -> None:
         super().__init__()
-        here, there = rank_and_world_size()
-        self.rank, self.ranks = here if rank is None else rank, there if ranks is None else ranks
+        own_rank, world_size = rank_and_world_size()
+        self.rank = own_rank if rank is None else rank
+        self.ranks = world_size if ranks is None else ranks
         rows = len(split.labels)
         if not 0 <= self.rank < self.ranks <= max(rows, 1):
-            raise UserError(f"rank {self.rank} of {self.ranks} over {rows} rows: wanted a row a process")
+            raise UserError(f"each process needs a row, got rank {self.rank} of {self.ranks} processes for {rows} rows")
         own = slice(self.rank, None, self.ranks)
         self.size: int = len(split.labels[own])
-        self._least, self._most = rows // self.ranks, -(-rows // self.ranks)  # that a process holds
+        self._least, self._most = rows // self.ranks, -(-rows // self.ranks)  # rows that a process holds
         if not 1 <= batch_size <= self._most:
-            whose = "the data set" if self.ranks == 1 else "a process"
-            raise UserError(f"batch size {batch_size}: wanted 1 to {self._most}, the rows of {whose}")
+            holder = "the data set" if self.ranks == 1 else "a process"
+            raise UserError(f"`batch_size` must be 1 to {self._most}, the rows of {holder}, got {batch_size}")
         self.device = torch.device(device)
         self.images = split.images[own].to(self.device)
         self.labels: Tensor = split.labels[own].to(self.device)
@@ -80,12 +91,13 @@ class ResidentLoader(Loader):
         self.shuffle, self.drop_last = shuffle, drop_last
 
     def batches(self) -> int:
+        """Return the number of batches in an epoch."""
         return self._least // self.batch_size if self.drop_last else -(-self._most // self.batch_size)
 
     __len__ = batches
 
     def duplicate_counts(self) -> Tensor:
-        """Goes through all images once."""
+        """Count the rows with the same image as each, itself included; reads all images once."""
         images = self.images.flatten(1).cpu().numpy()
         keys = torch.tensor([hash(image.tobytes()) for image in images])
         _, number, count = torch.unique(keys, return_inverse=True, return_counts=True)
@@ -93,7 +105,7 @@ class ResidentLoader(Loader):
         return duplicate_counts
 
     def order(self, epoch: int) -> Tensor:
-        """int64 [N], on the CPU: the rows in the order of that epoch."""
+        """Return the order of the rows in an epoch, int64 [N] on the CPU."""
         if not self.shuffle:
             return torch.arange(self.size)
         # PyTorch's CPU generator reads the low 32 bits of a seed.
@@ -110,15 +122,17 @@ class ResidentLoader(Loader):
         self.epoch, self.position = self.epoch + 1, 0
 
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float32 [n, C, H, W], normalised, and labels int64 [n] of the rows in ``index``."""
+        """Return the images of rows, normalised, float32 [n, C, H, W], and their labels, int64 [n]."""
         index = index.to(self.device, non_blocking=True)
         images = self.images.index_select(0, index).float().mul_(self.scale).add_(self.shift)
         return images, self.labels.index_select(0, index)
 
     def offer(self, item: Tensor) -> CandidateIndices:
+        """Return the indices of an item's rows, which are the item itself."""
         return CandidateIndices(item, self.epoch)
 
     def load(self, item: Tensor, choice: WeightedIndices | None = None) -> Batch:
+        """Load the batch of an item, or of the rows chosen in its place, which may be any of the data set."""
         index, weight = (item, None) if choice is None else choice
         index = index.to(self.device, non_blocking=True)
         if weight is not None:
@@ -126,7 +140,7 @@ class ResidentLoader(Loader):
         return Batch(*self.fetch(index), index, len(item), weight)
 
     def probe(self) -> Iterator[Tensor]:
-        """A full batch and the short last one in turn (only full ones where none is short)."""
+        """Yield a full batch and the short last one in turn, or only full ones where none is short."""
         order = self.order(0)
         tail = 0 if self.drop_last else self.size % self.batch_size
         while True:

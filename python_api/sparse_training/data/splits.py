@@ -1,4 +1,4 @@
-"""What every data set is once loaded: two splits of 8-bit images and a few facts about them."""
+"""A loaded data set: two splits of 8-bit images, their class names and channel statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Split:
 
     Attributes:
         images: uint8 [N, C, H, W].
-        labels: int64 [N], indices into `ImageData.classes`.
+        labels: int64 [N], indices into ``ImageData.classes``.
     """
 
     images: torch.Tensor
@@ -42,13 +42,14 @@ class ImageData:
     """A labelled image data set.
 
     Attributes:
-        name: as given to `load_data`.
-        train: the split to learn from.
-        test: the split to measure on, never trained on.
-        classes: the name of each label.
-        mean: per channel, of the training images / 255.
-        std: per channel, of the training images / 255; at least 1/255, so dividing by it is safe.
-        source: where the data came from, for people.
+        name: one of ``DATASETS``.
+        train: training split.
+        test: test split, never trained on.
+        classes: name of each label.
+        mean: mean of each channel, of the training images / 255.
+        std: standard deviation of each channel, of the training images / 255; at least 1/255, so that dividing by it
+            is safe.
+        source: where the data came from, in words.
     """
 
     name: str
@@ -61,7 +62,18 @@ class ImageData:
 
     @classmethod
     def from_splits(cls, name: str, train: Split, test: Split, classes: Sequence[str], source: str) -> ImageData:
-        """The data set of these splits, with the mean and deviation of its training images."""
+        """Make a data set of two splits, with the channel statistics of its training images.
+
+        Args:
+            name: one of ``DATASETS``.
+            train: training split.
+            test: test split.
+            classes: name of each label.
+            source: where the data came from, in words.
+
+        Returns:
+            The data set.
+        """
         mean, std = channel_statistics(train.images)
         return cls(name, train, test, tuple(classes), mean, std, source)
 
@@ -73,13 +85,16 @@ class ImageData:
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation of each channel of images / 255.
+    """Compute the mean and population standard deviation of each channel of images / 255.
 
-    They are taken from the 256 counts of a channel: one pass over the bytes, no floating-point
-    copy of the images, and the same digits whatever the order of summation.
+    Both come from a histogram of the 256 values: one pass over the bytes, no floating-point copy of the images, and
+    the same digits in any order of summation.
 
     Args:
         images: uint8 [N, C, H, W].
+
+    Returns:
+        Means and standard deviations, one per channel.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
@@ -92,17 +107,20 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
     return tuple(means), tuple(deviations)
 
 
-def missing_set(name: str, wanted: str, roots: Sequence[Path], advice: str) -> UserError:
-    """The error for a data set that is in none of `roots`.
+def missing_set(name: str, contents: str, roots: Sequence[Path], advice: str) -> UserError:
+    """Make the error for a data set that is in none of ``roots``.
 
     Args:
         name: the data set.
-        wanted: what was looked for in each root.
+        contents: what was looked for in each root.
         roots: the folders that were searched; empty if none was named.
         advice: where to get the set.
+
+    Returns:
+        The error, to be raised.
     """
     places = ", ".join(map(str, roots)) if roots else f"no folder: none given, {ROOT_VARIABLE} unset"
     return UserError(
-        f"data set {name} not found: looked for {wanted} in {places}; {advice}, "
+        f"data set {name} not found: looked for {contents} in {places}; {advice}, "
         f"then give its folder as the data root or in {ROOT_VARIABLE}"
     )

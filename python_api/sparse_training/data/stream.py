@@ -1,4 +1,4 @@
-"""Any iterable of batches."""
+"""Loader of any iterable of batches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 class StreamLoader(Loader):
-    """Any iterable of batches, such as a DataLoader; every batch is loaded whole.
+    """Loader of any iterable of batches, such as a DataLoader; every batch is loaded whole.
 
-    A sampler with ``set_epoch`` is told the epoch. On resume the batches of the epoch that were
-    already used are drawn again, from the generator state the epoch began with, and passed over.
+    A sampler with ``set_epoch`` receives the epoch's number. On resume, the batches of the epoch that were already
+    used are drawn again, from the generator state at the epoch's start, and skipped.
 
     Args:
-        batches: tuples (inputs..., targets), or mappings with the targets under one of TARGET_KEYS.
-        inputs, targets: how to take them from a batch of any other structure.
+        batches: iterable of tuples (inputs..., targets), or of mappings with the targets under one of
+            ``TARGET_KEYS``: "labels", "label", "targets", "target", "y".
+        inputs: function from a batch of any other structure to the model's inputs. Default: all but the targets.
+        targets: function from such a batch to its targets. Default: the last of a tuple, or the mapping's targets.
+        device: PyTorch device to move batches to. Default "cpu".
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class StreamLoader(Loader):
         self._epoch_rng: Tensor | None = None  # torch's CPU generator when the epoch began
 
     def batches(self) -> int | None:
+        """Return the number of batches in an epoch; None for data without a length."""
         if not isinstance(self.source, Sized):
             return None
         try:
@@ -67,13 +71,16 @@ class StreamLoader(Loader):
             self.position += 1
             yield batch
         if not self.position:
-            raise UserError("the training data gave no batch: wanted an iterable that can be gone through again")
+            raise UserError("the training data yielded no batch; it must be an iterable that can be iterated again")
         self.epoch, self.position = self.epoch + 1, 0
 
     def offer(self, item: Any) -> CandidateIndices:
+        """Return the positions of an item's rows in the batch."""
         return CandidateIndices(torch.arange(self.targets(item).shape[0]), self.epoch)
 
     def load(self, item: Any, choice: WeightedIndices | None = None) -> Batch:
+        """Move an item to the device, or the rows of it that were chosen."""
+
         def to_device(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
 
@@ -86,39 +93,57 @@ class StreamLoader(Loader):
         return Batch(inputs, targets, None, offered, weight)
 
     def probe(self) -> Iterator[Any]:
+        """Yield batches without end, for timing.
+
+        Raises:
+            UserError: the data is a one-shot iterator.
+        """
         if isinstance(self.source, Iterator):
-            raise UserError("a one-shot iterator cannot be timed beforehand: give a DataLoader, or steps= for a budget")
+            raise UserError("a one-shot iterator cannot be timed beforehand; use a DataLoader, or a budget of steps=")
         while True:
             yield from self.source
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position, and the generator state at the epoch's start, for a checkpoint."""
         return {**super().state_dict(), "epoch_rng": self._epoch_rng}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
         super().load_state_dict(state)
         self._epoch_rng = state.get("epoch_rng")
 
 
 def default_inputs(batch: Any) -> Any:
-    """All of a batch but its targets; a pair's first half bare."""
+    """Return all of a batch but its targets; of a pair, the first element itself.
+
+    Raises:
+        UserError: a batch that is neither a sequence of at least two elements nor a mapping with targets.
+    """
     if isinstance(batch, Mapping):
         key = _target_key(batch)
         return {name: value for name, value in batch.items() if name != key}
     if isinstance(batch, Sequence) and len(batch) >= 2:
         return batch[0] if len(batch) == 2 else tuple(batch[:-1])
-    raise UserError(
-        f"a batch of type {type(batch).__name__}: wanted (inputs, targets), a mapping, or inputs= and targets="
-    )
+    raise _unknown_structure(batch)
 
 
 def default_targets(batch: Any) -> Any:
-    """The last of a sequence, or what a mapping holds under one of TARGET_KEYS."""
+    """Return the last element of a sequence, or a mapping's value under one of ``TARGET_KEYS``.
+
+    Raises:
+        UserError: a batch that is neither a sequence of at least two elements nor a mapping with targets.
+    """
     if isinstance(batch, Mapping):
         return batch[_target_key(batch)]
     if isinstance(batch, Sequence) and len(batch) >= 2:
         return batch[-1]
-    raise UserError(
-        f"a batch of type {type(batch).__name__}: wanted (inputs, targets), a mapping, or inputs= and targets="
+    raise _unknown_structure(batch)
+
+
+def _unknown_structure(batch: Any) -> UserError:
+    return UserError(
+        f"a batch must be (inputs, targets) or a mapping, got {type(batch).__name__}; "
+        "give inputs= and targets= to take them from it"
     )
 
 
@@ -127,5 +152,6 @@ def _target_key(batch: Mapping[str, Any]) -> str:
         if key in batch:
             return key
     raise UserError(
-        f"a batch with the keys {', '.join(map(str, batch))}: wanted one of {', '.join(TARGET_KEYS)}, or targets="
+        f"a batch must have one of the keys {', '.join(TARGET_KEYS)}, got {', '.join(map(str, batch))}; "
+        "give targets= to take the targets from it"
     )

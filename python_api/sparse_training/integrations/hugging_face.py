@@ -1,10 +1,4 @@
-"""Hugging Face's ``Trainer``, on the samples or tokens that a gate keeps.
-
-class MyTrainer(GatedTrainer, Trainer):
-    ...
-
-MyTrainer(model, args, train_dataset=data, gate=0.3).train()
-"""
+"""Hugging Face's ``Trainer`` on the samples or tokens that a gate keeps."""
 
 from __future__ import annotations
 
@@ -31,17 +25,28 @@ STATE = "gate.pt"
 
 
 class GatedTrainer(Base):  # type: ignore[misc]
-    """Put before a ``transformers.Trainer`` class among the bases; evaluation is left as it is.
+    """Mixin that makes a ``transformers.Trainer`` train on the samples or tokens that a gate keeps.
+
+    It stands before the ``Trainer`` class among the bases. Evaluation stays as it is.
+
+    Example:
+        >>> class MyTrainer(GatedTrainer, Trainer):
+        ...     pass
+        >>> MyTrainer(model, args, train_dataset=data, gate=0.3).train()
 
     Args:
-        gate: a gate, or a rate for one. Its state is saved with the trainer's checkpoints.
-        granularity: "sample": the batch is scored without gradient, and the trainer's own loss is taken of the samples
-            kept alone. "token": one forward pass, and the mean cross-entropy of the tokens kept of its logits; for a
-            causal language model each token is judged by the next one. That saves the loss's own work, not the
-            model's.
+        *arguments: positional arguments of the ``Trainer``.
+        gate: a gate, or the rate of one to make, in (0, 1]. Its state is saved with the trainer's checkpoints.
+            Default 0.1.
+        granularity: "sample": the batch is scored without gradient, and the trainer's own loss is computed on the kept
+            samples alone. "token": one forward pass, and the mean cross-entropy of the kept tokens; a causal language
+            model's logits are compared with the next token. That saves the loss's own work, not the model's.
+            Default "sample".
+        **options: keyword arguments of the ``Trainer``.
 
     Raises:
-        UserError: as ``SampleGate``; with "token", labels that are no class indices.
+        UserError: an unknown granularity; with "sample", a gate with a temperature or a capacity; with "token", labels
+            that are not class indices.
     """
 
     def __init__(self, *arguments: Any, gate: Gate | float = 0.1, granularity: str = "sample", **options: Any) -> None:
@@ -50,13 +55,24 @@ class GatedTrainer(Base):  # type: ignore[misc]
         self.select = SampleGate(gate) if granularity == "sample" else None
         self.gate = self.select.gate if self.select is not None else gate if isinstance(gate, Gate) else Gate(gate)
         super().__init__(*arguments, **options)
-        # The losses here are means over what each batch keeps, so that they are still to be divided.
+        # The losses here are means over the kept rows of one batch, which the Trainer must still divide.
         self.loss_is_scaled_for_ga = False
 
     def compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, **options: Any) -> Any:
+        """Compute the loss of the kept samples or tokens; of all in evaluation.
+
+        Args:
+            model: the model.
+            inputs: a batch, with its targets under "labels".
+            return_outputs: True to return the model's outputs as well. Default False.
+            **options: further arguments of ``transformers.Trainer.compute_loss``.
+
+        Returns:
+            The loss, or the loss and the outputs.
+        """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, **options)
-        # How many items there were is of the batch before the gate.
+        # The number of items is that of the batch before the gate.
         options.pop("num_items_in_batch", None)
         labels = inputs["labels"]
         features = {name: value for name, value in inputs.items() if name != "labels"}
@@ -65,17 +81,17 @@ class GatedTrainer(Base):  # type: ignore[misc]
             loss = self._loss_of_tokens(outputs["logits"], labels)
             return (loss, outputs) if return_outputs else loss
         with torch.no_grad(), evaluation_statistics(model), self.compute_loss_context_manager():
-            logits, wanted = self._aligned(model(**features)["logits"], labels)
-        selection = self.select(logits, wanted)
+            logits, targets = self._aligned(model(**features)["logits"], labels)
+        selection = self.select(logits, targets)
         rows = labels.shape[0]
-        taken = {
+        selected = {
             name: selection.take(value) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
             for name, value in inputs.items()
         }
-        return super().compute_loss(model, taken, return_outputs, **options)
+        return super().compute_loss(model, selected, return_outputs, **options)
 
     def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and what they are of: a language model's are of the next token."""
+        """Return the logits and their targets: a causal language model's are the next tokens."""
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         name = type(self.accelerator.unwrap_model(self.model)).__name__

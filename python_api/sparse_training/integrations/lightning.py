@@ -1,10 +1,4 @@
-"""Lightning: a module whose ``training_step`` is given the rows that a gate keeps.
-
-class Model(GatedModule, LightningModule):
-    ...  # as it was
-
-Model(gate=0.3)
-"""
+"""Lightning: a module whose ``training_step`` receives the samples that a gate keeps."""
 
 from __future__ import annotations
 
@@ -24,34 +18,43 @@ else:
 
 
 class GatedModule(Base):  # type: ignore[misc]
-    """Put before ``LightningModule`` among the bases; validation and prediction are left as they are.
+    """Mixin whose ``training_step`` receives the samples that a gate keeps.
 
-    A training batch is scored by the module's own ``forward``, without gradient and in the trainer's precision, when
-    it has been transferred to the device, and its kept rows are what the step gets. Every tensor of it has its rows in
-    dim 0. The gate is a submodule ``gate``, so that checkpoints hold its state.
+    It stands before ``LightningModule`` among the bases. Validation and prediction stay as they are. A training batch
+    is scored by the module's own ``forward``, without gradient and in the trainer's precision, after it was transferred
+    to the device. Every tensor of the batch has its samples in dim 0. The gate is a submodule ``gate``, so that
+    checkpoints hold its state.
+
+    Example:
+        >>> class Model(GatedModule, LightningModule):
+        ...     ...  # unchanged
+        >>> model = Model(gate=0.3)
 
     Args:
-        gate: a gate, or a rate for one.
+        *arguments: positional arguments of the module's other bases.
+        gate: a gate, or the rate of one to make, in (0, 1]. Default 0.1.
+        **options: keyword arguments of the module's other bases.
 
     Raises:
-        UserError: as ``SampleGate``.
+        UserError: a gate with a temperature or a capacity.
     """
 
     def __init__(self, *arguments: Any, gate: Gate | float = 0.1, **options: Any) -> None:
         super().__init__(*arguments, **options)
         select = SampleGate(gate)
         self.gate = select.gate
-        self.__dict__["_select"] = select  # holds the gate, which is a part of the module once
+        self.__dict__["_select"] = select  # not a submodule: the gate is already one
 
     def gate_inputs(self, batch: Any) -> Any:
-        """What ``forward`` is given of a batch: all but the targets."""
+        """Return the inputs of ``forward`` from a batch: all but the targets."""
         return default_inputs(batch)
 
     def gate_targets(self, batch: Any) -> Any:
-        """The class indices of a batch."""
+        """Return the class indices of a batch."""
         return default_targets(batch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Select the samples of a training batch; a hook of Lightning's."""
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         if not self.trainer.training:
             return batch

@@ -1,4 +1,4 @@
-"""Samples of a batch, for other trainers."""
+"""A gate that selects the samples of a batch for another trainer."""
 
 from __future__ import annotations
 
@@ -16,29 +16,34 @@ LEAST = 2
 
 
 class SampleGate:
-    """Which of a batch's samples a trainer of somebody else's is given.
+    """Selects the samples of a batch that another trainer trains on.
 
-    Such a trainer takes the mean over what it gets, which may not be nothing, nor for BatchNorm a single sample: so at
-    least the two most significant ones are kept, which the gate's controller does not see.
+    Such a trainer takes the mean over the samples it gets: it needs at least one, and BatchNorm needs two. So at least
+    the two most significant samples are kept; the gate's controller does not count those added for this.
 
     Args:
-        gate: a gate, or a rate for one.
+        gate: a gate, or the rate of one to make, in (0, 1].
 
     Raises:
-        UserError: a gate with weights or padding, which a plain mean does not honour.
+        UserError: a gate with a temperature or a capacity, whose weights and padding a plain mean ignores.
     """
 
     def __init__(self, gate: Gate | float) -> None:
         self.gate = gate if isinstance(gate, Gate) else Gate(gate)
         if self.gate.temperature or self.gate.capacity is not None:
             raise UserError(
-                f"a gate with temperature={self.gate.temperature}, capacity={self.gate.capacity}: wanted temperature=0 "
-                "and no capacity, for the trainer takes the plain mean of the samples it is given"
+                "a gate under another trainer must have temperature=0 and no capacity, because the trainer takes the "
+                f"plain mean of its samples; got temperature={self.gate.temperature}, capacity={self.gate.capacity}"
             )
         self.policy = GatePolicy(gate=self.gate)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Selection:
-        """Selects by logits [B, classes], or of several targets a sample, by their mean significance."""
+        """Select samples by their significance.
+
+        Args:
+            logits: logits [B, classes], or [B, classes, ...] with several targets per sample, whose mean counts.
+            targets: class indices, [B] or [B, ...].
+        """
         self.gate.to(logits.device)
         selection = self.policy.gated(Scores(targets, Criterion(), logits=logits.detach()))
         least = min(LEAST, len(targets))

@@ -17,28 +17,31 @@ from sparse_training.models.vit import vit
 
 
 def build_model(name: str, *, shape: Shape, classes: int) -> nn.Module:
-    """Makes a model with fresh weights, drawn from torch's global generator.
+    """Build a model with fresh weights, drawn from torch's global generator.
+
+    Example:
+        >>> model = build_model("cnn-bn", shape=(1, 28, 28), classes=10)
 
     Args:
-        name: one of `MODELS`, or the import path `module:factory` of a callable that takes
-            `shape` and `classes` as keywords and returns an `nn.Module`.
-        shape: (C, H, W) of one image.
+        name: one of ``MODELS``, or the import path "module:factory" of a callable that takes ``shape`` and
+            ``classes`` as keywords and returns an ``nn.Module``.
+        shape: (C, H, W) of one image, each at least 1.
         classes: number of classes, at least 2.
 
     Returns:
         A module that maps float images [N, C, H, W] to logits [N, classes].
 
     Raises:
-        UserError: no such model or factory, one that does not fit, or a shape too small for it.
+        UserError: no such model or factory, a factory of another signature, or a shape too small for the model.
     """
     if len(shape) != 3 or min(shape) < 1:
-        raise UserError(f"shape must be (channels, height, width), each at least 1, got {shape}")
+        raise UserError(f"`shape` must be (channels, height, width), each at least 1, got {shape}")
     if classes < 2:
-        raise UserError(f"classes must be at least 2, got {classes}")
+        raise UserError(f"`classes` must be at least 2, got {classes}")
     if name in _FACTORIES:
         return _FACTORIES[name](shape=shape, classes=classes)
     if ":" not in name:
-        raise UserError(f"unknown model {name!r}: one of {', '.join(MODELS)} or module:factory is wanted")
+        raise UserError(f"unknown model {name!r}; use one of {', '.join(MODELS)} or module:factory")
     model = _import_factory(name)(shape=shape, classes=classes)
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
@@ -66,11 +69,11 @@ class ModelFactory:
 def _import_factory(name: str) -> Callable[..., object]:
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
-        raise UserError(f"model {name!r} is not an import path: module:factory is wanted")
+        raise UserError(f"model {name!r} is not an import path; use module:factory")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        reason = " ".join(str(error).split())  # some packages explain theirs at length
+        reason = " ".join(str(error).split())  # of some packages it has several lines
         raise UserError(f"model {name!r}: cannot import {module_name}: {reason}") from error
     try:
         factory: object = getattr(module, attribute)
@@ -79,12 +82,12 @@ def _import_factory(name: str) -> Callable[..., object]:
     if not callable(factory):
         raise UserError(f"model {name!r}: {attribute} must be callable, got {type(factory).__name__}")
     try:
-        # Asked beforehand, so that a TypeError from inside the factory keeps its traceback.
+        # Checked before the call, so that a TypeError from inside the factory keeps its traceback.
         inspect.signature(factory).bind(shape=(1, 1, 1), classes=2)
     except TypeError as error:
         raise UserError(f"model {name!r}: must be callable as {attribute}(shape=..., classes=...): {error}") from None
     except ValueError:
-        pass  # some builtins tell no signature
+        pass  # some builtins have no signature
     return factory
 
 

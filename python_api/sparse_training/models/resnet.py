@@ -12,8 +12,13 @@ from sparse_training.models.shapes import Shape
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm and a shortcut around them.
 
-    The shortcut is a 1x1 convolution where the shape changes. The last BatchNorm's scale starts
-    at 0, so that each block starts as its shortcut (Goyal et al., 2017).
+    The shortcut is a 1x1 convolution where the shape changes. The last BatchNorm's scale starts at 0, so that each
+    block starts as its shortcut (Goyal et al., 2017).
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the output.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -35,10 +40,9 @@ class ResidualBlock(nn.Module):
 
 
 def resnet(*, shape: Shape, classes: int) -> nn.Sequential:
-    """The 20-layer ResNet for small images (He et al., 2016, section 4.2), with projections.
+    """20-layer ResNet for small images (He et al., 2016, section 4.2), with projections.
 
-    Three stages of three blocks, of 16, 32 and 64 channels; an average over what is left of the
-    image makes it fit any size.
+    Three stages of three blocks, of 16, 32 and 64 channels, then a global average, so that images may have any size.
     """
     layers: list[nn.Module] = [
         nn.Conv2d(shape[0], 16, 3, padding=1, bias=False),

@@ -1,4 +1,4 @@
-"""Shapes of images."""
+"""Shapes of images and of what pooling leaves of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ from sparse_training.errors import UserError
 Shape = tuple[int, int, int]
 
 
-def _pooled(name: str, shape: Shape, pools: int) -> Shape:
-    """The shape after that many 2x2 pools, channels unchanged."""
+def pooled_shape(name: str, shape: Shape, pools: int) -> Shape:
+    """Return the shape that 2x2 pools leave, channels unchanged.
+
+    Args:
+        name: name of the model, for the error.
+        shape: (C, H, W) of one image.
+        pools: number of pools.
+
+    Returns:
+        (C, H, W) after the pools.
+
+    Raises:
+        UserError: images too small for the pools.
+    """
     channels, height, width = shape
     smallest = 2**pools
     if min(height, width) < smallest:
         raise UserError(
-            f"model {name} halves images {pools} times: at least {smallest}x{smallest} pixels "
-            f"wanted, got {height}x{width}"
+            f"the model {name} halves images {pools} times; they must have at least {smallest}x{smallest} pixels, "
+            f"got {height}x{width}"
         )
     return channels, height // smallest, width // smallest

@@ -13,7 +13,12 @@ PATCH = 4
 
 
 class Attention(nn.Module):
-    """Self-attention of tokens [B, T, D], every one with every other."""
+    """Self-attention of tokens [B, T, D], without a mask.
+
+    Args:
+        width: features D of a token, divisible by ``heads``.
+        heads: number of attention heads.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -30,7 +35,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron four times as wide, each after a LayerNorm and beside a shortcut."""
+    """Attention and a perceptron four times as wide, each after a LayerNorm and with a shortcut around it.
+
+    Args:
+        width: features of a token, divisible by ``heads``.
+        heads: number of attention heads.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -45,9 +55,13 @@ class Block(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Images [B, C, H, W] to tokens [B, T, D]: one a patch of 4 x 4 pixels, its place added.
+    """Maps images [B, C, H, W] to tokens [B, T, D]: one per patch of 4 x 4 pixels, with its position embedding.
 
-    Places are learned for the size that it is made for, and interpolated for another.
+    Position embeddings are learned for the size that the model is built for, and interpolated for another.
+
+    Args:
+        shape: (C, H, W) of one image, H and W divisible by 4.
+        width: features of a token.
     """
 
     def __init__(self, shape: Shape, width: int) -> None:
@@ -64,19 +78,35 @@ class Tokens(nn.Module):
 
 
 class Mean(nn.Module):
-    """Tokens [B, T, D] to their mean [B, D]."""
+    """Maps tokens [B, T, D] to their mean [B, D]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean(1)
 
 
 def vit(*, shape: Shape, classes: int, width: int = 192, heads: int = 4, depth: int = 2) -> nn.Sequential:
-    """A vision transformer (Dosovitskiy et al., 2021) with patches of 4 x 4 pixels, for sides divisible by 4.
+    """Vision transformer (Dosovitskiy et al., 2021) with patches of 4 x 4 pixels, for sides divisible by 4.
 
-    The mean over all tokens is classified. 913,738 parameters for 3x32x32 images and 10 classes.
+    It classifies the mean over all tokens. 913,738 parameters for 3x32x32 images and 10 classes.
+
+    Args:
+        shape: (C, H, W) of one image, H and W divisible by 4.
+        classes: number of classes.
+        width: features of a token, divisible by ``heads``. Default 192.
+        heads: attention heads. Default 4.
+        depth: number of blocks. Default 2.
+
+    Returns:
+        A model that maps images [N, C, H, W] to logits [N, classes].
+
+    Raises:
+        UserError: a side that is not divisible by 4.
     """
     if shape[1] % PATCH or shape[2] % PATCH:
-        raise UserError(f"model vit cuts images into {PATCH}x{PATCH} pixels: wanted such sides, got {shape[1:]}")
+        raise UserError(
+            f"the model vit cuts images into {PATCH}x{PATCH} pixels; their sides must be divisible by {PATCH}, "
+            f"got {shape[1:]}"
+        )
     return nn.Sequential(
         Tokens(shape, width),
         *[Block(width, heads) for _ in range(depth)],

@@ -1,1 +1,1 @@
-"""What training costs: calibrated step times, speed-up bounds, energy, cost budgets."""
+"""Cost of training: calibrated step times, speed-up bounds, energy, cost budgets."""

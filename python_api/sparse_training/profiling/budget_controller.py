@@ -1,17 +1,17 @@
-"""A run of so many steps for so many operations, or seconds: the rate of its sparse phase follows what is left.
+"""Cost budgets: the rate of a run's sparse phase follows the operations, or seconds, that are left.
 
     trainer = SparseTrainer(model, policy="gate")
     trainer.fit(loader, epochs=10, cost_budget=(2e15, "flops"))
 
-Dense phases cost what they cost; what remains is spread over the sparse steps (``Budget``). Operations are counted and
-seconds are the calibrated clock's, so that the total does not hang on the machine's mood.
+The dense phases' cost is subtracted, and the rest is spread over the sparse steps (``Budget``). Operations are counted
+and seconds are the calibrated clock's, so that the total does not depend on the load of the machine.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,15 +28,35 @@ from sparse_training.training.step import TrainingStep
 UNITS = ("flops", "seconds")
 
 
+class StepCosts(NamedTuple):
+    """Expected costs of full batches, in the budget's unit.
+
+    Attributes:
+        dense: cost of a dense step.
+        score: cost of a sparse step without the training on its rows.
+        train: cost of the training on all rows in a sparse step.
+    """
+
+    dense: float
+    score: float
+    train: float
+
+
 class BudgetController:
-    """Steers a trainer's policy so that a run costs a total.
+    """Sets the rate of a trainer's policy so that the whole run costs a given total.
 
     Args:
-        total: of the whole run, in ``unit``: "flops" or "seconds", of the calibrated clock.
-        steps: of the run. costs: the clock's, for seconds.
+        trainer: the run's model and policy.
+        schedule: the run's phases.
+        loader: the training data.
+        total: cost of the whole run, in ``unit``.
+        unit: "flops", or "seconds" of the calibrated clock.
+        steps: number of steps of the run.
+        costs: costs of the calibrated clock, which "seconds" needs. Default None.
 
     Raises:
-        UserError: a policy without a rate to steer, or a total that the dense phases and scoring exceed.
+        UserError: an unknown unit, a policy without a rate to set, a run without sparse steps, or a total below the
+            cost of the dense steps and the scoring.
     """
 
     def __init__(
@@ -44,61 +64,73 @@ class BudgetController:
         trainer: TrainingStep,
         schedule: Schedule,
         loader: Loader,
+        *,
         total: float,
         unit: str,
-        *,
         steps: int,
         costs: Costs | None = None,
     ) -> None:
         if unit not in UNITS:
-            raise UserError(f"within {total:g} {unit}: wanted {' or '.join(UNITS)}")
+            raise UserError(f"the unit of `cost_budget` must be {' or '.join(UNITS)}, got {unit!r}")
         if unit == "seconds" and costs is None:
-            raise UserError(f"within {total:g} seconds: wanted a calibrated clock, or none, so that one is calibrated")
+            raise UserError("a `cost_budget` in seconds needs a calibrated clock; leave out clock= for one")
         policy = trainer.policy
         if policy.target is None or policy.masks:
-            raise UserError(f"within {total:g} {unit}: wanted a policy with a rate; {policy.name} has no rate to steer")
+            raise UserError(
+                f"`cost_budget` needs a policy whose rate can be set, such as gate; {policy.name} has no such rate"
+            )
         phases = [schedule.phase(step / steps) if policy.phased else "sparse" for step in range(steps)]
         sparse, self.last = phases.count("sparse"), phases.count("anneal")
         if not sparse:
             raise UserError(
-                f"within {total:g} {unit}: wanted a shorter warm-up or anneal; no step of {steps} is sparse"
+                f"`cost_budget` needs sparse steps, got none in a run of {steps} steps; use a smaller dense_start or "
+                "dense_end"
             )
         if costs is not None and unit == "seconds":
-            dense, score, train = _seconds(policy, loader, costs)
+            step = _seconds(policy, loader, costs)
         else:
-            dense, score, train = _operations(trainer, loader)
-        self.total, self.unit, self.dense = total, unit, dense * _fullness(loader)
+            step = _operations(trainer, loader)
+        score, train = step.score, step.train
+        self.total, self.unit, self.dense = total, unit, step.dense * _mean_fullness(loader)
         left = total - (steps - sparse) * self.dense
         least = 1.0 / max(_batch(loader).rows, 1)
         if left < sparse * (score + least * train):
+            lowest = total - left + sparse * (score + least * train)
             raise UserError(
-                f"within {total:g} {unit}: wanted {total - left + sparse * (score + least * train):.4g} at least, for "
-                f"{steps - sparse} dense steps and the scoring of {sparse}"
+                f"`cost_budget` must be at least {lowest:.4g} {unit}, for {steps - sparse} dense steps and the scoring "
+                f"of {sparse} sparse ones, got {total:g}"
             )
         self._spent = 0.0
         self.budget = Budget(left, unit, steps=sparse, dense=train, score=score, least=least)
 
     def before(self, policy: Policy, spent: float) -> None:
-        """A sparse step; ``spent`` on the run so far."""
+        """Set the policy's rate for the next sparse step.
+
+        Args:
+            policy: the policy of the sparse steps.
+            spent: cost of the run so far.
+        """
         self._spent = spent
         self.budget.total = self.budget.spent + self.total - spent - self.last * self.dense
         policy.set_target_rate(self.budget.rate())
 
     def after(self, spent: float) -> None:
-        """The step."""
+        """Record the cost of the run after that step."""
         self.budget.spend(spent - self._spent)
 
     def warnings(self) -> list[str]:
-        """Whether the total was missed, and why."""
+        """Return a sentence where the total was missed by more than 2%."""
         missed = (self.budget.spent - self.budget.total) / self.total
         if abs(missed) <= 0.02:
             return []
-        return [f"the run took {missed:+.1%} more than the {self.total:.4g} {self.unit} that it was to take"]
+        return [f"the run cost {missed:+.1%} more than its budget of {self.total:.4g} {self.unit}"]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the budget's state, for a checkpoint."""
         return self.budget.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
         self.budget.load_state_dict(dict(state))
 
 
@@ -106,25 +138,25 @@ def _batch(loader: Loader) -> Batch:
     return loader.load(next(loader.probe()))
 
 
-def _fullness(loader: Loader) -> float:
-    """Mean rows of a batch, over those of a full one."""
+def _mean_fullness(loader: Loader) -> float:
+    """Return the mean number of rows in a batch, over that of a full batch."""
     batches = loader.batches()
     if loader.size is None or not batches or getattr(loader, "drop_last", False):
         return 1.0
     return loader.size / batches / _batch(loader).rows
 
 
-def _seconds(policy: Policy, loader: Loader, costs: Costs) -> tuple[float, float, float]:
-    """Of a dense step; of a sparse one without the rows it keeps; and of keeping all of them."""
+def _seconds(policy: Policy, loader: Loader, costs: Costs) -> StepCosts:
+    """Return the costs in seconds of the calibrated clock."""
     rows = _batch(loader).rows
     dense = costs.step("dense", rows, rows, observer=policy.name)["total"]
     one = costs.step(policy.name, 1 if policy.before_loading else rows, 1, rows)["total"]
     whole = costs.step(policy.name, rows, rows, rows)["total"]
-    return dense, max(0.0, one - (whole - one) / max(1, rows - 1)), whole - one
+    return StepCosts(dense, max(0.0, one - (whole - one) / max(1, rows - 1)), whole - one)
 
 
-def _operations(trainer: TrainingStep, loader: Loader) -> tuple[float, float, float]:
-    """The same in operations, counted on a copy."""
+def _operations(trainer: TrainingStep, loader: Loader) -> StepCosts:
+    """Return the costs in operations, counted on a copy of the trainer."""
     twin, batch = copy.deepcopy(trainer), _batch(loader)
     with torch.random.fork_rng(devices=[twin.device] if twin.device.type == "cuda" else []):
         twin.check(batch)
@@ -135,4 +167,4 @@ def _operations(trainer: TrainingStep, loader: Loader) -> tuple[float, float, fl
             if twin.learn(kept) is not None:
                 twin.scorer.learn(kept)
     train = float(training.get_total_flops())
-    return train, float(scoring.get_total_flops()), train
+    return StepCosts(train, float(scoring.get_total_flops()), train)

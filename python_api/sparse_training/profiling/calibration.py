@@ -1,8 +1,8 @@
-"""The calibrated clock: a run's time as the sum of what its steps cost on an idle machine.
+"""Calibration: the seconds of each stage of each policy's step, measured before a run or a comparison.
 
-On a machine that others use, raw wall-clock gives one arm of a comparison more steps than another. So
-each kind of work is timed beforehand, blocks of the arms' steps interleaved so that a drift hits them alike, and
-a run's clock advances by the medians. Raw seconds are recorded beside it.
+On a shared machine, raw wall-clock gives one method of a comparison more steps than another. So each kind of work is
+timed beforehand, in interleaved blocks of the policies' steps, so that a drift affects all of them alike. A run's clock
+then advances by the medians. Raw seconds are recorded as well.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from sparse_training.selection.policies.base import Policy
 from sparse_training.training.clock import Costs, Curve
 from sparse_training.training.step import TrainingStep
 
-BLOCK, SETTLING = 12, 2  # consecutive steps of an arm, of which the first are not timed
+BLOCK, SETTLING = 12, 2  # consecutive steps of a policy, and how many of them, at the start, are not timed
 SHORT_BLOCK = 3  # on the short last batch of an epoch
 MIN_ROUNDS, MAX_ROUNDS, CALIBRATION_SECONDS = 5, 101, 5.0
-TOLD = 1 << 14  # rows told of at once
+OBSERVED = 1 << 14  # rows whose losses are passed at once
 
 
 def calibrate(
@@ -41,24 +41,29 @@ def calibrate(
     seconds: float = CALIBRATION_SECONDS,
     progress: Callable[[float], None] | None = None,
 ) -> Costs:
-    """Time every stage of every arm's step, interleaved, on copies: the trainer stays as it is.
+    """Time every stage of every policy's step, interleaved, on copies; nothing of the trainer changes.
 
     Args:
-        trainer: whose model and optimiser are copied.
-        loader: of the batches to time; its epoch and position stay as they are.
-        policies: the arms; by default the trainer's own policy. Dense steps are always timed too.
-        loaders: by arm, where one is offered other batches than those of ``loader``.
-        rounds: over all arms and batch sizes; by default as many as take ``seconds``, within
-            MIN_ROUNDS and MAX_ROUNDS, after a warm-up.
-        progress: called after every round with the share done, 0 to 1.
+        trainer: trainer whose model and optimizer are copied.
+        loader: loader of the batches to time; its epoch and position stay as they are.
+        policies: policies by name. Default: the trainer's own. Dense steps are always timed too.
+        loaders: loaders by policy name, for policies that are offered other batches than those of ``loader``.
+            Default: none.
+        rounds: number of rounds over all policies and batch sizes. Default: as many as fit into ``seconds``, from 5
+            to 101, after a warm-up.
+        seconds: duration of the timed rounds where ``rounds`` is not given. Default 5.
+        progress: called after every round with the fraction done, in [0, 1]. Default None.
+
+    Returns:
+        The median seconds of each stage.
     """
     twin = copy.deepcopy(trainer)
     twin.compile()
-    memo = {id(trainer.model): twin.model}  # of a scorer that is attached to it
-    arms = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
+    memo = {id(trainer.model): twin.model}  # scorers attached to the model are attached to its copy
+    copies = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
     sources = [
         _Source(twin.attach(policy), (loaders or {}).get(policy.name, loader))
-        for policy in {policy.name: policy for policy in arms}.values()
+        for policy in {policy.name: policy for policy in copies}.values()
     ]
     samples: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     devices = [twin.device] if twin.device.type == "cuda" else []
@@ -85,7 +90,7 @@ def calibrate(
 
 
 class _Source:
-    """An arm's policy and the batches that it is offered."""
+    """A policy and the batches that it is offered."""
 
     def __init__(self, policy: Policy, loader: Loader) -> None:
         self.policy, self.loader = policy, loader
@@ -93,22 +98,22 @@ class _Source:
         self._probe = loader.probe()
 
     def items(self) -> list[Any]:
-        """A full batch and, where an epoch has more than one, the short last one."""
+        """Return a full batch and, where an epoch has more than one, the short last one."""
         return [next(self._probe) for _ in range(2 if (self.loader.batches() or 0) > 1 else 1)]
 
 
 def _time_block(
     twin: TrainingStep, source: _Source, item: Any, steps: int, samples: dict[tuple[str, str, int], list[float]]
 ) -> None:
-    """Consecutive steps of an arm on one item, then training on other row counts it may come to.
+    """Time consecutive steps of a policy on one item, then training on the other likely numbers of rows.
 
-    A run takes its steps in a row, so they are timed in a row: the first ones only bring the caches and the
-    allocator to the state that a run of this arm keeps them in. Timed straight after another arm's step, a
-    gate's step was seen to cost 1.3 times its own.
+    A run's steps follow one another, so they are timed one after another: the first ones only bring the caches and the
+    allocator to the state that a run of this policy keeps them in. Timed straight after another policy's step, a
+    gate's step was measured at 1.3 times its own.
     """
     policy, loader = source.policy, source.loader
     twin.policy = policy
-    watch = Stopwatch(twin.device)
+    watch = _LapTimer(twin.device)
     for step in range(steps):
         watch.lap()
         choice = policy.choose(loader.offer(item))
@@ -119,25 +124,25 @@ def _time_block(
         score = watch.lap()
         policy.select(scores, batch)
         select = watch.lap()
-        ladder = _ladder(policy.likely_rows(batch.rows), batch.rows)
-        usual = ladder[len(ladder) // 3]
+        row_counts = _row_counts(policy.likely_rows(batch.rows), batch.rows)
+        usual = row_counts[len(row_counts) // 3]
         kept = twin.head(batch, usual)
         watch.lap()
-        learned = twin.learn(kept)
+        result = twin.learn(kept)
         train = watch.lap()
-        twin.report(policy, batch, kept, learned)
+        twin.report(policy, batch, kept, result)
         observe = watch.lap()
         if step < min(SETTLING, steps // 2):
             continue
         samples[policy.name, "select", batch.offered].append(choose + select)
         samples[policy.name, "score", batch.rows].append(score)
         samples[policy.name, "observe", usual].append(observe)
-        if batch.rows:  # a policy may let a batch go by
+        if batch.rows:  # a policy may select nothing of a batch
             samples["", "load", batch.rows].append(load)
             samples["", "train", usual].append(train)
     if len(policy.likely_rows(batch.rows)) == 1:
         return
-    for rows in ladder if batch.rows else ():
+    for rows in row_counts if batch.rows else ():
         kept = twin.head(batch, rows)
         twin.learn(kept)
         watch.lap()
@@ -145,32 +150,32 @@ def _time_block(
         samples["", "train", rows].append(watch.lap())
 
 
-def _ladder(likely: range, rows: int) -> list[int]:
-    """The likely row counts' ends and middle, for interpolation; with a choice of them, 1 to rows."""
+def _row_counts(likely: range, rows: int) -> list[int]:
+    """Return the numbers of rows to time training on: the likely ones' ends and middle, and 1 to all rows."""
     if len(likely) == 1:
         return [likely[0]]
     return sorted({1, likely[0], likely[len(likely) // 3], likely[-1], max(1, rows // 2), rows})
 
 
 def _fill(twin: TrainingStep, source: _Source) -> None:
-    """Tell an arm of every row, as in the midst of a run: choosing by past losses takes its usual path."""
+    """Pass a policy losses for every row, as in the midst of a run, so that choosing by past losses is timed."""
     size = source.loader.size
     batch = source.loader.load(source.items()[0])
-    learned = twin.learn(twin.head(batch, batch.rows))
-    if size is None or learned is None:
+    result = twin.learn(twin.head(batch, batch.rows))
+    if size is None or result is None:
         return
     losses = torch.linspace(0.0, 1.0, size, device=batch.targets.device)
-    for start in range(0, size, TOLD):
-        ids = torch.arange(start, min(start + TOLD, size), device=losses.device)
+    for start in range(0, size, OBSERVED):
+        ids = torch.arange(start, min(start + OBSERVED, size), device=losses.device)
         of_rows = ids % batch.rows
-        logits = pytree.tree_map_only(Tensor, operator.itemgetter(of_rows), learned.logits)
+        logits = pytree.tree_map_only(Tensor, operator.itemgetter(of_rows), result.logits)
         source.policy.observe(ids, losses[ids], logits)
 
 
 def _warm_up(twin: TrainingStep, source: _Source) -> None:
-    """Train once on each likely row count, the middle ones first, for at most CALIBRATION_SECONDS.
+    """Train once on each likely number of rows, the middle ones first, for at most CALIBRATION_SECONDS.
 
-    Libraries prepare a kernel for each shape they meet: that is paid once a process, not every step.
+    Libraries prepare a kernel for each new shape: a cost per process, not per step.
     """
     began = time.perf_counter()
     for item in source.items():
@@ -183,8 +188,8 @@ def _warm_up(twin: TrainingStep, source: _Source) -> None:
             twin.learn(twin.head(batch, rows))
 
 
-class Stopwatch:
-    """Seconds between laps, each once the device has done what was asked of it."""
+class _LapTimer:
+    """Seconds between laps, each taken after the device has finished its work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -192,14 +197,15 @@ class Stopwatch:
         self.lap()
 
     def lap(self) -> float:
+        """Return the seconds since the last lap."""
         synchronize(self.device)
         before, self._last = self._last, time.perf_counter()
         return self._last - before
 
 
-def _curve(samples: Mapping[tuple[str, str, int], list[float]], arm: str, stage: str) -> Curve:
+def _curve(samples: Mapping[tuple[str, str, int], list[float]], policy: str, stage: str) -> Curve:
     points = sorted(
-        (rows, statistics.median(found)) for (a, s, rows), found in samples.items() if (a, s) == (arm, stage)
+        (rows, statistics.median(seconds)) for (*kind, rows), seconds in samples.items() if kind == [policy, stage]
     )
     return tuple(rows for rows, _ in points), tuple(seconds for _, seconds in points)
 

@@ -1,1 +1,1 @@
-"""The training step and loop, and what they keep."""
+"""The training step and loop: optimizer step, schedule, callbacks, log, clock, checkpoints."""

@@ -1,4 +1,4 @@
-"""What a run calls back: evaluation, progress displays, requests to stop."""
+"""Callbacks of a run: evaluation, progress displays, requests to stop."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Callbacks:
 
     Attributes:
         evaluate: data to evaluate on, or a function of the model that returns named numbers; None for no evaluation.
-        evaluations: number of evaluations in a run, evenly spaced, the last one at its end.
-        progress: called after every step with where the run is.
-        stop: asked after every step; once true, the run saves its checkpoint and returns.
+            Default None.
+        evaluations: number of evaluations in a run, evenly spaced, the last one at its end. Default 20.
+        progress: called after every step with the run's status. Default None.
+        stop: called after every step; once it returns true, the run saves its checkpoint and returns. Default None.
     """
 
     evaluate: Evaluation | None = None
@@ -40,13 +41,13 @@ class RateControl(Protocol):
         """Set the policy's rate for the next sparse step; ``spent`` is the run's cost so far."""
 
     def after(self, spent: float) -> None:
-        """Take note of the run's cost after that step."""
+        """Record the run's cost after that step."""
 
     def warnings(self) -> list[str]:
-        """Sentences for the run's report."""
+        """Return sentences for the run's log."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers for a checkpoint."""
+        """Return plain numbers for a checkpoint."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``."""
@@ -68,7 +69,7 @@ class EnergyRecord(Protocol):
         """End a stretch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers for a checkpoint."""
+        """Return plain numbers for a checkpoint."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``."""

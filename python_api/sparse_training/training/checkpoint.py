@@ -1,4 +1,4 @@
-"""Checkpoint files: sealed with a digest, written atomically, the previous one kept beside."""
+"""Checkpoint files: with a digest, written atomically, the previous one kept under another name."""
 
 from __future__ import annotations
 
@@ -17,36 +17,40 @@ from sparse_training.errors import UserError
 from sparse_training.files import _write
 
 MAGIC = b"sparse-training checkpoint 1 "
-_HEADER = len(MAGIC) + 64 + 1  # the digest in hexadecimal, a line's end
+_HEADER = len(MAGIC) + 64 + 1  # the digest in hexadecimal and a newline
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the one it replaces is kept beside it as ``<name>.prev``.
+    """Write a checkpoint; the one it replaces is kept as ``<name>.prev``.
 
-    It goes straight to the disk: a table of 100 million scores is not held in memory twice.
+    The state is written straight to the disk, so that a table of 100 million scores is not held in memory twice.
+
+    Args:
+        path: the checkpoint's file.
+        state: plain containers, numbers, strings and tensors.
 
     Raises:
-        UserError: it cannot be written; the one before is still there, under either name.
+        UserError: the file cannot be written; the previous checkpoint is still there, under either name.
     """
 
     def fill(file: BinaryIO) -> None:
         hashed = _Hashed(file)
         file.write(MAGIC + hashed.hexdigest() + b"\n")
-        torch.save(dict(state), hashed)  # type: ignore[arg-type]  # it writes and flushes, no more
+        torch.save(dict(state), hashed)  # type: ignore[arg-type]  # torch.save calls write and flush alone
         if hashed.failed is not None:
             raise hashed.failed
         file.seek(len(MAGIC))
         file.write(hashed.hexdigest())
 
     if path.exists():
-        os.replace(path, previous_of(path))  # a crash before the next line leaves this for ``load``
+        os.replace(path, previous_of(path))  # after a crash before the next line this one is loaded
     _write(path, fill)
 
 
 class _Hashed:
-    """A file to write to that keeps the digest of what was written, and the first failure to write it.
+    """Wraps a file: keeps the digest of the bytes written, and the first failure to write them.
 
-    ``torch.save`` would make another exception of it, which no longer says that the disk is full.
+    ``torch.save`` would raise another exception in its place, which no longer says that the disk is full.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -74,10 +78,17 @@ class _Hashed:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; where it is damaged, the previous one with a warning.
+    """Read a checkpoint; where it is damaged, read the previous one and warn.
+
+    Args:
+        path: the checkpoint's file.
+        device: device that its tensors are moved to. Default "cpu".
+
+    Returns:
+        The state that ``save_checkpoint`` was given.
 
     Raises:
-        UserError: there is none, or neither it nor the previous one is whole.
+        UserError: no checkpoint there, or both it and the previous one are damaged.
     """
     try:
         return _read(path, device)
@@ -91,7 +102,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint before the one at ``path`` is kept."""
+    """Return the path of the checkpoint before the one at ``path``."""
     return path.with_name(path.name + ".prev")
 
 
@@ -103,11 +114,10 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
             while part := file.read(1 << 20):
                 digest.update(part)
             if header != MAGIC + digest.hexdigest().encode() + b"\n":
-                ours = header.startswith(MAGIC[:24])
-                wanted = "all of what was written" if ours else "a checkpoint of this format"
-                raise UserError(f"{path} is damaged or not a checkpoint: wanted {wanted}")
+                fault = "its digest does not match" if header.startswith(MAGIC[:24]) else "its header is another"
+                raise UserError(f"{path} is damaged or not a checkpoint: {fault}")
             file.seek(_HEADER)
-            xla = torch.device(device).type == "xla"  # which PyTorch cannot read to
+            xla = torch.device(device).type == "xla"  # torch.load cannot map to it
             state: dict[str, Any] = torch.load(file, map_location="cpu" if xla else device, weights_only=True)
             if xla:
                 state = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), state)
@@ -116,5 +126,5 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than tensors and plain containers: it is not read") from None
+        raise UserError(f"{path} holds more than tensors and plain containers, and is not loaded") from None
     return state

@@ -1,4 +1,4 @@
-"""The clock of a run: calibrated, or raw seconds."""
+"""Clock of a run: calibrated, or raw seconds."""
 
 from __future__ import annotations
 
@@ -19,71 +19,92 @@ Curve = tuple[tuple[int, ...], tuple[float, ...]]  # rows ascending, median seco
 
 @dataclass(frozen=True)
 class Costs:
-    """Median seconds of each stage of a step by the number of rows that it works on.
+    """Median seconds of each stage of a step, by the number of rows that the stage works on.
 
-    To load or to train on n rows is the same work whoever chose them, so all arms share those curves;
-    scoring and selecting are each arm's own. Between measured row counts cost is linear.
+    Loading n rows and training on them is the same work for all policies, so all share those curves; scoring and
+    selecting are measured for each policy. Between measured row counts the cost is interpolated linearly.
+
+    Attributes:
+        shared: curves of the stages "load" and "train".
+        own: for each policy's name, curves of the stages "score" and "select", and of "observe" where the policy
+            keeps losses or its scorer is trained.
+        rounds: number of timed rounds that the medians are of.
     """
 
-    shared: dict[str, Curve]  # "load" and "train"
-    own: dict[str, dict[str, Curve]]  # arm -> "score", "select" and, where there is anything, "observe"
+    shared: dict[str, Curve]
+    own: dict[str, dict[str, Curve]]
     rounds: int
-    _known: dict[Any, dict[str, float]] = field(default_factory=dict, compare=False, repr=False)
+    _steps: dict[Any, dict[str, float]] = field(default_factory=dict, compare=False, repr=False)
 
     def step(
-        self, arm: str, loaded: int, trained: int, offered: int | None = None, observer: str | None = None
+        self, policy: str, loaded: int, trained: int, offered: int | None = None, observer: str | None = None
     ) -> dict[str, float]:
-        """Seconds of each stage, and their "total", of a step of that arm.
+        """Return the seconds of each stage of a step.
 
         Args:
-            offered: rows before the arm chose which to load, for choosing goes through all of them; by
-                default as many as were loaded.
-            observer: the arm that keeps the losses (in "select"), also of the steps that are not its own, such
-                as those of a warm-up; by default the step's arm.
+            policy: name of the step's policy.
+            loaded: rows loaded and scored.
+            trained: rows trained on.
+            offered: rows that the policy chose from before loading; choosing reads all of them. Default: ``loaded``.
+            observer: name of the policy that keeps the losses (counted in "select"), which may be another than the
+                step's in a dense phase. Default: ``policy``.
+
+        Returns:
+            Seconds by the stages "load", "score", "select" and "train", and their "total".
 
         Raises:
-            UserError: an arm was not calibrated.
+            UserError: a policy that was not calibrated.
         """
-        offered, observer = loaded if offered is None else offered, observer or arm
-        key = (arm, loaded, trained, offered, observer)
-        if key not in self._known:
-            for name in (arm, observer):
+        offered, observer = loaded if offered is None else offered, observer or policy
+        key = (policy, loaded, trained, offered, observer)
+        if key not in self._steps:
+            for name in (policy, observer):
                 if name not in self.own:
                     raise UserError(
                         f"the clock has no costs for the policy {name!r}: it was calibrated for {', '.join(self.own)}"
                     )
             rows = {"load": loaded, "score": loaded, "select": offered, "train": trained}
-            curves = {**self.shared, **self.own[arm]}
+            curves = {**self.shared, **self.own[policy]}
             cost = {stage: _interpolate(curves[stage], rows[stage]) for stage in STAGES}
-            cost["select"] += self.beside(observer, trained)
-            self._known[key] = {**cost, "total": sum(cost.values())}
-        return self._known[key]
+            cost["select"] += self.observe_seconds(observer, trained)
+            self._steps[key] = {**cost, "total": sum(cost.values())}
+        return self._steps[key]
 
     def reaches(self, rows: int) -> bool:
-        """Whether training on so many rows was timed, or on more; beyond, ``step`` takes the most that was."""
+        """Tell whether training on that many rows, or more, was timed; ``step`` does not extrapolate beyond."""
         return rows <= max(self.shared["train"][0])
 
-    def beside(self, arm: str, trained: int) -> float:
-        """Seconds, in each step, of keeping the losses of the rows trained on and of training a scorer on them."""
-        return _interpolate(self.own[arm]["observe"], trained) if "observe" in self.own[arm] else 0.0
+    def observe_seconds(self, policy: str, trained: int) -> float:
+        """Return the seconds, per step, that keeping the losses of the trained rows and training a scorer take."""
+        curves = self.own[policy]
+        return _interpolate(curves["observe"], trained) if "observe" in curves else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers for a checkpoint or JSON; ``from_dict`` is its inverse, bit for bit."""
+        """Return plain containers for a checkpoint or JSON; ``from_dict`` is the inverse, bit for bit."""
         return {"shared": self.shared, "own": self.own, "rounds": self.rounds}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Costs:
-        def curves(found: Mapping[str, Any]) -> dict[str, Curve]:
-            return {stage: (tuple(rows), tuple(seconds)) for stage, (rows, seconds) in found.items()}
+        """Restore ``to_dict``."""
 
-        own = {arm: curves(found) for arm, found in state["own"].items()}
+        def curves(lists: Mapping[str, Any]) -> dict[str, Curve]:
+            return {stage: (tuple(rows), tuple(seconds)) for stage, (rows, seconds) in lists.items()}
+
+        own = {policy: curves(lists) for policy, lists in state["own"].items()}
         return cls(curves(state["shared"]), own, int(state["rounds"]))
 
 
 class Clock:
-    """Seconds of a run: calibrated where ``costs`` are given, raw otherwise.
+    """Seconds of a run: calibrated where ``costs`` are given, else raw.
 
-    ``start`` and ``stop`` enclose what counts as raw time, so that evaluation does not.
+    Raw time counts between ``start`` and ``stop`` alone, so that evaluation is left out.
+
+    Args:
+        costs: measured seconds of each kind of step; None for raw seconds. Default None.
+
+    Attributes:
+        costs: as given, or restored from a checkpoint.
+        raw_seconds: raw seconds of the finished stretches.
     """
 
     def __init__(self, costs: Costs | None = None) -> None:
@@ -94,33 +115,45 @@ class Clock:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the run so far."""
         if self.costs is not None:
             return self._charged
         running = time.perf_counter() - self._started if self._started is not None else 0.0
         return self.raw_seconds + running
 
     def charge(
-        self, arm: str, loaded: int, trained: int, offered: int | None = None, observer: str | None = None
+        self, policy: str, loaded: int, trained: int, offered: int | None = None, observer: str | None = None
     ) -> None:
-        """Advance by one step of that arm which loaded (and scored) and trained on so many rows: ``Costs.step``."""
+        """Advance a calibrated clock by one step; raw seconds advance by themselves.
+
+        Args:
+            policy: name of the step's policy.
+            loaded: rows loaded and scored.
+            trained: rows trained on.
+            offered: rows that the policy chose from before loading. Default: ``loaded``.
+            observer: name of the policy that keeps the losses. Default: ``policy``.
+        """
         if self.costs is not None:
-            self._charged += self.costs.step(arm, loaded, trained, offered, observer)["total"]
+            self._charged += self.costs.step(policy, loaded, trained, offered, observer)["total"]
 
     def start(self) -> None:
+        """Begin a stretch of raw time."""
         self._started = time.perf_counter()
 
     def stop(self, device: torch.device) -> None:
-        """End a stretch of raw time, once the device has done what was asked of it."""
+        """End a stretch of raw time, after the device has finished its work."""
         if self._started is not None:
             synchronize(device)
             self.raw_seconds += time.perf_counter() - self._started
             self._started = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the seconds and costs, for a checkpoint."""
         costs = None if self.costs is None else self.costs.to_dict()
         return {"costs": costs, "charged": self._charged, "raw_seconds": self.raw_seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``; the checkpoint's costs replace this clock's."""
         self.costs = None if state["costs"] is None else Costs.from_dict(state["costs"])
         self._charged, self.raw_seconds = float(state["charged"]), float(state["raw_seconds"])
 

@@ -1,4 +1,4 @@
-"""The processes that train one model together."""
+"""Collective operations of the processes that train one model together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from sparse_training.ranks import rank_and_world_size
 
 
 class Ranks:
-    """The processes that train one model together, all of torch.distributed's; alone where there are no others.
+    """Processes that train one model together: all of torch.distributed's, or this one alone.
 
-    Every method is to be called by all of them, in the same order; alone each gives back what it was given.
-    What the host asks goes by gloo, so that it waits for no accelerator.
+    All of them call every method, in the same order; a process alone gets its own value back. Values of the host
+    are exchanged through gloo, so that they wait for no accelerator.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
     """
 
     def __init__(self) -> None:
@@ -26,14 +30,15 @@ class Ranks:
             self._group = dist.new_group(backend="gloo")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return self  # a handle
+        return self  # process groups cannot be copied, and a copy uses the same
 
     @property
     def alone(self) -> bool:
+        """True where one process trains the model."""
         return self.size == 1
 
     def sum_later(self, values: Tensor) -> Callable[[], Tensor]:
-        """Starts to add up tensors on the training's device, in place; call what it gives to wait for the sum."""
+        """Start to sum a tensor over the ranks, in place on its device; the returned function waits for the sum."""
         if self.alone:
             return lambda: values
         work = dist.all_reduce(values, async_op=True)
@@ -45,20 +50,20 @@ class Ranks:
         return wait
 
     def total(self, number: float) -> float:
-        """The sum of every rank's number."""
+        """Return the sum of the ranks' numbers."""
         if self.alone:
             return number
-        held = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(held, group=self._group)
-        return held.item()
+        total = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(total, group=self._group)
+        return total.item()
 
     def first(self, number: float) -> float:
-        """Rank 0's number."""
+        """Return rank 0's number."""
         return self.total(number if self.rank == 0 else 0.0)
 
     def all(self, value: Any) -> list[Any]:
-        """Every rank's value, anything that can be pickled."""
-        found: list[Any] = [value] * self.size
+        """Return every rank's value, in order of the ranks; any value that can be pickled."""
+        values: list[Any] = [value] * self.size
         if not self.alone:
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+            dist.all_gather_object(values, value, group=self._group)
+        return values

@@ -1,4 +1,10 @@
-"""Floating-point operations, counted."""
+"""Counts of floating-point operations.
+
+PyTorch's own counter counts matrix products, convolutions and attention, forward and backward, two operations per
+multiply-add, scoring included. Counting slows a step down several times. So only the first steps of each kind are
+counted, until two numbers of rows are known; the others follow from these, because a model's operations are linear in
+its rows.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +19,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """A compiled graph calls kernels that the counter does not see."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and asking would import the compiler
+    """Run compiled models eagerly: the counter does not see the kernels of a compiled graph."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and set_stance would import the compiler
         return contextlib.nullcontext()
     eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager
 
 
 class Operations:
-    """Floating-point operations by kind of work, counted for its first numbers of rows and then known.
+    """Floating-point operations by kind of work, counted for the first two numbers of rows and interpolated after.
 
     Attributes:
-        total: operations so far, by kind.
+        known: for each kind of work, the counted operations by number of rows.
+        total: operations so far, by kind: "score" and "train".
     """
 
     def __init__(self) -> None:
-        self.known: dict[str, dict[int, int]] = {}  # kind -> rows -> operations
+        self.known: dict[str, dict[int, int]] = {}
         self.total: dict[str, float] = {}
 
     @contextmanager
     def of(self, kind: str, rows: int, part: str = "") -> Iterator[None]:
-        """Around work of that kind on so many rows; ``part`` tells apart what differs within a kind."""
+        """Count the work done in this context.
+
+        Args:
+            kind: "score" or "train".
+            rows: number of rows that the work is on.
+            part: separates works of one kind that cost differently, such as the scoring of two policies.
+        """
         known = self.known.setdefault(f"{kind} {part}", {})
         if rows not in known and len(known) < 2:
             with _uncompiled(), FlopCounterMode(display=False) as counter:
@@ -51,8 +64,10 @@ class Operations:
         return at_a + (at_b - at_a) * (rows - a) / (b - a)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the counts, for a checkpoint."""
         return {"known": self.known, "total": self.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
         self.known = {kind: dict(known) for kind, known in state["known"].items()}
         self.total = dict(state["total"])

@@ -11,7 +11,7 @@ import torch
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of every global generator that training may draw from, as plain containers."""
+    """Return the states of the global generators that training may draw from, as plain containers."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -24,7 +24,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Inverse of ``rng_state``; generators that were not saved stay as they are."""
+    """Restore ``rng_state``; generators that were not saved stay as they are."""
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -1,4 +1,4 @@
-"""What a run did, and where it is."""
+"""Log of a run, and its status while it runs."""
 
 from __future__ import annotations
 
@@ -11,56 +11,83 @@ from torch import Tensor
 from sparse_training.selection.policies.base import Policy
 from sparse_training.training.schedule import PHASES
 
-TRACED = ("rate", "threshold", "mass")  # a policy may not know the last
+TRACED = ("rate", "threshold", "mass")  # mass: share of the gradient norm kept, where the policy measures it
 
 
 @dataclass
 class TrainingLog:
-    """What a run did. Counts that the device makes stay there until ``to_dict`` reads them."""
+    """Counts, evaluations and costs of a run; counts made on the device stay there until ``to_dict`` reads them.
 
-    steps: int = 0  # batches gone through, with or without an optimiser step
+    Attributes:
+        steps: number of batches, with or without an optimizer step.
+        rows_seen: rows of those batches.
+        rows_trained: rows trained on.
+        offered: rows of the sparse phase.
+        kept: rows of the sparse phase that the policy kept.
+        phases: steps of each phase.
+        evals: results of the evaluations, each with its "seconds" and "step".
+        trace: tuples of a step and the policy's ``trace`` after it, at most 500.
+        seconds: seconds of the run's clock, without evaluation.
+        raw_seconds: raw seconds, without evaluation.
+        joules: energy measured, without evaluation; None where it was not measured.
+        meter: name of the energy meter, or "no meter".
+        operations: floating-point operations counted, by kind: "score" and "train".
+        warnings: sentences for the reader of the results.
+        interrupted: True where the run was stopped before its end.
+        selected: int32 [rows of the data set], how often each row was kept in the sparse phase; None where the loader
+            does not know rows by index.
+        seen: int32 [rows of the data set], how often each row was scored in it; None where nothing was scored.
+    """
+
+    steps: int = 0
     rows_seen: int | Tensor = 0
     rows_trained: int | Tensor = 0
-    offered: int | Tensor = 0  # rows of the sparse phase, and how many of them were kept
+    offered: int | Tensor = 0
     kept: int | Tensor = 0
     phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     evals: list[dict[str, float]] = field(default_factory=list)
-    trace: list[tuple[Any, ...]] = field(default_factory=list)  # step, and what the policy's ``trace`` said of it
+    trace: list[tuple[Any, ...]] = field(default_factory=list)
     seconds: float = 0.0
     raw_seconds: float = 0.0
-    joules: float | None = None  # measured, without evaluation; None where there is no meter
+    joules: float | None = None
     meter: str = "no meter"
-    operations: dict[str, float] = field(default_factory=dict)  # counted: "score" and "train"
+    operations: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     interrupted: bool = False
-    selected: Tensor | None = None  # int32 [rows of the data set]: times kept in the sparse phase,
-    seen: Tensor | None = None  # and times scored (None if not), where the loader knows rows by number
+    selected: Tensor | None = None
+    seen: Tensor | None = None
 
     @property
     def rate(self) -> float | None:
-        """Rows kept of rows offered in the sparse phase; None before it."""
+        """Fraction of the sparse phase's rows that were kept; None before that phase."""
         offered = int(self.offered)
         return int(self.kept) / offered if offered else None
 
-    def together(self, others: Sequence[TrainingLog]) -> None:
-        """Counts of all ranks of a run instead of this one's; rank r of n numbers rows r, r + n, ... from 0."""
+    def merge_ranks(self, logs: Sequence[TrainingLog]) -> None:
+        """Replace this rank's counts by those of all ranks.
+
+        Args:
+            logs: the logs of all ranks in order, this one's included. Rank r of n numbers the rows r, r + n, ... from
+                0.
+        """
         for name in ("rows_seen", "rows_trained", "offered", "kept"):
-            setattr(self, name, sum(int(getattr(each, name)) for each in others))
-        kinds = dict.fromkeys(kind for each in others for kind in each.operations)
-        self.operations = {kind: sum(each.operations.get(kind, 0.0) for each in others) for kind in kinds}
+            setattr(self, name, sum(int(getattr(log, name)) for log in logs))
+        kinds = dict.fromkeys(kind for log in logs for kind in log.operations)
+        self.operations = {kind: sum(log.operations.get(kind, 0.0) for log in logs) for kind in kinds}
         for name in ("selected", "seen"):
-            parts = [part for each in others if (part := getattr(each, name)) is not None]
-            if len(parts) == len(others):
+            parts = [part for log in logs if (part := getattr(log, name)) is not None]
+            if len(parts) == len(logs):
                 all_rows = parts[0].new_zeros(sum(map(len, parts)))
                 for rank, part in enumerate(parts):
                     all_rows[rank :: len(parts)] = part
                 setattr(self, name, all_rows)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return all fields, for a checkpoint."""
         return dict(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; waits for the device."""
+        """Return plain numbers for JSON; waits for the device."""
         return {
             "seconds": self.seconds,
             "raw_seconds": self.raw_seconds,
@@ -82,11 +109,20 @@ class TrainingLog:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run is, for a progress display."""
+    """Status of a run after a step, for a progress display.
 
-    progress: float  # of the budget, 0 to 1
+    Attributes:
+        progress: part of the run that is done, in [0, 1].
+        phase: phase of the step: "warmup" (dense start), "sparse" or "anneal" (dense end).
+        step: number of steps done.
+        seconds: seconds of the run's clock.
+        evaluation: result of the latest evaluation; None before the first.
+        policy: policy of the step; reading the values of its ``trace`` waits for the device.
+    """
+
+    progress: float
     phase: str
     step: int
     seconds: float
-    evaluation: Mapping[str, float] | None  # the latest
-    policy: Policy  # of the step just done; reading what its ``trace`` gives waits for the device
+    evaluation: Mapping[str, float] | None
+    policy: Policy

@@ -12,7 +12,7 @@ from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics
 from sparse_training.selection.types import Batch, SelectedBatch
-from sparse_training.training.callbacks import Callbacks, RateControl
+from sparse_training.training.callbacks import Callbacks
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.state import RunState
@@ -21,26 +21,33 @@ TRACE_POINTS = 500
 
 
 class RunLength(NamedTuple):
-    """How long a run is.
+    """Length of a run.
 
     Attributes:
         kind: "steps", "rows" or "seconds".
-        amount: how many of them, above 0.
+        amount: number of them, above 0.
     """
 
     kind: str
     amount: float
 
     @classmethod
-    def of(cls, loader: Loader, **given: float | None) -> RunLength:
-        """Make it from the one budget that is not None.
+    def of(cls, loader: Loader, **budgets: float | None) -> RunLength:
+        """Make the length from the one budget that is not None.
+
+        Args:
+            loader: the training data, whose number of batches turns epochs into steps.
+            **budgets: budgets by name: epochs, steps, rows and seconds, each a number or None.
+
+        Returns:
+            The length, in "steps", "rows" or "seconds".
 
         Raises:
             UserError: no budget or several, one that is not above 0, or epochs of data of unknown length.
         """
-        named = {name: amount for name, amount in given.items() if amount is not None}
+        named = {name: amount for name, amount in budgets.items() if amount is not None}
         if len(named) != 1:
-            raise UserError(f"give exactly one of {', '.join(given)}, got {' and '.join(named) or 'none'}")
+            raise UserError(f"give exactly one of {', '.join(budgets)}, got {' and '.join(named) or 'none'}")
         ((kind, amount),) = named.items()
         if not 0.0 < amount < float("inf"):
             raise UserError(f"`{kind}` must be above 0 and finite, got {amount}")
@@ -60,7 +67,6 @@ class TrainingLoop:
         length: when the run ends.
         schedule: phases and learning rate by progress.
         callbacks: functions to call.
-        rate_control: steers the rate of the sparse steps; None for the policy's own.
         checkpoint_interval: number of steps between checkpoints; None for one at the end alone.
     """
 
@@ -71,17 +77,20 @@ class TrainingLoop:
         schedule: Schedule,
         callbacks: Callbacks,
         *,
-        rate_control: RateControl | None,
         checkpoint_interval: int | None,
     ) -> None:
         self.state, self.trainer, self.log = state, state.trainer, state.log
         self.clock, self.energy = state.clock, state.energy
         self.length, self.schedule, self.callbacks = length, schedule, callbacks
-        self.rate_control, self.checkpoint_interval = rate_control, checkpoint_interval
+        self.rate_control, self.checkpoint_interval = state.rate_control, checkpoint_interval
         self.latest: Mapping[str, float] | None = self.log.evals[-1] if self.log.evals else None
 
     def run(self) -> TrainingLog:
-        """Train; returns the log, on all ranks of all their rows."""
+        """Train until the run's length is reached or a stop is requested.
+
+        Returns:
+            The log, its counts over all ranks.
+        """
         items = _endless(self.state.loader)
         self._start()
         progress = self._progress()
@@ -99,7 +108,7 @@ class TrainingLoop:
         return self._finish()
 
     def _step(self, item: Any, progress: float) -> float:
-        """Take one step and call what is due after it; returns the progress it reached."""
+        """Take one step and make the callbacks due after it; return the progress."""
         trainer, log, clock = self.trainer, self.log, self.clock
         phase = self.schedule.phase(progress) if trainer.policy.phased else "sparse"
         trainer.set_learning_rate(self.schedule.factor(progress))
@@ -116,7 +125,7 @@ class TrainingLoop:
         self._count(phase, batch, kept)
         progress = self._progress()
         if progress >= 1.0:
-            trainer.update.step()  # of what was accumulated
+            trainer.update.step()  # an incomplete accumulation still counts
         devices.end_step(trainer.device)
         if policy.watched and (point := policy.trace()) is not None:
             log.trace.append((log.steps, *point))
@@ -130,7 +139,7 @@ class TrainingLoop:
         return progress
 
     def _progress(self) -> float:
-        """Part of the run that is done, from 0; of several processes the same on all."""
+        """Return the part of the run that is done, from 0; equal on all ranks."""
         kind, amount = self.length
         ranks = self.trainer.ranks
         if kind == "rows":
@@ -138,7 +147,7 @@ class TrainingLoop:
         return (ranks.first(self.clock.seconds) if kind == "seconds" else self.log.steps) / amount
 
     def _spent(self) -> float:
-        """Cost of the run so far, in the rate control's unit."""
+        """Return the cost of the run so far, in the rate control's unit."""
         in_seconds = self.rate_control is not None and self.rate_control.unit == "seconds"
         return self.clock.seconds if in_seconds else sum(self.trainer.operations.total.values())
 
@@ -159,11 +168,11 @@ class TrainingLoop:
         if callable(evaluate) and not isinstance(evaluate, Loader):
             model = trainer.update.evaluated
             with evaluation_statistics(model):
-                found = {name: float(value) for name, value in evaluate(model).items()}
+                numbers = {name: float(value) for name, value in evaluate(model).items()}
         else:
             assert evaluate is not None
-            found = trainer.evaluate(evaluate)
-        self.log.evals.append({"seconds": self.clock.seconds, "step": self.log.steps, **found})
+            numbers = trainer.evaluate(evaluate)
+        self.log.evals.append({"seconds": self.clock.seconds, "step": self.log.steps, **numbers})
         self.latest = self.log.evals[-1]
 
     def _count(self, phase: str, batch: Batch, kept: SelectedBatch) -> None:
@@ -200,7 +209,7 @@ class TrainingLoop:
         log.joules, log.meter, log.operations = energy.joules, energy.source, trainer.operations.total
         self.state.save()
         if not trainer.ranks.alone:
-            log.together(trainer.ranks.all(log))
+            log.merge_ranks(trainer.ranks.all(log))
         if not log.interrupted:
             log.warnings = trainer.policy.warnings(log.rate)
             if self.rate_control is not None:

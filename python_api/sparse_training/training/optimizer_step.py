@@ -1,4 +1,4 @@
-"""The optimiser's side of a step: gradients accumulated, scaled, clipped, applied, and the weights averaged."""
+"""Optimizer step: gradients accumulated, scaled, clipped and applied, and the weights averaged."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from sparse_training.training.settings import TrainerSettings
 
 
 class OptimizerStep:
-    """Makes an optimiser step of the kept rows of every ``accumulate`` batches, of all ranks.
+    """Takes one optimizer step on the selected rows of every ``accumulate`` batches, over all ranks.
 
-    Batches keep different numbers of rows. Their gradients are summed and divided by all their rows (or the sum
-    of what the policy divides by), so that n batches give the gradient of one batch n times as large, and so do
-    the batches of n ranks.
+    Batches have different numbers of selected rows. Their gradients are summed and divided by the number of all these
+    rows (or by the sum of the policy's divisors), so that n batches give the gradient of one batch n times as large,
+    and so do the batches of n ranks.
 
     Args:
         model: the model whose weights are averaged.
-        optimizer: steps on the gradients.
+        optimizer: the optimizer.
         settings: ``accumulate``, ``clip_norm``, ``ema`` and ``amp``.
         device: device of the gradients.
-        ranks: the processes that train together; DistributedDataParallel averages their gradients, and ``add`` and
-            ``skip`` are called by all of them.
+        ranks: the processes that train together, which all call ``add`` and ``skip``; DistributedDataParallel
+            averages their gradients. Default: all of torch.distributed's.
+
+    Attributes:
+        ema: the averaged model; None without ``ema``.
+        batches: number of batches since the last step.
+        first: divisor of the first of them that had rows; None before it.
+        total: sum of the divisors of all of them.
     """
 
     def __init__(
@@ -46,33 +52,33 @@ class OptimizerStep:
         average = None if ema is None else get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
         self.ema = None if ema is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.ranks = ranks or Ranks()
-        self._shared: Callable[[], Tensor] | None = None  # rows and divisor of all ranks' batches, on their way
-        self.batches = 0  # since the last step
-        self.first: int | Tensor | None = None  # divisor of the first of them that had rows,
-        self.total: int | Tensor = 0  # and the sum of all of them
+        self._shared: Callable[[], Tensor] | None = None  # waits for the rows and divisor of all ranks' batches
+        self.batches = 0
+        self.first: int | Tensor | None = None
+        self.total: int | Tensor = 0
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to evaluate and keep: the average where there is one."""
+        """Model to evaluate and keep: the average where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def nothing_in(self, kept: SelectedBatch) -> bool:
-        """Whether there is no row; False where only the device knows and the step can be skipped there."""
+    def is_empty(self, kept: SelectedBatch) -> bool:
+        """Tell whether no row was selected; False where only the device knows and can skip the step itself."""
         if kept.targets.shape[0] == 0:
             return True
         return isinstance(kept.rows, Tensor) and not self.skips_on_device() and int(kept.rows) == 0  # waits
 
-    def share(self, kept: SelectedBatch) -> None:
-        """Starts to add up the ranks' rows, behind their forward passes; alone there is nothing to add."""
+    def sum_rows(self, kept: SelectedBatch) -> None:
+        """Start to sum the ranks' rows, while their forward passes run; a process alone has nothing to sum."""
         if not self.ranks.alone:
             divisor = kept.targets.shape[0] if kept.weight is None else kept.divisor
-            # Of an empty padded batch the divisor is no number of rows.
+            # The divisor of an empty padded batch is not its number of rows.
             some = torch.as_tensor(kept.rows, device=self.device).double().clamp(max=1)
             own = torch.stack((some, some * divisor))
             self._shared = self.ranks.sum_later(own)
 
     def add(self, losses: Tensor, kept: SelectedBatch) -> None:
-        """Backward pass of a batch's losses, and the step where it is the last batch of one."""
+        """Add a batch: run the backward pass of its losses, and the optimizer step if the batch completes one."""
         if self.first is None:
             self.optimizer.zero_grad(set_to_none=True)
         rows: int | Tensor = kept.rows
@@ -90,19 +96,19 @@ class OptimizerStep:
             self.first = divisor
         elif self.accumulate > 1:
             loss = loss * (divisor / self.first)
-        # Of an empty padded batch the divisor is no number of rows.
+        # The divisor of an empty padded batch is not its number of rows.
         self.total += torch.where(rows == 0, 0, divisor) if isinstance(rows, Tensor) else divisor
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.skip()
 
     def skip(self) -> None:
-        """A batch has gone by, with or without rows to add."""
+        """Count a batch, which may have had no rows; take the optimizer step if the batch completes one."""
         self.batches += 1
         if self.batches >= self.accumulate:
             self.step()
 
     def step(self) -> None:
-        """The optimiser step of what was added since the last one; none if that was nothing."""
+        """Take the optimizer step on the rows added since the last one; do nothing if there were none."""
         self.batches = 0
         first, total = self.first, self.total
         self.first, self.total = None, 0
@@ -127,39 +133,40 @@ class OptimizerStep:
             self.ema.update_parameters(self.model)
 
     def _parameters(self) -> list[nn.Parameter]:
-        """Those the optimiser moves."""
+        """Return the parameters of the optimizer."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def skips_on_device(self) -> bool:
-        """Whether a step can be left out without asking the host.
+        """Tell whether the device can skip a step, so that the host need not know whether there are rows.
 
-        Fused optimisers leave everything as it is where ``found_inf`` is 1; XLA undoes the step in the same program.
+        Fused optimizers change nothing where ``found_inf`` is 1; XLA undoes the step in the same program.
         """
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and self.device.type == "cuda"
         return (fused or self.device.type == "xla") and not self.scaler.is_enabled()
 
     @contextmanager
     def _skipped_where(self, empty: Tensor) -> Iterator[None]:
-        """What is stepped in here stays as it was where ``empty``, float32, is 1."""
+        """Make the enclosed optimizer step a no-op where ``empty``, float32, is 1."""
         if self.device.type != "xla":
             self.optimizer.found_inf = empty  # type: ignore[attr-defined]
             yield
             del self.optimizer.found_inf  # type: ignore[attr-defined]
             return
-        before = {id(tensor): tensor.detach().clone() for tensor in self._moved()}
+        before = {id(tensor): tensor.detach().clone() for tensor in self._changed()}
         yield
         with torch.no_grad():
-            for tensor in self._moved():  # optimisers' states begin with 0
+            for tensor in self._changed():  # a new state starts at 0
                 was = before.get(id(tensor))
                 tensor.copy_(torch.where(empty > 0, 0.0 if was is None else was, tensor))
 
-    def _moved(self) -> list[Tensor]:
-        """What an optimiser step changes on the device."""
+    def _changed(self) -> list[Tensor]:
+        """Return the tensors on the device that an optimizer step changes."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        found = [*self._parameters(), *(value for value in states if isinstance(value, Tensor))]
-        return [tensor for tensor in found if tensor.device.type == self.device.type]  # "xla" is xla:0
+        tensors = [*self._parameters(), *(value for value in states if isinstance(value, Tensor))]
+        return [tensor for tensor in tensors if tensor.device.type == self.device.type]  # "xla" is xla:0
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer, scaler and average, and the gradients of an incomplete step."""
         pending = None
         if self.first is not None:  # the gradients of a step that is not complete
             pending = {"first": self.first, "total": self.total, "gradients": [p.grad for p in self._parameters()]}
@@ -172,7 +179,7 @@ class OptimizerStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of ``state_dict``."""
+        """Restore ``state_dict``."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

@@ -15,7 +15,7 @@ from sparse_training.precision import PRECISIONS
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How a step computes, apart from what it trains on and with which objective.
+    """Settings of the computation of a step: precision, accumulation, compilation, structure of batches.
 
     Example:
         >>> SparseTrainer(model, settings=TrainerSettings(amp="bfloat16", accumulate=4, clip_norm=1.0))

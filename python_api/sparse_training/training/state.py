@@ -1,4 +1,4 @@
-"""What a run saves, and how another one continues it bit for bit."""
+"""State of a run: saved in a checkpoint, restored to continue the run bit for bit."""
 
 from __future__ import annotations
 
@@ -26,35 +26,39 @@ _FORMER_GRANULARITIES = {"samples": "sample", "elements": "token"}
 
 
 class RunState:
-    """The parts of a run that a checkpoint holds.
+    """Parts of a run that a checkpoint holds.
 
     Args:
         trainer: the model with its policy and optimizer.
         loader: the training data.
-        settings: what must agree for a run to be the continuation of another, by name.
-        log: counts of the run.
+        settings: values, by name, that must agree for a run to be the continuation of another.
         clock: the run's clock.
         energy: the run's energy.
-        folder: where ``checkpoint.pt`` is kept; None for no checkpoints.
+        folder: folder of ``checkpoint.pt``; None for no checkpoints.
+
+    Attributes:
+        log: counts of the run, from 0.
+        rate_control: sets the rate of the sparse steps; None for the policy's own rate.
+        path: path of the checkpoint; None for no checkpoints.
     """
 
     def __init__(
         self,
         trainer: TrainingStep,
         loader: Loader,
+        *,
         settings: dict[str, Any],
-        log: TrainingLog,
         clock: Clock,
         energy: EnergyRecord,
         folder: str | Path | None,
     ) -> None:
         self.trainer, self.loader, self.settings = trainer, loader, settings
-        self.log, self.clock, self.energy = log, clock, energy
+        self.log, self.clock, self.energy = TrainingLog(), clock, energy
         self.rate_control: RateControl | None = None
         self.path = None if folder is None else Path(folder) / CHECKPOINT
 
     def save(self) -> None:
-        """Write the checkpoint; of several processes all call it and the first one writes. Nothing without a folder."""
+        """Write the checkpoint, if there is a folder; all ranks call it, and the first one writes."""
         if self.path is None:
             return
         ranks = self.trainer.ranks
@@ -63,10 +67,10 @@ class RunState:
             save_checkpoint(self.path, {**self._shared(), **own[0], "others": own[1:]})
 
     def restore(self) -> Mapping[str, Any]:
-        """Read the checkpoint and take up its state, all but the rate control's.
+        """Read the checkpoint and restore its state, except the rate control's.
 
         Returns:
-            This process's state, for what is made after the clock.
+            This rank's part of the checkpoint; its "spending" is the rate control's state.
 
         Raises:
             UserError: a damaged file, another number of processes, or a run with other settings.
@@ -95,7 +99,7 @@ class RunState:
         return own
 
     def _shared(self) -> dict[str, Any]:
-        """State that is equal on all ranks, or the first one's for all."""
+        """Return the state that is equal on all ranks, or that all take from the first."""
         return {
             "model": self.trainer.model.state_dict(),
             "update": self.trainer.update.state_dict(),
@@ -104,7 +108,7 @@ class RunState:
         }
 
     def _own(self) -> dict[str, Any]:
-        """State of this rank."""
+        """Return the state of this rank."""
         trainer = self.trainer
         return {
             "settings": self.settings,
@@ -118,7 +122,7 @@ class RunState:
         }
 
     def _buffers(self) -> list[Tensor]:
-        """Buffers of the model and its average: running statistics are of each rank's own rows."""
+        """Return the buffers of the model and its average: running statistics are over each rank's own rows."""
         ema = self.trainer.update.ema
         models: list[torch.nn.Module] = [self.trainer.model] if ema is None else [self.trainer.model, ema]
         return [buffer for model in models for buffer in model.buffers()]
@@ -135,7 +139,19 @@ def has_checkpoint(folder: str | Path | None) -> bool:
 def run_settings(
     trainer: TrainingStep, schedule: Schedule, loader: Loader, *, seed: int, budget: str, cost_budget: str
 ) -> dict[str, Any]:
-    """Collect what must agree for a run to be the continuation of another, by name."""
+    """Collect the settings, by name, that must agree for a run to be the continuation of another.
+
+    Args:
+        trainer: the run's model, policy and settings.
+        schedule: its phases and learning rate.
+        loader: its training data.
+        seed: the trainer's seed.
+        budget: length of the run in words, such as "1000 steps".
+        cost_budget: cost budget in words; "None" without one.
+
+    Returns:
+        Plain values by name.
+    """
     return {
         "budget": budget,
         "policy": trainer.policy.name,
@@ -162,7 +178,7 @@ def run_settings(
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint under today's names."""
+    """Return the settings of a checkpoint under today's names."""
     if "warmup" not in settings:
         return dict(settings)
     renamed = {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}
@@ -171,5 +187,5 @@ def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     if differing := [name for name, value in settings.items() if saved.get(name) != value]:
-        said = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
-        raise UserError(f"the checkpoint was made with other settings: {said}")
+        changes = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
+        raise UserError(f"the checkpoint was made with other settings: {changes}")

@@ -1,4 +1,4 @@
-"""One training step: load, score, select, train; for any module, batch structure and loss per row."""
+"""One training step: load, score, select, train; for any module, batch structure and per-row loss."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
 class ForwardResult(NamedTuple):
-    """Losses and outputs of the rows trained on, from before the model learned from them; without gradient.
+    """Losses and outputs of the rows trained on, from before the optimizer step; without gradient.
 
     Attributes:
         losses: loss of each row, [n].
@@ -46,23 +46,26 @@ class ForwardResult(NamedTuple):
 class TrainingStep:
     """A model with its policy, loss and optimizer, which takes one step at a time.
 
-    Knows nothing of runs: how long to train, clocks, checkpoints and callbacks are the loop's. Calibration and cost
-    budgets work on deep copies of it.
+    The run is the loop's: its length, clock, checkpoints and callbacks. Calibration and cost budgets work on deep
+    copies of this object.
 
     Args:
         model: any module; wrapped in DistributedDataParallel where several processes train it.
         criterion: loss of each row.
-        policy: chooses the rows of the sparse steps.
-        optimizer: as for ``SparseTrainer``.
+        policy: policy that selects the rows of the sparse steps.
+        optimizer: an optimizer, or a factory called with (parameters, lr=lr); None for AdamW.
         lr: learning rate of an optimizer made here, above 0.
-        settings: how the step computes.
-        device: where to train; None for where the model is.
+        settings: precision, accumulation and other settings of the step.
+        device: PyTorch device to train on; None for the model's.
 
     Attributes:
         policy: the policy of the sparse steps.
         dense: the policy of the dense steps.
-        update: the optimizer's side of a step.
+        update: accumulates gradients and takes the optimizer steps.
         operations: floating-point operations counted so far.
+
+    Raises:
+        UserError: a learning rate out of range, or a scorer with granularity "token".
     """
 
     def __init__(
@@ -102,13 +105,13 @@ class TrainingStep:
             group.setdefault("initial_lr", group["lr"])
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
         self.operations = Operations()
-        # What is trained through: not scored with, for a scoring pass has no gradient to average.
+        # Training passes alone go through it: a scoring pass has no gradient to average.
         self.parallel = wrapped or (self.model if self.ranks.alone else DistributedDataParallel(self.model))
         self.compile()
         self._checked = False
 
     def compile(self) -> None:
-        """Compile the model where the settings ask for it; to be repeated after a deep copy, which is not compiled."""
+        """Compile the model where the settings say so; to be called again on a deep copy, which is not compiled."""
         if not self.settings.compile:
             return
         model, backend = self.model, "inductor" if self.settings.compile is True else self.settings.compile
@@ -116,8 +119,8 @@ class TrainingStep:
         def call(*arguments: Any, **named: Any) -> Any:
             return model._call_impl(*arguments, **named)  # type: ignore[no-untyped-call]
 
-        # Module.compile() in our own function: of PyTorch's own containers that one compiles nothing. Static
-        # shapes would be compiled anew for every number of rows.
+        # Not Module.compile(), which compiles nothing of PyTorch's own containers. Static shapes would be compiled
+        # again for every number of rows.
         model._compiled_call_impl = torch.compile(call, dynamic=True, backend=backend)
 
     def _make_optimizer(
@@ -127,8 +130,8 @@ class TrainingStep:
             return optimizer
         if optimizer is not None:
             return optimizer(self.model.parameters(), lr=lr)
-        # One pass over the parameters: a quarter of the unfused step's time on a CPU.
-        if self.device.type == "xla":  # with its count of steps on the device, whatever skips a step can undo that too
+        # Fused: one pass over the parameters, in a quarter of the unfused time on a CPU.
+        if self.device.type == "xla":  # the count of steps on the device, where a skipped step is undone
             return torch.optim.AdamW(self.model.parameters(), lr=lr, capturable=True)
         fused = self.device.type in ("cpu", "cuda")
         return torch.optim.AdamW(self.model.parameters(), lr=lr, fused=fused)
@@ -141,13 +144,22 @@ class TrainingStep:
 
     @property
     def scorer(self) -> Scorer:
-        """The policy's scorer."""
+        """Scorer of the policy of the sparse steps."""
         return self.policy.scorer
 
     # --- a step ---------------------------------------------------------------------------------
 
     def step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, SelectedBatch]:
-        """Load, score, select and train on one item of the loader."""
+        """Load, score, select and train on one item of the loader.
+
+        Args:
+            policy: policy of this step, ``self.policy`` or ``self.dense``.
+            loader: loader that the item is from.
+            item: an item that iterating over the loader yields.
+
+        Returns:
+            The batch and its selected rows.
+        """
         if self.criterion.granularity == "token":
             samples = loader.load(item)
             with self.operations.of("train", samples.rows):
@@ -162,7 +174,7 @@ class TrainingStep:
         return batch, kept
 
     def _step_on_tokens(self, policy: Policy, samples: Batch) -> tuple[Batch, SelectedBatch]:
-        """One forward of all samples; their logits, one row a token, are the batch that the policy sees."""
+        """Run one forward pass of all samples; their logits, one row per token, are the policy's batch."""
         if not self._checked:
             self.check(samples)
         if samples.rows == 0 and not self.ranks.alone:
@@ -174,7 +186,7 @@ class TrainingStep:
             loader = StreamLoader((), device=self.device)
             if (not policy.uses_scores and not policy.before_loading) or isinstance(policy, GatePolicy):
                 batch = loader.load(rows)._replace(weight=counts.float(), counted=counts.sum())
-            else:  # it chooses, or ranks, among the tokens that count
+            else:  # these policies choose, or rank, among the tokens that count
                 offer = CandidateIndices(counts.nonzero().squeeze(1).cpu(), 0)
                 chosen = policy.choose(offer) or WeightedIndices(offer.ids)
                 batch = loader.load(rows, chosen)._replace(offered=len(offer.ids))
@@ -182,31 +194,38 @@ class TrainingStep:
             if policy.uses_scores and not policy.before_loading:
                 scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
             kept = policy.select(scores, batch)
-            if self.update.nothing_in(kept) and self.ranks.alone:
+            if self.update.is_empty(kept) and self.ranks.alone:
                 self.update.skip()
                 return batch, kept
-            self.update.share(kept)
+            self.update.sum_rows(kept)
             losses = self.criterion(kept.inputs, kept.targets)
         self.update.add(losses, kept)
         return batch, kept
 
     def report(self, policy: Policy, batch: Batch, kept: SelectedBatch, result: ForwardResult | None) -> None:
-        """Give the policy the rows' losses, where rows have numbers, and train the scorer's own network, if any."""
-        if result is not None or not self.ranks.alone:  # auxiliary networks are one for all ranks
+        """Pass the policy the rows' losses, where rows have indices, and train the scorer's own network, if any.
+
+        Args:
+            policy: policy that keeps the losses.
+            batch: the batch.
+            kept: its selected rows.
+            result: losses and outputs of those rows; None if there were none.
+        """
+        if result is not None or not self.ranks.alone:  # all ranks train one auxiliary network
             policy.scorer.learn(kept)
         if result is not None and batch.ids is not None:
             policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], *result)
 
     def learn(self, kept: SelectedBatch) -> ForwardResult | None:
-        """Train on the selected rows; None if there are none."""
-        if nothing := self.update.nothing_in(kept):
+        """Train on the selected rows; return their losses and outputs, or None if there are none."""
+        if nothing := self.update.is_empty(kept):
             if self.ranks.alone:
                 self.update.skip()
                 return None
-            # The other ranks wait for a backward pass. Not of a row of the batch: it may be empty, or not finite.
+            # The other ranks wait for a backward pass. Zeros: the batch may be empty, or its rows not finite.
             inputs, targets = zero_row_like((kept.inputs, kept.targets))
             kept = SelectedBatch(inputs, targets, 0, None, torch.zeros(1, device=self.device), 0)
-        self.update.share(kept)
+        self.update.sum_rows(kept)
         with self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
             logits = forward(self.parallel, kept.inputs)
             losses = self.criterion(logits, kept.targets)
@@ -216,14 +235,17 @@ class TrainingStep:
         return ForwardResult(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
 
     def _statistics(self, rows: int) -> AbstractContextManager[None]:
-        """The variance of one row is 0, or an error: BatchNorm uses its running statistics for it."""
+        """Let BatchNorm use its running statistics for a single row, whose variance is 0 or an error."""
         return evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def check(self, batch: Batch) -> None:
-        """Try the model and the loss on a batch; nothing of the model or the generators changes.
+        """Try the model and the loss on a batch, and build the scorer; the model and the generators do not change.
+
+        Args:
+            batch: a batch of the training data.
 
         Raises:
             UserError: a tensor whose dim 0 does not count the rows, or a loss not of shape [B].
@@ -231,8 +253,8 @@ class TrainingStep:
         for tensor in pytree.tree_leaves(batch.inputs):
             if isinstance(tensor, Tensor) and tensor.shape[:1] != (batch.rows,):
                 raise UserError(
-                    f"an input of shape {list(tensor.shape)} has {batch.rows} targets beside it; "
-                    "dim 0 of both must be the same number of rows"
+                    f"inputs and targets must have the same number of rows in dim 0, got an input of shape "
+                    f"{list(tensor.shape)} and {batch.rows} targets"
                 )
         with torch.no_grad(), evaluation_statistics(self.model), self._autocast():
             logits, targets = forward(self.model, batch.inputs), batch.targets
@@ -245,7 +267,7 @@ class TrainingStep:
         self._checked = True
 
     def head(self, batch: Batch, rows: int) -> SelectedBatch:
-        """The first rows of a batch, to train on."""
+        """Select the first rows of a batch."""
         parts = (batch.inputs, batch.targets, batch.weight)
         inputs, targets, weight = pytree.tree_map_only(Tensor, lambda tensor: tensor[:rows], parts)
         positions = None if rows == batch.rows else torch.arange(rows, device=batch.targets.device)
@@ -294,8 +316,8 @@ class TrainingStep:
                     total[2] += correct[0]
                     total[3] += correct[1]
                 devices.end_step(self.device)
-        loss, rows, right, tokens = self.ranks.sum_later(total)().tolist()
-        accuracy = {"accuracy": right / max(tokens, 1)} if classes or tokens else {}
+        loss, rows, correct_rows, tokens = self.ranks.sum_later(total)().tolist()
+        accuracy = {"accuracy": correct_rows / max(tokens, 1)} if classes or tokens else {}
         return {**accuracy, "loss": loss / max(rows, 1)}
 
     def loader(self, data: Iterable[Any]) -> Loader:

@@ -1,4 +1,4 @@
-"""What a run does, as TensorBoard's scalars: a ``progress=`` of ``SparseTrainer.fit``."""
+"""A run's scalars for TensorBoard, written by a ``progress=`` callback of ``SparseTrainer.fit``."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ import torch
 from sparse_training.errors import UserError
 from sparse_training.training.log import Status
 
-EVERY = 50  # steps
+INTERVAL = 50  # steps
 
 
 class TensorBoard:
     """Writes loss, accuracy, rate, threshold, learning rate and seconds of the clock, by step.
 
-        with TensorBoard("runs/one", trainer.optimizer) as board:
-            trainer.fit(loader, steps=1000, evaluate=test, progress=board)
+    Example:
+        >>> with TensorBoard("runs/one", trainer.optimizer) as board:
+        ...     trainer.fit(loader, steps=1000, evaluate=test, progress=board)
 
     Args:
-        folder: where the event files go.
-        optimizer: whose learning rate is written; None for none.
-        every: steps between two points, for reading the controller waits for the device; evaluations are
-            written whenever there is one.
+        folder: folder of the event files.
+        optimizer: optimizer whose learning rate is written; None for no learning rate. Default None.
+        interval: steps between two points; reading the controller waits for the device. Every evaluation is
+            written. Default 50.
 
     Raises:
         UserError: the package tensorboard is not installed.
     """
 
-    def __init__(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None, every: int = EVERY) -> None:
+    def __init__(
+        self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None, interval: int = INTERVAL
+    ) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -37,12 +40,13 @@ class TensorBoard:
                 f"tensorboard cannot be used ({error}): pip install 'sparse-kernels[tensorboard]'"
             ) from None
         self.writer = SummaryWriter(str(folder))
-        self.optimizer, self.every = optimizer, every
+        self.optimizer, self.interval = optimizer, interval
         self._evaluated = -1.0
 
     def __call__(self, status: Status) -> None:
+        """Write the scalars of a step, where they are due."""
         values: dict[str, float] = {}
-        if status.step % self.every == 0 or status.progress >= 1.0:
+        if status.step % self.interval == 0 or status.progress >= 1.0:
             values["clock/seconds"] = status.seconds
             if self.optimizer is not None:
                 values["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
@@ -57,6 +61,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, status.step)
 
     def close(self) -> None:
+        """Write what is buffered and close the files."""
         self.writer.close()
 
     def __enter__(self) -> TensorBoard:

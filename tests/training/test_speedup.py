@@ -1,4 +1,4 @@
-"""What a scorer costs and what that allows, from costs that are given and from ones that are measured."""
+"""Speed-up bounds, from given costs and from measured ones."""
 
 import io
 
@@ -33,7 +33,7 @@ COSTS = Costs(
     ("name", "s", "step"),
     [("topk", 0.45, 10 + 15 + 2 + 10), ("topk@proxy", 0.15, 10 + 4 + 2 + 10 + 1), ("topk@history", 0.0, 1 + 10)],
 )
-def test_the_ceiling_is_what_the_scorer_leaves(name, s, step):
+def test_the_bound_follows_from_the_scorers_cost(name, s, step):
     found = speedup_bound(COSTS, make_policy(name, rate=0.1, seed=0), batch_size=100, rate=0.1)
     assert found.scorer_cost == pytest.approx(s)
     assert found.ceiling == pytest.approx(3 / (s + 0.3))
@@ -47,7 +47,7 @@ def test_what_is_masked_out_costs_as_much_as_what_is_not():
     assert found.speedup == pytest.approx(110 / 140)
 
 
-def test_ceilings_are_measured_on_a_model_that_stays_as_it_is(monkeypatch):
+def test_bounds_are_measured_on_a_model_that_stays_as_it_is(monkeypatch):
     monkeypatch.setattr(
         "sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.2
     )  # nothing is made of the seconds

@@ -1,4 +1,4 @@
-"""A run takes the total that it was given, whatever steers it there."""
+"""A run costs its budget, under each policy whose rate can be set."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from trainers import make_trainer
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.training.clock import Clock, Costs
-from sparse_training.training.settings import TrainerSettings
 
 
 def data():
@@ -18,17 +17,12 @@ def data():
 
 def trainer_of(policy="gate", **options):
     return make_trainer(
-        network(),
-        policy=policy,
-        dense_start=0.1,
-        dense_end=0.1,
-        **options,
-        settings=TrainerSettings(scoring_precision="float32"),
+        network(), policy=policy, dense_start=0.1, dense_end=0.1, scoring_precision="float32", **options
     )
 
 
 def dense_operations(steps=60):
-    """Of a run of so many steps, all of them dense."""
+    """Operations of a run of dense steps alone."""
     return sum(trainer_of("dense").fit(data(), steps=steps).operations.values())
 
 
@@ -39,7 +33,7 @@ def test_a_run_takes_the_operations_that_it_was_given(policy, share):
     trainer = trainer_of(policy)
     history = trainer.fit(data(), steps=60, cost_budget=(total, "flops"))
     assert sum(history.operations.values()) == pytest.approx(total, rel=0.02)
-    assert not any("was to take" in text for text in history.warnings)
+    assert not any("than its budget of" in text for text in history.warnings)
 
 
 def costs(policy):
@@ -71,13 +65,13 @@ def test_a_stopped_run_goes_on_to_the_same_total_bit_for_bit(tmp_path):
     whole = run("whole")
     run("part", stop_at=17)
     same(run("part", resume=True), whole)
-    with pytest.raises(UserError, match=r"within .* is now None"):
+    with pytest.raises(UserError, match=r"cost_budget .* is now None"):
         trainer_of().fit(data(), steps=40, checkpoint=tmp_path / "part", resume=True)
 
 
 def test_a_total_that_cannot_be_met_is_said():
     history = trainer_of().fit(data(), steps=20, cost_budget=(10 * dense_operations(20), "flops"))
-    assert "the run took -" in history.warnings[-1]
+    assert "the run cost -" in history.warnings[-1]
 
 
 @pytest.mark.parametrize(
@@ -85,15 +79,15 @@ def test_a_total_that_cannot_be_met_is_said():
     [
         (
             "gate",
-            {"steps": 20, "within": (1.0, "flops")},
-            r"wanted .* at least, for 4 dense steps and the scoring of 16",
+            {"steps": 20, "cost_budget": (1.0, "flops")},
+            r"must be at least .* flops, for 4 dense steps and the scoring of 16",
         ),
-        ("gate", {"steps": 20, "within": (1e9, "joules")}, "wanted flops or seconds"),
-        ("gate", {"rows": 2000, "within": (1e9, "flops")}, "a budget of rows: wanted steps or epochs"),
-        ("gate", {"steps": 20, "within": (1e9, "seconds"), "clock": Clock()}, "wanted a calibrated clock"),
-        ("dense", {"steps": 20, "within": (1e9, "flops")}, "dense has no rate to steer"),
-        ("masked", {"steps": 20, "within": (1e9, "flops")}, "masked has no rate to steer"),
-        (Gate(grad_norm_fraction=0.9), {"steps": 20, "within": (1e9, "flops")}, "for a gate with a mass"),
+        ("gate", {"steps": 20, "cost_budget": (1e9, "joules")}, "must be flops or seconds, got 'joules'"),
+        ("gate", {"rows": 2000, "cost_budget": (1e9, "flops")}, "needs a run of steps or epochs, got one of rows"),
+        ("gate", {"steps": 20, "cost_budget": (1e9, "seconds"), "clock": Clock()}, "needs a calibrated clock"),
+        ("dense", {"steps": 20, "cost_budget": (1e9, "flops")}, "dense has no such rate"),
+        ("masked", {"steps": 20, "cost_budget": (1e9, "flops")}, "masked has no such rate"),
+        (Gate(grad_norm_fraction=0.9), {"steps": 20, "cost_budget": (1e9, "flops")}, "for a gate with a mass"),
     ],
 )
 def test_what_cannot_be_steered_is_refused(policy, options, words):
