@@ -42,7 +42,8 @@ def test_docstrings_begin_with_a_verb_or_a_noun(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             first = (ast.get_docstring(node) or "").split(" ")[0]
-            assert first not in ("What", "Whether", "Told", "Of", "Where"), f"{getattr(node, 'name', path.name)}: {first}"
+            where = getattr(node, "name", path.name)
+            assert first not in ("What", "Whether", "Told", "Of", "Where"), f"{where}: {first}"
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=name)
