@@ -12,11 +12,12 @@ from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.gate.significance import Significance
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.policies.by_loss import BatchImportancePolicy, BatchInfoBatchPolicy, TopKPolicy
 from sparse_training.selection.policies.gate import GatePolicy
+from sparse_training.selection.policies.importance import BatchImportancePolicy, ImportancePolicy
+from sparse_training.selection.policies.infobatch import BatchInfoBatchPolicy, InfoBatchPolicy
 from sparse_training.selection.policies.masked import MaskedPolicy
-from sparse_training.selection.policies.past import ImportancePolicy, InfoBatchPolicy
 from sparse_training.selection.policies.random import RandomPolicy
+from sparse_training.selection.policies.topk import TopKPolicy
 from sparse_training.selection.registry import POLICIES, make_policy
 from sparse_training.selection.types import Batch, CandidateIndices, Scores
 
@@ -270,8 +271,8 @@ def test_the_masked_step_is_the_originals():
     assert kept.inputs is some.inputs
     assert (kept.rows, kept.divisor) == (int(mask.sum()), int(mask.sum()))
     rate = 0.1 * kept.rows / 64 + 0.9 * 0.4
-    assert float(policy.law.rate) == pytest.approx(rate)
-    assert float(policy.law.threshold) == pytest.approx(3.0 + 0.0051 * (rate - 0.4))
+    assert float(policy.controller.rate) == pytest.approx(rate)
+    assert float(policy.controller.threshold) == pytest.approx(3.0 + 0.0051 * (rate - 0.4))
     assert "for comparison only" in policy.warnings(0.1)[0]
     assert list(policy.likely_rows(64)) == [64]
 
@@ -362,7 +363,7 @@ def test_losses_of_every_phase_are_kept_and_the_last_one_counts():
     policy.prepare(4)
     policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), None)
     policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]), None)
-    policy.up_to_date()
+    policy.flush()
     assert policy.table.scores.nan_to_num(-1.0).tolist() == [1.0, 5.0, -1.0, -1.0]
     assert any("2 of 4 rows were never trained on" in text for text in policy.warnings(0.1))
     assert any("1 losses were not finite" in text for text in policy.warnings(0.1))
@@ -389,11 +390,11 @@ def test_infobatch_steps_are_whole_batches_in_the_order_offered():
 @pytest.mark.parametrize("kind", [ImportancePolicy, InfoBatchPolicy])
 def test_policies_by_past_losses_want_rows_that_have_numbers(kind):
     policy = kind()
-    with pytest.raises(UserError, match=rf"{policy.name} asks for rows by their number: wanted data held in memory"):
+    with pytest.raises(UserError, match=rf"{policy.name} asks for rows by their number; use data held in memory"):
         policy.prepare(None)
     policy.prepare(10)
     policy.prepare(10)
-    with pytest.raises(UserError, match="knows 10 rows: wanted as many, given 11"):
+    with pytest.raises(UserError, match="was prepared for 10 rows, got 11"):
         policy.prepare(11)
 
 
@@ -413,10 +414,12 @@ def test_names_gates_and_policies_are_taken():
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, float("nan")])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_rates_out_of_range_are_refused(policy, rate):
-    with pytest.raises(UserError, match=r"rate .* wanted"):
+    with pytest.raises(UserError, match=r"`rate` must be in \(0, 1\], got"):
         make_policy(policy, rate=rate, seed=0)
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, adaptive, gate, topk, importance"):
+    with pytest.raises(
+        UserError, match="policy must be one of dense, random, adaptive, gate, topk, importance.*'best'"
+    ):
         make_policy("best", rate=0.1, seed=0)

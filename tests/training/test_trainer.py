@@ -524,8 +524,8 @@ def test_inputs_and_targets_that_disagree_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 0.0}, "rate 0.0: wanted"),
-        ({"policy": "best"}, "policy 'best'"),
+        ({"rate": 0.0}, r"`rate` must be in \(0, 1\], got 0.0"),
+        ({"policy": "best"}, "policy must be .*'best'"),
         ({"lr": 0.0}, "`lr` must be above 0, got 0.0"),
         ({"clip_norm": -1.0}, "`clip_norm` must be .*, got -1.0"),
         ({"amp": "int8"}, "`amp` must be .*, got 'int8'"),
