@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -268,7 +269,7 @@ def test_a_run_that_starts_with_every_row() -> None:
 def test_aim_out_of_range_is_refused_and_changes_nothing() -> None:
     gate = Gate(0.3, floor=0.1)
     for setpoint in (0.0, 1.5, math.nan, 0.05):
-        with pytest.raises(UserError, match="wanted"):
+        with pytest.raises(UserError, match="`rate`"):
             gate.set_target_rate(setpoint)
         assert gate.rate == 0.3
         assert gate.controller.target.item() == pytest.approx(0.3)
@@ -524,47 +525,47 @@ def test_label_smoothing_and_reduced_precision() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 0.0}, "rate=0.0"),
-        ({"rate": 1.5}, "rate=1.5"),
-        ({"rate": "0.1"}, "rate='0.1'"),
-        ({"rate": math.nan}, "rate=nan"),
-        ({"floor": 0.2}, r"floor=0.2 is above rate=0.1"),
-        ({"floor": -0.1}, "floor=-0.1"),
-        ({"floor": 0.05, "temperature": 1.0}, "floor=0.05 with temperature=1.0"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"temperature": math.inf}, "temperature=inf"),
-        ({"p_min": 0.05}, "p_min=0.05 without a temperature"),
-        ({"p_min": 0.1, "temperature": 1.0}, "p_min=0.1 is not below rate=0.1"),
-        ({"p_min": 1.0, "temperature": 1.0}, "p_min=1.0"),
-        ({"capacity": 0}, "capacity=0"),
-        ({"capacity": 12.5}, "capacity=12.5; wanted an integer"),
-        ({"capacity": True}, "capacity=True"),
-        ({"seed": 0.5}, "seed=0.5; wanted an integer"),
-        ({"ignore_index": None}, "ignore_index=None"),
-        ({"dim": 1.0}, "dim=1.0"),
-        ({"label_smoothing": 1.1}, "label_smoothing=1.1"),
-        ({"threshold": math.inf}, "threshold=inf"),
-        ({"significance": {"loss": 1.0}}, "wanted a Significance"),
-        ({"rate": None, "grad_norm_fraction": 0.0}, "grad_norm_fraction=0.0"),
-        ({"rate": None, "grad_norm_fraction": 1.1}, "grad_norm_fraction=1.1"),
-        ({"grad_norm_fraction": 0.5}, "rate=0.1 and grad_norm_fraction=0.5"),
-        ({"rate": None, "grad_norm_fraction": 0.5, "decision": "topk"}, "wanted a rate"),
-        ({"rate": None, "grad_norm_fraction": 0.5, "floor": 0.1}, "wanted a rate"),
+        ({"rate": 0.0}, r"`rate` must be .*, got 0.0"),
+        ({"rate": 1.5}, r"`rate` must be .*, got 1.5"),
+        ({"rate": "0.1"}, r"`rate` must be .*, got '0.1'"),
+        ({"rate": math.nan}, r"`rate` must be .*, got nan"),
+        ({"floor": 0.2}, r"`floor` must be at most `rate`=0.1, got 0.2"),
+        ({"floor": -0.1}, r"`floor` must be .*, got -0.1"),
+        ({"floor": 0.05, "temperature": 1.0}, "`floor`=0.05 cannot be used with `temperature`=1.0"),
+        ({"temperature": -1.0}, r"`temperature` must be .*, got -1.0"),
+        ({"temperature": math.inf}, r"`temperature` must be .*, got inf"),
+        ({"p_min": 0.05}, "`p_min`=0.05 needs a temperature"),
+        ({"p_min": 0.1, "temperature": 1.0}, "`p_min` must be below `rate`=0.1, got 0.1"),
+        ({"p_min": 1.0, "temperature": 1.0}, r"`p_min` must be .*, got 1.0"),
+        ({"capacity": 0}, r"`capacity` must be .*, got 0"),
+        ({"capacity": 12.5}, "`capacity` must be an integer, got 12.5"),
+        ({"capacity": True}, r"`capacity` must be .*, got True"),
+        ({"seed": 0.5}, "`seed` must be an integer, got 0.5"),
+        ({"ignore_index": None}, r"`ignore_index` must be .*, got None"),
+        ({"dim": 1.0}, r"`dim` must be .*, got 1.0"),
+        ({"label_smoothing": 1.1}, r"`label_smoothing` must be .*, got 1.1"),
+        ({"threshold": math.inf}, r"`threshold` must be .*, got inf"),
+        ({"significance": {"loss": 1.0}}, "must be a Significance"),
+        ({"rate": None, "grad_norm_fraction": 0.0}, r"`grad_norm_fraction` must be .*, got 0.0"),
+        ({"rate": None, "grad_norm_fraction": 1.1}, r"`grad_norm_fraction` must be .*, got 1.1"),
+        ({"grad_norm_fraction": 0.5}, "got both: 0.1 and 0.5"),
+        ({"rate": None, "grad_norm_fraction": 0.5, "decision": "topk"}, "use a rate"),
+        ({"rate": None, "grad_norm_fraction": 0.5, "floor": 0.1}, "use a rate"),
         (
             {"rate": None, "grad_norm_fraction": 0.05, "temperature": 1.0, "p_min": 0.1},
-            "p_min=0.1 is not below grad_norm_fraction=0.05",
+            "`p_min` must be below `grad_norm_fraction`=0.05, got 0.1",
         ),
-        ({"decision": "best"}, "decision='best'; wanted one of threshold, topk"),
-        ({"ties": "keep"}, "ties='keep'; wanted one of equal, random"),
-        ({"temperature": 1.0, "decision": "topk"}, "wanted temperature=0"),
-        ({"temperature": 1.0, "ties": "random"}, "wanted temperature=0"),
+        ({"decision": "best"}, "`decision` must be one of threshold, topk, got 'best'"),
+        ({"ties": "keep"}, "`ties` must be one of equal, random, got 'keep'"),
+        ({"temperature": 1.0, "decision": "topk"}, "use temperature=0"),
+        ({"temperature": 1.0, "ties": "random"}, "use temperature=0"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Gate(**{"rate": 0.1, **options})
     assert "\n" not in str(caught.value)
-    assert "wanted" in str(caught.value)
+    assert re.search("must be|use |set |give ", str(caught.value))
 
 
 def test_tensors_that_do_not_fit_are_refused_and_change_nothing() -> None:
@@ -581,7 +582,7 @@ def test_tensors_that_do_not_fit_are_refused_and_change_nothing() -> None:
         gate(logits, targets + CLASSES)
     with pytest.raises(ValueError, match="offset"):
         gate(logits, targets, offset=torch.zeros(3))
-    with pytest.raises(UserError, match="index has shape"):
+    with pytest.raises(UserError, match="`index` must have shape"):
         gate(logits, targets, index=torch.arange(3))
     for name, value in gate.state_dict().items():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name

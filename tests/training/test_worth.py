@@ -25,7 +25,7 @@ def logits_for(targets, probability):
     return others.scatter(1, targets[:, None], p[:, :1]).log()
 
 
-def told(weights, logits, targets):
+def updated(weights, logits, targets):
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     weights.update(torch.arange(weights.rows), losses, logits)
     return weights
@@ -39,7 +39,7 @@ def one_pass(weights, progress=0.1):
 
 
 def noisy(rate, rows=20_000):
-    """Sampling weights and the rows whose labels were replaced; the model knows the right ones but for one confusion."""
+    """Sampling weights and the rows whose labels were replaced; the model confuses two classes."""
     right = labels(rows)
     generator = torch.Generator().manual_seed(1)
     wrong = torch.rand(rows, generator=generator) < rate
@@ -49,7 +49,7 @@ def noisy(rate, rows=20_000):
     believed[confused] = 0
     weights = SamplingWeights(rows, given)
     one_pass(weights)
-    return told(weights, logits_for(believed, torch.full((rows,), min(0.95, 1.0 - rate))), given), wrong, confused
+    return updated(weights, logits_for(believed, torch.full((rows,), min(0.95, 1.0 - rate))), given), wrong, confused
 
 
 def test_the_first_pass_has_every_row_once_in_an_order_of_its_seed():
@@ -65,7 +65,7 @@ def test_nothing_that_sets_rows_apart_makes_passes_epochs(progress):
     targets = torch.arange(2000) % CLASSES
     weights = SamplingWeights(2000, targets)
     one_pass(weights)
-    told(weights, logits_for(targets, torch.full((2000,), 0.5)), targets)
+    updated(weights, logits_for(targets, torch.full((2000,), 0.5)), targets)
     for _ in range(3):
         assert (one_pass(weights, progress) == 1).all()
 
@@ -119,7 +119,7 @@ def test_no_class_gains_by_being_hard():
     targets = labels(5000)
     weights = SamplingWeights(5000, targets, learned=1.0 / 3.0)
     one_pass(weights)
-    told(weights, logits_for(targets, torch.where(targets < 3, 0.3, 0.999)), targets)
+    updated(weights, logits_for(targets, torch.where(targets < 3, 0.3, 0.999)), targets)
     counts = torch.bincount(targets, weights=one_pass(weights).double())
     torch.testing.assert_close(counts, torch.bincount(targets).double(), rtol=0.05, atol=5.0)
 
@@ -143,7 +143,7 @@ def test_honest_confusion_between_two_classes_is_not_noise():
 def test_a_model_that_is_not_sure_rejects_nothing():
     weights, wrong, _ = noisy(0.2)
     targets = weights.targets.long()
-    told(weights, torch.randn(weights.rows, CLASSES, generator=torch.Generator().manual_seed(0)) * 0.1, targets)
+    updated(weights, torch.randn(weights.rows, CLASSES, generator=torch.Generator().manual_seed(0)) * 0.1, targets)
     assert weights.estimate_noise() == 0.0
     weights.noise = 0.2
     assert weights.weights()[wrong].mean() == pytest.approx(1.0, abs=0.01)
@@ -153,7 +153,7 @@ def test_a_model_that_is_not_sure_rejects_nothing():
 def test_classes_are_balanced_late_in_the_run_and_the_pass_is_cut_for_it(balance_from):
     targets = torch.cat((torch.zeros(4000), torch.ones(400), torch.full((40,), 2.0))).long()
     weights = SamplingWeights(len(targets), targets, balance_from=balance_from)
-    told(weights, torch.zeros(len(targets), 3), targets)
+    updated(weights, torch.zeros(len(targets), 3), targets)
     before = weights.draw(1000, 0.59)
     assert torch.bincount(targets[before]).tolist() == pytest.approx([900, 90, 9], abs=40)
     after = torch.bincount(targets[weights.draw(9000, 0.6)], minlength=3)
@@ -197,10 +197,10 @@ def test_a_model_may_have_classes_that_no_row_is_of():
     logits = logits_for(given, torch.full(given.shape, 0.9))
     elsewhere = torch.arange(len(given)) % 50 == 0
     believed = torch.where(elsewhere, CLASSES + 3, (given + 1) % CLASSES)
-    told(weights, logits, given)
-    told(wider, torch.nn.functional.pad(logits, (0, 5), value=-30.0), given)
+    updated(weights, logits, given)
+    updated(wider, torch.nn.functional.pad(logits, (0, 5), value=-30.0), given)
     assert wider.estimate_noise() == weights.estimate_noise()
-    told(wider, 9.0 * torch.nn.functional.one_hot(believed, CLASSES + 5).float(), given)
+    updated(wider, 9.0 * torch.nn.functional.one_hot(believed, CLASSES + 5).float(), given)
     assert 0.0 <= wider.estimate_noise() < 1.0
     assert len(wider.draw(100, 0.9)) == 100
 
