@@ -109,6 +109,8 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
         momentum: weight of a batch in the running statistics; None for a cumulative average. Default 0.1.
         affine: learn a scale and a shift per channel. Default True.
         track_running_stats: keep running statistics for evaluation. Default True.
+        device: device of parameters and buffers; None (the default) for PyTorch's default.
+        dtype: dtype of parameters and buffers; None (the default) for PyTorch's default.
     """
 
     def forward(self, rows: Tensor, selection: Selection) -> Tensor:

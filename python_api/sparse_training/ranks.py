@@ -39,7 +39,7 @@ def resolve_process_group(group: Any) -> Any:
 
 
 def rank_seed(seed: int, rank: int) -> int:
-    """Seed of a rank, 64 bits; rank 0's is ``seed``. With one seed for all, ranks would draw alike for equal numbers."""
+    """Seed of a rank, 64 bits; rank 0's is ``seed``. With one seed for all, ranks would draw alike."""
     return (seed + rank * 0x9E3779B97F4A7C15) % 2**64
 
 

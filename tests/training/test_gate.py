@@ -211,10 +211,10 @@ def grad_norm_of(logits: Tensor, targets: Tensor) -> Tensor:
     return norm
 
 
-@pytest.mark.parametrize("mass", [0.3, 0.8, 0.95])
+@pytest.mark.parametrize("fraction", [0.3, 0.8, 0.95])
 @pytest.mark.parametrize("significance", [None, Significance(loss=0.7, entropy=0.3)])
-def test_keeps_the_share_of_mass_asked_for(mass: float, significance: Significance | None) -> None:
-    gate = Gate(grad_norm_fraction=mass, significance=significance)
+def test_keeps_the_grad_norm_fraction(fraction: float, significance: Significance | None) -> None:
+    gate = Gate(grad_norm_fraction=fraction, significance=significance)
     shares, fewest = [], []
     for logits, targets in batches(120):
         kept = gate(logits, targets)
@@ -222,14 +222,14 @@ def test_keeps_the_share_of_mass_asked_for(mass: float, significance: Significan
         shares.append((norm[kept.index].sum() / norm.sum()).item())
         order = norm.sort(descending=True).values.cumsum(0) / norm.sum()
         fewest.append(kept.count.item() / (1 + int((order < shares[-1] - 1e-6).sum())))
-    assert sum(shares[50:]) / 70 == pytest.approx(mass, abs=0.01)
-    assert gate.rate_observed.item() == pytest.approx(mass, abs=0.03)
+    assert sum(shares[50:]) / 70 == pytest.approx(fraction, abs=0.01)
+    assert gate.rate_observed.item() == pytest.approx(fraction, abs=0.03)
     if significance is None:  # no smaller set of rows holds as much
         assert max(fewest[50:]) == 1.0
     assert gate.saturated < 10  # a start above every row of a narrow band may count
 
 
-def test_mass_counts_neither_ignored_nor_invalid_rows() -> None:
+def test_grad_norm_fraction_counts_neither_ignored_nor_invalid_rows() -> None:
     gate = Gate(grad_norm_fraction=0.7)
     for logits, targets in batches(80):
         targets[:100] = -100
@@ -266,7 +266,7 @@ def test_a_run_that_starts_with_every_row() -> None:
     assert sum(counts[60:]) / 140 / 512 == pytest.approx(0.1, abs=0.01)
 
 
-def test_aim_out_of_range_is_refused_and_changes_nothing() -> None:
+def test_a_target_rate_out_of_range_is_refused_and_changes_nothing() -> None:
     gate = Gate(0.3, floor=0.1)
     for setpoint in (0.0, 1.5, math.nan, 0.05):
         with pytest.raises(UserError, match="`rate`"):
@@ -317,7 +317,7 @@ def test_random_ties_hold_a_rate_when_all_rows_are_equal(rate: float, value: flo
         assert not torch.equal(chosen[-1][:10], chosen[-2][:10])
 
 
-def test_random_ties_hold_a_rate_within_the_rows_that_are_nought() -> None:
+def test_random_ties_hold_a_rate_within_the_rows_that_are_zero() -> None:
     """Half of the rows have significance 0 exactly; 70% are wanted."""
     gate = Gate(0.7, ties="random", significance=Significance(max_prob=1.0))
     rates = []
@@ -328,9 +328,9 @@ def test_random_ties_hold_a_rate_within_the_rows_that_are_nought() -> None:
         kept = gate(logits, targets, offset=gone)
         assert kept.index.max() > 500
         rates.append(kept.count.item() / 512)
-        nought = (kept.index < 256).float().mean()
+        of_zeros = (kept.index < 256).float().mean()
     assert sum(rates[80:]) / 70 == pytest.approx(0.7, abs=0.015)
-    assert nought == pytest.approx(0.2 / 0.7, abs=0.1)
+    assert of_zeros == pytest.approx(0.2 / 0.7, abs=0.1)
 
 
 def test_random_ties_leave_the_order_of_rows_that_differ() -> None:
@@ -549,8 +549,8 @@ def test_label_smoothing_and_reduced_precision() -> None:
         ({"rate": None, "grad_norm_fraction": 0.0}, r"`grad_norm_fraction` must be .*, got 0.0"),
         ({"rate": None, "grad_norm_fraction": 1.1}, r"`grad_norm_fraction` must be .*, got 1.1"),
         ({"grad_norm_fraction": 0.5}, "got both: 0.1 and 0.5"),
-        ({"rate": None, "grad_norm_fraction": 0.5, "decision": "topk"}, "use a rate"),
-        ({"rate": None, "grad_norm_fraction": 0.5, "floor": 0.1}, "use a rate"),
+        ({"rate": None, "grad_norm_fraction": 0.5, "decision": "topk"}, "use `rate`"),
+        ({"rate": None, "grad_norm_fraction": 0.5, "floor": 0.1}, "use `rate`"),
         (
             {"rate": None, "grad_norm_fraction": 0.05, "temperature": 1.0, "p_min": 0.1},
             "`p_min` must be below `grad_norm_fraction`=0.05, got 0.1",

@@ -1,4 +1,4 @@
-"""The table of past scores and what is drawn by it: unbiased, as published, the same again from its state."""
+"""The table of past scores and the draws by it: unbiased, as published, and exact from a saved state."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ import torch
 from sparse_kernels import cpp_backend
 from sparse_training.errors import UserError
 from sparse_training.samplers.importance import Importance
-from sparse_training.samplers.infobatch import InfoBatch
+from sparse_training.samplers.infobatch import InfoBatch, no_rows, whole_batch
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.samplers.shuffle import Shuffle
+from sparse_training.selection.types import WeightedIndices
 
 ROWS = 500
 
@@ -56,6 +57,13 @@ def test_ageing_moves_scores_to_the_mean_and_keeps_it():
     torch.testing.assert_close(table.scores, mean + 0.25 * (before - mean))
     assert table.mean == pytest.approx(mean, rel=1e-6)
     assert table.find(torch.tensor([0.999999], dtype=torch.float64)).item() == ROWS - 1
+
+
+def test_a_signed_table_keeps_negative_scores():
+    table = ScoreTable(4, signed=True)
+    table.update(torch.tensor([0, 1, 2]), torch.tensor([-2.0, 3.0, -torch.inf]))
+    assert table.scores.nan_to_num(9.0).tolist() == [-2.0, 3.0, 9.0, 9.0]
+    assert (table.seen, table.invalid) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +248,15 @@ def test_infobatch_keeps_rows_without_a_score_and_its_threshold_for_an_epoch():
     assert torch.equal(other.prune(later, 1).index, sampler.prune(later, 1).index)
     assert set(sampler.prune(later, 1).weight.tolist()) == {1.0, 2.0}
     assert set(sampler.prune(later, 2).weight.tolist()) == {2.0}
+
+
+def test_whole_batches_are_filled_in_order():
+    batch, waiting, found = no_rows(), no_rows(), []
+    for rows in torch.arange(20).split([3, 6, 0, 9, 2]):
+        batch, waiting = whole_batch(waiting, WeightedIndices(rows, rows.float()), 6)
+        found.append(batch.index.tolist())
+    assert found == [[], [0, 1, 2, 3, 4, 5], [], [6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17]]
+    assert waiting.index.tolist() == waiting.weights().tolist() == [18, 19]
 
 
 # --- order --------------------------------------------------------------------------------------

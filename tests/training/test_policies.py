@@ -95,7 +95,7 @@ def test_a_drawn_selection_is_unbiased():
     assert error < 0.05 * loss.mean()
 
 
-def mass_of(some, kept, **options):
+def fraction_of(some, kept, **options):
     """The share of the sum of the rows' gradient norms, label smoothing apart, that the rows kept have, by autograd."""
     logits = some.inputs.double().requires_grad_()
     F.cross_entropy(logits, some.targets, reduction="sum", **options).backward()
@@ -115,7 +115,7 @@ def mass_of(some, kept, **options):
     ],
     ids=lambda options: " ".join(options),
 )
-def test_a_watched_gate_knows_the_mass_of_the_rows_that_it_kept(options):
+def test_a_watched_gate_knows_the_grad_norm_fraction_that_it_kept(options):
     policy, some = GatePolicy(gate=Gate(**options)), batch(256)
     ignored = {name: value for name, value in options.items() if name == "ignore_index"}
     for _ in range(30):
@@ -123,8 +123,8 @@ def test_a_watched_gate_knows_the_mass_of_the_rows_that_it_kept(options):
     assert len(policy.trace()) == 2
     policy.watched = True
     kept = scored(policy, some)
-    rate, threshold, mass = policy.trace()
-    assert mass.item() == pytest.approx(mass_of(some, kept, **ignored), rel=1e-5)
+    rate, threshold, fraction = policy.trace()
+    assert fraction.item() == pytest.approx(fraction_of(some, kept, **ignored), rel=1e-5)
     assert threshold == policy.gate.threshold
     assert rate.item() == pytest.approx(
         kept.rows / 256 if "grad_norm_fraction" in options else policy.gate.rate_observed.item()
@@ -134,7 +134,7 @@ def test_a_watched_gate_knows_the_mass_of_the_rows_that_it_kept(options):
     assert len(policy.trace()) == 2
 
 
-def test_the_mass_of_a_batch_that_has_none_or_is_not_finite():
+def test_the_grad_norm_fraction_of_a_batch_that_has_none_or_is_not_finite():
     policy, some = GatePolicy(gate=Gate(0.5)), batch(8)
     policy.watched = True
     nothing = some._replace(targets=torch.full_like(some.targets, -100))
@@ -244,7 +244,7 @@ def test_within_a_batch_as_beyond_it_drawing_goes_on_from_its_state():
     assert torch.equal(scored(policy, some).positions, scored(other, some).positions)
 
 
-def test_losses_that_are_all_nought_are_drawn_evenly():
+def test_losses_that_are_all_zero_are_drawn_evenly():
     p = BatchImportancePolicy(0.25).probability(torch.zeros(16))
     assert torch.allclose(p, torch.full((16,), 0.25))
 
@@ -277,7 +277,7 @@ def test_the_masked_step_is_the_originals():
     assert list(policy.likely_rows(64)) == [64]
 
 
-def test_the_clock_is_told_what_may_be_kept():
+def test_the_clock_times_what_may_be_kept():
     assert GatePolicy(0.1).likely_rows(512) == range(25, 103)
     assert GatePolicy(0.1).likely_rows(1) == range(1, 2)
     assert GatePolicy(1.0).likely_rows(8) == range(4, 9)

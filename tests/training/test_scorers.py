@@ -349,6 +349,17 @@ def test_by_history_rows_that_were_never_trained_on_come_first_and_losses_withou
         HistoryScorer().prepare(None)
 
 
+def test_a_state_of_the_history_scorer_is_its_losses():
+    """As saved before the table had a type of its own."""
+    scorer = HistoryScorer()
+    scorer.attach(network(), F.cross_entropy, device=torch.device("cpu"))
+    scorer.set_extra_state({"table": torch.tensor([1.0, torch.nan, -2.0])})
+    scorer.prepare(3)
+    assert scorer.recall(torch.arange(3)).losses.tolist() == [1.0, 1.0, -2.0]
+    assert list(scorer.get_extra_state()) == ["table"]
+    assert scorer.get_extra_state()["table"].nan_to_num(9.0).tolist() == [1.0, 9.0, -2.0]
+
+
 def test_rows_drawn_by_history_estimate_the_mean_of_those_offered():
     policy = GatePolicy(gate=Gate(0.3, temperature=0.5, p_min=0.05))
     policy.scorer = HistoryScorer()

@@ -133,7 +133,7 @@ def test_wrong_labels_are_counted_and_seldom_drawn(rate):
     assert counts[~wrong & ~confused].mean() > 0.9
 
 
-def test_honest_confusion_between_two_classes_is_not_noise():
+def test_genuine_confusion_between_two_classes_is_not_noise():
     weights, _, confused = noisy(0.0)
     counts = one_pass(weights).float()
     assert weights.noise < NOISE

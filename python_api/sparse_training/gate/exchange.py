@@ -44,12 +44,12 @@ class Exchange:
             if not significance.shape[0]:  # a minimum over no row is undefined: use one that does not count
                 significance, valid = significance.new_zeros(1), valid.new_zeros(1)
                 norms = None if norms is None else norms.new_zeros(1)
-            found = sums(
+            own_sums = sums(
                 significance.double(), valid, None if norms is None else norms.double(), state.values[0],
                 temperature, p_min,
             )  # fmt: skip
             # The sums, then three counts of rows: kept, valid, beyond the capacity.
-            own = torch.stack([x.double() for x in (*found, kept, rows, overflow)])
+            own = torch.stack([x.double() for x in (*own_sums, kept, rows, overflow)])
             self.gathered = [torch.empty_like(own) for _ in range(self.ranks)]
             # torch.compile supports only collectives that wait.
             self.work = dist.all_gather(self.gathered, own, group=group, async_op=not torch.compiler.is_compiling())
@@ -67,8 +67,8 @@ class Exchange:
             of_ranks = torch.stack(self.gathered)
             *added, kept, valid, overflow = of_ranks.sum(0).unbind()
             low, high = (of_ranks[:, Sums._fields.index(name)] for name in ("low", "high"))
-            found = Sums(*added)._replace(low=low.amin(), high=high.amax(), invalid=added[-1].long())
-            batch = single(means(found))
+            merged = Sums(*added)._replace(low=low.amin(), high=high.amax(), invalid=added[-1].long())
+            batch = single(means(merged))
             after = advance(self.state, batch, self.set_point.reshape(()), overflow.long())
             self.state.values.copy_(after.values)
             self.state.counters.copy_(after.counters)

@@ -219,15 +219,15 @@ class Gate(nn.Module):
             >>> loss = (kept.weight * losses).sum() / gate.divisor()
         """
         self.settle()
-        found = self._divisor
+        count = self._divisor
         if self.process_group is None and self._own is not None and self.last is not None:
             kept, labels = self._own
             valid = (labels.flatten() != self.ignore_index) & ~self.last.significance.flatten().isnan()
-            found = (valid.sum() if self.temperature else kept).float()
-        if found is None:
+            count = (valid.sum() if self.temperature else kept).float()
+        if count is None:
             raise UserError("divisor() was called before the first batch; call the gate first")
         # Where no rank kept a row, every sum is 0 whatever the divisor.
-        return torch.where(found > 0, found, 1.0)
+        return torch.where(count > 0, count, 1.0)
 
     def _settled(self) -> PIController:
         self.settle()

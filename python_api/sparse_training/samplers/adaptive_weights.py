@@ -86,8 +86,9 @@ class SamplingWeights:
         if not 0.0 < learned <= 1.0:
             raise UserError(f"`learned` must be in (0, 1], got {learned}; at 0 learned rows would never be seen again")
         self.rows, self.learned, self.balance_from, self.seed = rows, learned, balance_from, seed
-        unique = duplicate_counts is None or int(duplicate_counts.max()) == 1
-        self.duplicate_weight = None if unique or duplicate_counts is None else 1.0 / duplicate_counts.float()
+        self.duplicate_weight: Tensor | None = None  # float32 [rows]; None for 1
+        if duplicate_counts is not None and int(duplicate_counts.max()) != 1:
+            self.duplicate_weight = 1.0 / duplicate_counts.float()
         self.targets = _classes(targets, rows)
         self.classes = 0 if self.targets is None else int(self.targets.max()) + 1
         self.probability = torch.full((rows,), torch.nan)
