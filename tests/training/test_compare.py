@@ -199,7 +199,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
         ({"policies": ("best",)}, "policy must be .*'best'"),
         ({"seeds": ()}, "seeds none"),
         ({"seeds": (1, 1)}, "seeds 1, 1"),
-        ({"rate": 0.0}, "rate 0.0"),
+        ({"rate": 0.0}, "`rate` must be .*, got 0.0"),
         ({"batch_size": 101}, "batch size 101: wanted 1 to 100"),
         ({"seconds": 0.0}, "seconds 0.0"),
         ({"model": "vgg"}, "'vgg'"),
