@@ -196,7 +196,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
     [
         ({"policies": ()}, "policies none"),
         ({"policies": ("gate", "gate")}, "wanted each name once"),
-        ({"policies": ("best",)}, "policy must be .*'best'"),
+        ({"policies": ("best",)}, "`policy` must be .*'best'"),
         ({"seeds": ()}, "seeds none"),
         ({"seeds": (1, 1)}, "seeds 1, 1"),
         ({"rate": 0.0}, "`rate` must be .*, got 0.0"),

@@ -420,6 +420,6 @@ def test_rates_out_of_range_are_refused(policy, rate):
 
 def test_an_unknown_name_is_refused_with_the_choices():
     with pytest.raises(
-        UserError, match=r"policy must be one of dense, random, adaptive, gate, topk, importance.*'best'"
+        UserError, match=r"`policy` must be one of dense, random, adaptive, gate, topk, importance.*'best'"
     ):
         make_policy("best", rate=0.1, seed=0)

@@ -384,7 +384,7 @@ def test_rows_drawn_by_history_estimate_the_mean_of_those_offered():
     "wrong", ["best", "self:", "early", "early:", "reference", "history:3", "self:big", "", "self:0", "proxy:"]
 )
 def test_names_that_there_are_not_are_refused(wrong):
-    with pytest.raises(UserError, match=r"(scorer|`resolution`) .*must"):
+    with pytest.raises(UserError, match=r"(`scorer`|`resolution`) .*must"):
         make_scorer(wrong)
 
 

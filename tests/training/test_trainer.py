@@ -525,7 +525,7 @@ def test_inputs_and_targets_that_disagree_are_refused():
     ("options", "message"),
     [
         ({"rate": 0.0}, r"`rate` must be in \(0, 1\], got 0.0"),
-        ({"policy": "best"}, "policy must be .*'best'"),
+        ({"policy": "best"}, "`policy` must be .*'best'"),
         ({"lr": 0.0}, "`lr` must be above 0, got 0.0"),
         ({"clip_norm": -1.0}, "`clip_norm` must be .*, got -1.0"),
         ({"amp": "int8"}, "`amp` must be .*, got 'int8'"),

@@ -108,5 +108,6 @@ def check_combination(
         )
     if by_grad_norm and (decision == "topk" or floor):
         raise UserError(
-            f"`grad_norm_fraction` cannot go with decision={decision!r}, floor={floor}, which count rows; use `rate`"
+            f"`grad_norm_fraction` cannot be used with decision={decision!r}, floor={floor}, which count rows; "
+            "use `rate`"
         )

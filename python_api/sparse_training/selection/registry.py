@@ -73,7 +73,7 @@ def make_policy(
     given = policy
     if isinstance(policy, str) and "@" in policy:
         if scorer is not None:
-            raise UserError(f"policy {policy!r} names a scorer, and `scorer` is {scorer!r}; give one scorer")
+            raise UserError(f"`policy` {policy!r} names a scorer, and `scorer` is {scorer!r}; give one scorer")
         policy, _, scorer = policy.partition("@")
     scorer = None if scorer is None else make_scorer(scorer)
     if isinstance(policy, Policy):
@@ -81,7 +81,7 @@ def make_policy(
     elif isinstance(policy, Gate):
         made = GatePolicy(seed=seed, gate=policy)
     elif policy not in POLICIES:
-        raise UserError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        raise UserError(f"`policy` must be one of {', '.join(POLICIES)}, got {policy!r}")
     elif policy == "gate":
         known = ("ignore_index", "label_smoothing")
         shared = {name: getattr(loss, name) for name in known if hasattr(loss, name)}
@@ -116,16 +116,14 @@ def make_scorer(scorer: str | Scorer) -> Scorer:
         return scorer
     name, colon, argument = scorer.partition(":")
     if name not in SCORERS or bool(argument) != bool(colon):
-        raise UserError(f"scorer must be one of {FORMS}, got {scorer!r}")
+        raise UserError(f"`scorer` must be one of {FORMS}, got {scorer!r}")
     if name == "self" and argument:
         try:
             return SelfScorer(resolution=float(argument))
         except ValueError:
-            raise UserError(
-                f"scorer self must have a scale above 0 and below 1, such as self:0.5, got {scorer!r}"
-            ) from None
+            raise UserError(f"`scorer` self must have a scale in (0, 1), such as self:0.5, got {scorer!r}") from None
     if (name in ("early", "reference")) != bool(argument) and name != "proxy":
-        raise UserError(f"scorer must be one of {FORMS}, got {scorer!r}")
+        raise UserError(f"`scorer` must be one of {FORMS}, got {scorer!r}")
     if name == "proxy":
         return ProxyScorer(ModelFactory(argument or "cnn-tiny"))
     return SCORERS[name](*[argument] if argument else [])

@@ -135,7 +135,7 @@ def load_reference(path: str | Path, model: nn.Module) -> nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"the reference {path} does not exist: there is no such file") from None
+        raise UserError(f"the reference {path}: there is no such file") from None
     except Exception as error:  # a pickle's errors are of every kind
         raise UserError(f"the reference {path} cannot be read: {str(error).splitlines()[0]}") from None
     reference = copy.deepcopy(model)
