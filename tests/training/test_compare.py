@@ -196,10 +196,10 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
     [
         ({"policies": ()}, "policies none"),
         ({"policies": ("gate", "gate")}, "wanted each name once"),
-        ({"policies": ("best",)}, "policy 'best'"),
+        ({"policies": ("best",)}, "`policy` must be .*'best'"),
         ({"seeds": ()}, "seeds none"),
         ({"seeds": (1, 1)}, "seeds 1, 1"),
-        ({"rate": 0.0}, "rate 0.0"),
+        ({"rate": 0.0}, "`rate` must be .*, got 0.0"),
         ({"batch_size": 101}, "`batch_size` must be 1 to 100, the rows of the data set, got 101"),
         ({"seconds": 0.0}, "seconds 0.0"),
         ({"model": "vgg"}, "'vgg'"),

@@ -26,16 +26,16 @@ ROWS, CLASSES, CAPACITY = 96, 7, 24
 VARIANTS: dict[str, dict[str, Any]] = {
     "rate": {"rate": 0.2},
     "rate of 1": {"rate": 1.0},
-    "mass": {"grad_norm_fraction": 0.6},
+    "grad-norm fraction": {"grad_norm_fraction": 0.6},
     "schedule of a rate": {"rate": Ramp(0.5, 0.1)},
-    "schedule of a mass": {"grad_norm_fraction": Ramp(0.9, 0.5)},
+    "schedule of a grad-norm fraction": {"grad_norm_fraction": Ramp(0.9, 0.5)},
     "draws": {"rate": 0.2, "temperature": 0.5, "p_min": 0.01},
-    "draws by mass": {"grad_norm_fraction": 0.6, "temperature": 0.5},
+    "draws by grad-norm fraction": {"grad_norm_fraction": 0.6, "temperature": 0.5},
     "floor": {"rate": 0.2, "floor": 0.1},
     "topk": {"rate": 0.2, "decision": "topk"},
     "random ties": {"rate": 0.2, "ties": "random"},
     "topk, random ties": {"rate": 0.2, "decision": "topk", "ties": "random"},
-    "random ties by mass": {"grad_norm_fraction": 0.6, "ties": "random"},
+    "random ties by grad-norm fraction": {"grad_norm_fraction": 0.6, "ties": "random"},
     "other statistics": {"rate": 0.2, "significance": Significance(entropy=1.0, margin=-0.5), "label_smoothing": 0.1},
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)

@@ -334,7 +334,7 @@ def test_random_against_random_must_not_differ():
 def test_what_is_wrong_is_refused_before_the_folder_is_made(tmp_path):
     for options, words in (
         ({"tasks": ("hard",)}, "task 'hard': wanted some of clean"),
-        ({"arms": ("best",)}, "policy 'best'"),
+        ({"arms": ("best",)}, "`policy` must be .*'best'"),
         ({"fractions": (1.0, 2.0)}, "fraction 2.0"),
         ({"seconds": 0.0}, "seconds 0.0"),
         ({"seeds": ()}, "no seed"),
