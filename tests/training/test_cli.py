@@ -232,7 +232,7 @@ def test_a_signal_ends_the_timing_of_ceilings(here, monkeypatch, number, code):
         ("train --steps 3 --model nowhere:model", "nowhere"),
         ("train --steps 3 --batch-size 5000", "batch size 5000: wanted 1 to 1437"),
         ("train --steps 3 --device nonsense", "device 'nonsense' cannot be used"),
-        ("train --steps 3 --dense-start 0.6 --dense-end 0.6", "wanted a sum of at most 1"),
+        ("train --steps 3 --dense-start 0.6 --dense-end 0.6", "add up to more than 1"),
         ("train --steps 3 --data imagefolder --root nowhere", "nowhere"),
         ("train --steps 3 --out used", "used exists and is not empty"),
         ("train --steps 3 --out used/file", "used/file exists and is not empty"),
