@@ -263,7 +263,7 @@ def _traces(ax: Axes, result: Result, field: str, scale: float) -> list[np.ndarr
                 ax.plot(steps, values, marker=marker, color=color, lw=1.1, alpha=0.75)
     if drawn:
         _phases(ax, result)
-        ax.set_xlabel("optimiser step")
+        ax.set_xlabel("optimizer step")
     return drawn
 
 

@@ -157,7 +157,7 @@ def headline(result: Result) -> str:
     counts = score[best]
     said = (
         f"At equal cost {best} is above random on {counts['better']} of {counts['tasks']} tasks "
-        f"({counts['surely_better']} with p < 0.05), at worst {points(counts['worst'])} points from it"
+        f"({counts['surely_better']} with p < 0.05); its worst difference is {points(counts['worst'])} points"
     )
     if not safe:
         return f"{said}; no method stays within a tenth of a point of random on every task."
