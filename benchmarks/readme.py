@@ -23,7 +23,7 @@ BLOCK = re.compile(r"(<!-- (results|roofline): (\S+) -->\n).*?(<!-- end -->)", r
 
 
 def source_line(record: dict[str, Any]) -> str:
-    """What it was measured on, and when."""
+    """Name the machine, the version of PyTorch and the date of a record."""
     machine = record["machine"]
     device = f"{machine['cpu']}, {machine['threads']} threads" if "cpu" in machine else machine["device"]
     return f"{device}, torch {machine['torch']}, {record['created']}."

@@ -303,6 +303,14 @@ def test_a_missing_extra_is_said(here, monkeypatch, capsys):
     assert "sparse-kernels[train]" in capsys.readouterr().err
 
 
+def test_a_missing_extra_of_one_command_is_said(here, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    for name in ("display", "train"):
+        monkeypatch.delitem(sys.modules, f"sparse_training.cli.{name}", raising=False)
+    assert main(["train", "--steps", "1"]) == 2
+    assert "no module rich.console; install it with: pip install 'sparse-kernels[train]'" in capsys.readouterr().err
+
+
 HEAVY = ("torch", "numpy", "scipy", "matplotlib", "rich", "jinja2", "PIL", "sparse_kernels")
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from sparse_training import files
 from sparse_training.errors import UserError
-from sparse_training.experiments.formats import COMPARISON
+from sparse_training.experiments.formats import COMPARISON, STUDY
 from sparse_training.reporting import comparison, energy, pages, plots, tables
 from sparse_training.reporting import result as result_files
 
@@ -534,6 +535,19 @@ def test_damaged_results_are_refused(damage, words, tmp_path):
     path.write_text(json.dumps(result))
     with pytest.raises(UserError, match=words):
         read_comparison(path)
+
+
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fashion-mnist-2026-11-22.json", COMPARISON), ("study-fashion-mnist-2026-11-26.json", STUDY)]
+)
+def test_recorded_results_are_read(name, kind, tmp_path):
+    recorded = result_files.read_result(RECORDS / name, kind)
+    (tmp_path / kind.file).write_bytes(result_files.to_json(recorded))
+    assert result_files.find_result(tmp_path) == (kind, recorded)
+    assert json.loads((RECORDS / name).read_text()) == recorded
 
 
 def test_missing_file_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Signals that end a command, and what every command is given."""
+"""Signals that end a command, and the invocation that every command gets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class Invocation:
-    """What every command is given: its command line, and the signals."""
+    """The command line of a command, and the signals that end it."""
 
     line: str
     signals: Signals

@@ -2,7 +2,7 @@
 
 Equal cost is equal seconds of that clock. ``random`` is RS2 (a fresh random subset in every pass), and ``dense`` the
 same without repetition. Where ``batch_size`` counts the rows trained, dense phases train on ``batch_size`` rows taken
-as they come, and every method pays besides for what it scores and loads.
+as they come. Every method is charged for what it scores and loads, too.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Runner:
 
     def finished(self) -> dict[Cell, tuple[dict[str, Any], Counts]]:
         """Each finished run and its counts by row."""
-        found = {cell: self.store.run(self.design.name(cell)) for cell in self.design.cells}
-        return {cell: run for cell, run in found.items() if run is not None}
+        runs = {cell: self.store.run(self.design.name(cell)) for cell in self.design.cells}
+        return {cell: run for cell, run in runs.items() if run is not None}
 
     def run(self, progress: Progress | None = None, stop: Stop | None = None) -> None:
         """Do the missing runs; a run in progress continues from its checkpoint, if it has one.

@@ -43,7 +43,7 @@ def _row(
     base: Mapping[int, Mapping[str, Any]],
     fractions: Sequence[float],
 ) -> dict[str, Any] | None:
-    """One method on one task, against the baseline's whole runs by seed; None where it has no run beside them."""
+    """One method on one task, against the baseline's whole runs by seed; None without a run of such a seed."""
     runs = [run for run in by_fraction["1"] if run["seed"] in base]
     if not runs:
         return None

@@ -42,8 +42,8 @@ def verdict(result: Result) -> str:
     A lead counts when it is larger than the deviation of the difference over seeds, sqrt(a^2 + b^2) for methods with
     deviations a and b.
     """
-    arms = result["arms"]
-    means = {name: arm["summary"]["accuracy_mean"] for name, arm in arms.items()}
+    entries = result["arms"]
+    means = {name: entry["summary"]["accuracy_mean"] for name, entry in entries.items()}
     ranked = [name for name in means if is_finite(means[name])]
     if not ranked:
         return "no method has a finite accuracy"
@@ -57,7 +57,7 @@ def verdict(result: Result) -> str:
     for name in ranked:
         if name != best:
             lead = 100 * (means[best] - means[name])
-            larger = lead > math.hypot(_deviation(arms[best]), _deviation(arms[name]))
+            larger = lead > math.hypot(_deviation(entries[best]), _deviation(entries[name]))
             (clear if larger else close).append(f"{name} ({lead:.2g} points)")
     if not close:
         return f"{best} is best; its lead over {join(clear)} is larger than the deviation"
@@ -68,10 +68,10 @@ def verdict(result: Result) -> str:
 
 def headline(result: Result) -> str:
     """State the result in one sentence, every method with its accuracy."""
-    arms = result["arms"]
-    seconds = {name: arm["summary"]["seconds_mean"] for name, arm in arms.items()}
+    entries = result["arms"]
+    seconds = {name: entry["summary"]["seconds_mean"] for name, entry in entries.items()}
     longest = max(seconds.values())
-    if len(arms) < 2:
+    if len(entries) < 2:
         time = f"In {longest:.3g} s"
     elif min(seconds.values()) >= 0.95 * longest:
         time = f"At equal time ({longest:.3g} s)"
@@ -79,10 +79,10 @@ def headline(result: Result) -> str:
         time = f"At unequal time ({join([f'{name} {s:.3g} s' for name, s in seconds.items()])})"
     scores = join(
         [
-            f"{name} reached {_accuracy(arm)} %"
-            if is_finite(arm["summary"]["accuracy_mean"])
+            f"{name} reached {_accuracy(entry)} %"
+            if is_finite(entry["summary"]["accuracy_mean"])
             else f"{name} reached no finite accuracy"
-            for name, arm in arms.items()
+            for name, entry in entries.items()
         ]
     )
     seeds = _seeds(result)
@@ -93,8 +93,8 @@ def headline(result: Result) -> str:
 def findings(result: Result) -> list[str]:
     """Further findings, a sentence each: rates against their targets, speed-ups, too few seeds."""
     sentences = []
-    for name, arm in result["arms"].items():
-        rate, target = arm["summary"]["rate_mean"], _target(arm)
+    for name, entry in result["arms"].items():
+        rate, target = entry["summary"]["rate_mean"], _target(entry)
         if rate is not None and target is not None:
             met = "met within" if abs(rate - target) <= 0.01 else "missed by more than"
             sentences.append(
@@ -114,24 +114,25 @@ def findings(result: Result) -> list[str]:
 
 def titles(result: Result) -> dict[str, str]:
     """Title of each panel of the figure: what it shows, as a sentence."""
-    settings, arms = result["settings"], result["arms"]
-    runs = [run for arm in arms.values() for run in arm["runs"] if run["trace"]]
+    settings, entries = result["settings"], result["arms"]
+    runs = [run for entry in entries.values() for run in entry["runs"] if run["trace"]]
     ends = [run["trace"][-1]["threshold"] for run in runs]
     starts = [run["trace"][0]["threshold"] for run in runs]
     norms = {
-        name: [norm for run in arm["runs"] for point in run["trace"] if is_finite(norm := point.get("mass"))]
-        for name, arm in arms.items()
+        name: [norm for run in entry["runs"] for point in run["trace"] if is_finite(norm := point.get("mass"))]
+        for name, entry in entries.items()
     }
     carried = [
         f"{name}'s rows carry {100 * mean(some):.0f} % of the gradient norm" for name, some in norms.items() if some
     ]
     gated = [
-        f"{name} keeps {100 * arm['summary']['rate_mean']:.1f} % of rows, target {number(_target(arm), '.3g', 100)} %"
-        for name, arm in arms.items()
-        if any(run["trace"] for run in arm["runs"]) and is_finite(arm["summary"]["rate_mean"])
+        f"{name} keeps {number(entry['summary']['rate_mean'], '.1f', 100)} % of rows, "
+        f"target {number(_target(entry), '.3g', 100)} %"
+        for name, entry in entries.items()
+        if any(run["trace"] for run in entry["runs"]) and is_finite(entry["summary"]["rate_mean"])
     ]
     speeds = [f"{name} {speed['measured']:.2f}×" for name, speed in result["speedup"].items() if speed.get("measured")]
-    found = {
+    by_panel = {
         "figure": f"{settings['model']} on {settings['data']}, seeds per method: {_seeds(result)}",
         "accuracy": sentence(verdict(result)),
         "seeds": "Each seed's final accuracy",
@@ -144,27 +145,27 @@ def titles(result: Result) -> dict[str, str]:
         "mass": sentence("; ".join(carried)) or "Share of the gradient norm that they carry, by step",
         "step": f"Step speed-up, measured: {', '.join(speeds)}" if speeds else "Time of a step",
     }
-    return {name: title.replace(" %", "\xa0%") for name, title in found.items()}
+    return {name: title.replace(" %", "\xa0%") for name, title in by_panel.items()}
 
 
 def table_rows(result: Result) -> list[tuple[str, ...]]:
     """Cells of the table, a row for each method under ``COLUMNS``; means over seeds."""
     rows: list[tuple[str, ...]] = []
-    for name, arm in result["arms"].items():
-        summary, target = arm["summary"], _target(arm)
+    for name, entry in result["arms"].items():
+        summary, target = entry["summary"], _target(entry)
         speed = _DENSE if name == "dense" else result["speedup"].get(name, {})
         rate = number(summary["rate_mean"], ".1f", 100)
         rows.append(
             (
                 name,
-                _accuracy(arm),
+                _accuracy(entry),
                 number(summary["seconds_mean"], ".1f"),
                 number(summary["raw_seconds_mean"], ".1f"),
                 number(summary["rows_trained_mean"], ",.0f"),
                 rate if target is None else f"{rate} ({100 * target:.3g})",
                 times(speed.get("measured")),
                 times(speed.get("ceiling")),
-                number(mean([run["steps"] for run in arm["runs"]]), ",.0f"),
+                number(mean([run["steps"] for run in entry["runs"]]), ",.0f"),
             )
         )
     return rows
@@ -200,29 +201,29 @@ def notes(result: Result) -> list[str]:
 def warnings(result: Result) -> list[str]:
     """Warnings of the runs, each once, with the method and the seeds that raised it."""
     seeds: dict[tuple[str, str], list[str]] = {}
-    for name, arm in result["arms"].items():
-        for run in arm["runs"]:
+    for name, entry in result["arms"].items():
+        for run in entry["runs"]:
             for text in run["warnings"]:
                 seeds.setdefault((name, text), []).append(str(run["seed"]))
     return [f"{name}, seed {', '.join(which)}: {text}" for (name, text), which in seeds.items()]
 
 
-def _accuracy(arm: Mapping[str, Any]) -> str:
+def _accuracy(entry: Mapping[str, Any]) -> str:
     """Mean and deviation in percent; the mean alone where the deviation is not known."""
-    text = number(arm["summary"]["accuracy_mean"], ".1f", 100)
-    deviation = _deviation(arm)
+    text = number(entry["summary"]["accuracy_mean"], ".1f", 100)
+    deviation = _deviation(entry)
     return text if math.isnan(deviation) else f"{text} ± {deviation:.1f}"
 
 
-def _deviation(arm: Mapping[str, Any]) -> float:
+def _deviation(entry: Mapping[str, Any]) -> float:
     """Standard deviation of the accuracy over seeds, in points; NaN where it is not known."""
-    deviation = arm["summary"]["accuracy_std"]
-    return 100 * deviation if is_finite(deviation) and len(arm["runs"]) > 1 else math.nan
+    deviation = entry["summary"]["accuracy_std"]
+    return 100 * deviation if is_finite(deviation) and len(entry["runs"]) > 1 else math.nan
 
 
 def _seeds(result: Result) -> int:
-    return min(len(arm["runs"]) for arm in result["arms"].values())
+    return min(len(entry["runs"]) for entry in result["arms"].values())
 
 
-def _target(arm: Mapping[str, Any]) -> float | None:
-    return next((run["target"] for run in arm["runs"] if run["target"] is not None), None)
+def _target(entry: Mapping[str, Any]) -> float | None:
+    return next((run["target"] for run in entry["runs"] if run["target"] is not None), None)

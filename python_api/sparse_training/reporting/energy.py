@@ -48,6 +48,6 @@ def _all(runs: Mapping[str, Sequence[Any]]) -> list[Any]:
 
 def _amount(run: Mapping[str, Any], entry: str, how: str) -> float | None:
     """An amount of a run; None where it was neither measured nor counted."""
-    found = run.get(entry)
-    amount: float | None = found.get(how) if isinstance(found, Mapping) else None
+    amounts = run.get(entry)
+    amount: float | None = amounts.get(how) if isinstance(amounts, Mapping) else None
     return amount

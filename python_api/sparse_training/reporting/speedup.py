@@ -21,24 +21,24 @@ HEADINGS = (
 )
 
 
-def speedup_rows(found: Sequence[SpeedupBound]) -> list[tuple[str, ...]]:
+def speedup_rows(bounds: Sequence[SpeedupBound]) -> list[tuple[str, ...]]:
     """Cells of the table, a row for each bound, under ``HEADINGS``; rate and claim only in a rate's first row."""
     rows: list[tuple[str, ...]] = []
     last = None
-    for one in found:
-        claim = None if one.rate == last else claim_at(one.rate)
+    for bound in bounds:
+        claim = None if bound.rate == last else claim_at(bound.rate)
         rows.append(
             (
-                "" if one.rate == last else f"{100 * one.rate:g} %",
-                one.policy,
-                f"{one.scorer_cost:.2f}",
-                f"{one.ceiling:.2f}×",
-                f"{one.speedup:.2f}×",
-                f"{100 * one.share:.0f} %",
+                "" if bound.rate == last else f"{100 * bound.rate:g} %",
+                bound.policy,
+                f"{bound.scorer_cost:.2f}",
+                f"{bound.ceiling:.2f}×",
+                f"{bound.speedup:.2f}×",
+                f"{100 * bound.share:.0f} %",
                 "" if claim is None else ", ".join(f"{speedup:g}×" for speedup in claim.speedups) or "none",
             )
         )
-        last = one.rate
+        last = bound.rate
     return rows
 
 
@@ -48,11 +48,11 @@ def claimed(claim: Claim) -> str:
     return f"claimed at {100 * (claim.rate or 0.0):.3g} %: {speedups}, {claim.setting}. What it was: {claim.basis}"
 
 
-def print_speedup_bounds(found: Sequence[SpeedupBound], console: Console | None = None) -> None:
+def print_speedup_bounds(bounds: Sequence[SpeedupBound], console: Console | None = None) -> None:
     """Print a row for each policy and rate, the original system's claim at that rate, and what the columns mean.
 
     Args:
-        found: measured bounds, ordered by rate.
+        bounds: measured bounds, ordered by rate.
         console: where to print. Default: standard output.
     """
     console = console or Console()
@@ -61,7 +61,7 @@ def print_speedup_bounds(found: Sequence[SpeedupBound], console: Console | None 
         left = heading in ("rate", "policy")
         words = for_console(f"{heading}\n{how}", console)
         table.add_column(words, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    for row in speedup_rows(found):
+    for row in speedup_rows(bounds):
         if row[0] and table.row_count:
             table.add_section()
         table.add_row(*(for_console(cell, console) for cell in row))
@@ -72,7 +72,7 @@ def print_speedup_bounds(found: Sequence[SpeedupBound], console: Console | None 
         "included. Accuracy is not measured here: see compare and study.",
         *(
             claimed(claim)
-            for claim in dict.fromkeys(claim_at(rate) for rate in dict.fromkeys(one.rate for one in found))
+            for claim in dict.fromkeys(claim_at(rate) for rate in dict.fromkeys(bound.rate for bound in bounds))
             if claim is not None
         ),
     ]

@@ -273,7 +273,7 @@ def _caption(row: Mapping[str, Any]) -> str:
 
 
 def task_sections(result: Result) -> list[dict[str, Any]]:
-    """What the page says of each task, apart from its figures."""
+    """Entries of the page for each task, without its figures."""
     rows = study_rows(result)
     sections = []
     for name, task in result["tasks"].items():

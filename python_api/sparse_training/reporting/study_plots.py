@@ -23,15 +23,15 @@ def figures(result: Result) -> dict[str, str]:
         SVGs by name: "accuracy TASK" and "differences TASK" of each task, "step", and "rate", "threshold" and "mass"
         of methods with a controller.
     """
-    found = {}
+    drawn = {}
     for name, task in result["tasks"].items():
         runs = _runs(task)
         if runs.get(BASELINE):
             whole = {"arms": {method: {"runs": some} for method, some in runs.items() if some}, "late": LATE}
-            found[f"accuracy {name}"] = plots.svg(plots.PANELS["accuracy"], whole, 3.4)
-            found[f"differences {name}"] = plots.svg(partial(_differences, again=result["again"]), whole, 3.4)
+            drawn[f"accuracy {name}"] = plots.svg(plots.PANELS["accuracy"], whole, 3.4)
+            drawn[f"differences {name}"] = plots.svg(partial(_differences, again=result["again"]), whole, 3.4)
     timed = {"calibration": result["calibration"], "speedup": {}, "arms": dict.fromkeys(result["settings"]["arms"])}
-    found["step"] = plots.svg(plots.PANELS["step"], timed, 0.9 + 0.36 * len(timed["arms"]))
+    drawn["step"] = plots.svg(plots.PANELS["step"], timed, 0.9 + 0.36 * len(timed["arms"]))
     traced = traced_task(result)
     if traced is not None:
         gates = {
@@ -39,8 +39,8 @@ def figures(result: Result) -> dict[str, str]:
         }
         known = any("mass" in point for method in gates.values() for run in method["runs"] for point in run["trace"])
         for panel in ("rate", "threshold", *(["mass"] if known else [])):
-            found[panel] = plots.svg(plots.PANELS[panel], {"arms": gates})
-    return found
+            drawn[panel] = plots.svg(plots.PANELS[panel], {"arms": gates})
+    return drawn
 
 
 def traced_task(result: Result) -> str | None:
