@@ -1,10 +1,12 @@
-# make demo | test | bench | sanitize | fuzz | lint | format      one environment for all of them, made when needed, in .venv
+# make help lists the targets; one environment for all of them, made when needed, in .venv
 # make test-xla  the reference on an XLA device; an environment of its own, some gigabytes, in build/xla-venv
 # make gpu       where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The demo needs less than the tests; where their environment is ready it serves.
+DEMO := $(if $(wildcard $(READY)),$(READY),$(VENV)/.demo)
 PEERS := $(VENV)/.peers
 XLA := build/xla-venv
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -14,8 +16,12 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test test-xla bench gpu sanitize fuzz lint format clean
 
-demo: $(READY)  ## train dense, random and gate at 10% on the embedded digits, and draw the report
+demo: $(DEMO)  ## train dense, random, adaptive and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
+
+.PHONY: help
+help:  ## print this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 test: $(READY)  ## the whole suite
 	$(BIN)/pytest
@@ -24,7 +30,7 @@ test: $(READY)  ## the whole suite
 test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CPU's results
 	PJRT_DEVICE=CPU PYTHONPATH=$(CURDIR):$(CURDIR)/python_api $(XLA)/bin/python -m pytest -p no:cacheprovider tests/xla
 
-bench: $(READY) $(PEERS)  ## speed, as ratios; wants an idle machine
+bench: $(READY) $(PEERS)  ## speed, as ratios; needs an idle machine
 	$(BIN)/pytest benchmarks --benchmark-only --record
 
 gpu:  ## PARTS="build check bench:300" for some, WHEELS=folder for packages to compare with; see benchmarks/gpu.py
@@ -55,25 +61,30 @@ $(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.
 $(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
 	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
 
-lint: $(READY)
+lint: $(READY)  ## formatting, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
-format: $(READY)
+format: $(READY)  ## rewrite the formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-clean:
+clean:  ## remove the environments and everything that was built
 	rm -rf $(VENV) build *.egg-info sparse_kernels/_build_info.py sparse_kernels/*.so
 
 # Editable, so that what is run is what is edited; built again where the C++ or the packaging changed.
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[train]'
 	touch $@
 
 $(XLA)/.ready:

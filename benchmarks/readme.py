@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparse_training.experiments.study import FORMAT as STUDY
-from sparse_training.reporting.study_report import HEADINGS, again_line, parts, score_line, study_rows
+from sparse_training.experiments.formats import COMPARISON, STUDY
+from sparse_training.reporting.study import again_line, headings, score_line, study_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "row_stats.md")
@@ -23,7 +23,7 @@ BLOCK = re.compile(r"(<!-- (results|roofline): (\S+) -->\n).*?(<!-- end -->)", r
 
 
 def source_line(record: dict[str, Any]) -> str:
-    """What it was measured on, and when."""
+    """Name the machine, the version of PyTorch and the date of a record."""
     machine = record["machine"]
     device = f"{machine['cpu']}, {machine['threads']} threads" if "cpu" in machine else machine["device"]
     return f"{device}, torch {machine['torch']}, {record['created']}."
@@ -74,9 +74,9 @@ def roofline_table(record: dict[str, Any]) -> str:
 
 
 def comparison_table(result: dict[str, Any]) -> str:
-    """One line an arm of ``sparse-train compare``: accuracy, rows, and step speed beside its ceiling."""
+    """One line for each method of ``sparse-train compare``: accuracy, rows, and step speed-up beside its bound."""
     lines = [
-        "| arm | accuracy % | clock s | wall s | rows trained | rate | step speed-up | ceiling |",
+        "| method | accuracy % | clock s | wall s | rows trained | rate | step speed-up | its bound |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in result["arms"].items():
@@ -93,16 +93,16 @@ def comparison_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"`{result['command']}`: {settings['model']} ({settings['parameters']:,} parameters), batches of "
-        f"{settings['batch_size']}, {settings['seconds']:g} s an arm, {len(settings['seeds'])} seeds, "
+        f"{settings['batch_size']}, {settings['seconds']:g} s a method, {len(settings['seeds'])} seeds, "
         f"{environment['cpu']}, torch {environment['torch']}, {result['created'][:10]}.",
     ]
     return "\n".join(lines)
 
 
 def study_table(result: dict[str, Any]) -> str:
-    """One line a task and arm of ``sparse-train study``, as it prints them, and what each arm comes to."""
-    headings = [*HEADINGS, *(f"{fraction} of the time" for fraction in parts(result))]
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    """One line for each task and method of ``sparse-train study``, as it prints them, and each method's score."""
+    names = headings(result)
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in study_rows(result)]
     lines += ["", again_line(result), *(score_line(arm, score) for arm, score in result["score"].items())]
     settings, environment = result["settings"], result["environment"]
@@ -120,9 +120,9 @@ def render(kind: str, path: str) -> str:
     record = json.loads((ROOT / path).read_text())
     if kind == "roofline":
         return roofline_table(record)
-    if record.get("format") == STUDY:
+    if record.get("format") == STUDY.name:
         return study_table(record)
-    return comparison_table(record) if record.get("format") == "sparse-training-compare" else speed_table(record)
+    return comparison_table(record) if record.get("format") == COMPARISON.name else speed_table(record)
 
 
 def main() -> int:
