@@ -55,6 +55,14 @@ $(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.
 $(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
 	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
 
+.PHONY: docs tables
+docs: $(READY)  ## the documentation, into build/docs; a warning is an error
+	$(BIN)/sphinx-build -b html -W --keep-going -q docs build/docs
+
+tables: $(READY)  ## rewrite README's and the documentation's tables and figure from the recorded results
+	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/figure.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

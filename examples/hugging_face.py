@@ -46,7 +46,9 @@ with torch.no_grad():
 accuracy = (logits.argmax(1) == data.test.labels).float().mean().item()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 rate = float(trainer.gate.rate_observed)
-print(f"steps {trainer.state.global_step}, loss {float(losses[0]):.2f} -> {float(losses[-1]):.2f}, accuracy {accuracy:.2f}")
+print(
+    f"steps {trainer.state.global_step}, loss {float(losses[0]):.2f} -> {float(losses[-1]):.2f}, accuracy {accuracy:.2f}"
+)
 print(f"the gate keeps {rate:.2f} of the samples, aimed for 0.50")
 assert float(losses[-1]) < float(losses[0])
 assert accuracy > 0.5
