@@ -99,7 +99,7 @@ def speed_summary(record: Mapping[str, Any]) -> str:
 
 
 def roofline_table(record: Mapping[str, Any]) -> str:
-    """One line per benchmark whose work is known: bytes, operations, the floors that they set, and the measured time."""
+    """One line per benchmark whose work is known: bytes, operations, their floors, and the measured time."""
     lines = [
         "| benchmark | MB | MFLOP | floor by bytes, ms | floor by arithmetic, ms | measured, ms | share of the floor |",
         "|---|---|---|---|---|---|---|",

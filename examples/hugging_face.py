@@ -31,7 +31,8 @@ rows = [{"input_ids": image, "labels": label} for image, label in zip(images, da
 model = BertForSequenceClassification(
     BertConfig(
         vocab_size=16, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=64, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.15,
+        max_position_embeddings=64, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.15,
     )
 )  # fmt: skip
 with tempfile.TemporaryDirectory() as folder:
@@ -46,10 +47,9 @@ with torch.no_grad():
 accuracy = (logits.argmax(1) == data.test.labels).float().mean().item()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 rate = float(trainer.gate.rate_observed)
-print(
-    f"steps {trainer.state.global_step}, loss {float(losses[0]):.2f} -> {float(losses[-1]):.2f}, accuracy {accuracy:.2f}"
-)
+first, last = float(losses[0]), float(losses[-1])
+print(f"steps {trainer.state.global_step}, loss {first:.2f} -> {last:.2f}, accuracy {accuracy:.2f}")
 print(f"the gate keeps {rate:.2f} of the samples, aimed for 0.50")
-assert float(losses[-1]) < float(losses[0])
+assert last < first
 assert accuracy > 0.5
 assert abs(rate - 0.5) < 0.15

@@ -1,5 +1,7 @@
 """The documentation builds without a warning, its Python blocks run, and it leaves no public name out."""
 
+import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -38,6 +40,41 @@ def test_every_public_name_is_in_the_reference(package):
     page = (DOCS / "reference" / f"{package}.md").read_text()
     missing = [name for name in module.__all__ if not re.search(rf"\b{re.escape(name)}\b", page)]
     assert not missing
+
+
+def documented(docstring, section):
+    """Names of the entries of a section of a Google-style docstring."""
+    match = re.search(rf"^ *{section}:\n(.*?)(?=^ *[A-Z][a-z]+:\n|\Z)", inspect.cleandoc(docstring), re.M | re.S)
+    if match is None:
+        return []
+    return re.findall(r"^    \*{0,2}(\w[\w, *]*?)(?: \([^)]*\))?:(?: |$)", match[1], re.M)
+
+
+PUBLIC = [
+    f"{package}.{name}"
+    for package in ("sparse_kernels", "sparse_training")
+    for name in importlib.import_module(package).__all__
+    if callable(getattr(importlib.import_module(package), name))
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_parameter_has_an_entry_of_its_own(name):
+    """By its name in the signature; no entry is of something else."""
+    package, _, attribute = name.rpartition(".")
+    value = getattr(importlib.import_module(package), attribute)
+    assert value.__doc__
+    if isinstance(value, type) and issubclass(value, (tuple, Exception)):
+        return  # fields and a message
+    parameters = [
+        parameter.name
+        for parameter in inspect.signature(value).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    docstring = value.__doc__ if not isinstance(value, type) else f"{value.__doc__}\n"
+    entries = documented(docstring, "Args") or documented(docstring, "Attributes")
+    if entries or len(parameters) > 2:
+        assert entries == parameters
 
 
 def test_every_page_is_reachable():
