@@ -23,11 +23,11 @@ def test_tables_and_figure_are_those_of_the_recorded_results(script):
 
 
 def test_readme_is_short():
-    """At most 800 words, a pitch of 60 to 95, and tables of at most six rows of results."""
+    """At most 800 words, a pitch of 60 to 90, and tables of at most six rows of results."""
     text = README.read_text()
     assert len(text.split()) <= 800
     pitch = text.split("\n\n")[1]
-    assert 60 <= len(pitch.split()) <= 95
+    assert 60 <= len(pitch.split()) <= 90
     for table in re.findall(r"<!-- summary.*?<!-- end -->", text, re.DOTALL):
         assert 1 <= len(re.findall(r"^\|", table, re.MULTILINE)) - 2 <= 6
 
