@@ -97,3 +97,11 @@ $(XLA)/.ready:
 $(PEERS): pyproject.toml constraints.txt | $(READY)
 	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,bench]' && touch $@ || \
 	  echo 'warning: no packages to compare with could be installed' >&2
+
+.PHONY: docs tables
+docs: $(READY)  ## the documentation, into build/docs; a warning is an error
+	$(BIN)/sphinx-build -b html -W --keep-going -q docs build/docs
+
+tables: $(READY)  ## rewrite README's and the documentation's tables and figure from the recorded results
+	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/figure.py
