@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparse_training.experiments.formats import COMPARISON, STUDY
 from sparse_training.reporting.study import again_line, headings, score_line, study_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 BLOCK = re.compile(r"(<!-- (results|summary|method|roofline)(?: (\S+))?: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-COMPARISON, STUDY = "sparse-training-compare", "sparse-training-study"
 TASKS = {  # of a study, as a reader knows them
     "clean": "clean",
     "noise": "wrong labels",
@@ -215,9 +215,9 @@ def render(kind: str, argument: str | None, path: str) -> str:
         return roofline_table(record)
     if kind == "method":
         return method_table(record, argument or "")
-    if record.get("format") == STUDY:
+    if record.get("format") == STUDY.name:
         return study_summary(record) if kind == "summary" else study_table(record)
-    if record.get("format") == COMPARISON:
+    if record.get("format") == COMPARISON.name:
         return comparison_table(record)
     return speed_summary(record) if kind == "summary" else speed_table(record)
 
