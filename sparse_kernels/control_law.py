@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_kernels.calls import ControlCall
+from sparse_kernels._arguments import ControlCall
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, ControlState
 
 POSITION_VARIANCE, DRIFT_VARIANCE = 4.0, 3e-4  # belief at a start, in logits^2 of the rate
@@ -106,15 +106,15 @@ def initial_state(threshold: Tensor) -> ControlState:
 
 
 def control(call: ControlCall) -> None:
-    """See ``sparse_kernels.control``."""
+    """Serve ``sparse_kernels.control``."""
     with torch.no_grad():
-        values, counters = call.state
+        (values, counters), settings = call.state, call.settings
         if call.significance.shape[-1] == 0:  # known from a shape; the least of nothing is not
             counters[..., CONTROL_COUNTERS.index("steps")] += 1
             return
-        valid = None if call.labels is None else call.labels != call.ignore_index
+        valid = None if call.labels is None else call.labels != settings.ignore_index
         threshold = values[..., CONTROL_VALUES.index("threshold")]
-        batch = summarise(call.significance, valid, call.mass, threshold, call.gate_temperature, call.p_min)
+        batch = summarise(call.significance, valid, call.mass, threshold, settings.gate_temperature, settings.p_min)
         after = advance(call.state, batch, call.setpoint.reshape(threshold.shape), call.overflow)
         values.copy_(after.values)
         counters.copy_(after.counters)

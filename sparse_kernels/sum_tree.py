@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_kernels import cpp_backend
+from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.philox import philox
 
 FAN, GROUP = 64, 8
-_cpp: Any = getattr(cpp_backend, "_cpp", None)
+_cpp: Any = cpp_backend.extension()
 _MASK = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -51,7 +51,7 @@ class SumTree:
 
     def __init__(self, leaves: Tensor, *, cpp: bool | None = None) -> None:
         if leaves.dtype is not torch.float32 or leaves.ndim != 1 or not leaves.numel() or not leaves.is_contiguous():
-            raise ValueError(f"leaves of {leaves.dtype} {list(leaves.shape)}: wanted float32 [N], N > 0, contiguous")
+            raise ValueError(f"`leaves` must be contiguous float32 [N], N > 0; got {leaves.dtype} {list(leaves.shape)}")
         self.leaves = leaves
         self.levels: list[Tensor] = []
         nodes = leaves.numel()
@@ -88,7 +88,7 @@ class SumTree:
             return
         low, high = index.aminmax()
         if low < 0 or high >= self.leaves.numel():
-            raise IndexError(f"index {int(low)} to {int(high)}: wanted 0 to {self.leaves.numel() - 1}")
+            raise IndexError(f"`index` must be in [0, {self.leaves.numel() - 1}], got {int(low)} to {int(high)}")
         if self.cpp:
             index = index.contiguous()
             _cpp.sum_tree_update(*self._addresses(), index.data_ptr(), index.numel())
@@ -119,7 +119,7 @@ class SumTree:
 
 
 def _use_cpp(wanted: bool | None) -> bool:
-    missing = cpp_backend.unavailable()
+    missing = cpp_backend.unavailable_reason()
     if wanted and missing is not None:
         raise RuntimeError(f"C++ is {missing}")
     return missing is None if wanted is None else wanted

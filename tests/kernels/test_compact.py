@@ -14,7 +14,7 @@ BACKENDS = ["cpp", "torch"]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    reason = sk.backends.BACKENDS[request.param].unavailable()
+    reason = sk._dispatch.BACKENDS[request.param].unavailable_reason()
     if reason:
         pytest.skip(reason)
     return request.param
@@ -94,7 +94,7 @@ def test_every_instruction_set_packs_the_same(instruction_set, density):
 
 def test_slots_behind_the_capacity_stay_as_they_are(instruction_set):
     """Kernels that write whole vectors must not write past the slots that they were given."""
-    from sparse_kernels import cpp_backend
+    from sparse_kernels.backends import cpp as cpp_backend
 
     mask = masks(1000, 0.5)
     wanted = mask.nonzero().squeeze(-1)
@@ -205,10 +205,11 @@ def test_scatter_of_an_index_in_any_order(order):
 
 
 def test_a_tree_is_moved_in_one_call(monkeypatch):
-    from sparse_kernels import cpp_backend, direct
+    from sparse_kernels.backends import cpp as cpp_backend
+    from sparse_kernels.backends import cpp_direct
 
     calls = []
-    monkeypatch.setattr(direct, "AVAILABLE", False)
+    monkeypatch.setattr(cpp_direct, "AVAILABLE", False)
     monkeypatch.setattr(cpp_backend, "_move_rows", lambda *a: calls.append(len(a[1])) or a[1])
     tree = {"x": torch.randn(10, 3), "y": torch.arange(10), "z": torch.ones(10, dtype=torch.bool)}
     sk.gather_rows(tree, sk.compact(masks(10, 0.5)), backend="cpp")
@@ -262,17 +263,17 @@ def test_selection_from_elsewhere_cannot_read_out_of_bounds():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sk.compact(torch.ones(3)), "wanted bool"),
+        (lambda: sk.compact(torch.ones(3)), "`mask` must be bool"),
         (lambda: sk.compact(torch.ones(3, 2, dtype=torch.bool)), r"\(3, 2\)"),
-        (lambda: sk.compact(torch.ones(3, dtype=torch.bool), capacity=-1), "capacity=-1"),
-        (lambda: sk.compact(torch.ones(3, dtype=torch.bool), capacity=2**31), "capacity"),
-        (lambda: sk.compact(torch.ones(3, dtype=torch.bool), capacity=1.5), "capacity=1.5"),
+        (lambda: sk.compact(torch.ones(3, dtype=torch.bool), capacity=-1), "`capacity` must be .* got -1"),
+        (lambda: sk.compact(torch.ones(3, dtype=torch.bool), capacity=2**31), "`capacity` must be"),
+        (lambda: sk.compact(torch.ones(3, dtype=torch.bool), capacity=1.5), "`capacity` must be .* got 1.5"),
         (lambda: sk.compact(torch.ones(3, dtype=torch.bool), weight=torch.ones(2)), r"weight.*\(2,\)"),
         (lambda: sk.compact(torch.ones(3, dtype=torch.bool), backend="tpu"), "unknown backend 'tpu'"),
-        (lambda: sk.compact(torch.ones(3, dtype=torch.bool)).take(torch.ones(4)), "wants 3 rows"),
-        (lambda: sk.compact(torch.ones(3, dtype=torch.bool)).take((torch.ones(3), torch.ones(()))), "wants 3 rows"),
+        (lambda: sk.compact(torch.ones(3, dtype=torch.bool)).take(torch.ones(4)), "must have 3 rows"),
+        (lambda: sk.compact(torch.ones(3, dtype=torch.bool)).take((torch.ones(3), torch.ones(()))), "must have 3 rows"),
         (lambda: sk.compact(torch.ones(3, dtype=torch.bool)).take(torch.ones(3, device="meta")), "meta"),
-        (lambda: sk.scatter_rows(torch.ones(4), sk.compact(torch.ones(3, dtype=torch.bool))), "wants 3 rows"),
+        (lambda: sk.scatter_rows(torch.ones(4), sk.compact(torch.ones(3, dtype=torch.bool))), "must have 3 rows"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, message):
@@ -332,12 +333,12 @@ def test_select_is_made_of_the_other_operations_where_no_backend_has_it_as_one()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"capacity": -1}, "capacity=-1"),
-        ({"capacity": 2**31}, "capacity="),
-        ({"tree": torch.ones(49)}, "wants 50 rows"),
-        ({"tree": [torch.ones(50), (torch.ones(51), "name")]}, "wants 50 rows"),
+        ({"capacity": -1}, "`capacity` must be .* got -1"),
+        ({"capacity": 2**31}, "`capacity` must be"),
+        ({"tree": torch.ones(49)}, "must have 50 rows"),
+        ({"tree": [torch.ones(50), (torch.ones(51), "name")]}, "must have 50 rows"),
         ({"tree": torch.ones(50, device="meta")}, "meta"),
-        ({"weights": {}}, "wanted one or more"),
+        ({"weights": {}}, "must name one or more"),
         ({"backend": "tpu"}, "unknown backend"),
     ],
 )

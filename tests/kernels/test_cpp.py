@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import sparse_kernels as sk
-from sparse_kernels import cpp_backend, reference
+from sparse_kernels import reference
+from sparse_kernels._arguments import Settings, StatsCall
+from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.types import WEIGHABLE
 
-OUTPUTS = cpp_backend.SERVED
+OUTPUTS = (*WEIGHABLE, "argmax")
 VALUES = tuple(name for name in OUTPUTS if name != "argmax")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SINGLE = DTYPES[:3]
@@ -566,7 +569,7 @@ def test_rounding_of_the_stored_lse_does_not_reach_the_gradient_of_shifted_rows(
     targets = torch.tensor([1, 2, 3, 4])
     sk.row_stats(logits, targets, outputs=["loss"], backend="cpp").loss.sum().backward()
     exact = torch.autograd.functional.jacobian(
-        lambda z: reference.row_stats(cpp_backend.StatsCall(z, targets, ["loss"], -1, 1.0, 0.0, 0.0, -100)).loss.sum(),
+        lambda z: reference.row_stats(StatsCall(z, targets, ["loss"], -1, Settings())).loss.sum(),
         logits.detach().double(),
     )
     torch.testing.assert_close(logits.grad.double(), exact, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,6 @@
 """The CUDA kernels: run on a CPU by tests/cuda_on_cpu in every run, and on a GPU where there is one.
 
-Both run the same host and device code of csrc/cuda and the same sparse_kernels/cuda_backend.py, against the reference.
+Both run the same host and device code of csrc/cuda and the same sparse_kernels/backends/cuda.py, against the reference.
 """
 
 import importlib.machinery
@@ -22,8 +22,10 @@ from test_control import assert_same_step, copy_of, random_states
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as sk
-from sparse_kernels import ControlState, control_law, cuda_backend, reference, triton_backend
-from sparse_kernels.calls import CompactCall, ControlCall, GateStepCall, SelectCall, TreeCall
+from sparse_kernels import ControlState, control_law, reference
+from sparse_kernels._arguments import CompactCall, ControlCall, GateStepCall, SelectCall, Settings, TreeCall
+from sparse_kernels.backends import cuda as cuda_backend
+from sparse_kernels.backends.triton import backend as triton_backend
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cuda"
@@ -70,7 +72,7 @@ def device(request, monkeypatch):
         monkeypatch.setattr(cuda_backend, "_enqueue", lambda function, device, *arguments: function(*arguments, 0, 0))
         cuda_backend._storage_bytes.cache_clear()
     else:
-        reason = cuda_backend.unavailable()
+        reason = cuda_backend.unavailable_reason()
         assert reason is None, reason
     return request.param
 
@@ -311,8 +313,9 @@ def test_compaction_with_a_controller(device, rows, labels_dtype, with_mass, tem
     capacity = int(mask.sum()) // 2 + 3
     storage = cuda_backend._storage(rows, True, mask.device)
     storage[:1] = 0
-    given = cuda_backend._control(significance, labels, 7, mass, state, setpoint, invalid, *law.values())
-    found = cuda_backend._compact(mask, None, capacity, given, storage)
+    settings = Settings(ignore_index=7, **law)
+    operands = cuda_backend._control(significance, settings, labels, mass, state, setpoint, invalid)
+    found = cuda_backend._compact(mask, None, capacity, operands, storage)
     assert_same(found, reference.compact(CompactCall(mask, None, capacity)))
     assert invalid == (significance.isnan() & (labels != 7 if labels is not None else True)).sum()
     assert_step(
@@ -320,8 +323,8 @@ def test_compaction_with_a_controller(device, rows, labels_dtype, with_mass, tem
     )
     for _ in range(1 if rows > 65_536 else 2):  # whichever block comes last
         again, storage[:1] = copy_of(before), 0
-        given = cuda_backend._control(significance, labels, 7, mass, again, setpoint, invalid, *law.values())
-        assert_same(cuda_backend._compact(mask, None, capacity, given, storage), found)
+        operands = cuda_backend._control(significance, settings, labels, mass, again, setpoint, invalid)
+        assert_same(cuda_backend._compact(mask, None, capacity, operands, storage), found)
         assert torch.equal(again.counters, state.counters)
         assert torch.equal(again.values.view(torch.int32), state.values.view(torch.int32))
 
@@ -339,10 +342,12 @@ def test_states_side_by_side(device, labels_dtype):
         "labels": labels, "ignore_index": 0 if labels_dtype is torch.bool else 7, "mass": mass, "overflow": overflow,
         "gate_temperature": 0.5, "p_min": 0.02,
     }  # fmt: skip
-    cuda_backend.control(ControlCall(state, significance, setpoint, **options))
+    numbers = {name: options[name] for name in ("ignore_index", "gate_temperature", "p_min")}
+    tensors = {name: options[name] for name in ("labels", "mass", "overflow")}
+    cuda_backend.control(ControlCall(state, significance, setpoint, **tensors, settings=Settings(**numbers)))
     assert_step(before, state, significance, setpoint, **options)
     state = copy_of(before)
-    cuda_backend.control(ControlCall(state, significance[:, :0], setpoint, None, 0, None, None, 0.0, 0.0))
+    cuda_backend.control(ControlCall(state, significance[:, :0], setpoint, None, None, None, Settings()))
     assert_step(before, state, significance[:, :0], setpoint)
 
 
@@ -352,17 +357,17 @@ def gate_step_call(rows, device, capacity, state, temperature=0.0, by_mass=False
     logits[5::100] = np.nan
     targets[::9] = -100
     return GateStepCall(
-        logits.to(device), targets.to(device), ("grad_norm",) if by_mass else (), -1, 1.0, 0.0, 0.0, -100,
-        state.values, {"loss": 1.0}, None, temperature, 0.05 if temperature else 0.0, 3, state.counters[0],
-        capacity, state, torch.tensor(0.3, device=device), by_mass,
+        logits.to(device), targets.to(device), ("grad_norm",) if by_mass else (), -1,
+        Settings(gate_temperature=temperature, p_min=0.05 if temperature else 0.0, seed=3, step=state.counters[0]),
+        state.values, {"loss": 1.0}, None, capacity, state, torch.tensor(0.3, device=device), by_mass,
     )  # fmt: skip
 
 
 # Five tiles: each step's count of blocks begins at 0, which only its scores' launch can have seen to.
 @pytest.mark.parametrize(("rows", "temperature", "by_mass"), [(200, 0.0, False), (200, 0.5, False), (4100, 0.0, True)])
 def test_gate_step_is_the_three_one_after_the_other(device, rows, temperature, by_mass):
-    if triton_backend.unavailable():
-        pytest.skip(triton_backend.unavailable())
+    if triton_backend.unavailable_reason():
+        pytest.skip(triton_backend.unavailable_reason())
     state = control_law.initial_state(torch.tensor(1.5, device=device))
     for _ in range(3):
         call, before = gate_step_call(rows, device, rows // 3, state, temperature, by_mass), copy_of(state)
@@ -377,22 +382,21 @@ def test_gate_step_is_the_three_one_after_the_other(device, rows, temperature, b
         assert_step(
             before, state, gated.significance, call.setpoint, labels=call.targets, ignore_index=-100,
             mass=gated.stats.grad_norm, overflow=found.selection.overflow, gate_temperature=temperature,
-            p_min=call.p_min,
+            p_min=call.settings.p_min,
         )  # fmt: skip
     assert state.counter("steps") == 3
 
 
 @pytest.mark.parametrize("capacity", [None, 40])
 def test_select_scores_packs_and_gathers(device, capacity):
-    if triton_backend.unavailable():
-        pytest.skip(triton_backend.unavailable())
+    if triton_backend.unavailable_reason():
+        pytest.skip(triton_backend.unavailable_reason())
     torch.manual_seed(0)
     logits, targets = torch.randn(10, 4, 20, device=device), torch.arange(200, device=device).view(10, 20) % 4
     logits[3, 0, 7] = np.nan
     tree = {"x": torch.randn(200, 5, device=device), "y": targets.flatten()}
     call = SelectCall(
-        logits, targets, (), 1, 1.0, 0.0, 0.0, -100, torch.tensor(1.7, device=device), {"loss": 1.0}, None,
-        0.0, 0.0, 0, 0, tree, capacity,
+        logits, targets, (), 1, Settings(), torch.tensor(1.7, device=device), {"loss": 1.0}, None, tree, capacity,
     )  # fmt: skip
     gated, selection, packed = cuda_backend.select(call)
     wanted = triton_backend.gate_rows(call)
@@ -487,7 +491,7 @@ def test_the_runtime_within_is_not_exported():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_without_a_gpu_every_call_by_name_says_why():
-    mask, reason = masks(9, 0.5), cuda_backend.unavailable()
+    mask, reason = masks(9, 0.5), cuda_backend.unavailable_reason()
     assert reason is not None
     with pytest.raises(sk.BackendUnavailable, match="cannot serve this compact"):
         sk.compact(mask, backend="cuda")

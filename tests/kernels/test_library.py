@@ -10,10 +10,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_kernels as sk
-from sparse_kernels import backends, cpp_backend, library
+from sparse_kernels import _dispatch, torch_library
+from sparse_kernels._arguments import Settings, StatsCall
+from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.control_law import initial_state
 
-pytestmark = pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="the C++ backend is not built")
+pytestmark = pytest.mark.skipif(cpp_backend.unavailable_reason() is not None, reason="the C++ backend is not built")
 OPS = torch.ops.sparse_kernels
 PLAIN = (-1, 1.0, 0.0, 0.0, -100)  # dim, temperature, softcap, label_smoothing, ignore_index
 SETTINGS = (1, 0.7, 6.0, 0.1, -100)
@@ -53,10 +55,10 @@ def operators(graph):
 def seen(monkeypatch):
     """The operations that went through the dispatcher."""
     names = []
-    for name in backends.OPS:
-        through = getattr(library, name)
+    for name in ("row_stats", "gate_rows", "compact", "control", "gather_rows", "scatter_rows"):
+        through = getattr(torch_library, name)
         monkeypatch.setattr(
-            library,
+            torch_library,
             name,
             lambda *a, name=name, through=through, **kw: (names.append(name), through(*a, **kw))[1],
         )
@@ -150,7 +152,7 @@ def test_opcheck_gather_and_scatter(capacity, gradient):
 
 def test_operators_check_what_they_are_handed():
     logits, targets, factors = batch(4, 5)
-    with pytest.raises(ValueError, match="targets have shape"):
+    with pytest.raises(ValueError, match="`targets` must have shape"):
         OPS.row_stats(logits, targets[:3], ["loss"], *PLAIN, False, False, "cpp")
     with pytest.raises(sk.BackendUnavailable, match="unknown backend 'nonsense'"):
         OPS.row_stats(logits, targets, ["loss"], *PLAIN, False, False, "nonsense")
@@ -160,11 +162,11 @@ def test_operators_check_what_they_are_handed():
             of_rows = [rows] * 5
             of_rows[position] = bad
             if position < 3 or bad.shape != rows.shape:  # an upstream gradient is cast
-                with pytest.raises(ValueError, match=r"wanted torch.float32 of shape \(4,\)"):
+                with pytest.raises(ValueError, match=r"must be torch.float32 of shape \(4,\)"):
                     OPS.row_stats_backward(logits, targets, *of_rows, *PLAIN, "cpp")
-    with pytest.raises(ValueError, match="wants the entropy"):
+    with pytest.raises(ValueError, match="`entropy` must be the forward's"):
         OPS.row_stats_backward(logits, targets, rows, rows, None, None, rows, *PLAIN, "cpp")
-    with pytest.raises(ValueError, match="wants 9 rows"):
+    with pytest.raises(ValueError, match="must have 9 rows"):
         OPS.gather_rows([factors], torch.tensor([0]), torch.tensor(1, dtype=torch.int32), 9, "cpp")
 
 
@@ -269,8 +271,8 @@ def test_an_upstream_gradient_that_depends_on_the_logits_is_followed_once():
 
 def serves_double(backend):
     logits, targets, _ = batch(3, 4, dtype=torch.float64)
-    call = sk.calls.StatsCall(logits, targets, ["loss"], *PLAIN)
-    return backends.BACKENDS[backend].refuse_row_stats(call) is None
+    call = StatsCall(logits, targets, ["loss"], -1, Settings())
+    return _dispatch.BACKENDS[backend].row_stats_unsupported_reason(call) is None
 
 
 @pytest.mark.parametrize("settings", [PLAIN, (-1, 1.4, 5.0, 0.2, -100)])

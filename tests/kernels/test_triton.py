@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import sparse_kernels as sk
-from sparse_kernels import philox, reference, triton_backend
-from sparse_kernels.calls import GateCall, StatsCall
-from sparse_kernels.triton_kernels import launch
+from sparse_kernels import philox, reference
+from sparse_kernels._arguments import GateCall, Settings, StatsCall
+from sparse_kernels.backends.triton import backend as triton_backend
+from sparse_kernels.backends.triton import launch
 from sparse_kernels.types import STATISTICS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,12 +49,12 @@ def many_processors(monkeypatch):
 
 
 def stats_call(logits, targets, outputs=STATISTICS, **settings):
-    defaults = {"dim": -1, "temperature": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "ignore_index": -100}
-    return StatsCall(logits, targets, outputs, **(defaults | settings))
+    dim = settings.pop("dim", -1)
+    return StatsCall(logits, targets, outputs, dim, Settings(**settings))
 
 
 def serve(call):
-    assert triton_backend.refuse_row_stats(call) is None
+    assert triton_backend.row_stats_unsupported_reason(call) is None
     return triton_backend.row_stats(call)
 
 
@@ -233,12 +234,10 @@ def test_one_bad_logit_anywhere_is_never_lost(classes, bad):
 
 
 def serve_gate(logits, targets, threshold, **settings):
-    call = GateCall(
-        logits, targets, STATISTICS, -1, 1.0, 0.0, 0.0, -100, threshold,
-        **({"weights": {"loss": 0.7, "entropy": 0.3}, "offset": None, "gate_temperature": 0.0, "p_min": 0.0,
-            "seed": 0, "step": 0} | settings),
-    )  # fmt: skip
-    assert triton_backend.refuse_gate_rows(call) is None
+    weights = settings.pop("weights", {"loss": 0.7, "entropy": 0.3})
+    offset = settings.pop("offset", None)
+    call = GateCall(logits, targets, STATISTICS, -1, Settings(**settings), threshold, weights, offset)
+    assert triton_backend.gate_rows_unsupported_reason(call) is None
     return triton_backend.gate_rows(call), call
 
 
@@ -359,16 +358,16 @@ def test_classes_in_dim_1(classes):
 
 def test_what_is_not_served_says_why():
     call = stats_call(torch.randn(2, 6, 9, 5)[:, :3, :4], torch.zeros(2, 3, 4, dtype=torch.int64))
-    assert "two nested loops" in triton_backend.refuse_row_stats(call)
+    assert "two nested loops" in triton_backend.row_stats_unsupported_reason(call)
     call = stats_call(torch.randn(2, 5, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
-    assert "tensors are on meta" in triton_backend.refuse_row_stats(call)
+    assert "tensors are on meta" in triton_backend.row_stats_unsupported_reason(call)
 
 
 def test_a_call_that_names_no_backend_never_comes_here(monkeypatch):
     """On a CPU the interpreter is for tests; on a GPU the kernels are used by name."""
     monkeypatch.setattr(triton_backend, "row_stats", lambda call: pytest.fail("served by default"))
     sk.row_stats(torch.randn(2, 5), torch.tensor([0, 1]))
-    assert all("triton" not in order for order in sk.backends.ORDER.values())
+    assert all(server.by_name for servers in sk._dispatch.TABLE.values() for server in servers if server[0] == "triton")
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -398,8 +397,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
-from sparse_kernels import triton_backend
-from sparse_kernels.calls import GateCall, StatsCall
+from sparse_kernels.backends.triton import backend as triton_backend
+from sparse_kernels._arguments import GateCall, Settings, StatsCall
 from sparse_kernels.types import STATISTICS
 
 class Caught:
@@ -424,25 +423,24 @@ def catch(take):
 def gate(rows, classes, dtype, outputs=(), serve=triton_backend.gate_rows, **changed):
     options = dict(temperature=1.0, softcap=0.0, smoothing=0.0, ignore=-100, weight=0.7, gate=0.0, p_min=0.0, seed=0,
                    step=0) | changed
+    settings = Settings(options["temperature"], options["softcap"], options["smoothing"], options["ignore"],
+                        options["gate"], options["p_min"], options["seed"], options["step"])
     serve(GateCall(
-        torch.empty((rows, classes), dtype=dtype), torch.zeros(rows, dtype=torch.int64), outputs, -1,
-        options["temperature"], options["softcap"], options["smoothing"], options["ignore"], torch.zeros(()),
-        {"loss": options["weight"], "entropy": 0.3}, None, options["gate"], options["p_min"], options["seed"],
-        options["step"]))
+        torch.empty((rows, classes), dtype=dtype), torch.zeros(rows, dtype=torch.int64), outputs, -1, settings,
+        torch.zeros(()), {"loss": options["weight"], "entropy": 0.3}, None))
 
 def uncounted(call):
     return triton_backend.gate_rows_uncounted(call, torch.empty(64, dtype=torch.int32))
 
 def stats(shape, dtype, dim=-1):
     targets = torch.zeros(shape[:1] + shape[2:] if dim == 1 else shape[:-1], dtype=torch.int64)
-    triton_backend.row_stats(StatsCall(torch.empty(shape, dtype=dtype), targets, ("loss", "entropy"), dim, 1.0, 0.0,
-                                       0.0, -100))
+    triton_backend.row_stats(StatsCall(torch.empty(shape, dtype=dtype), targets, ("loss", "entropy"), dim, Settings()))
 
 def backward(rows, classes, dtype):
     targets = torch.zeros(rows, dtype=torch.int64)
     saved = torch.zeros(rows, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     logits = torch.empty((rows, classes), dtype=dtype)
-    call = StatsCall(logits, targets, ("loss", "entropy"), -1, 1.0, 0.0, 0.0, -100)
+    call = StatsCall(logits, targets, ("loss", "entropy"), -1, Settings())
     triton_backend.row_stats_backward(call, saved, saved, saved, {"loss": saved, "entropy": saved},
                                       torch.empty_like(logits))
 

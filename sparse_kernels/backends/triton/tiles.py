@@ -17,7 +17,7 @@ Strides are not specialised, so that it is CONTIGUOUS alone that tells Triton so
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from sparse_kernels.triton_kernels.math import tanh
+from sparse_kernels.backends.triton.math import tanh
 
 
 @triton.jit

@@ -47,8 +47,8 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from sparse_kernels.triton_kernels.math import LN2, LOG2E, divide, log1p, philox_uniform, root
-from sparse_kernels.triton_kernels.tiles import (
+from sparse_kernels.backends.triton.math import LN2, LOG2E, divide, log1p, philox_uniform, root
+from sparse_kernels.backends.triton.tiles import (
     columns_of_tile,
     load_logits,
     rows_of_program,
