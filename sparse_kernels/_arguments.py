@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparse_kernels._tracing import is_lazy_negative
+from sparse_kernels._tracing import dynamo_compiling, is_lazy_negative
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, STATISTICS, WEIGHABLE, ControlState, Selection
 
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -40,9 +40,20 @@ class Settings(NamedTuple):
     step: int | Tensor = 0  # of the draws, modulo 2^64; a tensor has one int64 element
 
 
-def checked(settings: Settings) -> Settings:
-    """Return ``settings``, or raise the error that names the first one out of range."""
-    temperature, softcap, label_smoothing, _, gate_temperature, p_min, _, _ = settings
+_new_tuple = tuple.__new__
+
+
+def checked_settings(
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    gate_temperature: float = 0.0,
+    p_min: float = 0.0,
+    seed: int = 0,
+    step: int | Tensor = 0,
+) -> Settings:
+    """Return these settings, or raise the error that names the first one out of range."""
     if not temperature > 0.0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}")
     if not softcap >= 0.0:
@@ -53,7 +64,9 @@ def checked(settings: Settings) -> Settings:
         raise ValueError(f"`gate_temperature` must be 0 (a threshold) or above, got {gate_temperature}")
     if not 0.0 <= p_min <= 1.0:
         raise ValueError(f"`p_min` must be a probability in [0, 1], got {p_min}")
-    return settings
+    values = temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
+    # A named tuple's constructor takes longer than all of the above; a compiler must see it.
+    return Settings(*values) if dynamo_compiling() else _new_tuple(Settings, values)
 
 
 def _described(tensor: Tensor) -> str:
@@ -113,7 +126,7 @@ class StatsCall:
     @property
     def accumulator(self) -> torch.dtype:
         """The dtype of the arithmetic and of every per-row result."""
-        return accumulator(self.logits)
+        return torch.float64 if self.logits.dtype is torch.float64 else torch.float32
 
     def raise_bad_target(self, row: int) -> NoReturn:
         """Raise the error for the flat ``row`` of targets whose value is out of range."""
@@ -122,11 +135,6 @@ class StatsCall:
             f"target {value} in row {row} is out of range: it must be in [0, {self.classes - 1}], "
             f"or `ignore_index`, {self.settings.ignore_index}"
         )
-
-
-def accumulator(logits: Tensor) -> torch.dtype:
-    """Return the dtype in which logits are summed: float64 for float64, float32 for all others."""
-    return torch.float64 if logits.dtype is torch.float64 else torch.float32
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ _function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False)
 _PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
-_dynamo_compiling = torch.compiler.is_dynamo_compiling
+dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def observed(*tensors: Tensor) -> bool:
@@ -27,7 +27,7 @@ def observed(*tensors: Tensor) -> bool:
     Args:
         *tensors: the tensors of the call.
     """
-    if _dynamo_compiling() or _modes():
+    if dynamo_compiling() or _modes():
         return True
     if _function_modes() and _included(_PRE_DISPATCH):  # make_fx(pre_dispatch=True) keeps its mode elsewhere
         return True
@@ -45,7 +45,7 @@ def transformed() -> bool:
 def unwatched() -> bool:
     """Return True if nothing observes or transforms a call on plain tensors: it may go straight to the kernel."""
     return not (  # observed() and transformed() written out: their calls cost more than they do
-        _dynamo_compiling()
+        dynamo_compiling()
         or _modes()
         or (_function_modes() and _included(_PRE_DISPATCH))
         or _transforms()
@@ -70,7 +70,7 @@ def is_lazy_zeros(tensor: Tensor) -> bool:
     Args:
         tensor: the tensor to look at.
     """
-    return not _dynamo_compiling() and bool(tensor._is_zerotensor())
+    return not dynamo_compiling() and bool(tensor._is_zerotensor())
 
 
 def is_lazy_negative(tensor: Tensor) -> bool:
@@ -79,7 +79,7 @@ def is_lazy_negative(tensor: Tensor) -> bool:
     Args:
         tensor: the tensor to look at.
     """
-    return not _dynamo_compiling() and tensor.is_neg()
+    return not dynamo_compiling() and tensor.is_neg()
 
 
 def tensor_unsupported_reason(tensor: Tensor) -> str | None:

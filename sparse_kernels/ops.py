@@ -14,10 +14,9 @@ from sparse_kernels._arguments import (
     GateCall,
     GateStepCall,
     SelectCall,
-    Settings,
     StatsCall,
     TreeCall,
-    checked,
+    checked_settings,
 )
 from sparse_kernels._routing import may_be_direct
 from sparse_kernels.backends import cpp_direct
@@ -71,7 +70,7 @@ def row_stats(
         >>> stats = row_stats(logits, targets, outputs=("loss", "grad_norm"))
         >>> stats.loss.mean().backward()
     """
-    settings = checked(Settings(temperature, softcap, label_smoothing, ignore_index))
+    settings = checked_settings(temperature, softcap, label_smoothing, ignore_index)
     return _routing.row_stats(StatsCall(logits, targets, outputs, dim, settings), backend, inplace_backward)
 
 
@@ -131,8 +130,8 @@ def gate_rows(
         >>> gated = gate_rows(logits, targets, torch.tensor(1.5), weights={"loss": 1.0})
         >>> kept = compact(gated.mask).take((inputs, targets))
     """
-    settings = checked(
-        Settings(temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step)
+    settings = checked_settings(
+        temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
     )
     if not outputs and offset is None and dim == -1 and may_be_direct(backend):
         gated = cpp_direct.gate_rows(logits, targets, threshold, weights, settings)
@@ -228,8 +227,8 @@ def select(
         >>> kept = select(logits, targets, threshold, weights={"loss": 1.0}, tree=(inputs, targets), capacity=64)
         >>> inputs, targets = kept.packed
     """
-    settings = checked(
-        Settings(temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step)
+    settings = checked_settings(
+        temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
     )
     if not outputs and offset is None and dim == -1 and may_be_direct(backend):
         selected = cpp_direct.select(logits, targets, threshold, weights, settings, tree, capacity)
@@ -284,7 +283,7 @@ def gate_step(
         TypeError: as :func:`row_stats`.
         ValueError: as :func:`select` and :func:`control`; the state has not changed then.
     """
-    settings = checked(Settings(1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed))
+    settings = checked_settings(1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed)
     if offset is None and dim == -1 and may_be_direct(None):
         stepped = cpp_direct.gate_step(logits, targets, state, setpoint, weights, settings, capacity, by_mass)
         if stepped is not None:
@@ -341,7 +340,7 @@ def control(
         >>> state = control_law.initial_state(torch.tensor(-math.inf))
         >>> control(state, gated.significance, torch.tensor(0.1))
     """
-    settings = checked(Settings(ignore_index=ignore_index, gate_temperature=gate_temperature, p_min=p_min))
+    settings = checked_settings(ignore_index=ignore_index, gate_temperature=gate_temperature, p_min=p_min)
     _routing.control(ControlCall(state, significance, setpoint, labels, mass, overflow, settings), backend)
 
 

@@ -19,6 +19,7 @@ from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Se
 
 _cpp: Any = cpp.extension()
 _NO_STATS = RowStats()
+_new = tuple.__new__  # a named tuple's own constructor is one more call of Python
 
 
 def _exchange() -> bool:
@@ -36,7 +37,7 @@ def compact(mask: Tensor, weight: Tensor | None, capacity: int | None) -> Select
     if results is None:
         return None
     index, kept_weight, count, overflow = results
-    return Selection(index, kept_weight, count, overflow, mask.shape[0])
+    return _new(Selection, (index, kept_weight, count, overflow, mask.shape[0]))
 
 
 def gather_rows(tree: Any, selection: Selection) -> Any | None:
@@ -52,7 +53,7 @@ def gate_rows(
     if results is None:
         return None
     mask, significance, weight, invalid = results
-    return GatedRows(mask, significance, weight, _NO_STATS, invalid)
+    return _new(GatedRows, (mask, significance, weight, _NO_STATS, invalid))
 
 
 def select(
@@ -72,8 +73,9 @@ def select(
     if results is None:
         return None
     mask, significance, weight, invalid, index, kept_weight, count, overflow, packed = results
-    gated = GatedRows(mask, significance, weight, _NO_STATS, invalid)
-    return Selected(gated, Selection(index, kept_weight, count, overflow, targets.numel()), packed)
+    gated = _new(GatedRows, (mask, significance, weight, _NO_STATS, invalid))
+    selection = _new(Selection, (index, kept_weight, count, overflow, targets.numel()))
+    return _new(Selected, (gated, selection, packed))
 
 
 def gate_step(
@@ -93,5 +95,6 @@ def gate_step(
         return None
     mask, significance, weight, invalid, index, kept_weight, count, overflow, grad_norm = results
     stats = _NO_STATS if grad_norm is None else RowStats(grad_norm=grad_norm)
-    gated = GatedRows(mask, significance, weight, stats, invalid)
-    return Selected(gated, Selection(index, kept_weight, count, overflow, targets.numel()), None)
+    gated = _new(GatedRows, (mask, significance, weight, stats, invalid))
+    selection = _new(Selection, (index, kept_weight, count, overflow, targets.numel()))
+    return _new(Selected, (gated, selection, None))

@@ -19,8 +19,7 @@ from sparse_kernels._arguments import (
     Settings,
     StatsCall,
     TreeCall,
-    accumulator,
-    checked,
+    checked_settings,
 )
 from sparse_kernels._dispatch import BACKENDS, choose
 from sparse_kernels._row_layout import empty_rows
@@ -35,6 +34,10 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
     for device in ("CPU", "CUDA"):
         library.impl(name, kernel, device)
     torch.library.register_fake(f"sparse_kernels::{name}", fake, lib=library)
+
+
+def _floating(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype is torch.float64 else torch.float32
 
 
 def _serve(op: str, call: Any, backend: str) -> Any:
@@ -85,7 +88,7 @@ def row_stats(logits: Tensor, targets: Tensor, outputs: list[str], dim: int, *ar
         *arguments: the settings named by ``SCORING``, save, inplace_backward, backend.
     """
     *settings, save, _inplace_backward, backend = arguments
-    call = StatsCall(logits, targets, outputs, dim, checked(Settings(*settings)))
+    call = StatsCall(logits, targets, outputs, dim, checked_settings(*settings))
     _, serve = choose("row_stats", call, backend)
     saved: tuple[Tensor, ...] = ()
     if save:
@@ -101,7 +104,7 @@ def _row_stats_fake(logits: Tensor, targets: Tensor, outputs: list[str], *argume
 
 
 def _statistics_like(logits: Tensor, targets: Tensor, names: Sequence[str]) -> list[Tensor]:
-    rows, floating = targets.contiguous(), accumulator(logits)
+    rows, floating = targets.contiguous(), _floating(logits)
     return [torch.empty_like(rows, dtype=torch.int64 if name == "argmax" else floating) for name in names]
 
 
@@ -134,12 +137,12 @@ def _write_gradient(
     loss_gradient: Tensor | None, entropy_gradient: Tensor | None, dim: int, *arguments: Any,
 ) -> None:  # fmt: skip
     *settings, backend = arguments
-    floating = accumulator(logits)
+    floating = _floating(logits)
     upstream: dict[str, Tensor] = {}
     for name, gradient in (("loss", loss_gradient), ("entropy", entropy_gradient)):
         if gradient is not None:
             upstream[name] = gradient.to(floating).contiguous()
-    call = StatsCall(logits, targets, upstream, dim, checked(Settings(*settings)))
+    call = StatsCall(logits, targets, upstream, dim, checked_settings(*settings))
     if "entropy" in upstream and entropy is None:
         raise ValueError("`entropy` must be the forward's where there is an `entropy_gradient`, got None")
     saved = {"maximum": maximum, "total": total, "entropy": entropy}
@@ -179,11 +182,10 @@ def _gate_rows(
     outputs: list[str], dim: int, *arguments: Any,
 ) -> list[Tensor]:  # fmt: skip
     *values, device_step, backend = arguments
-    settings = Settings(*values)
     if device_step is not None:
-        settings = settings._replace(step=device_step)
+        values[-1] = device_step
     weighed = dict(zip(names, weights, strict=True))
-    call = GateCall(logits, targets, outputs, dim, checked(settings), threshold, weighed, offset)
+    call = GateCall(logits, targets, outputs, dim, checked_settings(*values), threshold, weighed, offset)
     mask, significance, weight, stats, invalid = _serve("gate_rows", call, backend)
     requested = [getattr(stats, name) for name in outputs]
     return [mask, significance, invalid, *([] if weight is None else [weight]), *requested]
@@ -198,7 +200,7 @@ def _gate_rows_fake(
     weight = [torch.empty_like(rows, dtype=torch.float32)] if Settings(*values).gate_temperature else []
     return [
         torch.empty_like(rows, dtype=torch.bool),
-        torch.empty_like(rows, dtype=accumulator(logits)),
+        torch.empty_like(rows, dtype=_floating(logits)),
         torch.empty((), dtype=torch.int32, device=logits.device),
         *weight,
         *_statistics_like(logits, targets, outputs),
@@ -246,7 +248,7 @@ def _control(
     values: Tensor, counters: Tensor, significance: Tensor, setpoint: Tensor, labels: Tensor | None, ignore_index: int,
     mass: Tensor | None, overflow: Tensor | None, gate_temperature: float, p_min: float, backend: str,
 ) -> None:  # fmt: skip
-    settings = checked(Settings(ignore_index=ignore_index, gate_temperature=gate_temperature, p_min=p_min))
+    settings = checked_settings(ignore_index=ignore_index, gate_temperature=gate_temperature, p_min=p_min)
     state = ControlState(values, counters)
     _serve("control", ControlCall(state, significance, setpoint, labels, mass, overflow, settings), backend)
 
