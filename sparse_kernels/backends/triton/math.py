@@ -7,6 +7,10 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Exponents are cut off here, where 2^-x is 0 in float32 and float64 alike and 0 * x is still 0: the difference
+# of a masked logit (-inf, or the type's lowest) and another is -inf.
+FAR = tl.constexpr(2000.0)
+NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit

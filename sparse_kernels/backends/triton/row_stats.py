@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
-# ruff: noqa: SIM102 (what is known at compile time decides by itself whether the rest is compiled)
+
 """Row statistics and the gate's decision in one pass over the logits.
 
 A program takes the rows and columns of tiles.py, block after block. With x the logits after softcap,
@@ -47,99 +47,12 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from sparse_kernels.backends.triton.math import LN2, LOG2E, divide, log1p, philox_uniform, root
-from sparse_kernels.backends.triton.tiles import (
-    columns_of_tile,
-    load_logits,
-    rows_of_program,
-    slice_of_program,
-    unaligned_columns,
-)
+from sparse_kernels.backends.triton.math import LOG2E
+from sparse_kernels.backends.triton.scan import join, read_slices, scan_block, scan_blocks, write_slice
+from sparse_kernels.backends.triton.statistics import decide, write_statistics
+from sparse_kernels.backends.triton.tiles import load_logits, rows_of_program
 
 WHOLE, SLICE, MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # phases
-# Exponents are cut off here, where 2^-x is 0 in float32 and float64 alike and 0 * x is still 0: the difference
-# of a masked logit (-inf, or the type's lowest) and another is -inf.
-FAR = tl.constexpr(2000.0)
-NO_COLUMN = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def across(x):
-    """A tile's maximum over the columns of each lane and row."""
-    return tl.max(tl.max(x, 3), 2)
-
-
-@triton.jit
-def total(x):
-    """A tile's sum over the columns of each lane and row."""
-    return tl.sum(tl.sum(x, 3), 2)
-
-
-@triton.jit
-def rescale(state, delta, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
-    """(rest, rest_t, rest_sq) in units of a maximum that is delta above theirs, in base 2."""
-    rest, rest_t, rest_sq = state
-    delta = tl.minimum(delta, FAR)
-    f = tl.exp2(-delta)
-    if ENTROPY:
-        rest_t = f * (rest_t - delta * rest)
-    if SQUARES:
-        rest_sq = f * f * rest_sq
-    return f * rest, rest_t, rest_sq
-
-
-@triton.jit
-def absorb(
-    peaks,  # (m, second, lowest), [ROWS, LANES] each
-    sums,  # (rest, rest_t, rest_sq), the same
-    x,  # a tile; -inf for the target and for what is no column
-    column,  # int32
-    scale,
-    ENTROPY: tl.constexpr,
-    SQUARES: tl.constexpr,
-    MARGIN: tl.constexpr,
-    ARGMAX: tl.constexpr,
-):
-    """What a lane keeps, with a tile's columns added."""
-    m, second, lowest = peaks
-    block_m = across(x)
-    if MARGIN or ARGMAX:
-        at = tl.min(tl.min(tl.where(x == block_m[:, :, None, None], column, NO_COLUMN), 3), 2)
-    if MARGIN:
-        block_second = across(tl.where(column == at[:, :, None, None], float("-inf"), x))
-        second = tl.maximum(tl.minimum(m, block_m), tl.maximum(second, block_second))
-    if ARGMAX:
-        at = tl.where(block_m == m, tl.minimum(at, lowest), at)
-        lowest = tl.where(block_m >= m, at, lowest)
-    new_m = tl.maximum(m, block_m)
-    reference = tl.where(new_m == float("-inf"), 0.0, new_m)  # else t = NaN where all is -inf so far
-    rest, rest_t, rest_sq = rescale(sums, (reference - m) * scale, ENTROPY, SQUARES)
-    t = (x - reference[:, :, None, None]) * scale
-    e = tl.exp2(t)
-    rest += total(e)
-    if ENTROPY:
-        rest_t += total(e * tl.maximum(t, -FAR))  # 2^-inf = 0 must add 0; NaN comes through e
-    if SQUARES:
-        rest_sq += total(e * e)
-    return (new_m, second, lowest), (rest, rest_t, rest_sq)
-
-
-@triton.jit
-def join(peaks, sums, scale, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr):
-    """What the lanes (or slices), axis 1, keep together: [ROWS] each."""
-    m, second, lowest = peaks
-    top = tl.max(m, 1)
-    reference = tl.where(top == float("-inf"), 0.0, top)
-    rest, rest_t, rest_sq = rescale(sums, (reference[:, None] - m) * scale, ENTROPY, SQUARES)
-    if MARGIN:
-        lane = tl.arange(0, m.shape[1])[None, :]
-        first = tl.min(tl.where(m == top[:, None], lane, NO_COLUMN), 1)
-        second = tl.maximum(tl.max(second, 1), tl.max(tl.where(lane == first[:, None], float("-inf"), m), 1))
-    else:
-        second = tl.max(second, 1)
-    lowest = tl.min(tl.where(m == top[:, None], lowest, NO_COLUMN), 1)
-    return (top, second, lowest), (tl.sum(rest, 1), tl.sum(rest_t, 1), tl.sum(rest_sq, 1))
-
 
 # Values that change from call to call must not compile anew when they are 1, divisible by 16 or above 2^31.
 RUN_TIME = (
@@ -254,214 +167,42 @@ def row_stats_kernel(
     # Of sum_d: not a masked target's, whose distance to all the others would overflow upwards.
     origin = tl.where(tl.abs(x_y) < 1e30, x_y, 0.0)
 
-    low = tl.full((ROWS, LANES), float("-inf"), ACC)
-    zero = tl.zeros((ROWS, LANES), ACC)
-    peaks = (low, low, tl.zeros((ROWS, LANES), tl.int32))
-    sums = (zero, zero, zero)
-    sum_d = zero
     if PHASE == MERGE:
-        piece = tl.arange(0, LANES)[None, :].to(tl.int64)
-        at = piece * rows + row[:, None]
-        part = rows.to(tl.int64) * slices
-        here = (piece < slices) & inside[:, None]
-        m = tl.load(sums_ptr + at, mask=here, other=float("-inf"))
-        second = low
-        lowest = peaks[2]
-        rest = tl.load(sums_ptr + 2 * part + at, mask=here, other=0.0)
-        rest_t = zero
-        rest_sq = zero
-        if MARGIN:
-            second = tl.load(sums_ptr + part + at, mask=here, other=float("-inf"))
-        if ARGMAX:
-            lowest = tl.load(lowest_ptr + at, mask=here, other=0)
-        if ENTROPY:
-            rest_t = tl.load(sums_ptr + 3 * part + at, mask=here, other=0.0)
-        if SQUARES:
-            rest_sq = tl.load(sums_ptr + 4 * part + at, mask=here, other=0.0)
-        if LOSS:
-            sum_d = tl.load(sums_ptr + 5 * part + at, mask=here, other=0.0)
-        peaks = (m, second, lowest)
-        sums = (rest, rest_t, rest_sq)
+        peaks, sums, sum_d = read_slices(
+            sums_ptr, lowest_ptr, row, inside, rows, slices, ROWS, LANES, LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX,
+            DOUBLE,
+        )  # fmt: skip
+    elif LOOP:
+        peaks, sums, sum_d = scan_blocks(
+            logits_ptr, base, outer, first, y, live, origin, outer_stride, inner_stride, class_stride, misaligned,
+            classes, slice_columns, scale, softcap, cap, label_smoothing, LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX,
+            DOUBLE, CONTIGUOUS, ROWS, CHUNKS, LANES, WIDTH,
+        )  # fmt: skip
     else:
-        COLUMNS: tl.constexpr = CHUNKS * LANES * WIDTH
-        ALONE: tl.constexpr = LANES > 1 and CONTIGUOUS
-        if LOOP:
-            begin, columns = slice_of_program(classes, slice_columns, live)
-        else:
-            columns = classes
-        place = columns_of_tile(CHUNKS, LANES, WIDTH)
-        y_tile = y[:, None, None, None]
-        live_tile = live[:, None, None, None]
-        origin_tile = origin[:, None, None, None]
-        base_tile = base[:, None, None, None]
-        if LOOP:
-            # Whole blocks, from the next multiple of 16 bytes on where a row is a program's.
-            head = columns * 0
-            if ALONE:
-                start_of_row = outer * outer_stride + first * inner_stride + begin
-                head = unaligned_columns(start_of_row, misaligned, WIDTH)
-                aligned = logits_ptr + start_of_row + head
-            full = tl.maximum(columns - head, 0) // COLUMNS * COLUMNS
-            stop = full
-            if ROWS == 1:  # the block with the target is one of those that are looked at logit by logit
-                y_at = tl.max(y, 0) - begin - head
-                stop = tl.where((y_at >= 0) & (y_at < full), y_at // COLUMNS * COLUMNS, full)
-            start = columns * 0
-            left = columns * 0  # of the columns before the first whole block and after the last
-            while (start < full) | (left < columns - full):
-                while start < stop:
-                    column = begin + head + start + place
-                    if ALONE:
-                        pointers = tl.multiple_of(aligned + start, 16) + place
-                    else:
-                        pointers = base_tile + column.to(tl.int64) * class_stride
-                    x = load_logits(pointers, None if ROWS == 1 else live_tile, softcap, cap, DOUBLE)
-                    if LOSS:
-                        if label_smoothing > 0.0:
-                            sum_d += total(x - origin_tile)
-                    if ROWS > 1:
-                        x = tl.where(column == y_tile, float("-inf"), x)
-                    peaks, sums = absorb(peaks, sums, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
-                    start += COLUMNS
-                whole = start < full
-                at = left + place
-                column = begin + tl.where(whole, head + start + place, tl.where(at < head, at, at + full))
-                here = (whole | (at < columns - full)) & live_tile
-                offset = column if CONTIGUOUS else column.to(tl.int64) * class_stride
-                x = load_logits(base_tile + offset, here, softcap, cap, DOUBLE)
-                if LOSS:
-                    if label_smoothing > 0.0:
-                        sum_d += total(tl.where(here, x - origin_tile, 0.0))
-                x = tl.where(here & (column != y_tile), x, float("-inf"))
-                peaks, sums = absorb(peaks, sums, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
-                left += tl.where(whole, 0, COLUMNS)
-                start += tl.where(whole, COLUMNS, 0)
-                stop = full
-        else:
-            here = (place < columns) & live_tile
-            offset = place if CONTIGUOUS else place.to(tl.int64) * class_stride
-            x = load_logits(base_tile + offset, here, softcap, cap, DOUBLE)
-            if LOSS:
-                if label_smoothing > 0.0:
-                    sum_d += total(tl.where(here, x - origin_tile, 0.0))
-            x = tl.where(here & (place != y_tile), x, float("-inf"))
-            peaks, sums = absorb(peaks, sums, x, place, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
+        peaks, sums, sum_d = scan_block(
+            base, y, live, origin, class_stride, classes, scale, softcap, cap, label_smoothing, LOSS, ENTROPY,
+            SQUARES, MARGIN, ARGMAX, DOUBLE, CONTIGUOUS, ROWS, CHUNKS, LANES, WIDTH,
+        )  # fmt: skip
     peaks, sums = join(peaks, sums, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
     sum_d = tl.sum(sum_d, 1)
-    top, second, lowest = peaks
-
     if PHASE == SLICE:
-        at = tl.program_id(1).to(tl.int64) * rows + row
-        part = rows.to(tl.int64) * slices
-        tl.store(sums_ptr + at, top, mask=inside)
-        tl.store(sums_ptr + 2 * part + at, sums[0], mask=inside)
-        tl.store(sums_ptr + 6 * part + at, x_y, mask=inside)
-        if MARGIN:
-            tl.store(sums_ptr + part + at, second, mask=inside)
-        if ARGMAX:
-            tl.store(lowest_ptr + at, lowest, mask=inside)
-        if ENTROPY:
-            tl.store(sums_ptr + 3 * part + at, sums[1], mask=inside)
-        if SQUARES:
-            tl.store(sums_ptr + 4 * part + at, sums[2], mask=inside)
-        if LOSS:
-            tl.store(sums_ptr + 5 * part + at, sum_d, mask=inside)
-        return
-
-    # The target.
-    m = tl.maximum(top, x_y)
-    reference = tl.where(m == float("-inf"), 0.0, m)
-    rest, rest_t, rest_sq = rescale(sums, (reference - top) * scale, ENTROPY, SQUARES)
-    t_y = (x_y - reference) * scale
-    e_y = tl.exp2(t_y)
-    # A maximum may have dropped NaN or met +inf: then rest or e_y is NaN. From here NaN goes everywhere.
-    rest = tl.where((m == float("-inf")) | bad, float("nan"), rest)
-    S = rest + e_y
-    confident = e_y >= rest
-    # S - 1 without the rounding of S: the 1 of the largest logit is taken from where it is, which is exact.
-    log_sum = log1p(tl.where(e_y == 1.0, rest, (rest - 1.0) + e_y), DOUBLE)
-    significance = tl.zeros((ROWS,), ACC)
-
-    if LOSS:
-        # Not from t_y: the difference to the type's lowest number is finite, and its logarithm to base 2 is not.
-        away = (reference - x_y) * tl.full((), inverse_temperature, ACC)
-        ratio = divide(rest, tl.where(confident, e_y, 1.0), DOUBLE)
-        loss = tl.where(confident, log1p(tl.where(confident, ratio, 0.0), DOUBLE), log_sum + away)
-        smoothing = tl.full((), label_smoothing, ACC)
-        if label_smoothing > 0.0:  # else 0 * inf where a logit is -inf
-            mean = (sum_d / classes + (origin - reference)) * tl.full((), inverse_temperature, ACC)
-            loss = (1.0 - smoothing) * loss + smoothing * (log_sum - mean)
-        loss = tl.where(ignored, 0.0, loss)
-        if W_LOSS:
-            significance += loss * tl.full((), w_loss, ACC)
-        if loss_ptr is not None:
-            tl.store(loss_ptr + row, loss, mask=inside)
-    if ENTROPY:
-        entropy = log_sum - divide(LN2 * (rest_t + e_y * tl.maximum(t_y, -FAR)), S, DOUBLE)
-        entropy = tl.where(ignored, 0.0, entropy)
-        if W_ENTROPY:
-            significance += entropy * tl.full((), w_entropy, ACC)
-        if entropy_ptr is not None:
-            tl.store(entropy_ptr + row, entropy, mask=inside)
-    if SQUARES:
-        grad_norm = tl.where(ignored, 0.0, divide(root(rest * rest + rest_sq, DOUBLE), S, DOUBLE))
-        if W_GRAD_NORM:
-            significance += grad_norm * tl.full((), w_grad_norm, ACC)
-        if grad_norm_ptr is not None:
-            tl.store(grad_norm_ptr + row, grad_norm, mask=inside)
-        sum_squares = tl.where(ignored, 0.0, divide(rest_sq + e_y * e_y, S * S, DOUBLE))
-        if W_SUM_SQUARES:
-            significance += sum_squares * tl.full((), w_sum_squares, ACC)
-        if sum_squares_ptr is not None:
-            tl.store(sum_squares_ptr + row, sum_squares, mask=inside)
-    max_prob = tl.where(ignored, 0.0, divide(tl.full(S.shape, 1.0, ACC), S, DOUBLE))
-    if W_MAX_PROB:
-        significance += max_prob * tl.full((), w_max_prob, ACC)
-    if max_prob_ptr is not None:
-        tl.store(max_prob_ptr + row, max_prob, mask=inside)
-    if MARGIN:
-        second = tl.maximum(tl.minimum(top, x_y), second)
-        margin = tl.where(ignored, 0.0, divide(1.0 - tl.exp2((second - reference) * scale), S, DOUBLE))
-        if W_MARGIN:
-            significance += margin * tl.full((), w_margin, ACC)
-        if margin_ptr is not None:
-            tl.store(margin_ptr + row, margin, mask=inside)
-    if argmax_ptr is not None:
-        lowest = tl.where(x_y >= top, tl.where(x_y == top, tl.minimum(y, lowest), y), lowest)
-        found = tl.where(S == S, lowest, -1)
-        tl.store(argmax_ptr + row, tl.where(ignored, 0, found).to(tl.int64), mask=inside)
-    logsumexp = tl.where(ignored, 0.0, m * tl.full((), inverse_temperature, ACC) + log_sum)
-    if W_LOGSUMEXP:
-        significance += logsumexp * tl.full((), w_logsumexp, ACC)
-    if logsumexp_ptr is not None:
-        tl.store(logsumexp_ptr + row, logsumexp, mask=inside)
-    if maximum_ptr is not None:
-        tl.store(maximum_ptr + row, m, mask=inside)
-        tl.store(total_ptr + row, S, mask=inside)
-
-    if mask_ptr is not None:
-        if offset_ptr is not None:
-            significance += tl.load(offset_ptr + row, mask=inside, other=0.0).to(ACC)
-            significance = tl.where(ignored, 0.0, significance)
-        tl.store(significance_ptr + row, significance, mask=inside)
-        threshold = tl.load(threshold_ptr).to(ACC)
-        if weight_ptr is not None:
-            p = 1.0 / (1.0 + tl.exp2((threshold - significance) * (LOG2E / tl.full((), gate_temperature, ACC))))
-            low = tl.full((), p_min, ACC)
-            p = tl.where(p < low, low, p)  # tl.maximum would turn NaN into p_min
-            drawn_step = step
-            if step_ptr is not None:
-                drawn_step = tl.load(step_ptr).to(tl.int64)
-            kept = (philox_uniform(row, drawn_step, seed) < p) & live
-            tl.store(weight_ptr + row, tl.where(kept, 1.0 / p, 0.0).to(tl.float32), mask=inside)
-        else:
-            kept = (significance > threshold) & live
-        tl.store(mask_ptr + row, kept.to(tl.int8), mask=inside)
-        if invalid_ptr is not None:
-            invalid = tl.sum(((significance != significance) & inside).to(tl.int32), 0)
-            tl.atomic_add(invalid_ptr, invalid, mask=invalid > 0, sem="relaxed")
-        if finished_ptr is not None:
-            tl.store(finished_ptr, 0, mask=tl.program_id(0) == 0)
+        write_slice(
+            sums_ptr, lowest_ptr, peaks, sums, sum_d, x_y, row, inside, rows, slices, LOSS, ENTROPY, SQUARES, MARGIN,
+            ARGMAX,
+        )  # fmt: skip
+    else:
+        significance = write_statistics(
+            peaks, sums, sum_d, row, inside, ignored, bad, y, x_y, origin, classes, scale, inverse_temperature,
+            label_smoothing, loss_ptr, entropy_ptr, grad_norm_ptr, sum_squares_ptr, max_prob_ptr, margin_ptr,
+            argmax_ptr, logsumexp_ptr, maximum_ptr, total_ptr, w_loss, w_entropy, w_grad_norm, w_sum_squares,
+            w_max_prob, w_margin, w_logsumexp, LOSS, ENTROPY, SQUARES, MARGIN, W_LOSS, W_ENTROPY, W_GRAD_NORM,
+            W_SUM_SQUARES, W_MAX_PROB, W_MARGIN, W_LOGSUMEXP, DOUBLE, ROWS,
+        )  # fmt: skip
+        if mask_ptr is not None:
+            decide(
+                significance, row, inside, live, ignored, mask_ptr, significance_ptr, weight_ptr, offset_ptr,
+                threshold_ptr, invalid_ptr, finished_ptr, gate_temperature, p_min, seed, step, step_ptr, DOUBLE,
+            )  # fmt: skip
 
 
 INTERPRETED = isinstance(row_stats_kernel, InterpretedFunction)

@@ -18,8 +18,7 @@ before it is written; nothing is read again.
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from sparse_kernels.backends.triton.math import LN2, LOG2E, tanh
-from sparse_kernels.backends.triton.row_stats import FAR
+from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, tanh
 from sparse_kernels.backends.triton.tiles import (
     columns_of_tile,
     rows_of_program,
