@@ -1,18 +1,18 @@
-"""The specification of every operation, in plain PyTorch, for any device.
+"""Backend ``torch``: the specification of every operation, in plain PyTorch, for any device.
 
-No shape here depends on data except in ``compact`` without a capacity, so it runs on CPU, CUDA,
-MPS and XLA and under ``torch.compile``. Every other backend is tested against it in float64.
+No shape here depends on data except in ``compact`` without a capacity, so it runs on CPU, CUDA, MPS and XLA and under
+``torch.compile``. Every other backend is tested against it in float64.
 
 With z the logits after softcap and temperature, m = max z, y the target, d = z - m, e = exp(d),
-rest = sum_{j != y} e_j, S = rest + e_y:
+rest = sum_{j != y} e_j, S = rest + e_y::
 
     loss      = log1p(rest / e_y) where e_y >= rest, else log(S) - d_y
     entropy   = log(S) - (sum e d) / S
     grad_norm = sqrt(rest^2 + sum_{j != y} e_j^2) / S
 
-The target is kept out of the sums because 1 - p_y and 1 - 2 p_y + sum p^2 cancel on a confident
-row: a float32 loss would read 0 below 6e-8, and grad_norm would be noise below 3e-4. Both
-are exact to rounding this way, and entropy adds two terms that are never negative.
+The target is kept out of the sums because 1 - p_y and 1 - 2 p_y + sum p^2 cancel on a confident row: a float32 loss
+would read 0 below 6e-8, and grad_norm would be noise below 3e-4. This way both are exact to rounding, and entropy adds
+two terms that are never negative.
 """
 
 from __future__ import annotations

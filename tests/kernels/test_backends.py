@@ -109,6 +109,18 @@ def test_bad_input_is_one_clear_line(settings, message, backend):
     assert "\n" not in str(error.value)
 
 
+def test_command_ends_quietly_when_its_reader_has_seen_enough():
+    """As in `python -m sparse_kernels | head -1`: the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "sparse_kernels"], stdout=closed, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
 def test_command_prints_the_table():
     done = subprocess.run([sys.executable, "-m", "sparse_kernels"], capture_output=True, text=True, check=True)
     assert f"sparse-kernels {sk.__version__}" in done.stdout

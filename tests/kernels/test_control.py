@@ -322,7 +322,7 @@ def test_cpp_by_name_says_why_not() -> None:
 
 @pytest.mark.parametrize("backend", [cpp_backend, cuda_backend], ids=["cpp", "cuda"])
 def test_compiled_kernels_refuse_what_they_cannot_read_or_move(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
-    """Whatever the device: here every tensor is one of theirs."""
+    """On every device: here each tensor passes for one of theirs."""
     monkeypatch.setattr(backend, "_tensor_unsupported_reason", lambda tensor: None)
     state = initial_state(torch.ones(3))
 

@@ -420,7 +420,7 @@ class Dispatched(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [512, 4096, 70_000])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_the_whole_gate_is_three_launches(monkeypatch, rows, temperature):
-    """What a step hands to the device, looked at without one: PyTorch makes memory and views, nothing more."""
+    """Launches of a step, recorded without a device: PyTorch allocates memory and views, nothing more."""
     torch.use_deterministic_algorithms(False)  # or PyTorch fills what it makes
     launched = []
 

@@ -413,7 +413,7 @@ def graphs():
 
 
 def frames():
-    """How many times something was compiled."""
+    """Number of compilations."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

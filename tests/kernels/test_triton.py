@@ -512,7 +512,7 @@ with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxt
 
 @pytest.fixture(scope="session")
 def ahead_of_time(request, tmp_path_factory):
-    """What was compiled for each GPU, and what calls with other values would look their compilation up by.
+    """Compiled kernels for each GPU, and the keys by which calls with other values look up their compilation.
 
     Compilations are kept from run to run: Triton finds them by the kernel's source, the GPU and its own version.
     """
@@ -544,7 +544,7 @@ def test_compiles_for_gpus_and_fits_registers(arch, compiled):
 
 
 def test_rows_are_loaded_16_bytes_at_a_time(compiled):
-    """Whatever the number of classes where a row is a program's; whole rows where it is a multiple of 16 bytes."""
+    """For any number of classes if a row is a program's; for whole rows if it is a multiple of 16 bytes."""
     loads = {}
     for kernel in compiled[90]:
         loads[kernel["case"]] = max(kernel["wide"], loads.get(kernel["case"], 0))

@@ -1,7 +1,7 @@
-"""How the rows and columns of a batch are dealt out to programs. Triton is not imported here.
+"""Assignment of a batch's rows and columns to programs. Triton is not imported here.
 
-No speed is measured yet: these follow from the instructions, registers and spills that the compiler reports
-for sm_75 to sm_100, and from enough loads of 16 bytes being in flight.
+No speed is measured yet. The choices follow from the instructions, registers and spills that the compiler reports for
+sm_75 to sm_100, and from the need for enough 16-byte loads in flight.
 """
 
 from __future__ import annotations
@@ -14,89 +14,109 @@ CHUNKS = 4  # such loads in flight a thread: with 16 warps on a processor, 32 KB
 
 @dataclass(frozen=True)
 class Launch:
-    """A tile (see tiles.py), its warps, and the most classes it is for."""
+    """A tile (see tiles.py) and its warps."""
 
-    classes: int
+    classes: int  # the most that it is for
     rows: int
     chunks: int
     lanes: int
     width: int
     warps: int
-    reason: str
-    contiguous: bool = True  # what the kernel is told of the class stride
-    registers: int | None = None  # a thread's, at most
+    contiguous: bool = True  # told to the kernel: the class stride is 1
+    registers: int | None = None  # the most for a thread; None for the compiler's choice
 
     @property
     def columns(self) -> int:
-        """Of a block."""
+        """Columns of a block."""
         return self.chunks * self.lanes * self.width
 
 
 NO_LIMIT = 2**63
 # Classes next to each other in memory, several rows to a program: a block holds all classes.
 SHORT = (
-    Launch(32, 128, 1, 1, 32, 4, "a thread to a row: what follows a row's last logit is done by one thread; the "
-           "first-level cache joins the rows' loads", False),
-    Launch(64, 16, 1, 1, 64, 1, "a warp and 32 logits a thread: no barrier, few exchanges a row"),
-    Launch(128, 8, 1, 1, 128, 1, "the same"),
-    Launch(256, 4, 1, 1, 256, 1, "the same"),
-    Launch(512, 2, 1, 1, 512, 1, "the same"),
-)  # fmt: skip
-# One row to a program: most classes, warps, registers, reason.
-LONG = (
-    (8192, 1, None, "a warp: no barrier at all, and what follows a row's last logit is done by one warp"),
-    (NO_LIMIT, 4, 128, "16 warps on a processor; unasked the compiler takes up to 220 registers, for softcap's sake"),
+    # A thread to a row: one thread does all that follows a row's last logit; the first-level cache joins the loads.
+    Launch(32, 128, 1, 1, 32, 4, contiguous=False),
+    # A warp and 32 logits a thread: no barrier, few exchanges a row.
+    Launch(64, 16, 1, 1, 64, 1),
+    Launch(128, 8, 1, 1, 128, 1),
+    Launch(256, 4, 1, 1, 256, 1),
+    Launch(512, 2, 1, 1, 512, 1),
 )
-# Rows next to each other in memory, as the pixels of NCHW.
-STRIDED = Launch(NO_LIMIT, 128, 1, 1, 8, 4, "a thread owns a pixel, so nothing is exchanged; a warp reads 32", False)
+# One row to a program: most classes, warps, registers.
+LONG = (
+    # A warp: no barrier at all, and one warp does all that follows a row's last logit.
+    (8192, 1, None),
+    # 16 warps on a processor; without the limit the compiler takes up to 220 registers, because of softcap.
+    (NO_LIMIT, 4, 128),
+)
+# Rows next to each other in memory, as the pixels of NCHW. A thread owns a pixel, so nothing is exchanged; a warp
+# reads 32 of them.
+STRIDED = Launch(NO_LIMIT, 128, 1, 1, 8, 4, contiguous=False)
 
 
 def choose(classes: int, class_stride: int, itemsize: int, tensors: int = 1) -> Launch:
-    """The tile for a batch; ``itemsize`` is a logit's bytes, ``tensors`` how many tensors of logits are moved."""
-    rung = STRIDED
-    if class_stride == 1 or classes == 1:
-        found = next((rung for rung in SHORT if classes <= rung.classes), None)
-        if found is None:
-            most, warps, registers, reason = next(rung for rung in LONG if classes <= rung[0])
-            return Launch(most, 1, CHUNKS // tensors, 32 * warps, BYTES // itemsize, warps, reason, registers=registers)
-        rung = found
-        if rung.rows == 128 and classes <= 16:
-            rung = replace(rung, width=16)
+    """Return the tile for a batch.
+
+    Args:
+        classes: of a row.
+        class_stride: in elements.
+        itemsize: bytes of a logit.
+        tensors: number of tensors of logits that are moved; 2 for a backward.
+    """
+    if class_stride != 1 and classes != 1:
+        tile = STRIDED
+    else:
+        short = next((tile for tile in SHORT if classes <= tile.classes), None)
+        if short is None:
+            most, warps, registers = next(rung for rung in LONG if classes <= rung[0])
+            return Launch(most, 1, CHUNKS // tensors, 32 * warps, BYTES // itemsize, warps, registers=registers)
+        tile = replace(short, width=16) if short.rows == 128 and classes <= 16 else short
     # float64 takes two registers a number.
-    return replace(rung, rows=rung.rows // 2) if itemsize == 8 else rung
+    return replace(tile, rows=tile.rows // 2) if itemsize == 8 else tile
 
 
 WARPS = 16  # that a processor needs to keep the memory busy, at CHUNKS loads a thread
-MOST_SLICES = 64  # what phase MERGE joins in one go
+MOST_SLICES = 64  # joined by phase MERGE in one go
 
 
 def slices(tile: Launch, programs: int, classes: int, processors: int) -> tuple[int, int]:
-    """Into how many slices to cut the rows of ``programs`` programs, and a slice's columns: a multiple of a block's.
+    """Return the number of slices to cut the rows into, and a slice's columns: a multiple of a block's.
 
-    As many as give each of a GPU's processors its warps, none of less than one block; one slice where there are
-    programs enough, as a second launch and its scratch cost more than they save there.
+    As many slices as give each processor of a GPU its warps, none of less than one block. One slice if there are
+    programs enough: a second launch and its scratch memory then cost more than they save.
+
+    Args:
+        tile: of each program.
+        programs: of one slice.
+        classes: of a row.
+        processors: of the GPU.
     """
     blocks = -(-classes // tile.columns)
     warps = programs * tile.warps
     if blocks == 1 or 2 * warps > processors * WARPS:
         return 1, classes
-    wanted = -(-processors * WARPS // warps)
-    of_slice = -(-blocks // min(wanted, blocks, MOST_SLICES))
-    return -(-blocks // of_slice), of_slice * tile.columns
+    useful = -(-processors * WARPS // warps)
+    blocks_of_slice = -(-blocks // min(useful, blocks, MOST_SLICES))
+    return -(-blocks // blocks_of_slice), blocks_of_slice * tile.columns
 
 
 MANY_ROWS = 16384
 
 
 def merged(tile: Launch, count: int, rows: int) -> Launch | None:
-    """The tile of phase MERGE, where a row's slices are its lanes; None where one launch does all.
+    """Return the tile of phase MERGE, in which a row's slices are its lanes; None if one launch does all.
 
-    Also for rows of one slice where they are many and short, for then what follows a row's last logit, a few
-    hundred instructions that a warp repeats for each of its rows, costs more than 40 bytes of scratch a row
-    and a launch.
+    Rows of one slice are merged too if they are many and short: the few hundred instructions after a row's last
+    logit, which a warp repeats for each of its rows, then cost more than 40 bytes of scratch a row and a launch.
+
+    Args:
+        tile: of the launch before.
+        count: number of slices.
+        rows: of the batch.
     """
     repeated = tile.contiguous and tile.warps == 1 and rows >= MANY_ROWS
     if count == 1 and not repeated:
         return None
     lanes = 1 << (count - 1).bit_length()
-    return Launch(NO_LIMIT, 128 if count == 1 else 4, 1, lanes, 1, 4 if count == 1 else 1, "a thread to a row", False)
+    # A thread to a row.
+    return Launch(NO_LIMIT, 128 if count == 1 else 4, 1, lanes, 1, 4 if count == 1 else 1, contiguous=False)

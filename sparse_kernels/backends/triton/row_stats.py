@@ -3,19 +3,18 @@
 
 """Row statistics and the gate's decision in one pass over the logits.
 
-A program takes the rows and columns of tiles.py, block after block. With x the logits after softcap,
-c = log2(e) / temperature, y the target and m the largest x so far, t_j = (x_j - m) c (base 2, never above 0)
-and e_j = 2^t_j, each lane keeps for its own columns, the target left out,
+A program takes the rows and columns of tiles.py, block after block. Let x be the logits after softcap,
+c = log2(e) / temperature, y the target, m the largest x so far, t_j = (x_j - m) c (base 2, never above 0) and
+e_j = 2^t_j. Each lane keeps for its own columns, without the target,
 
     m    second (largest x)    lowest (column of m)    rest = sum e_j    rest_t = sum e_j t_j    rest_sq = sum e_j^2
 
-When a block raises m by delta / c, what was kept becomes, with f = 2^-delta,
+When a block raises m by delta / c, the sums become, with f = 2^-delta,
 
     rest_t' = f (rest_t - delta rest)    rest' = f rest    rest_sq' = f^2 rest_sq
 
-which also joins lanes, slices of a row (below) and, last of all, the target, read by itself. A lane is a thread
-where rows are long, so that nothing is exchanged between threads, and no barrier met, before a row's end.
-With S = rest + e_y:
+The same rule joins lanes, slices of a row (below) and, last of all, the target, which is read by itself. If rows are
+long, a lane is a thread: threads exchange nothing and meet no barrier before a row's end. With S = rest + e_y:
 
     ln S      = log1p(S - 1), where S - 1 is rest if the target is largest, else (rest - 1) + e_y
     loss      = log1p(rest / e_y) where e_y >= rest, else ln S + (m - x_y) / temperature
@@ -27,20 +26,20 @@ With S = rest + e_y:
 
 The target stays out of the sums because 1 - p_y and 1 - 2 p_y + sum p^2 cancel on a confident row.
 
-Few long rows would leave most of a GPU idle. Then a row's columns are dealt out in slices (phase SLICE), each
-kept as above in scratch memory, and joined in their order by a second launch (phase MERGE): one way to add, so
-the result is the same run after run.
+Few long rows would leave most of a GPU idle. Then a row's columns are dealt out in slices (phase SLICE), whose peaks
+and sums go to scratch memory. A second launch (phase MERGE) joins them in a fixed order, so the result is the same in
+every run.
 
 Rounding: x_j - m is exact or one rounding, t_j one more, so e_j carries |t_j| 2^-24 and the device's own
 2 ulp of exp2; |t| e^t is at most 0.54, so no statistic gains more than a rounding of itself from it.
 
-Bytes: the logits once, a sector a row for the target's logit, 4 or 8 bytes a row for the target and for each
-output. The rows that are ignored are not read where rows are long. A GPU with 128
-lanes on a processor must spend less than 14 instructions on a bfloat16 logit to read 4.3 TB/s (H200); the loop over
-whole blocks has 9.5 with loss and entropy, of which one is of the 16 lanes of exp2, 58% busy then.
+Bytes: the logits once, a sector a row for the target's logit, 4 or 8 bytes a row for the target and for each output.
+Ignored rows are not read if rows are long. A GPU with 128 lanes on a processor must spend less than 14 instructions on
+a bfloat16 logit to read 4.3 TB/s (H200). The loop over whole blocks has 9.5 with loss and entropy; one of them is for
+the 16 lanes of exp2, which are then 58% busy.
 
-Hazards, each said where it is handled: a maximum here drops NaN, so NaN must come through a sum; -inf
-must add 0 and never 0 * -inf; offsets pass 2^31, so they are 64-bit.
+Hazards, each with a comment where it is handled: a maximum here drops NaN, so NaN must come through a sum; -inf must
+add 0 and never 0 * -inf; offsets pass 2^31, so they are 64-bit.
 """
 
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -54,7 +53,7 @@ from sparse_kernels.backends.triton.tiles import load_logits, rows_of_program
 
 WHOLE, SLICE, MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # phases
 
-# Values that change from call to call must not compile anew when they are 1, divisible by 16 or above 2^31.
+# Not specialised: a value that changes from call to call must not recompile if it is 1, divisible by 16 or above 2^31.
 RUN_TIME = (
     "outer_stride",
     "inner_stride",
@@ -164,7 +163,7 @@ def row_stats_kernel(
         x_y = tl.load(sums_ptr + 6 * rows.to(tl.int64) * slices + row, mask=inside, other=0.0)
     else:
         x_y = load_logits(base + y.to(tl.int64) * class_stride, live, softcap, cap, DOUBLE)
-    # Of sum_d: not a masked target's, whose distance to all the others would overflow upwards.
+    # Origin of sum_d: not a masked target, whose distance to all the others would overflow upwards.
     origin = tl.where(tl.abs(x_y) < 1e30, x_y, 0.0)
 
     if PHASE == MERGE:

@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
 # ruff: noqa: SIM102 (what is known at compile time decides by itself whether the rest is compiled)
-"""Running sums of a row over its columns: what row_stats.py's header calls m, second, lowest, rest, rest_t, rest_sq.
+"""Running peaks and sums of a row over its columns; row_stats.py's header defines and derives them.
 
-Kept lane by lane while the columns are read (``absorb``), then joined over lanes or slices (``join``).
+Peaks are (m, second, lowest), sums are (rest, rest_t, rest_sq). Each lane keeps its own while the columns are read
+(``absorb``); then they are joined over lanes or slices (``join``).
 """
 
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -15,19 +16,19 @@ from sparse_kernels.backends.triton.tiles import columns_of_tile, load_logits, s
 
 @triton.jit
 def across(x):
-    """A tile's maximum over the columns of each lane and row."""
+    """Return a tile's maximum over the columns of each lane and row."""
     return tl.max(tl.max(x, 3), 2)
 
 
 @triton.jit
 def total(x):
-    """A tile's sum over the columns of each lane and row."""
+    """Return a tile's sum over the columns of each lane and row."""
     return tl.sum(tl.sum(x, 3), 2)
 
 
 @triton.jit
 def rescale(state, delta, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
-    """(rest, rest_t, rest_sq) in units of a maximum that is delta above theirs, in base 2."""
+    """Return the sums in units of a maximum that is delta above theirs, in base 2."""
     rest, rest_t, rest_sq = state
     delta = tl.minimum(delta, FAR)
     f = tl.exp2(-delta)
@@ -50,7 +51,7 @@ def absorb(
     MARGIN: tl.constexpr,
     ARGMAX: tl.constexpr,
 ):
-    """What a lane keeps, with a tile's columns added."""
+    """Return each lane's peaks and sums with a tile's columns added."""
     m, second, lowest = peaks
     block_m = across(x)
     if MARGIN or ARGMAX:
@@ -76,7 +77,7 @@ def absorb(
 
 @triton.jit
 def join(peaks, sums, scale, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr):
-    """What the lanes (or slices), axis 1, keep together: [ROWS] each."""
+    """Return the peaks and sums of all lanes (or slices), axis 1, together: [ROWS] each."""
     m, second, lowest = peaks
     top = tl.max(m, 1)
     reference = tl.where(top == float("-inf"), 0.0, top)
@@ -93,7 +94,7 @@ def join(peaks, sums, scale, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGI
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr, LANES: tl.constexpr, DOUBLE: tl.constexpr):
-    """Peaks and sums of no columns, and a zero of their shape."""
+    """Return the peaks, sums and sum_d of no columns."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     low = tl.full((ROWS, LANES), float("-inf"), ACC)
     zero = tl.zeros((ROWS, LANES), ACC)
@@ -105,7 +106,7 @@ def read_slices(
     sums_ptr, lowest_ptr, row, inside, rows, slices, ROWS: tl.constexpr, LANES: tl.constexpr, LOSS: tl.constexpr,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """What phase SLICE wrote, a lane to a slice: peaks, sums and sum_d."""
+    """Return the peaks, sums and sum_d that phase SLICE wrote, a lane to a slice."""
     peaks, sums, sum_d = empty_state(ROWS, LANES, DOUBLE)
     second = peaks[1]
     lowest = peaks[2]
@@ -135,7 +136,7 @@ def write_slice(
     sums_ptr, lowest_ptr, peaks, sums, sum_d, x_y, row, inside, rows, slices, LOSS: tl.constexpr,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
-    """The joined peaks and sums of the program's slice, in scratch memory for phase MERGE."""
+    """Write the joined peaks and sums of the program's slice to scratch memory, for phase MERGE."""
     top, second, lowest = peaks
     at = tl.program_id(1).to(tl.int64) * rows + row
     part = rows.to(tl.int64) * slices
@@ -160,7 +161,7 @@ def scan_block(
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, DOUBLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Peaks, sums and sum_d of rows that one tile holds."""
+    """Return the peaks, sums and sum_d of rows that one tile holds."""
     peaks, sums, sum_d = empty_state(ROWS, LANES, DOUBLE)
     place = columns_of_tile(CHUNKS, LANES, WIDTH)
     here = (place < classes) & live[:, None, None, None]
@@ -181,7 +182,7 @@ def scan_blocks(
     SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, DOUBLE: tl.constexpr, CONTIGUOUS: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Peaks, sums and sum_d of the program's slice of its rows, tile after tile."""
+    """Return the peaks, sums and sum_d of the program's slice of its rows, tile after tile."""
     COLUMNS: tl.constexpr = CHUNKS * LANES * WIDTH
     ALONE: tl.constexpr = LANES > 1 and CONTIGUOUS
     peaks, sums, sum_d = empty_state(ROWS, LANES, DOUBLE)

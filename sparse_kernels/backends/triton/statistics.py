@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
 
-"""From a row's joined sums to its statistics, and from these to the gate's decision; see row_stats.py's header."""
+"""Statistics of a row from its joined peaks and sums, and the gate's decision; see row_stats.py's header."""
 
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -12,7 +12,7 @@ from sparse_kernels.backends.triton.scan import rescale
 
 @triton.jit
 def emit(significance, value, weight, pointer, row, inside, WEIGHED: tl.constexpr):
-    """The significance with a statistic added if it is weighed; the statistic is stored unless its pointer is None."""
+    """Store a statistic unless its pointer is None; return the significance, with the statistic added if weighed."""
     if WEIGHED:
         significance += value * tl.full((), weight, value.dtype)
     if pointer is not None:
@@ -25,7 +25,7 @@ def smoothed_loss(
     S, rest, e_y, x_y, log_sum, reference, sum_d, origin, classes, inverse_temperature, label_smoothing,
     DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """The loss of rows that are not ignored."""
+    """Return the loss, right for all rows but the ignored ones."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     confident = e_y >= rest
     # Not from t_y: the difference to the type's lowest number is finite, and its logarithm to base 2 is not.
