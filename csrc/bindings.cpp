@@ -16,7 +16,7 @@
 #include "cpu/row_stats.h"
 #include "cpu/sum_tree.h"
 #include "direct.h"
-#include "python_arguments.h"
+#include "row_stats_arguments.h"
 
 namespace py = pybind11;
 namespace sk = sparse_kernels;

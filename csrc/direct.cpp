@@ -17,7 +17,7 @@
 #include "cpu/gather.h"
 #include "cpu/row_stats.h"
 #include "plain_tensors.h"
-#include "python_arguments.h"
+#include "row_stats_arguments.h"
 
 namespace sparse_kernels {
 namespace {

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../python_arguments.h"
+#include "../settings.h"
 #include "compact.h"
 #include "control.h"
 #include "gather.h"
