@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends.triton import backend as triton_backend
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,12 @@ def strict_interpreter() -> Iterator[None]:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         patch.setattr(interpreter, "_patch_lang_core", patch_core)
         yield
+
+
+@pytest.fixture
+def many_processors(monkeypatch):
+    """A device so large that every row of more than one block is cut into slices."""
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 10_000)
 
 
 def instruction_sets() -> list[str]:
