@@ -10,6 +10,8 @@ import torch
 import sparse_kernels as sk
 
 BACKENDS = ["cpp", "torch"]
+MISSING = sk._dispatch.BACKENDS["cpp"].unavailable_reason()
+needs_cpp = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -56,6 +58,7 @@ def test_capacity_form(backend, rows, capacity):
     assert torch.equal(selection.valid(), torch.arange(capacity) < kept)
 
 
+@needs_cpp
 @hypothesis.settings(max_examples=80, deadline=None)
 @hypothesis.given(
     flags=st.lists(st.booleans(), max_size=300),
@@ -184,6 +187,7 @@ def test_gather_and_scatter_of_views(backend, name):
     assert torch.equal(back, torch.zeros_like(tensor).index_copy(0, kept, tensor[: len(kept)]))
 
 
+@needs_cpp
 def test_rows_without_gaps_are_moved_as_they_lie():
     selection = sk.compact(masks(24, 0.4))
     for name in ("channels last", "every second, channels last", "permuted inside"):
@@ -193,6 +197,7 @@ def test_rows_without_gaps_are_moved_as_they_lie():
         assert sk.scatter_rows(taken, selection).stride()[1:] == tensor.stride()[1:], name
 
 
+@needs_cpp
 @pytest.mark.parametrize("order", [[3, 0, 7], [3, 3, 0, 9, 3], [0, 1, 2], []])
 def test_scatter_of_an_index_in_any_order(order):
     """compact gives ascending indices; a selection made by hand need not have them. The last of equals wins."""
@@ -204,6 +209,7 @@ def test_scatter_of_an_index_in_any_order(order):
     assert torch.equal(sk.scatter_rows(rows, made, backend="cpp"), wanted)
 
 
+@needs_cpp
 def test_a_tree_is_moved_in_one_call(monkeypatch):
     from sparse_kernels.backends import cpp as cpp_backend
     from sparse_kernels.backends import cpp_direct
@@ -246,6 +252,7 @@ def test_scatter_is_differentiable(backend):
     assert torch.autograd.gradgradcheck(lambda r: sk.scatter_rows(r, selection, backend=backend), (rows,))
 
 
+@needs_cpp
 def test_selection_from_elsewhere_cannot_read_out_of_bounds():
     wild = sk.Selection(torch.tensor([0, 99]), torch.ones(2), torch.tensor(2), torch.tensor(0), 10)
     for tensor in (torch.randn(10, 2), torch.randn(2, 10).t()):  # bytes, and what PyTorch gathers

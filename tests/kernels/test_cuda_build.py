@@ -143,6 +143,7 @@ def test_own_kernels_spill_nothing():
 
 def test_rows_move_16_bytes_at_a_time():
     """Eight loads under way before the first store, in the gather and in the scatter."""
+    built()
     architecture = cuda_backend._cuda.architectures.split()[0].removesuffix("+PTX").replace(".", "")
     code = cuobjdump("-sass", "-arch", f"sm_{architecture}")
     kernels = [part for part in code.split("Function : ") if part.split("\n", 1)[0].find("move_rows") >= 0]
