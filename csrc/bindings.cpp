@@ -33,14 +33,11 @@ T* at(Address address) {
 // The statistics in their order, the argmax, and what a backward needs.
 constexpr py::ssize_t kOutputs = sk::kStatistics + 3;
 
-// Tuples are read through Python's own accessors: pybind11's casts of 20 numbers would cost as much
-// as the statistics of a hundred rows.
-void check_error() {
-  if (PyErr_Occurred()) throw py::error_already_set();
-}
+// Tuples are read through Python's own accessors: pybind11's casts would cost as much as the
+// statistics of a hundred rows.
 int64_t integer(const py::tuple& values, py::ssize_t i) {
   const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(values.ptr(), i));
-  if (value == -1) check_error();
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
 sk::Settings settings_of(const py::tuple& values) {
@@ -48,17 +45,13 @@ sk::Settings settings_of(const py::tuple& values) {
   if (!sk::read_settings(values.ptr(), &settings)) throw py::error_already_set();
   return settings;
 }
-void check_size(const py::tuple& values, py::ssize_t wanted) {
-  if (PyTuple_GET_SIZE(values.ptr()) != wanted)
-    throw std::invalid_argument("a tuple of a wrong size");
-}
 
 // The class stride, the outermost rows' stride, then size and stride of each further dimension.
 sk::RowLayout row_layout(const py::tuple& layout) {
   sk::RowLayout rows{};
   rows.dimensions = int(layout.size() / 2);
   if (rows.dimensions < 1 || rows.dimensions > sk::RowLayout::kDimensions)
-    throw std::invalid_argument("a layout of too many dimensions");
+    throw std::invalid_argument("a layout must have 1 to 4 dimensions of rows");
   rows.stride[0] = integer(layout, 1);
   for (int d = 1; d < rows.dimensions; ++d) {
     rows.size[d] = integer(layout, 2 * d);
@@ -83,7 +76,9 @@ void set_input(sk::RowStatsInput& args, Address logits, int dtype, int64_t rows,
 
 void set_outputs(sk::RowStatsArgs& args, const py::tuple& outputs) {
   if (PyTuple_GET_SIZE(outputs.ptr()) == 0) return;  // none
-  check_size(outputs, kOutputs);
+  if (PyTuple_GET_SIZE(outputs.ptr()) != kOutputs)
+    throw std::invalid_argument(
+        "outputs must be a tuple of as many addresses as there are outputs");
   const auto address = [&](int k) { return Address(integer(outputs, k)); };
   for (int k = 0; k < sk::kStatistics; ++k) args.outputs[k] = at<void>(address(k));
   args.argmax = at<int64_t>(address(sk::kStatistics));
@@ -94,7 +89,8 @@ void set_outputs(sk::RowStatsArgs& args, const py::tuple& outputs) {
 // The levels' addresses come as a tuple.
 sk::SumTree sum_tree(Address leaves, int64_t size, const py::tuple& levels) {
   sk::SumTree tree{at<float>(leaves), size, {}, int(levels.size())};
-  if (tree.depth > sk::SumTree::kLevels) throw std::invalid_argument("a tree of too many levels");
+  if (tree.depth > sk::SumTree::kLevels)
+    throw std::invalid_argument("levels must not be more than a tree can have");
   for (int level = 0; level < tree.depth; ++level)
     tree.levels[level] = at<double>(Address(integer(levels, level)));
   return tree;
@@ -204,7 +200,7 @@ PYBIND11_MODULE(_cpp, m) {
     args.weight = at<float>(weight);
     args.offset = at<void>(offset);
     if (!sk::read_weights(weights.ptr(), args.weights))
-      throw std::invalid_argument("weights that are not numbers by their statistics");
+      throw std::invalid_argument("weights must be numbers, named by their statistics");
     args.threshold =
         args.dtype == sk::DType::kFloat64 ? *at<double>(threshold) : *at<float>(threshold);
     return run(args, at<int32_t>(invalid));
@@ -269,9 +265,4 @@ PYBIND11_MODULE(_cpp, m) {
   });
   m.def("max_threads", &sk::max_threads);
   sk::add_direct_functions(m.ptr());
-#ifdef _OPENMP
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
 }

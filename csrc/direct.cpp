@@ -7,17 +7,12 @@
 #include "direct.h"
 
 #include <initializer_list>
-#include <limits>
 #include <new>
-#include <utility>
-#include <vector>
 
-#include "cpu/compact.h"
 #include "cpu/control.h"
-#include "cpu/gather.h"
-#include "cpu/row_stats.h"
+#include "plain_scores.h"
+#include "plain_selection.h"
 #include "plain_tensors.h"
-#include "row_stats_arguments.h"
 
 namespace sparse_kernels {
 namespace {
@@ -34,49 +29,6 @@ PyObject* tuple_of(std::initializer_list<Output*> outputs, PyObject* last = null
   return tuple.release();
 }
 
-class Unlocked {
- public:
-  Unlocked() : state_(PyEval_SaveThread()) {}
-  ~Unlocked() { PyEval_RestoreThread(state_); }
-
- private:
-  PyThreadState* state_;
-};
-
-int64_t integer(PyObject* object) {
-  require(PyLong_CheckExact(object));
-  const int64_t value = PyLong_AsLongLong(object);
-  require(value != -1 || !PyErr_Occurred());
-  return value;
-}
-
-// A selection's tensors.
-struct Packed {
-  Output index, weight, count, overflow;
-  int64_t slots = 0;
-
-  // `capacity` is None for as many slots as are kept.
-  Packed(const uint8_t* mask, const float* weight_in, int64_t rows, PyObject* capacity) {
-    std::vector<int64_t> counts;
-    if (capacity == Py_None) {
-      counts = count_flags(mask, rows);
-      for (int64_t c : counts) slots += c;
-    } else {
-      slots = integer(capacity);
-      require(slots >= 0 && slots <= std::numeric_limits<int32_t>::max());
-    }
-    index = Output(&slots, 1, kInt64);
-    weight = Output(&slots, 1, kFloat32);
-    count = Output(nullptr, 0, kInt32);
-    overflow = Output(nullptr, 0, kInt32);
-    const int64_t total = compact(mask, weight_in, rows, std::move(counts), slots,
-                                  index.data<int64_t>(), weight.data<float>());
-    const int64_t kept = total < slots ? total : slots;
-    *count.data<int32_t>() = int32_t(kept);
-    *overflow.data<int32_t>() = int32_t(total - kept);
-  }
-};
-
 // mask, weight, capacity -> index, weight, count, overflow
 PyObject* compact_plain(PyObject* const* args) {
   const Input mask(args[0]);
@@ -92,134 +44,12 @@ PyObject* compact_plain(PyObject* const* args) {
   return tuple_of({&packed.index, &packed.weight, &packed.count, &packed.overflow});
 }
 
-// The rows of a tree of contiguous tensors at `index`, [slots], each below `rows`.
-PyObject* packed_rows(PyObject* tree, const int64_t* index, int64_t slots, int64_t rows,
-                      PyObject* grad_enabled) {
-  require(rows > 0);
-  const bool is_dict = PyDict_CheckExact(tree), is_list = PyList_CheckExact(tree);
-  const bool is_one = !is_dict && !is_list && !PyTuple_CheckExact(tree);
-  // References of our own: other threads may change the tree while the rows are moved.
-  const Reference keys(is_dict ? PyDict_Keys(tree) : nullptr);
-  const Reference leaves(is_one    ? PyTuple_Pack(1, tree)
-                         : is_dict ? PyDict_Values(tree)
-                                   : PySequence_Tuple(tree));
-  require(leaves.object);
-  const Py_ssize_t size = PySequence_Fast_GET_SIZE(leaves.object);
-
-  std::vector<Output> outputs;
-  std::vector<RowMove> moves;
-  outputs.reserve(size_t(size));
-  moves.reserve(size_t(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* leaf = PySequence_Fast_GET_ITEM(leaves.object, i);
-    const Input in(leaf);
-    require(in.t.ndim > 0 && in.t.shape[0] == rows && in.t.dtype.lanes == 1);
-    require(grad_enabled != Py_True || !is_true(PyObject_GetAttr(leaf, requires_grad_name)));
-    const int64_t row_bytes = in.numel() / rows * ((in.t.dtype.bits + 7) / 8);
-    std::vector<int64_t> shape(in.t.shape, in.t.shape + in.t.ndim);
-    shape[0] = slots;
-    outputs.emplace_back(shape.data(), in.t.ndim, in.t.dtype);
-    moves.push_back({in.data<char>(), row_bytes, outputs.back().data<char>(), row_bytes});
-  }
-  int64_t bad_slot;
-  {
-    Unlocked unlocked;
-    bad_slot = gather_rows(moves, index, slots, rows);
-  }
-  require(bad_slot < 0);
-
-  if (is_one) return outputs[0].take();
-  Reference packed(is_dict ? PyDict_New() : is_list ? PyList_New(size) : PyTuple_New(size));
-  require(packed.object);
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* tensor = outputs[size_t(i)].take();
-    if (is_dict) {
-      const Reference owned(tensor);
-      require(PyDict_SetItem(packed.object, PyList_GET_ITEM(keys.object, i), tensor) == 0);
-    } else if (is_list) {
-      PyList_SET_ITEM(packed.object, i, tensor);
-    } else {
-      PyTuple_SET_ITEM(packed.object, i, tensor);
-    }
-  }
-  return packed.release();
-}
-
 // tree, index, rows, whether gradients are enabled -> the tree's packed rows
 PyObject* gather_plain(PyObject* const* args) {
   const Input index(args[1]);
   require(index.is(kInt64, 1));
   return packed_rows(args[0], index.data<int64_t>(), index.t.shape[0], integer(args[2]), args[3]);
 }
-
-// Scores and decisions of contiguous logits, the classes in the last dimension.
-struct Scores {
-  Input logits, targets;
-  Settings settings;
-  RowStatsArgs call{};
-  Output mask, significance, weight, invalid, grad_norm;
-
-  // logits, targets, weights, settings
-  static constexpr int kArguments = 4;
-
-  explicit Scores(PyObject* const* args) : logits(args[0]), targets(args[1]) {
-    const int row_ndim = logits.t.ndim - 1;
-    const DataType dtype = logits.t.dtype;
-    require(dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16);
-    require(row_ndim >= 0 && logits.t.shape[row_ndim] > 0);
-    require(targets.is(kInt64, row_ndim) || targets.is(kInt32, row_ndim));
-    for (int d = 0; d < row_ndim; ++d) require(targets.t.shape[d] == logits.t.shape[d]);
-    require(read_weights(args[2], call.weights) && read_settings(args[3], &settings));
-    set_scoring(call, settings);
-    set_draws(call, settings);
-    call.dtype = dtype == kFloat32    ? DType::kFloat32
-                 : dtype == kBFloat16 ? DType::kBFloat16
-                                      : DType::kFloat16;
-    call.logits = logits.data<void>();
-    call.rows = targets.numel();
-    call.classes = logits.t.shape[row_ndim];
-    call.class_stride = 1;
-    call.layout.dimensions = 1;
-    call.layout.stride[0] = call.classes;
-    call.targets = targets.data<void>();
-    call.targets_are_int32 = targets.t.dtype == kInt32;
-  }
-
-  // The threshold, and the step unless it was a number, are the first value of their tensors.
-  void run(const Input& threshold, const Input* step, bool with_grad_norm) {
-    require(threshold.t.dtype == kFloat32 && (!step || step->t.dtype == kInt64));
-    const auto row_wise = [&](DataType type) {
-      return Output(targets.t.shape, targets.t.ndim, type);
-    };
-    mask = row_wise(kBool);
-    significance = row_wise(kFloat32);
-    invalid = Output(nullptr, 0, kInt32);
-    if (call.gate_temperature > 0) weight = row_wise(kFloat32);
-    if (with_grad_norm) grad_norm = row_wise(kFloat32);
-    call.threshold = *threshold.data<float>();
-    if (step) call.step = uint64_t(*step->data<int64_t>());
-    call.mask = mask.data<uint8_t>();
-    call.significance = significance.data<void>();
-    call.weight = weight.data<float>();
-    call.outputs[kGradNorm] = grad_norm.data<void>();
-    RowStatsResult result;
-    {
-      Unlocked unlocked;
-      result = row_stats(call);
-    }
-    require(result.bad_target_row < 0);
-    *invalid.data<int32_t>() = int32_t(result.invalid);
-  }
-
-  void run(PyObject* threshold_object, PyObject* step_object) {
-    const Input threshold(threshold_object);
-    require(threshold.numel() == 1);
-    if (PyLong_Check(step_object)) return run(threshold, nullptr, false);
-    const Input step(step_object);
-    require(step.numel() == 1);
-    run(threshold, &step, false);
-  }
-};
 
 // Scores' arguments, threshold -> mask, significance, weight, invalid
 PyObject* gate_rows_plain(PyObject* const* args) {

@@ -116,5 +116,22 @@ class Output {
   char* data_ = nullptr;
 };
 
+// Within its scope other threads may run Python.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
+inline int64_t integer(PyObject* object) {
+  require(PyLong_CheckExact(object));
+  const int64_t value = PyLong_AsLongLong(object);
+  require(value != -1 || !PyErr_Occurred());
+  return value;
+}
+
 }  // namespace plain
 }  // namespace sparse_kernels
