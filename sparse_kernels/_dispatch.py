@@ -150,7 +150,7 @@ def backend_info() -> BackendInfo:
     """Return which backend serves each operation for plain CPU tensors, and why the others do not.
 
     Example:
-        >>> print(sparse_kernels.backend_info())  # doctest: +SKIP
+        >>> print(sparse_kernels.backend_info())
         row_stats     cpp (avx512, 2 threads)
                         not torch: cpp comes first
     """

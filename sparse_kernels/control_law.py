@@ -326,7 +326,7 @@ def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Ten
     threshold = torch.where(threshold.isfinite(), threshold, before)
 
     missed = restart | (unexplained > 0)
-    everything = ~(p < 1)  # and a fresh start once less is wanted
+    everything = ~(p < 1)  # and a fresh start once the set-point is lower
     threshold = torch.where(everything, -math.inf, threshold)
     misses = misses + MISS_SMOOTHING * ((missed & ~everything).to(misses.dtype) - misses)
     gain = (1 / (steps.to(misses.dtype) + 1)).clamp(min=RATE_SMOOTHING)  # a plain mean at first

@@ -22,7 +22,7 @@ class Launch:
     lanes: int
     width: int
     warps: int
-    contiguous: bool = True  # told to the kernel: the class stride is 1
+    contiguous: bool = True  # the class stride is 1
     registers: int | None = None  # the most for a thread; None for the compiler's choice
 
     @property
