@@ -137,6 +137,23 @@ class StatsCall:
         )
 
 
+def check_inplace_backward(logits: Tensor) -> None:
+    """Raise unless a gradient may take the memory of these logits."""
+    if logits.is_leaf:
+        raise ValueError(
+            "`inplace_backward` must be False for logits that are a leaf that requires grad: their values would be lost"
+        )
+    extent = 1  # elements that the dimensions of smaller stride reach over
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(
+                    "`inplace_backward` must be False for logits that overlap themselves in memory, "
+                    f"got shape {tuple(logits.shape)} and strides {logits.stride()}"
+                )
+            extent = stride * (size - 1) + extent
+
+
 @dataclass(slots=True)
 class GateCall(StatsCall):
     """A checked ``gate_rows`` call."""

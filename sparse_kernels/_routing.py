@@ -22,6 +22,7 @@ from sparse_kernels._arguments import (
     StatsCall,
     Tree,
     TreeCall,
+    check_inplace_backward,
 )
 from sparse_kernels._dispatch import choose, serve_fused
 from sparse_kernels._tracing import observed, unwatched
@@ -42,26 +43,12 @@ def row_stats(call: StatsCall, backend: str | None, inplace_backward: bool) -> R
     logits = call.logits
     gradient = logits.requires_grad and torch.is_grad_enabled() and not _DIFFERENTIABLE.isdisjoint(call.outputs)
     if inplace_backward and gradient:
-        _check_inplace_backward(logits)
+        check_inplace_backward(logits)
     name, serve = choose("row_stats", call, backend)
     if name == "torch" or not (gradient or observed(logits)):
         stats: RowStats = serve(call)
         return stats
     return torch_library.row_stats(call, name, gradient=gradient, inplace_backward=inplace_backward)
-
-
-def _check_inplace_backward(logits: Tensor) -> None:
-    if logits.is_leaf:
-        raise ValueError("inplace_backward: the logits are a leaf that requires grad; their values would be lost")
-    extent = 1  # elements that the dimensions of smaller stride reach over
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                raise ValueError(
-                    f"inplace_backward: logits of shape {tuple(logits.shape)} and strides {logits.stride()} "
-                    "overlap themselves in memory"
-                )
-            extent = stride * (size - 1) + extent
 
 
 def gate_rows(call: GateCall, backend: str | None) -> GatedRows:
