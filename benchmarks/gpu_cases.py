@@ -24,7 +24,7 @@ from timing import Row, Side
 from torch import Tensor, nn
 
 import sparse_kernels as sk
-from sparse_kernels import backends
+from sparse_kernels import _dispatch
 from sparse_training import Gate
 from sparse_training.training.settings import TrainerSettings
 
@@ -54,7 +54,7 @@ class Bench:
 
     def served(self) -> contextlib.AbstractContextManager[None]:
         """Within it the kernels for a GPU serve what is called without a name."""
-        return backends.forced("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
+        return _dispatch.forced("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
 
     def shape(self, *sizes: int) -> tuple[int, ...]:
         return tuple(min(size, 16) for size in sizes) if self.small else sizes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import sparse_kernels as sk
-from sparse_kernels import backends, control_law
+from sparse_kernels import _dispatch, control_law
 from sparse_kernels.ops import gate_step
 
 SHAPES = [(130, 10), (1000, 21), (64, 1000), (6, 4097), (2, 151936), (4, 21, 32, 33)]  # the last one: classes in dim 1
@@ -158,7 +158,7 @@ def main() -> int:
     torch.manual_seed(seed)
     errors: list[bool] = []
     not_served: dict[str, str] = {}
-    with backends.forced("cuda") if options.device == "cuda" else contextlib.nullcontext():  # where none is named
+    with _dispatch.forced("cuda") if options.device == "cuda" else contextlib.nullcontext():  # where none is named
         for what, found in checks(options.device, options.small):
             reason = compare(what, found, errors)
             if reason:

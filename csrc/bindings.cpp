@@ -1,5 +1,5 @@
 // sparse_kernels._cpp: the CPU kernels for Python. Tensors come as addresses, so that one build
-// serves every PyTorch; sparse_kernels/cpp_backend.py checks them before they come here.
+// serves every PyTorch; sparse_kernels/backends/cpp.py checks them before they come here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,6 +16,7 @@
 #include "cpu/row_stats.h"
 #include "cpu/sum_tree.h"
 #include "direct.h"
+#include "row_stats_arguments.h"
 
 namespace py = pybind11;
 namespace sk = sparse_kernels;
@@ -32,24 +33,17 @@ T* at(Address address) {
 // The statistics in their order, the argmax, and what a backward needs.
 constexpr py::ssize_t kOutputs = sk::kStatistics + 3;
 
-// Tuples are read through Python's own accessors: pybind11's casts of 20 numbers would cost as much
-// as the statistics of a hundred rows.
-void check_error() {
-  if (PyErr_Occurred()) throw py::error_already_set();
-}
+// Tuples are read through Python's own accessors: pybind11's casts would cost as much as the
+// statistics of a hundred rows.
 int64_t integer(const py::tuple& values, py::ssize_t i) {
   const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(values.ptr(), i));
-  if (value == -1) check_error();
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
-double number(const py::tuple& values, py::ssize_t i) {
-  const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(values.ptr(), i));
-  if (value == -1.0) check_error();
-  return value;
-}
-void check_size(const py::tuple& values, py::ssize_t wanted) {
-  if (PyTuple_GET_SIZE(values.ptr()) != wanted)
-    throw std::invalid_argument("a tuple of a wrong size");
+sk::Settings settings_of(const py::tuple& values) {
+  sk::Settings settings;
+  if (!sk::read_settings(values.ptr(), &settings)) throw py::error_already_set();
+  return settings;
 }
 
 // The class stride, the outermost rows' stride, then size and stride of each further dimension.
@@ -57,7 +51,7 @@ sk::RowLayout row_layout(const py::tuple& layout) {
   sk::RowLayout rows{};
   rows.dimensions = int(layout.size() / 2);
   if (rows.dimensions < 1 || rows.dimensions > sk::RowLayout::kDimensions)
-    throw std::invalid_argument("a layout of too many dimensions");
+    throw std::invalid_argument("a layout must have 1 to 4 dimensions of rows");
   rows.stride[0] = integer(layout, 1);
   for (int d = 1; d < rows.dimensions; ++d) {
     rows.size[d] = integer(layout, 2 * d);
@@ -68,7 +62,7 @@ sk::RowLayout row_layout(const py::tuple& layout) {
 
 void set_input(sk::RowStatsInput& args, Address logits, int dtype, int64_t rows, int64_t classes,
                const py::tuple& layout, Address targets, bool targets_are_int32,
-               int64_t ignore_index, double temperature, double softcap, double label_smoothing) {
+               const sk::Settings& settings) {
   args.logits = at<void>(logits);
   args.dtype = sk::DType(dtype);
   args.rows = rows;
@@ -77,15 +71,14 @@ void set_input(sk::RowStatsInput& args, Address logits, int dtype, int64_t rows,
   args.layout = row_layout(layout);
   args.targets = at<void>(targets);
   args.targets_are_int32 = targets_are_int32;
-  args.ignore_index = ignore_index;
-  args.inverse_temperature = 1.0 / temperature;
-  args.softcap = softcap;
-  args.label_smoothing = label_smoothing;
+  sk::set_scoring(args, settings);
 }
 
 void set_outputs(sk::RowStatsArgs& args, const py::tuple& outputs) {
   if (PyTuple_GET_SIZE(outputs.ptr()) == 0) return;  // none
-  check_size(outputs, kOutputs);
+  if (PyTuple_GET_SIZE(outputs.ptr()) != kOutputs)
+    throw std::invalid_argument(
+        "outputs must be a tuple of as many addresses as there are outputs");
   const auto address = [&](int k) { return Address(integer(outputs, k)); };
   for (int k = 0; k < sk::kStatistics; ++k) args.outputs[k] = at<void>(address(k));
   args.argmax = at<int64_t>(address(sk::kStatistics));
@@ -96,7 +89,8 @@ void set_outputs(sk::RowStatsArgs& args, const py::tuple& outputs) {
 // The levels' addresses come as a tuple.
 sk::SumTree sum_tree(Address leaves, int64_t size, const py::tuple& levels) {
   sk::SumTree tree{at<float>(leaves), size, {}, int(levels.size())};
-  if (tree.depth > sk::SumTree::kLevels) throw std::invalid_argument("a tree of too many levels");
+  if (tree.depth > sk::SumTree::kLevels)
+    throw std::invalid_argument("levels must not be more than a tree can have");
   for (int level = 0; level < tree.depth; ++level)
     tree.levels[level] = at<double>(Address(integer(levels, level)));
   return tree;
@@ -121,21 +115,21 @@ void pack(Address mask, Address weight_in, int64_t rows, std::vector<int64_t> co
 }
 
 void control(Address values, Address counters, Address significance, Address labels,
-             int label_bytes, int64_t ignore_index, Address mass, Address setpoint,
-             Address overflow, int64_t states, int64_t rows, double gate_temperature,
-             double p_min) {
+             int label_bytes, Address mass, Address setpoint, Address overflow, int64_t states,
+             int64_t rows, const py::tuple& setting_values) {
+  const sk::Settings settings = settings_of(setting_values);
   const sk::ControlArgs args{at<float>(values),
                              at<int64_t>(counters),
                              at<float>(significance),
                              at<void>(labels),
                              label_bytes,
-                             ignore_index,
+                             settings.ignore_index,
                              at<float>(mass),
                              at<float>(setpoint),
                              at<int32_t>(overflow),
                              states,
                              rows,
-                             {float(gate_temperature), float(p_min)}};
+                             {float(settings.gate_temperature), float(settings.p_min)}};
   py::gil_scoped_release unlocked;
   sk::control(args);
 }
@@ -159,28 +153,26 @@ int64_t move_rows(const Function& function, const py::tuple& numbers, Address in
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
-  m.doc() = "CPU kernels of sparse_kernels; called by sparse_kernels.cpp_backend alone.";
+  m.doc() = "CPU kernels of sparse_kernels; called by sparse_kernels.backends.cpp alone.";
 
-  m.def("row_stats",
-        [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
-           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
-           double softcap, double label_smoothing, const py::tuple& outputs) {
-          sk::RowStatsArgs args{};
-          set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32,
-                    ignore_index, temperature, softcap, label_smoothing);
-          set_outputs(args, outputs);
-          return run(args, nullptr);
-        });
+  m.def("row_stats", [](Address logits, int dtype, int64_t rows, int64_t classes,
+                        const py::tuple& layout, Address targets, bool targets_are_int32,
+                        const py::tuple& settings, const py::tuple& outputs) {
+    sk::RowStatsArgs args{};
+    set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32,
+              settings_of(settings));
+    set_outputs(args, outputs);
+    return run(args, nullptr);
+  });
 
   m.def("row_stats_backward",
         [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
-           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
-           double softcap, double label_smoothing, Address gradient,
+           Address targets, bool targets_are_int32, const py::tuple& settings, Address gradient,
            const py::tuple& gradient_layout, Address maximum, Address total, Address entropy,
            Address loss_gradient, Address entropy_gradient) {
           sk::RowStatsBackwardArgs args{};
           set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32,
-                    ignore_index, temperature, softcap, label_smoothing);
+                    settings_of(settings));
           args.gradient = at<void>(gradient);
           args.gradient_class_stride = integer(gradient_layout, 0);
           args.gradient_layout = row_layout(gradient_layout);
@@ -193,31 +185,26 @@ PYBIND11_MODULE(_cpp, m) {
           sk::row_stats_backward(args);
         });
 
-  m.def("gate_rows",
-        [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
-           Address targets, bool targets_are_int32, int64_t ignore_index, double temperature,
-           double softcap, double label_smoothing, const py::tuple& outputs, Address mask,
-           Address significance, Address weight, Address offset, const py::tuple& weights,
-           Address threshold, double gate_temperature, double p_min, uint64_t seed, uint64_t step,
-           Address invalid) {
-          sk::RowStatsArgs args{};
-          set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32,
-                    ignore_index, temperature, softcap, label_smoothing);
-          set_outputs(args, outputs);
-          args.mask = at<uint8_t>(mask);
-          args.significance = at<void>(significance);
-          args.weight = at<float>(weight);
-          args.offset = at<void>(offset);
-          check_size(weights, sk::kStatistics);
-          for (int k = 0; k < sk::kStatistics; ++k) args.weights[k] = number(weights, k);
-          args.threshold =
-              args.dtype == sk::DType::kFloat64 ? *at<double>(threshold) : *at<float>(threshold);
-          args.gate_temperature = gate_temperature;
-          args.p_min = p_min;
-          args.seed = seed;
-          args.step = step;
-          return run(args, at<int32_t>(invalid));
-        });
+  m.def("gate_rows", [](Address logits, int dtype, int64_t rows, int64_t classes,
+                        const py::tuple& layout, Address targets, bool targets_are_int32,
+                        const py::tuple& setting_values, const py::tuple& outputs, Address mask,
+                        Address significance, Address weight, Address offset,
+                        const py::dict& weights, Address threshold, Address invalid) {
+    sk::RowStatsArgs args{};
+    const sk::Settings settings = settings_of(setting_values);
+    set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32, settings);
+    set_outputs(args, outputs);
+    sk::set_draws(args, settings);
+    args.mask = at<uint8_t>(mask);
+    args.significance = at<void>(significance);
+    args.weight = at<float>(weight);
+    args.offset = at<void>(offset);
+    if (!sk::read_weights(weights.ptr(), args.weights))
+      throw std::invalid_argument("weights must be numbers, named by their statistics");
+    args.threshold =
+        args.dtype == sk::DType::kFloat64 ? *at<double>(threshold) : *at<float>(threshold);
+    return run(args, at<int32_t>(invalid));
+  });
 
   m.def("count_flags",
         [](Address mask, int64_t rows) { return sk::count_flags(at<uint8_t>(mask), rows); });
@@ -229,11 +216,10 @@ PYBIND11_MODULE(_cpp, m) {
         [](Address mask, Address weight_in, int64_t rows, std::vector<int64_t> counts,
            int64_t capacity, Address index, Address weight, Address count, Address overflow,
            Address values, Address counters, Address significance, Address labels, int label_bytes,
-           int64_t ignore_index, Address mass, Address setpoint, double gate_temperature,
-           double p_min) {
+           Address mass, Address setpoint, const py::tuple& settings) {
           pack(mask, weight_in, rows, std::move(counts), capacity, index, weight, count, overflow);
-          control(values, counters, significance, labels, label_bytes, ignore_index, mass, setpoint,
-                  overflow, 1, rows, gate_temperature, p_min);
+          control(values, counters, significance, labels, label_bytes, mass, setpoint, overflow, 1,
+                  rows, settings);
         });
 
   m.def("control", &control);
@@ -279,9 +265,4 @@ PYBIND11_MODULE(_cpp, m) {
   });
   m.def("max_threads", &sk::max_threads);
   sk::add_direct_functions(m.ptr());
-#ifdef _OPENMP
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
 }

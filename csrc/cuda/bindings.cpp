@@ -1,5 +1,5 @@
 // sparse_kernels._cuda: the CUDA kernels for Python. Tensors come as addresses of one device's
-// memory; sparse_kernels/cuda_backend.py checks them before they come here.
+// memory; sparse_kernels/backends/cuda.py checks them before they come here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../settings.h"
 #include "compact.h"
 #include "control.h"
 #include "gather.h"
@@ -35,25 +36,33 @@ std::vector<sk::RowsToMove> rows_to_move(const std::vector<std::array<int64_t, 4
   return moves;
 }
 
-// significance, labels, their bytes, ignore_index, mass, values, counters, setpoint, invalid, the
-// gate's temperature and p_min.
-using Control = std::tuple<Address, Address, int, int64_t, Address, Address, Address, Address,
-                           Address, float, float>;
+// significance, labels, their bytes, mass, values, counters, setpoint, invalid, settings.
+using Control =
+    std::tuple<Address, Address, int, Address, Address, Address, Address, Address, py::tuple>;
 
-sk::ControlArgs control_args(const Control& of) {
-  const auto [significance, labels, label_bytes, ignore_index, mass, values, counters, setpoint,
-              invalid, gate_temperature, p_min] = of;
-  return {
-      at<float>(significance), at<void>(labels),         label_bytes,           ignore_index,
-      at<float>(mass),         at<float>(values),        at<int64_t>(counters), at<float>(setpoint),
-      at<int32_t>(invalid),    {gate_temperature, p_min}};
+sk::ControlArgs control_args(const Control& control) {
+  const auto& [significance, labels, label_bytes, mass, values, counters, setpoint, invalid,
+               setting_values] = control;
+  sparse_kernels::Settings settings;
+  if (!sparse_kernels::read_settings(setting_values.ptr(), &settings))
+    throw py::error_already_set();
+  return {at<float>(significance),
+          at<void>(labels),
+          label_bytes,
+          settings.ignore_index,
+          at<float>(mass),
+          at<float>(values),
+          at<int64_t>(counters),
+          at<float>(setpoint),
+          at<int32_t>(invalid),
+          {float(settings.gate_temperature), float(settings.p_min)}};
 }
 
 }  // namespace
 
 // A call only enqueues, but that waits where the device's queue is full: not with the GIL held.
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of sparse_kernels; called by sparse_kernels.cuda_backend alone.";
+  m.doc() = "CUDA kernels of sparse_kernels; called by sparse_kernels.backends.cuda alone.";
 
   // A size that int32_t cannot hold is refused by the cast: TypeError.
   m.def("compact_storage_bytes", [](int32_t rows, bool with_control, int device, Address stream) {

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_kernels import cpp_backend
+from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends.triton import backend as triton_backend
 
 
 @pytest.fixture(autouse=True)
@@ -59,16 +60,22 @@ def strict_interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def many_processors(monkeypatch):
+    """A device so large that every row of more than one block is cut into slices."""
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 10_000)
+
+
 def instruction_sets() -> list[str]:
     """Those that this processor runs; empty without the compiled extension."""
-    return [] if cpp_backend.unavailable() else cpp_backend._cpp.instruction_sets()
+    return [] if cpp_backend.unavailable_reason() else cpp_backend._cpp.instruction_sets()
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ backend forced to one instruction set, put back afterwards."""
-    if cpp_backend.unavailable():
-        pytest.skip(str(cpp_backend.unavailable()))
+    if cpp_backend.unavailable_reason():
+        pytest.skip(str(cpp_backend.unavailable_reason()))
     if request.param not in instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
     before = cpp_backend._cpp.instruction_set()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import backends, cpp_backend, row_stats
+from sparse_kernels import _dispatch, row_stats
+from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.types import CONTROL_VALUES
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
@@ -456,20 +457,20 @@ def test_a_state_of_version_1_that_is_not_whole_is_refused() -> None:
 def test_a_run_goes_on_with_another_backend(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state is loaded to the bit; from there each backend's arithmetic is its own, to rounding."""
     after = {"torch": "cpp", "cpp": "torch"}[before]
-    if cpp_backend.unavailable():
-        pytest.skip(str(cpp_backend.unavailable()))
+    if cpp_backend.unavailable_reason():
+        pytest.skip(str(cpp_backend.unavailable_reason()))
     data = batches(40)
     whole, resumed = Gate(0.1), Gate(0.1)
-    monkeypatch.setattr(backends, "_forced", before)
+    monkeypatch.setattr(_dispatch, "_forced", before)
     for batch in data[:20]:
         whole(*batch)
     resumed.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     for batch in data[20:]:
-        monkeypatch.setattr(backends, "_forced", before)
+        monkeypatch.setattr(_dispatch, "_forced", before)
         whole(*batch)
-        monkeypatch.setattr(backends, "_forced", after)
+        monkeypatch.setattr(_dispatch, "_forced", after)
         resumed(*batch)
     torch.testing.assert_close(whole.threshold, resumed.threshold, rtol=1e-3, atol=0)
 
@@ -572,11 +573,11 @@ def test_tensors_that_do_not_fit_are_refused_and_change_nothing() -> None:
     logits, targets = batches(1)[0]
     gate = Gate(0.1)
     before = {name: value.clone() for name, value in gate.state_dict().items()}
-    with pytest.raises(ValueError, match="targets have shape"):
+    with pytest.raises(ValueError, match="`targets` must have shape"):
         gate(logits, targets[:-1])
-    with pytest.raises(TypeError, match="targets are"):
+    with pytest.raises(TypeError, match="`targets` must be"):
         gate(logits, targets.float())
-    with pytest.raises(TypeError, match="logits are"):
+    with pytest.raises(TypeError, match="`logits` must be"):
         gate(logits.long(), targets)
     with pytest.raises(ValueError, match="out of range"):
         gate(logits, targets + CLASSES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_kernels import cpp_backend
+from sparse_kernels.backends import cpp as cpp_backend
 from sparse_training.errors import UserError
 from sparse_training.samplers.importance import Importance
 from sparse_training.samplers.infobatch import InfoBatch, no_rows, whole_batch
@@ -163,7 +163,7 @@ def test_draws_hang_on_seed_step_and_slot_alone():
     assert not torch.equal(other.draw(64).index, first.index)
 
 
-@pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="no C++")
+@pytest.mark.skipif(cpp_backend.unavailable_reason() is not None, reason="no C++")
 def test_draws_are_the_same_without_cpp_and_on_any_number_of_threads():
     samplers = [after_the_first_pass(full_table(200_000, cpp=cpp), seed=3) for cpp in (False, True)]
     threads = torch.get_num_threads()

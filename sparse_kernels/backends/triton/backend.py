@@ -1,7 +1,9 @@
-"""Triton kernels as a backend: CUDA tensors; CPU tensors under Triton's interpreter, for tests.
+"""Backend ``triton``: Triton kernels on CUDA tensors, and on CPU tensors under Triton's interpreter, for tests.
 
-Environment: TRITON_INTERPRET=1 (Triton's own) before the first call. Triton is imported by the first
-call that needs it.
+Triton is imported by the first call that needs it.
+
+Environment:
+    TRITON_INTERPRET: Triton's own; set it to 1 before the first call, to interpret the kernels.
 """
 
 from __future__ import annotations
@@ -18,12 +20,11 @@ import torch
 from torch import Tensor
 
 from sparse_kernels import reference
-from sparse_kernels.calls import GateCall, StatsCall
-from sparse_kernels.tracing import refuse_tensor
-from sparse_kernels.triton_kernels.launch import BYTES, Launch, choose, merged, slices
-from sparse_kernels.types import STATISTICS, GatedRows, RowStats
+from sparse_kernels._arguments import GateCall, StatsCall
+from sparse_kernels._tracing import tensor_unsupported_reason
+from sparse_kernels.backends.triton.launch import BYTES, Launch, choose, merged, slices
+from sparse_kernels.types import STATISTICS, WEIGHABLE, GatedRows, RowStats
 
-WEIGHABLE = tuple(name for name in STATISTICS if name != "argmax")
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first dimension
 MAX_CLASSES = 2**30  # a row's columns are counted in 32 bits, a block past its end included
 _NO_WEIGHTS: dict[str, float] = {}
@@ -32,12 +33,12 @@ _NOTHING: dict[str, Any] = {}
 
 @functools.cache
 def _kernels() -> Any:
-    return importlib.import_module("sparse_kernels.triton_kernels.row_stats")
+    return importlib.import_module("sparse_kernels.backends.triton.row_stats")
 
 
 @functools.cache
 def _backward_kernels() -> Any:
-    return importlib.import_module("sparse_kernels.triton_kernels.row_stats_backward")
+    return importlib.import_module("sparse_kernels.backends.triton.row_stats_backward")
 
 
 @functools.cache
@@ -46,12 +47,12 @@ def _missing() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run on CPU tensors, in Python."""
+    """Return True if kernels run on CPU tensors, in Python."""
     return os.environ.get("TRITON_INTERPRET") == "1" and _missing() is None and bool(_kernels().INTERPRETED)
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot be used at all, or None."""
+def unavailable_reason() -> str | None:
+    """Return why this backend cannot be used at all, or None."""
     reason = _missing()
     if reason is None and not torch.cuda.is_available() and not interpreted():
         reason = "no CUDA device, and not interpreted (TRITON_INTERPRET=1)"
@@ -59,18 +60,18 @@ def unavailable() -> str | None:
 
 
 def detail() -> str:
-    """Where the kernels run."""
+    """Return where the kernels run."""
     return "interpreted" if interpreted() else "CUDA"
 
 
-def refuse_row_stats(call: StatsCall) -> str | None:
-    """Why this call is not served, or None."""
+def row_stats_unsupported_reason(call: StatsCall) -> str | None:
+    """Return why this call is not served, or None."""
     logits = call.logits
     if _missing() is not None:
         return _missing()
     if not logits.is_cuda and not (logits.is_cpu and interpreted()):
         return f"tensors are on {logits.device}, where Triton only runs interpreted (TRITON_INTERPRET=1)"
-    reason = refuse_tensor(logits)
+    reason = tensor_unsupported_reason(logits)
     if reason is not None:
         return reason
     if not logits.is_contiguous() and _layout(logits.shape, call.dim, [logits.stride()]) is None:
@@ -80,21 +81,19 @@ def refuse_row_stats(call: StatsCall) -> str | None:
     return None
 
 
-def refuse_gate_rows(call: GateCall) -> str | None:
-    """Why this call is not served, or None."""
-    return refuse_row_stats(call)
+gate_rows_unsupported_reason = row_stats_unsupported_reason
 
 
 def _layout(
     shape: Sequence[int], dim: int, strides: Sequence[Sequence[int]]
 ) -> tuple[int, int, list[tuple[int, int, int]]] | None:
-    """Outer rows, inner rows, and each tensor's strides (outer, inner, class); None if it takes more loops."""
+    """Return outer rows, inner rows, and each tensor's strides (outer, inner, class); None if it takes more loops."""
     dim %= len(shape)
     loops: list[tuple[int, list[int]]] = []
     for axis, size in enumerate(shape):
         if axis == dim or (size == 1 and len(shape) > 2):  # one row has a stride, or it would compile anew
             continue
-        along = [of[axis] for of in strides]
+        along = [tensor_strides[axis] for tensor_strides in strides]
         if loops and all(before == size * stride for before, stride in zip(loops[-1][1], along, strict=True)):
             loops[-1] = (loops[-1][0] * size, along)
         else:
@@ -103,27 +102,23 @@ def _layout(
         return None
     absent = (1, [0] * len(strides))
     (outer, outer_strides), (inner, inner_strides) = [absent, absent, *loops][-2:]
-    classes = [of[dim] for of in strides]
+    classes = [tensor_strides[dim] for tensor_strides in strides]
     return outer, inner, list(zip(outer_strides, inner_strides, classes, strict=True))
 
 
-def _accumulator(call: StatsCall) -> torch.dtype:
-    return torch.float64 if call.logits.dtype is torch.float64 else torch.float32
-
-
 def _signed(value: int) -> int:
-    """The low 64 bits, as Triton takes them."""
+    """Return the low 64 bits as a signed number, which Triton takes."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Of a GPU; a CPU interprets programs one after the other."""
+    """Return a GPU's number of processors; 1 for a CPU, which interprets programs one after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class _Plan:
-    """How the kernels see tensors of a shape, the logits first, and the programs for them."""
+    """Loops, tiles and programs for tensors of a shape and strides, the logits first."""
 
     def __init__(
         self,
@@ -134,17 +129,18 @@ class _Plan:
         strides: Sequence[Sequence[int]],
         starts: Sequence[int],  # of each tensor, in elements past a multiple of 16 bytes
     ) -> None:
-        found = _layout(shape, dim, strides)
-        assert found is not None
-        self.outer, self.inner, loops = found
+        layout = _layout(shape, dim, strides)
+        assert layout is not None
+        self.outer, self.inner, loops = layout
         itemsize, classes = dtype.itemsize, shape[dim]
-        class_stride = 1 if classes == 1 else max(of[2] for of in loops)
+        class_stride = 1 if classes == 1 else max(loop[2] for loop in loops)
         self.tile = choose(classes, class_stride, itemsize, len(strides))
         programs = self.programs(self.tile)
         self.slices, slice_columns = 1, classes
         if programs > MAX_PROGRAMS:
             raise ValueError(
-                f"{self.outer} x {self.inner} rows of {classes} classes want {programs} programs, above 2^31 - 1"
+                f"{self.outer} x {self.inner} rows of {classes} classes need {programs} programs; "
+                f"the most is {MAX_PROGRAMS}: split the batch"
             )
         if programs:
             self.slices, slice_columns = slices(self.tile, programs, classes, processors)
@@ -154,15 +150,15 @@ class _Plan:
             (start - (0 if whole else starts[0])) % width == 0
             and all(
                 (stride - (0 if whole else stride_0)) % width == 0
-                for stride, stride_0 in zip(of[:2], loops[0][:2], strict=True)
+                for stride, stride_0 in zip(loop[:2], loops[0][:2], strict=True)
             )
-            for start, of in zip(starts, loops, strict=True)
+            for start, loop in zip(starts, loops, strict=True)
         ) and (not whole or classes % width == 0)
         names = ("outer_stride", "inner_stride", "class_stride")
         self.arguments: dict[str, Any] = {
             f"{prefix}{name}": stride
-            for prefix, of in zip(("", "gradient_"), loops, strict=False)
-            for name, stride in zip(names, of, strict=True)
+            for prefix, loop in zip(("", "gradient_"), loops, strict=False)
+            for name, stride in zip(names, loop, strict=True)
         }
         self.arguments |= {
             "misaligned": starts[0],
@@ -176,17 +172,18 @@ class _Plan:
         }
 
     def programs(self, tile: Launch) -> int:
-        """Of one slice."""
+        """Return the number of programs of one slice."""
         return self.outer * -(-self.inner // tile.rows)
 
     def launch(self, kernel: Any, call: StatsCall, tile: Launch, slices: int, arguments: dict[str, Any]) -> None:
         """Run the programs of ``tile`` for every row and slice."""
+        settings = call.settings
         with torch.cuda.device(call.logits.device) if call.logits.is_cuda else torch.no_grad():
             kernel[(self.programs(tile), slices)](
-                ignore_index=call.ignore_index,
-                inverse_temperature=1.0 / call.temperature,
-                softcap=float(call.softcap),
-                label_smoothing=float(call.label_smoothing),
+                ignore_index=settings.ignore_index,
+                inverse_temperature=1.0 / settings.temperature,
+                softcap=float(settings.softcap),
+                label_smoothing=float(settings.label_smoothing),
                 CONTIGUOUS=tile.contiguous,
                 ROWS=tile.rows,
                 CHUNKS=tile.chunks,
@@ -199,13 +196,13 @@ class _Plan:
             )
 
 
-_kept_plan = functools.lru_cache(1024)(_Plan)  # a batch is like the one before it
+_cached_plan = functools.lru_cache(1024)(_Plan)  # a batch is like the one before it
 
 
 def _plan(call: StatsCall, *tensors: Tensor) -> _Plan:
     logits = call.logits
     itemsize = logits.element_size()
-    return _kept_plan(
+    return _cached_plan(
         logits.shape,
         call.dim,
         logits.dtype,
@@ -217,8 +214,8 @@ def _plan(call: StatsCall, *tensors: Tensor) -> _Plan:
 
 @functools.lru_cache(1024)
 def _constants(outputs: tuple[str, ...], weights: tuple[str, ...]) -> dict[str, Any]:
-    """What the forward kernel is compiled for, and no more."""
-    asked = {*outputs, *weights}
+    """Return the forward kernel's constants and defaults: it is compiled for these statistics and no more."""
+    computed = {*outputs, *weights}
     pointers = (
         *STATISTICS, "maximum", "total", "sums", "lowest", "mask", "significance", "weight", "offset", "threshold",
         "invalid", "finished", "step",
@@ -230,11 +227,11 @@ def _constants(outputs: tuple[str, ...], weights: tuple[str, ...]) -> dict[str, 
         "p_min": 0.0,
         "seed": 0,
         "step": 0,
-        "LOSS": "loss" in asked,
-        "ENTROPY": "entropy" in asked,
-        "SQUARES": not asked.isdisjoint(("grad_norm", "sum_squares")),
-        "MARGIN": "margin" in asked,
-        "ARGMAX": "argmax" in asked,
+        "LOSS": "loss" in computed,
+        "ENTROPY": "entropy" in computed,
+        "SQUARES": not computed.isdisjoint(("grad_norm", "sum_squares")),
+        "MARGIN": "margin" in computed,
+        "ARGMAX": "argmax" in computed,
         **{f"W_{name.upper()}": name in weights for name in WEIGHABLE},
     }
 
@@ -246,18 +243,17 @@ def _forward(
     saved: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     reference.check_targets(call)  # CPU only
-    accumulator = _accumulator(call)
-    found = {
-        name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else accumulator)
+    results = {
+        name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else call.accumulator)
         for name in dict.fromkeys(call.outputs)
     }
     rows = targets.numel()
     if rows == 0:
-        return found
+        return results
     weights = call.weights if isinstance(call, GateCall) else _NO_WEIGHTS
     plan, kernels = _plan(call, call.logits), _kernels()
     arguments: dict[str, Any] = {
-        **_constants(tuple(found), tuple(weights)),
+        **_constants(tuple(results), tuple(weights)),
         **(saved or _NOTHING),
         **(gate or _NOTHING),
         "logits_ptr": call.logits,
@@ -265,49 +261,57 @@ def _forward(
         "rows": rows,
         "slices": plan.slices,
     }
-    for name, of_row in found.items():
-        arguments[name + "_ptr"] = of_row
+    for name, tensor in results.items():
+        arguments[name + "_ptr"] = tensor
     for name, weight in weights.items():
         arguments["w_" + name] = float(weight)
     merge = merged(plan.tile, plan.slices, rows)
     if merge is None:
         arguments["PHASE"] = kernels.WHOLE
         plan.launch(kernels.row_stats_kernel, call, plan.tile, 1, arguments)
-        return found
-    arguments["sums_ptr"] = torch.empty((7, plan.slices, rows), dtype=accumulator, device=targets.device)
+        return results
+    arguments["sums_ptr"] = torch.empty((7, plan.slices, rows), dtype=call.accumulator, device=targets.device)
     arguments["lowest_ptr"] = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
     plan.launch(kernels.row_stats_kernel, call, plan.tile, plan.slices, arguments | {"PHASE": kernels.SLICE})
     plan.launch(kernels.row_stats_kernel, call, merge, 1, arguments | {"PHASE": kernels.MERGE})
-    return found
+    return results
 
 
 def _detached(call: Any) -> Any:
-    """The call without a gradient, which the interpreter would refuse to copy back."""
+    """Return the call without a gradient, which the interpreter would refuse to copy back."""
     return replace(call, logits=call.logits.detach()) if call.logits.requires_grad else call
 
 
 def row_stats(call: StatsCall) -> RowStats:
-    """See ``sparse_kernels.row_stats``; not differentiable, which is for ``library`` to add."""
+    """Serve ``sparse_kernels.row_stats``; not differentiable, which ``torch_library`` adds."""
     return RowStats(**_forward(_detached(call), call.targets.contiguous()))
 
 
 def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
-    """``row_stats``, and what its gradient needs of each row: the maximum of the logits after the softcap, and the
-    sum of exponentials."""
+    """Serve ``row_stats``, and return what its gradient needs of each row.
+
+    Returns:
+        The statistics, the maximum of the logits after the softcap, and the sum of exponentials.
+    """
     call = _detached(call)
     targets = call.targets.contiguous()
-    saved = {name: torch.empty_like(targets, dtype=_accumulator(call)) for name in ("maximum_ptr", "total_ptr")}
-    found = _forward(call, targets, saved=saved)
-    return RowStats(**found), saved["maximum_ptr"], saved["total_ptr"]
+    saved = {name: torch.empty_like(targets, dtype=call.accumulator) for name in ("maximum_ptr", "total_ptr")}
+    results = _forward(call, targets, saved=saved)
+    return RowStats(**results), saved["maximum_ptr"], saved["total_ptr"]
 
 
 def row_stats_backward(
-    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor], out: Tensor
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, upstream: dict[str, Tensor], out: Tensor
 ) -> None:
-    """Writes the gradient in the logits to ``out``, which has their shape and dtype and may be the logits.
+    """Write the gradient in the logits to ``out``.
 
-    ``maximum``, ``total`` and ``entropy`` are the forward's; ``given`` holds the upstream gradient of loss, entropy
-    or both; all of the rows' tensors are contiguous, in the type of the results.
+    Args:
+        call: the forward's call.
+        maximum: saved by the forward, contiguous, of the targets' shape and the results' dtype.
+        total: as ``maximum``.
+        entropy: the forward's, contiguous; None without an upstream gradient of it.
+        upstream: the contiguous upstream gradient of ``loss``, ``entropy`` or both, in the results' dtype.
+        out: the logits' shape and dtype; it may be the logits.
     """
     call = _detached(call)
     logits, targets = call.logits, call.targets.contiguous()
@@ -315,7 +319,7 @@ def row_stats_backward(
         # Each is two nested loops, but both together are three.
         logits = logits.movedim(call.dim, -1).contiguous()
         gradient = torch.empty_like(logits)
-        row_stats_backward(replace(call, logits=logits, dim=-1), maximum, total, entropy, given, gradient)
+        row_stats_backward(replace(call, logits=logits, dim=-1), maximum, total, entropy, upstream, gradient)
         out.movedim(call.dim, -1).copy_(gradient)
         return
     if not targets.numel():
@@ -328,32 +332,35 @@ def row_stats_backward(
         "maximum_ptr": maximum,
         "total_ptr": total,
         "entropy_ptr": entropy,
-        "loss_gradient_ptr": given.get("loss"),
-        "entropy_gradient_ptr": given.get("entropy"),
+        "loss_gradient_ptr": upstream.get("loss"),
+        "entropy_gradient_ptr": upstream.get("entropy"),
     }
     plan.launch(_backward_kernels().row_stats_backward_kernel, call, plan.tile, plan.slices, arguments)
 
 
 def gate_rows(call: GateCall) -> GatedRows:
-    """See ``sparse_kernels.gate_rows``."""
+    """Serve ``sparse_kernels.gate_rows``."""
     return _gate_rows(call, torch.zeros((), dtype=torch.int32, device=call.logits.device))
 
 
 def gate_rows_uncounted(call: GateCall, finished: Tensor) -> GatedRows:
-    """``gate_rows`` in one launch, its ``invalid`` left to be written by a kernel that follows on the stream.
+    """Serve ``gate_rows`` in one launch, and leave ``invalid`` to be written by a kernel that follows on the stream.
 
-    ``finished``, int32, is for that kernel too: where there are rows, its first element is 0 by then.
+    Args:
+        call: the call.
+        finished: int32, for the kernel that follows: if there are rows, its first element is 0 by then.
     """
     return _gate_rows(call, torch.empty((), dtype=torch.int32, device=call.logits.device), finished)
 
 
 def _gate_rows(call: GateCall, invalid: Tensor, finished: Tensor | None = None) -> GatedRows:
     call = _detached(call)
-    targets, device = call.targets.contiguous(), call.logits.device
+    targets, device, settings = call.targets.contiguous(), call.logits.device, call.settings
     mask = torch.empty_like(targets, dtype=torch.bool)
-    significance = torch.empty_like(targets, dtype=_accumulator(call))
-    weight = torch.empty_like(targets, dtype=torch.float32) if call.gate_temperature else None
-    on_device = isinstance(call.step, Tensor) and call.step.device == device and weight is not None
+    significance = torch.empty_like(targets, dtype=call.accumulator)
+    weight = torch.empty_like(targets, dtype=torch.float32) if settings.gate_temperature else None
+    step = settings.step
+    on_device = isinstance(step, Tensor) and step.device == device and weight is not None
     gate = {
         "mask_ptr": mask.view(torch.int8),
         "significance_ptr": significance,
@@ -362,11 +369,11 @@ def _gate_rows(call: GateCall, invalid: Tensor, finished: Tensor | None = None) 
         "threshold_ptr": call.threshold.detach(),
         "invalid_ptr": invalid if finished is None else None,
         "finished_ptr": finished,
-        "gate_temperature": float(call.gate_temperature or 1.0),
-        "p_min": float(call.p_min),
-        "seed": _signed(call.seed),
-        "step": 0 if on_device or weight is None else _signed(int(call.step)),
-        "step_ptr": call.step if on_device else None,
+        "gate_temperature": float(settings.gate_temperature or 1.0),
+        "p_min": float(settings.p_min),
+        "seed": _signed(settings.seed),
+        "step": 0 if on_device or weight is None else _signed(int(step)),
+        "step_ptr": step if on_device else None,
     }
-    found = _forward(call, targets, gate)
-    return GatedRows(mask, significance, weight, RowStats(**found), invalid)
+    results = _forward(call, targets, gate)
+    return GatedRows(mask, significance, weight, RowStats(**results), invalid)

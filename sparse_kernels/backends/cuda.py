@@ -1,12 +1,12 @@
-"""The CUDA kernels as a backend: tensors of one device, handed over as addresses. Scores are Triton's.
+"""Backend ``cuda``: the compiled CUDA kernels on tensors of one device, which are passed as addresses.
 
-``select`` and ``gate_step`` are one launch of Triton's and one of ours, and a third that gathers: the compaction
-counts the rows of NaN and moves the controller, in its last block.
+Scores come from the Triton kernels. ``select`` and ``gate_step`` are one Triton launch and one of ours, and a third
+that gathers: the last block of the compaction counts the rows of NaN and updates the controller.
 
 Everything is enqueued on PyTorch's current stream of the tensors' device, and nothing waits for the device except
 ``compact`` without a capacity. No tensor needs ``record_stream``: outputs and temporary storage are allocated for the
-same stream that the kernels run on, so the allocator's own order is enough; inputs made on another stream are the
-caller's to order, as for any operation of PyTorch's.
+stream on which the kernels run, so the allocator's own order is enough. Inputs made on another stream are the
+caller's to order, as for any PyTorch operation.
 
 A bad index cannot be raised without waiting: gathered, it gives a row of zeros; scattered, it is skipped.
 """
@@ -20,11 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_kernels import calls, triton_backend
-from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, Tree, TreeCall
-from sparse_kernels.rows import empty_rows, rows_are_packed
-from sparse_kernels.tracing import refuse_tensor
-from sparse_kernels.triton_backend import row_stats_backward, row_stats_saving  # noqa: F401  for library
+from sparse_kernels import _arguments, _tracing
+from sparse_kernels._arguments import (
+    CompactCall,
+    ControlCall,
+    GateCall,
+    GateStepCall,
+    SelectCall,
+    Settings,
+    StatsCall,
+    Tree,
+    TreeCall,
+    first_unsupported_reason,
+)
+from sparse_kernels._row_layout import empty_rows, rows_are_packed
+from sparse_kernels.backends.triton import backend as triton
 from sparse_kernels.types import ControlState, GatedRows, Selected, Selection
 
 MAX_ROWS = 2**31 - 1  # of a mask: counts are int32
@@ -41,86 +51,81 @@ except ImportError as error:
         _missing = "not built (SPARSE_KERNELS_BUILD=none)"
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot be used at all, or None."""
+def unavailable_reason() -> str | None:
+    """Return why this backend cannot be used at all, or None."""
     if _missing is not None:
         return _missing
-    if torch.version.cuda is None:  # ROCm's tensors say that they are on cuda, too
+    if torch.version.cuda is None:  # ROCm's tensors are on "cuda", too
         return "this PyTorch is built without CUDA"
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
 def detail() -> str:
-    """The architectures that the kernels were compiled for, and the device's."""
+    """Return the architectures that the kernels were compiled for, and the device's."""
     major, minor = torch.cuda.get_device_capability()
     return f"compiled for {_cuda.architectures}; the device is {major}.{minor}"
 
 
-def _refuse_tensor(tensor: Tensor) -> str | None:
+def _tensor_unsupported_reason(tensor: Tensor) -> str | None:
     if _missing is not None:
         return _missing
     if not tensor.is_cuda:
         return f"tensors are on {tensor.device}, it serves cuda"
-    return refuse_tensor(tensor) or unavailable()
+    return _tracing.tensor_unsupported_reason(tensor) or unavailable_reason()
 
 
-def refuse_row_stats(call: StatsCall) -> str | None:
-    """Why this call is not served, or None."""
-    return _refuse_tensor(call.logits) or triton_backend.refuse_row_stats(call)
+def row_stats_unsupported_reason(call: StatsCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _tensor_unsupported_reason(call.logits) or triton.row_stats_unsupported_reason(call)
 
 
-refuse_gate_rows = refuse_row_stats
-row_stats, gate_rows = triton_backend.row_stats, triton_backend.gate_rows
+gate_rows_unsupported_reason = row_stats_unsupported_reason
+row_stats, gate_rows = triton.row_stats, triton.gate_rows
+row_stats_saving, row_stats_backward = triton.row_stats_saving, triton.row_stats_backward
 
 
-def _refuse_rows(rows: int) -> str | None:
+def _rows_unsupported_reason(rows: int) -> str | None:
     return None if rows <= MAX_ROWS else f"the mask has {rows} rows; it serves up to {MAX_ROWS}"
 
 
-def refuse_compact(call: CompactCall) -> str | None:
-    """Why this call is not served, or None."""
-    return _refuse_rows(call.mask.shape[0]) or _refuse_tensor(call.mask)
+def compact_unsupported_reason(call: CompactCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _rows_unsupported_reason(call.mask.shape[0]) or _tensor_unsupported_reason(call.mask)
 
 
-def _refuse_tree(call: TreeCall) -> str | None:
-    return _refuse_tensor(call.selection.index) or _refuse_tensors(call.tensors)
+def control_unsupported_reason(call: ControlCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _arguments.control_unsupported_reason(call, _tensor_unsupported_reason)
 
 
-def _refuse_tensors(tensors: list[Tensor]) -> str | None:
-    for tensor in tensors:
-        reason = _refuse_tensor(tensor)
-        if reason is not None:
-            return reason
-    return None
+def gather_rows_unsupported_reason(call: TreeCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return first_unsupported_reason([call.selection.index, *call.tensors], _tensor_unsupported_reason)
 
 
-refuse_gather_rows = refuse_scatter_rows = _refuse_tree
+scatter_rows_unsupported_reason = gather_rows_unsupported_reason
 
 
-def refuse_control(call: ControlCall) -> str | None:
-    """Why this call is not served, or None."""
-    return calls.refuse_control(call, _refuse_tensor)
-
-
-def _refuse_step(call: GateCall) -> str | None:
-    reason = refuse_gate_rows(call) or _refuse_rows(call.targets.numel())
+def _step_unsupported_reason(call: GateCall) -> str | None:
+    reason = gate_rows_unsupported_reason(call) or _rows_unsupported_reason(call.targets.numel())
     if reason is None and call.logits.dtype is torch.float64:
         reason = "the rows of NaN are counted in float32"
     return reason
 
 
-def refuse_select(call: SelectCall) -> str | None:
-    """Why this call is not served as one, or None."""
-    return _refuse_step(call) or (None if call.packing is None else _refuse_tensors(call.packing.tensors))
+def select_unsupported_reason(call: SelectCall) -> str | None:
+    """Return why this call is not served as one, or None."""
+    tensors = [] if call.packing is None else call.packing.tensors
+    return _step_unsupported_reason(call) or first_unsupported_reason(tensors, _tensor_unsupported_reason)
 
 
-def refuse_gate_step(call: GateStepCall) -> str | None:
-    """Why this call is not served as one, or None."""
-    return _refuse_step(call) or calls.refuse_state(call.state)
+def gate_step_unsupported_reason(call: GateStepCall) -> str | None:
+    """Return why this call is not served as one, or None."""
+    return _step_unsupported_reason(call) or _arguments.state_unsupported_reason(call.state)
 
 
 def _enqueue(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
-    """Calls the extension with ``device`` as PyTorch's current one, on its current stream there."""
+    """Call the extension with ``device`` as PyTorch's current device, on its current stream there."""
     with torch.cuda.device(device):  # the extension leaves the device current; this puts the caller's back
         return function(*arguments, device.index, torch.cuda.current_stream(device).cuda_stream)
 
@@ -131,12 +136,12 @@ def _storage_bytes(rows: int, with_control: bool, device: torch.device) -> int:
 
 
 def _storage(rows: int, with_control: bool, device: torch.device) -> Tensor:
-    """int32: a kernel before the compaction sets the first element to 0, where there is control."""
+    """Allocate int32 storage; with control, a kernel before the compaction must set its first element to 0."""
     return torch.empty(_storage_bytes(rows, with_control, device) // 4, dtype=torch.int32, device=device)
 
 
 def compact(call: CompactCall) -> Selection:
-    """See ``sparse_kernels.compact``. Without a capacity the count is read first: the one synchronisation."""
+    """Serve ``sparse_kernels.compact``. Without a capacity the count is read first: the one synchronisation."""
     weight = None if call.weight is None else call.weight.detach().contiguous()
     storage = _storage(call.mask.shape[0], False, call.mask.device)
     return _compact(call.mask.contiguous(), weight, call.capacity, None, storage)
@@ -145,7 +150,7 @@ def compact(call: CompactCall) -> Selection:
 def _compact(
     mask: Tensor, weight_in: Tensor | None, capacity: int | None, control: tuple[Any, ...] | None, storage: Tensor
 ) -> Selection:
-    """Of contiguous tensors, whose flattened rows are packed; ``control`` is what ``_control`` gives."""
+    """Pack the flattened rows of contiguous tensors; ``control`` is the result of ``_control``."""
     rows, device = mask.numel(), mask.device
     slots = int(torch.count_nonzero(mask)) if capacity is None else capacity
     index = torch.empty(slots, dtype=torch.int64, device=device)
@@ -172,33 +177,29 @@ def _compact(
 
 def _control(
     significance: Tensor,
+    settings: Settings,
     labels: Tensor | None = None,
-    ignore_index: int = 0,
     mass: Tensor | None = None,
     state: ControlState | None = None,
     setpoint: Tensor | None = None,
     invalid: Tensor | None = None,
-    gate_temperature: float = 0.0,
-    p_min: float = 0.0,
 ) -> tuple[Any, ...]:
-    """The extension's Control, of contiguous tensors: csrc/cuda/control.h's ControlArgs."""
+    """Return the extension's Control, from contiguous tensors: csrc/cuda/control.h's ControlArgs."""
     return (
         significance.data_ptr(),
         0 if labels is None else labels.data_ptr(),
         0 if labels is None else labels.element_size(),
-        ignore_index,
         0 if mass is None else mass.data_ptr(),
         0 if state is None else state.values.data_ptr(),
         0 if state is None else state.counters.data_ptr(),
         0 if setpoint is None else setpoint.data_ptr(),
         0 if invalid is None else invalid.data_ptr(),
-        gate_temperature,
-        p_min,
+        settings,
     )
 
 
 def control(call: ControlCall) -> None:
-    """See ``sparse_kernels.control``. One launch, of a block for each state."""
+    """Serve ``sparse_kernels.control``: one launch, of a block for each state."""
     significance, setpoint = call.significance.detach().contiguous(), call.setpoint.contiguous()
     labels = None if call.labels is None else call.labels.contiguous()
     mass = None if call.mass is None else call.mass.detach().float().contiguous()
@@ -206,46 +207,43 @@ def control(call: ControlCall) -> None:
     _enqueue(
         _cuda.control,
         significance.device,
-        _control(
-            significance, labels, call.ignore_index, mass, call.state, setpoint,
-            gate_temperature=call.gate_temperature, p_min=call.p_min,
-        ),
+        _control(significance, call.settings, labels, mass, call.state, setpoint),
         0 if overflow is None else overflow.data_ptr(),
         setpoint.numel(),
         significance.shape[-1],
-    )  # fmt: skip
+    )
 
 
 def _score(call: GateCall) -> tuple[GatedRows, Tensor]:
-    """The scores, and the storage of the compaction that is to follow and count their rows of NaN."""
+    """Return the scores, and the storage of the compaction that must follow and count their rows of NaN."""
     call.targets = call.targets.contiguous()
     storage = _storage(call.targets.numel(), True, call.logits.device)
-    return triton_backend.gate_rows_uncounted(call, storage), storage
+    return triton.gate_rows_uncounted(call, storage), storage
 
 
 def select(call: SelectCall) -> Selected:
-    """See ``sparse_kernels.select``: three launches, two where nothing is packed."""
+    """Serve ``sparse_kernels.select``: three launches, two if nothing is packed."""
     gated, storage = _score(call)
-    control = _control(gated.significance, invalid=gated.invalid)
+    control = _control(gated.significance, call.settings, invalid=gated.invalid)
     selection = _compact(gated.mask, gated.weight, call.capacity, control, storage)
     packed = None if call.packing is None else _gather(call.packing, selection)
     return Selected(gated, selection, packed)
 
 
 def gate_step(call: GateStepCall) -> Selected:
-    """See ``sparse_kernels.ops.gate_step``: two launches."""
+    """Serve ``sparse_kernels.ops.gate_step``: two launches."""
     gated, storage = _score(call)
     control = _control(
-        gated.significance, call.targets, call.ignore_index, gated.stats.grad_norm, call.state, call.setpoint,
-        gated.invalid, call.gate_temperature, call.p_min,
+        gated.significance, call.settings, call.targets, gated.stats.grad_norm, call.state, call.setpoint,
+        gated.invalid,
     )  # fmt: skip
     return Selected(gated, _compact(gated.mask, gated.weight, call.capacity, control, storage), None)
 
 
 def gather_rows(call: TreeCall) -> Any:
-    """See ``sparse_kernels.gather_rows``, without gradient, which is for ``library`` to add. One launch for 32 tensors.
+    """Serve ``sparse_kernels.gather_rows``, without gradient, which ``torch_library`` adds.
 
-    Tensors whose rows have gaps (columns cut out) are gathered by PyTorch.
+    One launch moves 32 tensors. Tensors whose rows have gaps (columns cut out) are gathered by PyTorch.
     """
     return _gather(call, call.selection)
 
@@ -256,27 +254,27 @@ def _gather(call: Tree, selection: Selection) -> Any:
         return call.rebuild([empty_rows(tensor, slots).zero_() for tensor in call.tensors])
     outputs: list[Tensor] = []
     moves: list[tuple[int, int, int, int]] = []
-    kept: list[Tensor] = []  # what the addresses are of
-    for given in call.tensors:
-        tensor = _bytes_as_they_are(given)
+    read: list[Tensor] = []  # alive until the kernel is enqueued
+    for operand in call.tensors:
+        tensor = _materialised(operand)
         if not rows_are_packed(tensor):
             outputs.append(tensor.index_select(0, index))
             continue
         out = empty_rows(tensor, slots)
         outputs.append(out)
         moves.append(_move(tensor, out))
-        kept.append(tensor)
+        read.append(tensor)
     if moves:
         _enqueue(_cuda.gather_rows, index.device, moves, index.data_ptr(), slots, rows)
     return call.rebuild(outputs)
 
 
 def scatter_rows(call: TreeCall) -> Any:
-    """See ``sparse_kernels.scatter_rows``; not differentiable. One launch for 32 tensors, after their zeros."""
+    """Serve ``sparse_kernels.scatter_rows``; not differentiable. One launch for 32 tensors, after their zeros."""
     index, slots, rows = _index(call.selection), call.selection.index.shape[0], call.selection.size
     count = call.selection.count.to(index.device, torch.int32)
-    given = [_bytes_as_they_are(tensor) for tensor in call.tensors]
-    packed = [tensor if rows_are_packed(tensor) else tensor.contiguous() for tensor in given]
+    operands = [_materialised(tensor) for tensor in call.tensors]
+    packed = [tensor if rows_are_packed(tensor) else tensor.contiguous() for tensor in operands]
     outputs = [empty_rows(tensor, rows).zero_() for tensor in packed]
     moves = [_move(tensor, out) for tensor, out in zip(packed, outputs, strict=True)]
     if moves:
@@ -285,16 +283,16 @@ def scatter_rows(call: TreeCall) -> Any:
 
 
 def _index(selection: Selection) -> Tensor:
-    """int64 [slots], as the extension reads it: a selection need not come from ``compact``."""
+    """Return the index as the extension reads it, int64 [slots]; a selection need not come from ``compact``."""
     return selection.index.to(torch.int64).contiguous()
 
 
-def _bytes_as_they_are(tensor: Tensor) -> Tensor:
-    """The tensor detached, its values what its bytes say: a conjugated or negated view only has a flag."""
+def _materialised(tensor: Tensor) -> Tensor:
+    """Return the tensor detached, its bytes equal to its values: a conjugated or negated view only has a flag."""
     return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _move(tensor: Tensor, out: Tensor) -> tuple[int, int, int, int]:
-    """Addresses, bytes from a row of ``tensor`` to the next, and bytes of a row: csrc/cuda/gather.h's RowsToMove."""
+    """Return csrc/cuda/gather.h's RowsToMove: two addresses, the input's row stride in bytes, and bytes of a row."""
     row_bytes = tensor.element_size() * tensor.shape[1:].numel()
     return tensor.data_ptr(), out.data_ptr(), tensor.element_size() * tensor.stride(0), row_bytes

@@ -1,29 +1,33 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
-"""Functions of one number that Triton lacks, and the random numbers of the gate."""
+"""Scalar functions that Triton lacks, and the random numbers of the gate."""
 
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Exponents are cut off here, where 2^-x is 0 in float32 and float64 alike and 0 * x is still 0: the difference
+# of a masked logit (-inf, or the type's lowest) and another is -inf.
+FAR = tl.constexpr(2000.0)
+NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def divide(x, y, DOUBLE: tl.constexpr):
-    """x / y, rounded once: the operator's is off by 2 ulp in float32 on a GPU."""
+    """Return x / y, rounded once: the operator is off by 2 ulp in float32 on a GPU."""
     return x / y if DOUBLE else tl.div_rn(x, y)
 
 
 @triton.jit
 def root(x, DOUBLE: tl.constexpr):
-    """The square root, rounded once, for the same reason."""
+    """Return the square root, rounded once, for the same reason."""
     return tl.sqrt(x) if DOUBLE else tl.sqrt_rn(x)
 
 
 @triton.jit
 def log1p(x, DOUBLE: tl.constexpr):
-    """log(1 + x) for x >= 0, to rounding however coarse the device's log is near 1."""
+    """Return log(1 + x) for x >= 0, exact to rounding even if the device's log is coarse near 1."""
     # 2 artanh(s), s = x / (2 + x) <= 1/5 where it is used: 25x a term.
     TERMS: tl.constexpr = 12 if DOUBLE else 6
     s = x / (2.0 + x)
@@ -36,7 +40,7 @@ def log1p(x, DOUBLE: tl.constexpr):
 
 @triton.jit
 def tanh(a, DOUBLE: tl.constexpr):
-    """tanh, NaN and both infinities included; one division."""
+    """Return tanh(a), also for NaN and both infinities, by one division."""
     # Lambert's continued fraction near 0, where 1 - exp cancels, as a / (p / q).
     LEVELS: tl.constexpr = 11 if DOUBLE else 5
     square = a * a
@@ -54,7 +58,7 @@ def tanh(a, DOUBLE: tl.constexpr):
 
 @triton.jit
 def philox_uniform(row, step, seed):
-    """float32 in [0, 1), as sparse_kernels/philox.py: counter (row, step), key seed, word 0."""
+    """Return float32 in [0, 1) as sparse_kernels/philox.py does: counter (row, step), key seed, word 0."""
     zero = row * 0
     c0 = (row & 0xFFFFFFFF).to(tl.uint32)
     c1 = (row >> 32).to(tl.uint32)

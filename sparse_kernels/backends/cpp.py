@@ -1,7 +1,8 @@
-"""The compiled extension as a backend: C++ on CPU tensors, handed over as addresses.
+"""Backend ``cpp``: the compiled C++ extension on CPU tensors, which are passed as addresses.
 
-Environment: SPARSE_KERNELS_CPU=portable|avx2|avx512 forces an instruction set (for tests and
-comparisons); without it the widest that the processor has is used.
+Environment:
+    SPARSE_KERNELS_CPU: ``portable``, ``avx2`` or ``avx512``, to force an instruction set for tests and comparisons.
+        By default the widest one of the processor is used.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ from typing import Any
 import torch  # before the extension, so that it shares PyTorch's OpenMP runtime and thread pool
 from torch import Tensor
 
-from sparse_kernels import calls
-from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, TreeCall
-from sparse_kernels.rows import empty_rows, rows_are_packed
-from sparse_kernels.tracing import refuse_tensor
-from sparse_kernels.types import GatedRows, RowStats, Selected, Selection
+from sparse_kernels import _arguments, _tracing
+from sparse_kernels._arguments import (
+    CompactCall,
+    ControlCall,
+    GateCall,
+    GateStepCall,
+    SelectCall,
+    Settings,
+    StatsCall,
+    TreeCall,
+)
+from sparse_kernels._row_layout import empty_rows, rows_are_packed
+from sparse_kernels.types import WEIGHABLE, GatedRows, RowStats, Selected, Selection
 
-# The order of csrc/cpu/row_stats.h's Statistic.
-_WEIGHABLE = ("loss", "entropy", "grad_norm", "sum_squares", "max_prob", "margin", "logsumexp")
-SERVED = (*_WEIGHABLE, "argmax")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# What C++ writes: the statistics, and the maximum and the sum of exponentials that a backward needs.
-_WRITTEN = (*SERVED, "saved_maximum", "saved_total")
+# Written by C++ in this order: the statistics of csrc/cpu/row_stats.h's Statistic, the argmax, and the maximum and
+# the sum of exponentials, which a backward needs.
+_WRITTEN = (*WEIGHABLE, "argmax", "saved_maximum", "saved_total")
 _MAX_ROW_DIMENSIONS = 4  # csrc/cpu/row_stats.h's RowLayout
 _NO_STATS = RowStats()
 
@@ -50,28 +57,33 @@ except ImportError as error:
         _missing = "not built (SPARSE_KERNELS_BUILD=none)"
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot be used at all, or None."""
+def extension() -> Any:
+    """Return the compiled module, or None if it was not built."""
+    return None if _missing is not None else _cpp
+
+
+def unavailable_reason() -> str | None:
+    """Return why this backend cannot be used at all, or None."""
     return _missing
 
 
 def detail() -> str:
-    """The instruction set in use, and the threads."""
+    """Return the instruction set in use and the number of threads."""
     return f"{_cpp.instruction_set()}, {_cpp.max_threads()} threads"
 
 
-def _refuse_tensor(tensor: Tensor) -> str | None:
+def _tensor_unsupported_reason(tensor: Tensor) -> str | None:
     if _missing is not None:
         return _missing
     if not tensor.is_cpu:
         return f"tensors are on {tensor.device}, it serves cpu"
-    return refuse_tensor(tensor)
+    return _tracing.tensor_unsupported_reason(tensor)
 
 
-def refuse_row_stats(call: StatsCall) -> str | None:
-    """Why this call is not served, or None."""
+def row_stats_unsupported_reason(call: StatsCall) -> str | None:
+    """Return why this call is not served, or None."""
     logits = call.logits
-    reason = _refuse_tensor(logits)
+    reason = _tensor_unsupported_reason(logits)
     if reason is not None:
         return reason
     if not logits.is_contiguous() and _layout(logits, call.dim) is None:
@@ -79,12 +91,14 @@ def refuse_row_stats(call: StatsCall) -> str | None:
     return None
 
 
-refuse_gate_rows = refuse_row_stats
+gate_rows_unsupported_reason = row_stats_unsupported_reason
 
 
 def _layout(logits: Tensor, dim: int) -> tuple[int, ...] | None:
-    """The classes' stride, the outermost rows' stride, and size and stride of each further dimension of
-    the rows; None where there are more of them than C++ takes."""
+    """Return the strides of classes and outermost rows, then size and stride of each further dimension of the rows.
+
+    None if the rows have more dimensions than C++ takes.
+    """
     shape = logits.shape
     if dim == -1 and logits.is_contiguous():
         return 1, shape[-1]
@@ -105,7 +119,7 @@ def _layout(logits: Tensor, dim: int) -> tuple[int, ...] | None:
     return (class_stride if classes > 1 else 1, outermost, *(number for row in rows[1:] for number in row))
 
 
-def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
+def _inputs(call: StatsCall, targets: Tensor, settings: Settings) -> tuple[Any, ...]:
     logits = call.logits
     return (
         logits.data_ptr(),
@@ -115,10 +129,7 @@ def _inputs(call: StatsCall, targets: Tensor) -> tuple[Any, ...]:
         _layout(logits, call.dim),
         targets.data_ptr(),
         targets.dtype is torch.int32,
-        call.ignore_index,
-        call.temperature,
-        call.softcap,
-        call.label_smoothing,
+        settings,
     )
 
 
@@ -127,50 +138,55 @@ _COUNT = torch.zeros((), dtype=torch.int32)
 _INDEX = torch.zeros(0, dtype=torch.int64)  # new_empty of it takes two thirds
 
 
-def _real(call: StatsCall) -> torch.dtype:
-    """What the logits are computed in, and everything that is one a row."""
-    return torch.float64 if call.logits.dtype is torch.float64 else torch.float32
-
-
 def _allocate(call: StatsCall, targets: Tensor) -> dict[str, Tensor]:
-    real = _real(call)
+    real = call.accumulator
     return {name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else real) for name in call.outputs}
 
 
-def _addresses(found: dict[str, Tensor]) -> tuple[int, ...]:
-    return tuple(found[name].data_ptr() if name in found else 0 for name in _WRITTEN) if found else ()
+def _addresses(results: dict[str, Tensor]) -> tuple[int, ...]:
+    return tuple(results[name].data_ptr() if name in results else 0 for name in _WRITTEN) if results else ()
 
 
 def row_stats(call: StatsCall) -> RowStats:
-    """See ``sparse_kernels.row_stats``; not differentiable, which is for ``library`` to add."""
+    """Serve ``sparse_kernels.row_stats``; not differentiable, which ``torch_library`` adds."""
     return RowStats(**_forward(call))
 
 
 def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
-    """``row_stats``, and what its gradient needs of each row: the maximum of the logits after the softcap, and the
-    sum of exponentials. A logsumexp in one number would be rounded to 1e-3 at 1e4."""
-    found = _forward(call, ("saved_maximum", "saved_total"))
-    maximum, total = found.pop("saved_maximum"), found.pop("saved_total")
-    return RowStats(**found), maximum, total
+    """Serve ``row_stats``, and return what its gradient needs of each row.
+
+    Returns:
+        The statistics, the maximum of the logits after the softcap, and the sum of exponentials. A logsumexp in one
+        number would be rounded to 1e-3 at 1e4.
+    """
+    results = _forward(call, ("saved_maximum", "saved_total"))
+    maximum, total = results.pop("saved_maximum"), results.pop("saved_total")
+    return RowStats(**results), maximum, total
 
 
 def _forward(call: StatsCall, saved: tuple[str, ...] = ()) -> dict[str, Tensor]:
     targets = call.targets.contiguous()
-    found = _allocate(call, targets)
+    results = _allocate(call, targets)
     for name in saved:
-        found[name] = torch.empty_like(targets, dtype=_real(call))
-    bad_row = _cpp.row_stats(*_inputs(call, targets), _addresses(found))
+        results[name] = torch.empty_like(targets, dtype=call.accumulator)
+    bad_row = _cpp.row_stats(*_inputs(call, targets, call.settings), _addresses(results))
     if bad_row >= 0:
         call.raise_bad_target(bad_row)
-    return found
+    return results
 
 
 def row_stats_backward(
-    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, given: dict[str, Tensor], out: Tensor
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, upstream: dict[str, Tensor], out: Tensor
 ) -> None:
-    """Writes the gradient in the logits to ``out``, which has their shape and dtype and may be the logits.
+    """Write the gradient in the logits to ``out``.
 
-    ``given`` holds the upstream gradient of loss, entropy or both; all of the rows' tensors are contiguous.
+    Args:
+        call: the forward's call.
+        maximum: saved by the forward, contiguous, of the targets' shape.
+        total: as ``maximum``.
+        entropy: the forward's, contiguous; None without an upstream gradient of it.
+        upstream: the contiguous upstream gradient of ``loss``, ``entropy`` or both.
+        out: the logits' shape and dtype; it may be the logits.
     """
     targets = call.targets.contiguous()
     layout = _layout(out, call.dim)
@@ -179,70 +195,70 @@ def row_stats_backward(
         gradient = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         layout = _layout(gradient, call.dim)
     _cpp.row_stats_backward(
-        *_inputs(call, targets),
+        *_inputs(call, targets, call.settings),
         gradient.data_ptr(),
         layout,
         maximum.data_ptr(),
         total.data_ptr(),
         0 if entropy is None else entropy.data_ptr(),
-        given["loss"].data_ptr() if "loss" in given else 0,
-        given["entropy"].data_ptr() if "entropy" in given else 0,
+        upstream["loss"].data_ptr() if "loss" in upstream else 0,
+        upstream["entropy"].data_ptr() if "entropy" in upstream else 0,
     )
     if gradient is not out:
         out.copy_(gradient)
 
 
 def gate_rows(call: GateCall) -> GatedRows:
-    """See ``sparse_kernels.gate_rows``."""
-    targets = call.targets.contiguous()
-    real = _real(call)
+    """Serve ``sparse_kernels.gate_rows``."""
+    targets, settings = call.targets.contiguous(), call.settings
+    real = call.accumulator
     threshold = call.threshold if call.threshold.dtype is real else call.threshold.to(real)
     offset = None if call.offset is None else call.offset.to(real).contiguous()
     mask = torch.empty_like(targets, dtype=torch.bool)
     significance = torch.empty_like(targets, dtype=real)
-    weight = torch.empty_like(targets, dtype=torch.float32) if call.gate_temperature else None
+    weight = None
+    if settings.gate_temperature:
+        weight = torch.empty_like(targets, dtype=torch.float32)
+        if isinstance(settings.step, Tensor):
+            settings = settings._replace(step=int(settings.step))
     invalid = torch.empty_like(_COUNT)
-    found = _allocate(call, targets)
+    results = _allocate(call, targets)
     bad_row = _cpp.gate_rows(
-        *_inputs(call, targets),
-        _addresses(found),
+        *_inputs(call, targets, settings),
+        _addresses(results),
         mask.data_ptr(),
         significance.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         0 if offset is None else offset.data_ptr(),
-        (*[call.weights.get(name, 0.0) for name in _WEIGHABLE],),
+        {name: float(value) for name, value in call.weights.items()},
         threshold.data_ptr(),
-        call.gate_temperature,
-        call.p_min,
-        call.seed & 0xFFFFFFFFFFFFFFFF,
-        int(call.step) & 0xFFFFFFFFFFFFFFFF if weight is not None else 0,
         invalid.data_ptr(),
     )
     if bad_row >= 0:
         call.raise_bad_target(bad_row)
-    return GatedRows(mask, significance, weight, RowStats(**found) if found else _NO_STATS, invalid)
+    return GatedRows(mask, significance, weight, RowStats(**results) if results else _NO_STATS, invalid)
 
 
-def refuse_compact(call: CompactCall) -> str | None:
-    """Why this call is not served, or None."""
-    return _refuse_tensor(call.mask)
+def compact_unsupported_reason(call: CompactCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _tensor_unsupported_reason(call.mask)
 
 
 def compact(call: CompactCall) -> Selection:
-    """See ``sparse_kernels.compact``."""
+    """Serve ``sparse_kernels.compact``."""
     return _compact(call.mask, call.weight, call.capacity)
 
 
 def _compact(mask: Tensor, weight: Tensor | None, capacity: int | None) -> Selection:
     mask = mask.contiguous()
     weight = None if weight is None else weight.detach().contiguous()
-    selection, arguments = _unpacked(mask, weight, capacity)
+    selection, arguments = _allocate_selection(mask, weight, capacity)
     _cpp.compact(*arguments)
     return selection
 
 
-def _unpacked(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> tuple[Selection, tuple[Any, ...]]:
-    """A selection's memory, of ``slots`` or as many as are kept, and the arguments with which C++ writes it."""
+def _allocate_selection(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> tuple[Selection, tuple[Any, ...]]:
+    """Return a selection of ``slots``, by default as many as are kept, and the arguments with which C++ fills it."""
     rows = mask.numel()
     counts: list[int] = []
     if slots is None:
@@ -264,13 +280,13 @@ def _unpacked(mask: Tensor, weight_in: Tensor | None, slots: int | None) -> tupl
     )
 
 
-def refuse_control(call: ControlCall) -> str | None:
-    """Why this call is not served, or None."""
-    return calls.refuse_control(call, _refuse_tensor)
+def control_unsupported_reason(call: ControlCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _arguments.control_unsupported_reason(call, _tensor_unsupported_reason)
 
 
 def control(call: ControlCall) -> None:
-    """See ``sparse_kernels.control``."""
+    """Serve ``sparse_kernels.control``."""
     significance, setpoint = call.significance.detach().contiguous(), call.setpoint.contiguous()
     labels = None if call.labels is None else call.labels.contiguous()
     mass = None if call.mass is None else call.mass.detach().float().contiguous()
@@ -281,24 +297,23 @@ def control(call: ControlCall) -> None:
         significance.data_ptr(),
         0 if labels is None else labels.data_ptr(),
         0 if labels is None else labels.element_size(),
-        call.ignore_index,
         0 if mass is None else mass.data_ptr(),
         setpoint.data_ptr(),
         0 if overflow is None else overflow.data_ptr(),
         setpoint.numel(),
         significance.shape[-1],
-        call.gate_temperature,
-        call.p_min,
+        call.settings,
     )
 
 
-def refuse_select(call: SelectCall) -> str | None:
-    """Why this call is not served as one, or None."""
-    return refuse_gate_rows(call) or (None if call.packing is None else _refuse_tensors(call.packing.tensors))
+def select_unsupported_reason(call: SelectCall) -> str | None:
+    """Return why this call is not served as one, or None."""
+    tensors = [] if call.packing is None else call.packing.tensors
+    return gate_rows_unsupported_reason(call) or _tensors_unsupported_reason(tensors)
 
 
 def select(call: SelectCall) -> Selected:
-    """See ``sparse_kernels.select``: the mask is packed while it is in the cache."""
+    """Serve ``sparse_kernels.select``: the mask is packed while it is in the cache."""
     gated = gate_rows(call)
     mask, weight = gated.mask, gated.weight
     if mask.dim() != 1:
@@ -309,19 +324,19 @@ def select(call: SelectCall) -> Selected:
     return Selected(gated, selection, call.packing.rebuild(_gather(call.packing.tensors, selection)))
 
 
-def refuse_gate_step(call: GateStepCall) -> str | None:
-    """Why this call is not served as one, or None."""
-    reason = refuse_gate_rows(call)
+def gate_step_unsupported_reason(call: GateStepCall) -> str | None:
+    """Return why this call is not served as one, or None."""
+    reason = gate_rows_unsupported_reason(call)
     if reason is None and call.logits.dtype is torch.float64:
         reason = "a controller's state is float32"
-    return reason or calls.refuse_state(call.state)
+    return reason or _arguments.state_unsupported_reason(call.state)
 
 
 def gate_step(call: GateStepCall) -> Selected:
-    """See ``sparse_kernels.ops.gate_step``. Only ``gate_rows`` can fail, before the state has moved."""
+    """Serve ``sparse_kernels.ops.gate_step``. Only ``gate_rows`` can fail, before the state has changed."""
     targets = call.targets = call.targets.contiguous()
     gated = gate_rows(call)
-    selection, arguments = _unpacked(gated.mask, gated.weight, call.capacity)
+    selection, arguments = _allocate_selection(gated.mask, gated.weight, call.capacity)
     mass = gated.stats.grad_norm
     _cpp.compact_and_control(
         *arguments,
@@ -330,18 +345,16 @@ def gate_step(call: GateStepCall) -> Selected:
         gated.significance.data_ptr(),
         targets.data_ptr(),
         4 if targets.dtype is torch.int32 else 8,
-        call.ignore_index,
         0 if mass is None else mass.data_ptr(),
         call.setpoint.data_ptr(),
-        call.gate_temperature,
-        call.p_min,
+        call.settings,
     )
     return Selected(gated, selection, None)
 
 
-def _refuse_tensors(tensors: list[Tensor]) -> str | None:
+def _tensors_unsupported_reason(tensors: list[Tensor]) -> str | None:
     for tensor in tensors:
-        reason = _refuse_tensor(tensor)
+        reason = _tensor_unsupported_reason(tensor)
         if reason is not None:
             return reason
         if tensor.layout is not torch.strided:
@@ -349,25 +362,26 @@ def _refuse_tensors(tensors: list[Tensor]) -> str | None:
     return None
 
 
-def _refuse_tree(call: TreeCall) -> str | None:
-    return _refuse_tensor(call.selection.index) or _refuse_tensors(call.tensors)
+def gather_rows_unsupported_reason(call: TreeCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _tensor_unsupported_reason(call.selection.index) or _tensors_unsupported_reason(call.tensors)
 
 
-refuse_gather_rows = refuse_scatter_rows = _refuse_tree
+scatter_rows_unsupported_reason = gather_rows_unsupported_reason
 
 
 def gather_rows(call: TreeCall) -> Any:
-    """See ``sparse_kernels.gather_rows``."""
+    """Serve ``sparse_kernels.gather_rows``."""
     return call.rebuild(_gather(call.tensors, call.selection))
 
 
 def scatter_rows(call: TreeCall) -> Any:
-    """See ``sparse_kernels.scatter_rows``."""
+    """Serve ``sparse_kernels.scatter_rows``."""
     return call.rebuild(_scatter(call.tensors, call.selection))
 
 
 def _gather(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
-    """The selected rows of each tensor, padding included, in one call of C++."""
+    """Return the selected rows of each tensor, padding included, by one call of C++."""
     index = selection.index.contiguous()
     if selection.size == 0:  # nothing to read, not even for padding
         return [empty_rows(tensor, index.numel()).zero_() for tensor in tensors]
@@ -382,7 +396,7 @@ def _gather(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
 
 
 def _scatter(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
-    """Each tensor's rows in their places and zeros elsewhere, padding dropped, in one call of C++."""
+    """Return each tensor's rows in their places, zeros elsewhere and no padding, by one call of C++."""
     index, kept = selection.index.contiguous(), int(selection.count)
     if not 0 <= kept <= index.numel():
         raise ValueError(f"selection count {kept} does not fit its {index.numel()} slots")
@@ -393,14 +407,14 @@ def _scatter(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
 def _move_rows(
     function: Callable[..., int], tensors: list[Tensor], index: Tensor, slots: int, out_rows: int, rows: int
 ) -> list[Tensor]:
-    """``function`` over tensors whose rows are packed."""
+    """Call C++'s ``function`` on tensors whose rows are packed."""
     moved: list[Tensor] = []
     moves: list[int] = []
     read: list[Tensor] = []
     for tensor in tensors:
-        if tensor.is_conj() or tensor.is_neg():  # only noted: its bytes are not its values
+        if tensor.is_conj() or tensor.is_neg():  # lazily: its bytes are not its values
             tensor = tensor.resolve_conj().resolve_neg()
-            read.append(tensor)  # kept until C++ has read it
+            read.append(tensor)  # alive until C++ has read it
         out = empty_rows(tensor, out_rows)
         moved.append(out)
         moves += (

@@ -1,26 +1,24 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
 # ruff: noqa: SIM108 (what is known at compile time decides by itself whether the rest is compiled)
-"""The gradient of loss and entropy in the logits, in one pass over them.
+"""Gradient of loss and entropy in the logits, in one pass over them.
 
-From each row's m, S and entropy H, which the forward saved (a logsumexp, rounded at 1e4 to 1e-3, would not
-do), with t_j = (x_j - m) log2(e) / temperature, p_j = 2^t_j / S and ln p_j = ln2 t_j - ln S:
+The forward saved each row's m, S and entropy H; a logsumexp, rounded at 1e4 to 1e-3, would not do. With
+t_j = (x_j - m) log2(e) / temperature, p_j = 2^t_j / S and ln p_j = ln2 t_j - ln S:
 
     dx_j = (g_loss (p_j - (1 - a) [j = y] - a / classes) - g_entropy p_j (ln p_j + H)) / temperature * (1 - tanh^2)
          = (2^t_j (A + B t_j) - C - D [j = y]) * (1 - tanh^2)
 
-whose A, B, C and D are a row's own. Bytes: the logits once, the gradient once, a few numbers a row.
+with A, B, C and D constant along a row. Bytes: the logits once, the gradient once, a few numbers a row.
 
-The gradient may be written over the logits: every element is read once, by the program that then writes it,
-before it is written; nothing is read again.
+The gradient may be written over the logits: every element is read once, before it is written, and by the same program.
 """
 
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from sparse_kernels.triton_kernels.math import LN2, LOG2E, tanh
-from sparse_kernels.triton_kernels.row_stats import FAR
-from sparse_kernels.triton_kernels.tiles import (
+from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, tanh
+from sparse_kernels.backends.triton.tiles import (
     columns_of_tile,
     rows_of_program,
     slice_of_program,
@@ -44,7 +42,7 @@ RUN_TIME = (
 
 @triton.jit
 def gradient_of(x, row, softcap, DOUBLE: tl.constexpr):
-    """2^t (A + B t) - C, times softcap's slope, of a tile; and that slope over the temperature."""
+    """Return (2^t (A + B t) - C) * slope of a tile, and the slope: softcap's derivative."""
     m, scale, cap, a, b, c = row
     slope = tl.full(x.shape, 1.0, x.dtype)
     if softcap > 0.0:
@@ -127,7 +125,7 @@ def row_stats_backward_kernel(
         entropy = tl.load(entropy_ptr + row, mask=live, other=0.0)
         a -= g_entropy * (entropy - tl.log(S))
         b -= g_entropy * LN2
-    of_row = (
+    row_constants = (
         m[:, None, None, None],
         inverse * LOG2E,
         tl.full((), softcap, ACC),
@@ -159,7 +157,7 @@ def row_stats_backward_kernel(
                 pointers = base + column.to(tl.int64) * class_stride
                 out_pointers = out + column.to(tl.int64) * gradient_class_stride
             x = tl.load(pointers, mask=alive, other=0.0).to(ACC)
-            g, slope = gradient_of(x, of_row, softcap, DOUBLE)
+            g, slope = gradient_of(x, row_constants, softcap, DOUBLE)
             g -= tl.where(column == y, d * slope, 0.0)
             g = tl.where(alive, g, 0.0).to(gradient_ptr.dtype.element_ty)
             if ROWS == 1:
@@ -178,7 +176,7 @@ def row_stats_backward_kernel(
         offset = column if CONTIGUOUS else column.to(tl.int64) * class_stride
         out_offset = column if CONTIGUOUS else column.to(tl.int64) * gradient_class_stride
         x = tl.load(base + offset, mask=here & alive, other=0.0).to(ACC)
-        g, slope = gradient_of(x, of_row, softcap, DOUBLE)
+        g, slope = gradient_of(x, row_constants, softcap, DOUBLE)
         g -= tl.where(column == y, d * slope, 0.0)
         tl.store(out + out_offset, tl.where(alive, g, 0.0).to(gradient_ptr.dtype.element_ty), mask=here)
         start += COLUMNS if LOOP else columns
