@@ -39,7 +39,7 @@ gpu:  ## PARTS="build check bench:300" for some, WHEELS=folder for packages to c
 # Everything below build/sanitize is built with the address and undefined-behaviour sanitizers.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 SANITIZED := build/sanitize
-SANITIZED_SUITE ?= tests/kernels --ignore tests/kernels/test_build.py --ignore tests/kernels/test_triton.py
+SANITIZED_SUITE ?= tests/kernels --ignore tests/kernels/test_build.py --ignore-glob tests/kernels/test_triton\*
 FUZZ_SECONDS ?= 60
 
 sanitize: export PYTHONPATH := $(abspath $(SANITIZED))/lib
@@ -53,7 +53,7 @@ sanitize: $(SANITIZED)/.built  ## the C++ suite under the sanitizers: any step o
 fuzz: $(SANITIZED)/fuzz_kernels  ## random inputs to every CPU kernel, under the sanitizers
 	OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 $< $(FUZZ_SECONDS)
 
-$(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.py)
+$(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.py sparse_kernels/*/*/*.py)
 	SPARSE_KERNELS_BUILD=cpu CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build \
 	  --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
 	touch $@
