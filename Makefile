@@ -53,7 +53,7 @@ $(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.
 	touch $@
 
 $(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
-	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
+	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc/include $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -12,11 +12,11 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/compact.h"
-#include "cpu/control.h"
-#include "cpu/gather.h"
-#include "cpu/row_stats.h"
 #include "dlpack.h"
+#include "sparse_kernels/cpu/compact.h"
+#include "sparse_kernels/cpu/control.h"
+#include "sparse_kernels/cpu/gather.h"
+#include "sparse_kernels/cpu/row_stats.h"
 
 namespace sparse_kernels {
 namespace {

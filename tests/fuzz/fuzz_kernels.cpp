@@ -11,10 +11,10 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/compact.h"
-#include "cpu/gather.h"
-#include "cpu/instruction_set.h"
-#include "cpu/row_stats.h"
+#include "sparse_kernels/cpu/compact.h"
+#include "sparse_kernels/cpu/gather.h"
+#include "sparse_kernels/cpu/instruction_set.h"
+#include "sparse_kernels/cpu/row_stats.h"
 
 namespace sk = sparse_kernels;
 
