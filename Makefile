@@ -1,4 +1,4 @@
-# make demo | test | bench | sanitize | fuzz | lint | format      one environment for all of them, made when needed, in .venv
+# make demo | test | bench | sanitize | fuzz | headers | lint | format      one environment for all of them, made when needed, in .venv
 # make test-xla  the reference on an XLA device; an environment of its own, some gigabytes, in build/xla-venv
 # make gpu       where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
 PYTHON ?= python3
@@ -12,7 +12,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-xla bench gpu sanitize fuzz lint format clean
+.PHONY: demo test test-xla bench gpu sanitize fuzz headers lint format clean
 
 demo: $(READY)  ## train dense, random and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -55,7 +55,10 @@ $(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.
 $(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
 	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc/include $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
 
-lint: $(READY)
+headers: $(READY)  ## parse each C++ and CUDA header alone
+	$(BIN)/python tests/check_headers.py
+
+lint: $(READY) headers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -237,8 +237,8 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
-            f"  command = {host} -std=c++17 -O3 --threads 2 {include} -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-            f" {gencode(names)} -MD -MF $out.d -c $in -o $out",
+            f"  command = {host} -std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+            f" {include} {gencode(names)} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             # PyTorch's own runtime is in the global scope: exported, ours would be bound to its functions.

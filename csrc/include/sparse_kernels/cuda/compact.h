@@ -1,22 +1,24 @@
-// From a mask on the device to packed indices, ascending; count and overflow stay on the device.
-// One launch, and in it, where that is asked for, the controller's sums and its law.
+// Compaction on the device: from a mask to the packed indices of its set rows, in ascending order.
+// Count and overflow stay on the device. One launch, which can include a step of the threshold
+// controller.
 //
-// Up to kMaxTiled flags a block takes a tile, and counts all the flags (64 KB at most, from L2)
-// instead of waiting for the blocks before it. Above, a cooperative grid of a block for each
-// processor: each counts its share and leaves it as bits, all wait for all, each packs its share.
-// (Not CUB's select: that is two launches, a third pads, and none can carry the controller's sums.
-// benchmarks/gpu_cases.py times it beside this one.)
+// Up to kMaxTiled flags each block packs a tile; to find its first slot it counts all flags itself
+// (at most 64 KB, from L2) instead of waiting for the blocks before it. Above, a cooperative grid
+// has one block per multiprocessor: each counts its share of the flags and stores it as bits, all
+// wait for all, then each packs its share. (CUB's select would be two launches, with a third to
+// pad, and none of them can include the controller's sums. benchmarks/gpu_cases.py times it as
+// well.)
 //
-// Bytes, for R flags, K kept, C slots: R read, 12 C written, 4 K read where there are weights;
-// above kMaxTiled R/8 written and read again, which stay in L2. At 4.3 TB/s (an H200's copy, read
-// and write) 16M flags with 10% kept and C = K take at least 8.6 us. The controller reads
-// control.h's bytes besides.
+// Bytes, for R flags, K rows kept, C slots: R read, 12 C written, 4 K read where there are weights;
+// above kMaxTiled R/8 written and read again, within L2. At 4.3 TB/s (an H200's copy, read and
+// write) 16M flags with 10% kept and C = K take at least 8.6 us. The controller adds the bytes that
+// control.h states.
 #pragma once
 
 #include <cstdint>
 
-#include "control.h"
-#include "place.h"
+#include "sparse_kernels/cuda/control.h"
+#include "sparse_kernels/cuda/device_stream.h"
 
 namespace sparse_kernels::cuda {
 
@@ -30,20 +32,20 @@ struct PackedRows {
 };
 
 struct CompactArgs {
-  const uint8_t* mask;  // [rows], a flag is a byte, set where it is not 0; any alignment
+  const uint8_t* mask;  // [rows]; a flag is a byte, set where it is not 0; any alignment
   int32_t rows;
   PackedRows packed;
-  int32_t* count;     // rows kept
-  int32_t* overflow;  // rows set that did not fit
+  int32_t* count;     // number of rows kept
+  int32_t* overflow;  // number of set rows that did not fit
 };
 
-// Temporary storage that ``compact`` wants for so many rows on this device, without or with a
-// controller; 0 without one up to kMaxTiled.
-int64_t compact_storage_bytes(int32_t rows, bool with_control, const Place& place);
+// The bytes of temporary storage that compact needs for `rows` rows on this device, with or without
+// a controller; 0 without a controller up to kMaxTiled rows.
+int64_t compact_storage_bytes(int32_t rows, bool with_control, const DeviceStream& device_stream);
 
-// ``storage`` is aligned to 256 bytes. With ``control`` (of one state) its first four bytes are 0
-// when the kernel begins: the blocks that have finished are counted there.
+// `storage` is aligned to 256 bytes. With `control`, which has one state, the first four bytes of
+// storage must be 0 when the kernel begins: it counts the blocks that have finished there.
 void compact(const CompactArgs& args, const ControlArgs* control, void* storage,
-             int64_t storage_bytes, const Place& place);
+             int64_t storage_bytes, const DeviceStream& device_stream);
 
 }  // namespace sparse_kernels::cuda

@@ -1,17 +1,17 @@
-// The controller on the device: control_law.h's law after one pass over the significance. In a
-// gate's step that pass and the law are part of the compaction (compact.h); alone, a launch of a
-// block for each state.
+// The threshold controller on the device: one pass over a batch's significance, then one step of
+// control_law.h. A gate's step does both within the compaction (compact.h); a call by itself is one
+// launch with a block for each state.
 //
-// Sums are taken in one order whatever block comes first: in float over the 512 rows that a warp
-// takes at a time (in double where rows have masses), then in double, by warp, by block.
+// The order of the sums is fixed: in float over the 512 rows that a warp takes at a time (in double
+// where rows have masses), then in double over a block's warps, then over the blocks.
 //
-// Bytes: 4 a row, the labels' 1, 4 or 8 and the mass's 4 where they are given.
+// Bytes per row: 4, plus 1, 4 or 8 for its label and 4 for its mass where these are given.
 #pragma once
 
 #include <cstdint>
 
-#include "../control_law.h"
-#include "place.h"
+#include "sparse_kernels/control_law.h"
+#include "sparse_kernels/cuda/device_stream.h"
 
 namespace sparse_kernels::cuda {
 
@@ -21,15 +21,15 @@ struct ControlArgs {
   int label_bytes;            // 1, 4 or 8
   int64_t ignore_index;       // a row with this label does not count
   const float* mass;          // [states, rows], or null: 1 each
-  float* values;              // [states, kControlValues], moved in place; null: only NaN is counted
-  int64_t* counters;          // [states, kControlCounters], moved in place
-  const float* setpoint;      // [states]
-  int32_t* invalid;           // [states], rows of NaN; or null
+  float* values;          // [states, kControlValues], updated in place; null: only NaN is counted
+  int64_t* counters;      // [states, kControlCounters], updated in place
+  const float* setpoint;  // [states]
+  int32_t* invalid;       // [states], number of rows whose significance is NaN; or null
   ControlSettings settings;
 };
 
-// ``overflow``: [states], or null: none.
+// `overflow`: [states], or null: none.
 void control(const ControlArgs& args, const int32_t* overflow, int64_t states, int64_t rows,
-             const Place& place);
+             const DeviceStream& device_stream);
 
 }  // namespace sparse_kernels::cuda
