@@ -64,9 +64,9 @@ struct RowSums : PartSums {
   void add_extras(const RowStatsArgs& args, const Plan<Vec>& plan, const T* x, int64_t begin,
                   int columns, Real block_maximum) {
     if (plan.requested[kMargin]) {
-      const TwoLargest<Vec> of_block = two_largest<Vec>(x, vectors_of<Vec>(columns));
-      add_to_two_largest(of_block.largest);
-      add_to_two_largest(of_block.second);
+      const TwoLargest<Vec> two_of_block = two_largest<Vec>(x, vectors_of<Vec>(columns));
+      add_to_two_largest(two_of_block.largest);
+      add_to_two_largest(two_of_block.second);
     }
     if (args.argmax && block_maximum > maximum) {
       int j = 0;

@@ -4,9 +4,11 @@
 #include <type_traits>
 
 #include "compact_output.cuh"
-#include "compact_shares.cuh"
 #include "compact_tiles.cuh"
 #include "launch.h"
+
+// After the tiles: in the other order nvcc 13 unrolls this kernel's controller sums differently.
+#include "compact_shares.cuh"
 #include "sparse_kernels/cuda/compact.h"
 
 namespace sparse_kernels::cuda {
