@@ -34,19 +34,20 @@ void add_block(ControlSums& sums, const float* significance, float threshold, in
 #endif
   for (int64_t i = 0; i < kBlock; ++i) {
     const float s = significance[begin + i], above = s - threshold;
-    const float number = s == s ? counted[i] : 0.0f;
-    const float measure = fabsf(s) < INFINITY ? counted[i] : 0.0f;
+    const float valid_row = s == s ? counted[i] : 0.0f;
+    const float finite_row = fabsf(s) < INFINITY ? counted[i] : 0.0f;
     present += counted[i];
-    valid += number;
-    selected += above > 0.0f ? number : 0.0f;
-    finite += measure;
-    total += measure > 0.0f ? s : 0.0f;
-    const float up = above > 0.0f ? above : 0.0f, down = above < 0.0f ? -above : 0.0f;
-    excess += measure > 0.0f ? up : 0.0f;
-    deficit += measure > 0.0f ? down : 0.0f;
-    const float least = measure > 0.0f ? s : INFINITY, most = measure > 0.0f ? s : -INFINITY;
-    low = least < low ? least : low;
-    high = most > high ? most : high;
+    valid += valid_row;
+    selected += above > 0.0f ? valid_row : 0.0f;
+    finite += finite_row;
+    total += finite_row > 0.0f ? s : 0.0f;
+    const float over = above > 0.0f ? above : 0.0f, under = above < 0.0f ? -above : 0.0f;
+    excess += finite_row > 0.0f ? over : 0.0f;
+    deficit += finite_row > 0.0f ? under : 0.0f;
+    const float low_here = finite_row > 0.0f ? s : INFINITY,
+                high_here = finite_row > 0.0f ? s : -INFINITY;
+    low = low_here < low ? low_here : low;
+    high = high_here > high ? high_here : high;
   }
   ControlSums part;
   part.mass = part.mass_sq = valid;

@@ -132,7 +132,7 @@ SPARSE_KERNELS_HOST_DEVICE inline float control_clamp(float x, float low, float 
 
 namespace control_constants {
 
-// Of the initial belief, in logits^2 of the rate, and what a batch adds to it.
+// control_law.py describes each of them; variances and noise are in logits^2 of the rate.
 constexpr float kPositionVariance0 = 4.0f, kDriftVariance0 = 3e-4f;
 constexpr float kPositionNoise = 5e-6f, kDriftNoise = 1e-8f;
 constexpr float kSmoothing = 0.1f, kJump = 3.0f, kJumpOfDrift = 0.01f;
