@@ -14,7 +14,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-xla bench gpu sanitize fuzz lint format clean
+.PHONY: demo test test-xla bench gpu sanitize fuzz headers lint format clean
 
 demo: $(DEMO)  ## train dense, random, adaptive and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -59,9 +59,12 @@ $(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.
 	touch $@
 
 $(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
-	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
+	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc/include $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
 
-lint: $(READY)  ## formatting, types and import contracts
+headers: $(READY)  ## parse each C++ and CUDA header alone
+	$(BIN)/python tests/check_headers.py
+
+lint: $(READY) headers  ## formatting, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -31,6 +31,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+INCLUDE = ROOT / "csrc" / "include"
 BUILD_INFO = "_build_info.py"
 CPP, CUDA = "sparse_kernels._cpp", "sparse_kernels._cuda"
 MODES = ("auto", "cpu", "cuda", "none")
@@ -189,7 +190,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        flags = f"{FLAGS} {openmp} {os.environ.get('CXXFLAGS', '')}"
+        flags = f"{FLAGS} {openmp} {os.environ.get('CXXFLAGS', '')} -I{shlex.quote(str(INCLUDE))}"
         flags += "".join(f" -isystem {shlex.quote(path)}" for path in includes)
         if X86:
             flags += " -DSPARSE_KERNELS_X86"
@@ -223,7 +224,8 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
         names = architectures(nvcc)
         folder = Path(self.build_temp).resolve() / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+        include = f"-I{shlex.quote(str(INCLUDE))}"
+        flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {include}"
         flags += f" {os.environ.get('CXXFLAGS', '')} '-DSPARSE_KERNELS_ARCHITECTURES=\"{' '.join(names)}\"'"
         flags += "".join(f" -isystem {shlex.quote(p)}" for p in (sysconfig.get_path("include"), pybind11.get_include()))
         host = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(shlex.split(compiler)[0])}"
@@ -236,7 +238,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
             "  deps = gcc",
             "rule nvcc",
             f"  command = {host} -std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-            f" {gencode(names)} -MD -MF $out.d -c $in -o $out",
+            f" {include} {gencode(names)} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             # PyTorch's own runtime is in the global scope: exported, ours would be bound to its functions.
@@ -266,8 +268,8 @@ def sources(*patterns: str) -> list[str]:
 
 
 extensions = {
-    CPP: Extension(CPP, sources("*.cpp", "cpu/*.cpp"), optional=True),
-    CUDA: Extension(CUDA, sources("cuda/*.cpp", "cuda/*.cu"), optional=True),
+    CPP: Extension(CPP, sources("bindings/cpu_module.cpp", "bindings/direct.cpp", "cpu/*.cpp"), optional=True),
+    CUDA: Extension(CUDA, sources("bindings/cuda_module.cpp", "cuda/*.cu"), optional=True),
 }
 built = {"auto": (CPP, CUDA), "cuda": (CPP, CUDA), "cpu": (CPP,), "none": ()}
 setup(ext_modules=[extensions[name] for name in built[mode()]], cmdclass={"build_ext": NinjaBuild})

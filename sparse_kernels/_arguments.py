@@ -27,7 +27,7 @@ _STATE = (("values", torch.float32, len(CONTROL_VALUES)), ("counters", torch.int
 class Settings(NamedTuple):
     """Numbers that hold for every row of a call, passed whole from the operations to the kernels.
 
-    csrc/settings.h reads the fields in this order; torch_library takes its schemas from them.
+    csrc/bindings/settings.h reads the fields in this order; torch_library takes its schemas from them.
     """
 
     temperature: float = 1.0  # above 0

@@ -28,7 +28,7 @@ A set-point may be a share of mass instead. Rows then count by their mass (the n
 sum, and n/B is the share of it above the threshold. B is (sum m)^2 / sum m^2, the number of equal rows whose share
 would be as noisy. Nothing else changes: the threshold is the same quantile, of the distribution weighted by mass.
 
-csrc/control_law.h is the same law for the compiled backends.
+control_law.h in csrc is the same law for the compiled backends.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class GatedRows(NamedTuple):
     """int32, 0-d: the number of rows with NaN, +inf or nothing but -inf."""
 
 
-# A controller's state, packed so that a kernel finds it at two addresses; csrc/control_law.h has the same order.
+# A controller's state, packed so that a kernel finds it at two addresses; control_law.h has the same order.
 CONTROL_VALUES = (  # float32
     "threshold",
     "drift",  # the integral: units a batch

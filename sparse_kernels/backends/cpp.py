@@ -30,10 +30,10 @@ from sparse_kernels._row_layout import empty_rows, rows_are_packed
 from sparse_kernels.types import WEIGHABLE, GatedRows, RowStats, Selected, Selection
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# Written by C++ in this order: the statistics of csrc/cpu/row_stats.h's Statistic, the argmax, and the maximum and
+# Written by C++ in this order: the statistics of row_stats.h's Statistic, the argmax, and the maximum and
 # the sum of exponentials, which a backward needs.
 _WRITTEN = (*WEIGHABLE, "argmax", "saved_maximum", "saved_total")
-_MAX_ROW_DIMENSIONS = 4  # csrc/cpu/row_stats.h's RowLayout
+_MAX_ROW_DIMENSIONS = 4  # row_stats.h's RowLayout
 _NO_STATS = RowStats()
 
 _missing: str | None = None

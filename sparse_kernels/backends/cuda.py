@@ -184,7 +184,7 @@ def _control(
     setpoint: Tensor | None = None,
     invalid: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Return the extension's Control, from contiguous tensors: csrc/cuda/control.h's ControlArgs."""
+    """Return the extension's Control, from contiguous tensors: ControlArgs of cuda/control.h."""
     return (
         significance.data_ptr(),
         0 if labels is None else labels.data_ptr(),
@@ -293,6 +293,6 @@ def _materialised(tensor: Tensor) -> Tensor:
 
 
 def _move(tensor: Tensor, out: Tensor) -> tuple[int, int, int, int]:
-    """Return csrc/cuda/gather.h's RowsToMove: two addresses, the input's row stride in bytes, and bytes of a row."""
+    """Return RowsToMove of cuda/gather.h: two addresses, the input's row stride in bytes, and bytes of a row."""
     row_bytes = tensor.element_size() * tensor.shape[1:].numel()
     return tensor.data_ptr(), out.data_ptr(), tensor.element_size() * tensor.stride(0), row_bytes

@@ -1,8 +1,10 @@
-"""setup.py's modes, built into a temporary folder."""
+"""setup.py's modes, built into a temporary folder, and what the C++ sources must keep to."""
 
+import ast
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +150,48 @@ def test_without_the_extension_everything_runs_on_the_reference(tmp_path):
     assert "cpp" not in done.stdout
     assert "RuntimeWarning" in done.stderr
     assert "no C++ compiler found" in done.stderr
+
+
+# What follows reads the sources with the host's compiler.
+CHECK_HEADERS = ROOT / "tests" / "check_headers.py"
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None or shutil.which("nm") is None, reason="no C++ compiler")
+
+
+@needs_compiler
+def test_every_header_stands_alone():
+    done = subprocess.run([sys.executable, str(CHECK_HEADERS)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text", ["#pragma once\nstd::size_t size();\n", "struct Unguarded {};\n"], ids=["no include", "no guard"]
+)
+def test_a_header_that_does_not_stand_alone_is_named(tmp_path, text):
+    header = tmp_path / "broken.h"
+    header.write_text(text)
+    assert "broken.h:" in runpy.run_path(str(CHECK_HEADERS))["parse"](header)
+
+
+def file_flags():
+    """setup.py's FILE_FLAGS: the files of an instruction set, and their compiler options."""
+    (value,) = [
+        node.value
+        for node in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FILE_FLAGS"
+    ]
+    return ast.literal_eval(value)
+
+
+@needs_compiler
+@pytest.mark.skipif(not runpy.run_path(str(CHECK_HEADERS))["X86"], reason="these files are for x86")
+@pytest.mark.parametrize("name", sorted(file_flags()))
+def test_code_of_an_instruction_set_shares_no_function_with_portable_code(tmp_path, name):
+    """Of functions that several objects define, the linker keeps one: it may need more than the processor has."""
+    path, isa = tmp_path / "code.o", name.removesuffix(".cpp").split("_")[-1]
+    options = ["-std=c++17", "-O0", f"-I{ROOT / 'csrc' / 'include'}", *file_flags()[name].split()]
+    subprocess.run(["c++", *options, "-c", str(ROOT / "csrc" / "cpu" / name), "-o", str(path)], check=True)
+    symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+    defined = re.findall(r"^[0-9a-f]+ ([A-Zu]) (.*)$", symbols, re.M)
+    assert any(symbol.startswith(f"sparse_kernels::{isa}::") for _, symbol in defined)
+    assert [symbol for kind, symbol in defined if kind in "WVu" and f"sparse_kernels::{isa}::" not in symbol] == []

@@ -43,9 +43,14 @@ def cuda_on_cpu(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     options = f"-std=c++17 {FLAGS} -g -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()
     options += ["-Wno-unknown-pragmas", "-Wno-clobbered"]  # unroll; getcontext returns once here
-    includes = [ROOT / "tests" / "cuda_on_cpu", sysconfig.get_path("include"), pybind11.get_include()]
+    includes = [
+        ROOT / "csrc" / "include",
+        ROOT / "tests" / "cuda_on_cpu",
+        sysconfig.get_path("include"),
+        pybind11.get_include(),
+    ]
     options += [f"-I{path}" for path in includes]
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*.cu")]
+    sources = [CSRC.parent / "bindings" / "cuda_module.cpp", *CSRC.glob("*.cu")]
     objects = [str(folder / f"{source.name}.o") for source in sources]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not the compiler
     running = [

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/compact.h"
-#include "cpu/gather.h"
 #include "plain_tensors.h"
+#include "sparse_kernels/cpu/compact.h"
+#include "sparse_kernels/cpu/gather.h"
 
 namespace sparse_kernels {
 namespace plain {

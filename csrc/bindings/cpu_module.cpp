@@ -8,15 +8,15 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/compact.h"
-#include "cpu/control.h"
-#include "cpu/gather.h"
-#include "cpu/instruction_set.h"
-#include "cpu/parallel.h"
-#include "cpu/row_stats.h"
-#include "cpu/sum_tree.h"
 #include "direct.h"
 #include "row_stats_arguments.h"
+#include "sparse_kernels/cpu/compact.h"
+#include "sparse_kernels/cpu/control.h"
+#include "sparse_kernels/cpu/gather.h"
+#include "sparse_kernels/cpu/instruction_set.h"
+#include "sparse_kernels/cpu/parallel.h"
+#include "sparse_kernels/cpu/row_stats.h"
+#include "sparse_kernels/cpu/sum_tree.h"
 
 namespace py = pybind11;
 namespace sk = sparse_kernels;

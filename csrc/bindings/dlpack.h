@@ -1,5 +1,5 @@
-// What is used here of DLPack's C exchange interface, version 1.3: tensors of another library read
-// and made without a call of Python. Layouts as the standard fixes them
+// The part of DLPack's C exchange interface, version 1.3, that is used here: it reads and makes
+// tensors of another library without a Python call. The standard fixes all layouts
 // (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 
@@ -8,7 +8,7 @@
 namespace sparse_kernels {
 namespace dlpack {
 
-constexpr uint32_t kMajor = 1;  // within it, structures only grow at their ends
+constexpr uint32_t kMajor = 1;  // within a major version structures only grow, at their end
 constexpr int32_t kCpu = 1;
 enum Code : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
 
@@ -51,7 +51,7 @@ struct ExchangeApi {
   int (*allocate)(Tensor* prototype, Managed** out, void* context,
                   void (*set_error)(void* context, const char* kind, const char* message));
   int (*export_managed)(void* object, Managed** out);
-  int (*to_object)(Managed* tensor, void** object);  // takes the tensor over
+  int (*to_object)(Managed* tensor, void** object);  // takes ownership of the tensor
   int (*look)(void* object, Tensor* out);            // borrowed, until control returns; may be null
   int (*current_stream)(int32_t type, int32_t id, void** stream);
 };

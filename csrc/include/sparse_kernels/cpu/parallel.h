@@ -1,5 +1,5 @@
-// Splits a range over OpenMP's threads. PyTorch sizes the same pool (torch.set_num_threads), since
-// both link the libgomp that is loaded first.
+// Loops divided among OpenMP's threads. torch.set_num_threads sets the size of the same pool, since
+// PyTorch and this library both use the libgomp that is loaded first.
 #pragma once
 
 #include <cstdint>
@@ -18,22 +18,22 @@ inline int max_threads() {
 #endif
 }
 
-// Parts worth making of ``work`` units, when a part of less than ``grain`` costs more to start than
-// it saves.
+// The number of parts that `work` units are divided into: at most one a thread, and none of less
+// than `grain` units, which would cost more to start than it saves.
 inline int parts_for(int64_t work, int64_t grain) {
   const int64_t parts = work / grain;
   const int threads = max_threads();
   return parts < 1 ? 1 : parts < threads ? int(parts) : threads;
 }
 
-// body(part, begin, end) for ``parts`` ranges that cover [0, size), each a multiple of ``align``
-// long but the last.
+// Calls body(part, begin, end) for `parts` ranges that together cover [0, size). The length of each
+// but the last is a multiple of `align`.
 template <class Body>
 void parallel_parts(int64_t size, int parts, int64_t align, const Body& body) {
   const int64_t units = (size + align - 1) / align;
   const auto bound = [&](int64_t part) {
-    const int64_t at = units * part / parts * align;
-    return at < size ? at : size;
+    const int64_t aligned = units * part / parts * align;
+    return aligned < size ? aligned : size;
   };
   if (parts == 1) return body(0, int64_t(0), size);
 #ifdef _OPENMP

@@ -1,16 +1,16 @@
-// Moves a gate's threshold by one batch: control_law.h's law after one pass over the significance.
-// Bytes: 4 a row, the labels' 1, 4 or 8 and the mass's 4 where they are given.
+// The threshold controller: one pass over a batch's significance, then one step of control_law.h.
+// Bytes per row: 4, plus 1, 4 or 8 for its label and 4 for its mass where these are given.
 #pragma once
 
 #include <cstdint>
 
-#include "../control_law.h"
+#include "sparse_kernels/control_law.h"
 
 namespace sparse_kernels {
 
 struct ControlArgs {
-  float* values;              // [states, kControlValues], moved in place
-  int64_t* counters;          // [states, kControlCounters], moved in place
+  float* values;              // [states, kControlValues], updated in place
+  int64_t* counters;          // [states, kControlCounters], updated in place
   const float* significance;  // [states, rows]
   const void* labels;         // [states, rows] of label_bytes each, or null: every row counts
   int label_bytes;            // 1, 4 or 8

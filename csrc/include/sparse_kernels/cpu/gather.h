@@ -1,5 +1,6 @@
-// Rows by index: bytes are bytes, whatever their type. Many tensors in one call, their bytes shared
-// out evenly over the threads. Bytes moved: each row read and written once.
+// Gather and scatter of rows by index. Rows are moved as bytes, whatever their type. One call moves
+// the rows of many tensors and divides their bytes evenly among the threads.
+// Bytes: each row is read once and written once.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +16,13 @@ struct RowMove {
   int64_t row_bytes;
 };
 
-// out[i] = in[index[i]] for ``slots`` slots of each tensor; the inputs have ``rows`` rows. Returns
-// the first slot whose index is out of range, in which case nothing is written, or -1.
+// out[i] = in[index[i]] for `slots` slots of each tensor; the inputs have `rows` rows. Returns -1,
+// or the first slot whose index is out of range; nothing is written then.
 int64_t gather_rows(const std::vector<RowMove>& moves, const int64_t* index, int64_t slots,
                     int64_t rows);
 
-// The transpose: out[index[i]] = in[i], and zeros in the other of out's ``rows`` rows. The last of
-// equal indices wins. Returns as above.
+// The transpose: out[index[i]] = in[i]; all other rows of out, which has `rows`, become zeros. Of
+// equal indices the last wins. Returns what gather_rows returns.
 int64_t scatter_rows(const std::vector<RowMove>& moves, const int64_t* index, int64_t slots,
                      int64_t rows);
 

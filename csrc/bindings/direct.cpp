@@ -9,10 +9,10 @@
 #include <initializer_list>
 #include <new>
 
-#include "cpu/control.h"
 #include "plain_scores.h"
 #include "plain_selection.h"
 #include "plain_tensors.h"
+#include "sparse_kernels/cpu/control.h"
 
 namespace sparse_kernels {
 namespace {

@@ -8,10 +8,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../settings.h"
-#include "compact.h"
-#include "control.h"
-#include "gather.h"
+#include "settings.h"
+#include "sparse_kernels/cuda/compact.h"
+#include "sparse_kernels/cuda/control.h"
+#include "sparse_kernels/cuda/device_stream.h"
+#include "sparse_kernels/cuda/gather.h"
 
 namespace py = pybind11;
 namespace sk = sparse_kernels::cuda;
@@ -25,7 +26,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-sk::Place place(int device, Address stream) { return {device, at<void>(stream)}; }
+sk::DeviceStream place(int device, Address stream) { return {device, at<void>(stream)}; }
 
 // (in, out, in_stride, row_bytes) of each tensor.
 std::vector<sk::RowsToMove> rows_to_move(const std::vector<std::array<int64_t, 4>>& tensors) {

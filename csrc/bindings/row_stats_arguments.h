@@ -5,8 +5,8 @@
 
 #include <iterator>
 
-#include "cpu/row_stats.h"
 #include "settings.h"
+#include "sparse_kernels/cpu/row_stats.h"
 
 namespace sparse_kernels {
 
