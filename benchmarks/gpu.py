@@ -8,9 +8,9 @@
     python benchmarks/gpu.py --device cpu --small       every line of this, without a GPU and without a figure
 
 Parts: build (the extension, with the compiler and nvcc at hand), check (float64 reference, fresh inputs), bench
-(gpu_cases.py, gpu_steps.py), tests (those marked gpu, then the kernels' suite with Triton compiled), sanitize (compute-sanitizer
-over small cases). Each is a process of its own, so that one that dies leaves the others. Rows are written
-to benchmarks/results/<device>-<date>.json as they are measured; a row measured again replaces the old one.
+(gpu_cases.py, gpu_steps.py), tests (those marked gpu, then the kernels' suite with Triton compiled), sanitize
+(compute-sanitizer over small cases). Each is a process of its own, so that one that dies leaves the others. Rows are
+written to benchmarks/results/<device>-<date>.json as they are measured; a row measured again replaces the old one.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def bench(options: argparse.Namespace) -> Outcome:
 def rows(options: argparse.Namespace) -> int:
     """The process that measures: one row after the other, each recorded at once."""
     import gpu_bench
-    import gpu_cases
-    import gpu_steps  # after the others: rows are measured in this order
+    import gpu_cases  # noqa: F401  imported for the cases that it registers
+    import gpu_steps  # noqa: F401  after the others: rows are measured in this order
     import timing
     import torch
 

@@ -14,7 +14,6 @@ from steps import step_row
 from timing import Row, Side
 from torch import Tensor, nn
 
-import sparse_kernels as sk
 from sparse_training import Gate
 from sparse_training.training.settings import TrainerSettings
 
@@ -139,16 +138,13 @@ def gated_step(bench: Bench, name: str) -> Row:
 @case("step-history-resnet-18-1024")
 def history_step(bench: Bench, name: str) -> Row:
     """Rows that are skipped are neither loaded nor run: the ceiling is 1/r."""
-    from sparse_training.errors import UserError
     from sparse_training.profiling.calibration import calibrate
 
-    try:
-        trainer, loader, batch = _trainer(bench, "history")
-    except UserError as error:
-        raise sk.BackendUnavailable(str(error)) from error
-    costs = calibrate(trainer, loader, {"history": trainer.policy}, rounds=1 if bench.small else 7)
+    trainer, loader, batch = _trainer(bench, "importance")
+    policy = trainer.policy
+    costs = calibrate(trainer, loader, {policy.name: policy}, rounds=1 if bench.small else 7)
     kept = round(RATE * batch)
-    dense, history = costs.step("dense", batch, batch), costs.step("history", kept, kept)
+    dense, history = costs.step("dense", batch, batch), costs.step(policy.name, kept, kept)
     reached = dense["total"] / history["total"]
     return Row(
         name,
