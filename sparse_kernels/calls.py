@@ -65,9 +65,10 @@ class StatsCall:
             raise ValueError(f"softcap={self.softcap}; wanted 0 (none) or above")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={self.label_smoothing}; wanted a value in [0, 1]")
-        if self.outputs and not _STATISTICS.issuperset(self.outputs):
-            unknown = sorted(set(self.outputs) - _STATISTICS)
-            raise ValueError(f"unknown outputs {unknown}; known: {', '.join(STATISTICS)}")
+        for name in self.outputs:  # a loop: PyTorch 2.6's compiler does not know set.issuperset
+            if name not in _STATISTICS:
+                unknown = sorted(set(self.outputs) - _STATISTICS)
+                raise ValueError(f"unknown outputs {unknown}; known: {', '.join(STATISTICS)}")
         if is_noted_negative(logits):
             self.logits = logits.resolve_neg()
 
@@ -101,9 +102,12 @@ class GateCall(StatsCall):
         StatsCall.__post_init__(self)
         self._check_threshold()
         logits, weights = self.logits, self.weights
-        if not weights or not _WEIGHABLE.issuperset(weights):
-            known = ", ".join(s for s in STATISTICS if s in _WEIGHABLE)
-            raise ValueError(f"weights are for {sorted(weights)}; wanted one or more of: {known}")
+        known = bool(weights)
+        for name in weights:
+            known = known and name in _WEIGHABLE
+        if not known:
+            weighable = ", ".join(s for s in STATISTICS if s in _WEIGHABLE)
+            raise ValueError(f"weights are for {sorted(weights)}; wanted one or more of: {weighable}")
         offset = self.offset
         if offset is not None:
             if offset.shape != self.targets.shape or not offset.dtype.is_floating_point:

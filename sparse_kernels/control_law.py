@@ -142,7 +142,7 @@ def summarise(
 
 def single(batch: Summary) -> Summary:
     """In float32, as the state is."""
-    return Summary._make((*(x.float() for x in batch[:-1]), batch.invalid))
+    return Summary(*(x.float() for x in tuple(batch)[:-1]), batch.invalid)
 
 
 def sums(

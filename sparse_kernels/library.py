@@ -78,7 +78,8 @@ def row_stats(call: StatsCall, backend: str, *, gradient: bool, inplace_backward
     found = operator(
         call.logits, call.targets, outputs, *_settings(call), gradient, inplace_backward and gradient, backend
     )
-    return RowStats(**dict(zip(outputs, found, strict=False)))  # behind them: what was saved
+    # Behind the outputs: what was saved. Cut off, as PyTorch 2.6's compiler zips equal lengths alone.
+    return RowStats(**dict(zip(outputs, found[: len(outputs)], strict=True)))
 
 
 def _row_stats(
@@ -261,7 +262,9 @@ def gate_rows(call: GateCall, backend: str) -> GatedRows:
         call.offset, outputs, *_settings(call), call.gate_temperature, call.p_min, _signed(call.seed),
         step, device_step, backend,
     )  # fmt: skip
-    weight = rest.pop(0) if call.gate_temperature else None
+    weight = None
+    if call.gate_temperature:
+        weight, *rest = rest
     return GatedRows(mask, significance, weight, RowStats(**dict(zip(outputs, rest, strict=True))), invalid)
 
 

@@ -59,7 +59,7 @@ def row_stats(
         BackendUnavailable: the backend named cannot serve this call.
     """
     call = StatsCall(logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index)
-    gradient = logits.requires_grad and torch.is_grad_enabled() and not _DIFFERENTIABLE.isdisjoint(outputs)
+    gradient = logits.requires_grad and torch.is_grad_enabled() and _differentiable(outputs)
     if inplace_backward and gradient:
         _refuse_inplace_backward(logits)
     name, serve = choose("row_stats", call, backend)
@@ -69,7 +69,12 @@ def row_stats(
     return library.row_stats(call, name, gradient=gradient, inplace_backward=inplace_backward)
 
 
-_DIFFERENTIABLE = frozenset(DIFFERENTIABLE)
+def _differentiable(outputs: Collection[str]) -> bool:
+    # Not of a set: PyTorch before 2.9 fails to compile set.isdisjoint.
+    for name in DIFFERENTIABLE:  # noqa: SIM110  a generator costs as much as the rest
+        if name in outputs:
+            return True
+    return False
 
 
 def _refuse_inplace_backward(logits: Tensor) -> None:

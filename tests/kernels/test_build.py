@@ -127,9 +127,10 @@ def test_unknown_mode_is_refused(tmp_path):
 def test_without_the_extension_everything_runs_on_the_reference(tmp_path):
     """The package's Python files alone, as an install without a compiler leaves them."""
     package = tmp_path / "sparse_kernels"
-    package.mkdir()
-    for source in (ROOT / "sparse_kernels").glob("*.py"):
-        (package / source.name).write_text(source.read_text())
+    for source in (ROOT / "sparse_kernels").rglob("*.py"):
+        copy = package / source.relative_to(ROOT / "sparse_kernels")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(source.read_text())
     (package / "_build_info.py").write_text("CPP_MISSING = 'no C++ compiler found (tried c++)'\n")
     script = (
         "import sys; sys.modules['sparse_kernels._cpp'] = None; "  # an editable install would lend its own
