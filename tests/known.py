@@ -36,8 +36,8 @@ FAULTS = (
     ),
     Fault(
         "triton", (3, 8), r"::test_compiles_for_gpus_and_fits_registers",
-        r"'stack': 296",
-        "compiled by Triton 3.8, the kernel of all eight outputs spills 296 bytes",
+        r"AssertionError: \{'case': .*'registers': \d+, 'stack': [1-9]",
+        "compiled by Triton 3.8, kernels take more registers and spill (8 to 528 bytes of stack, by kernel and GPU)",
     ),
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # For each Python given: builds the wheel, installs it with the PyTorch that pip finds for it, in an environment of its
-# own outside of this checkout, and runs the training smoke there. A Python that is absent is named and passed over.
+# own outside of this checkout (what is committed of it), and runs the training smoke there. A Python that is absent is named and passed over.
 # What pyproject.toml's classifiers list is what this was run with.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -11,8 +11,8 @@ for python in "$@"; do
     echo "wheels: no $python here" >&2
     continue
   fi
-  here=$work/$(basename "$(dirname "$(dirname "$("$python" -c 'import sys; print(sys.executable)')")")")
-  mkdir -p "$here/source"
+  here=$(mktemp -d -p "$work")
+  mkdir "$here/source"
   git -C "$root" archive HEAD | tar -x -C "$here/source"
   SPARSE_KERNELS_BUILD=cpu "$python" -m pip wheel -q --no-deps --wheel-dir "$here" "$here/source"
   "$python" -m venv "$here/venv"
