@@ -37,7 +37,7 @@ test-floor test-newest: test-%: $(VERSIONS)/%/.ready
 
 $(VERSIONS)/%/.ready: tests/versions/%.txt | $(READY)
 	test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-compile --retries 1 -r $< || \
+	$(@D)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --retries 1 -r $< || \
 	  { echo "test-$*: $$(grep ^torch $<) could not be installed: no registry, no such release for this Python, or disk" >&2; exit 1; }
 	touch $@
 

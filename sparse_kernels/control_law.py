@@ -142,7 +142,8 @@ def summarise(
 
 def single(batch: Summary) -> Summary:
     """In float32, as the state is."""
-    return Summary(*(x.float() for x in tuple(batch)[:-1]), batch.invalid)
+    *floats, invalid = tuple(batch)  # PyTorch 2.6 compiles neither a NamedTuple's slice nor its _make
+    return Summary(*[*(x.float() for x in floats), invalid])
 
 
 def sums(

@@ -165,7 +165,8 @@ def compact(
         capacity: with one the result has exactly that many slots whatever the mask holds, the
             rest padded with index 0 and weight 0, and nothing waits for the device; rows that
             do not fit are counted in ``overflow``. Without one it has exactly ``count`` slots,
-            which costs one synchronisation on an accelerator.
+            which costs one synchronisation on an accelerator; older releases of PyTorch compile this
+            only with ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``.
 
     Raises:
         ValueError: mask not bool or not 1-D, weight of another shape or dtype, bad capacity.

@@ -14,9 +14,9 @@ for python in "$@"; do
   here=$(mktemp -d -p "$work")
   mkdir "$here/source"
   git -C "$root" archive HEAD | tar -x -C "$here/source"
-  SPARSE_KERNELS_BUILD=cpu "$python" -m pip wheel -q --no-deps --wheel-dir "$here" "$here/source"
+  SPARSE_KERNELS_BUILD=cpu "$python" -m pip wheel -qq --no-deps --wheel-dir "$here" "$here/source"
   "$python" -m venv "$here/venv"
-  "$here/venv/bin/python" -m pip install -q --no-compile "$here"/*.whl pytest
+  "$here/venv/bin/python" -m pip install -qq --no-compile "$here"/*.whl pytest
   cp "$root/tests/test_smoke.py" "$here/"
   (cd "$here" && venv/bin/python -c 'import sys, torch, sparse_kernels as sk
 print("Python", sys.version.split()[0], "torch", torch.__version__, sk.__file__)
