@@ -3,6 +3,7 @@
 # own outside of this checkout (what is committed of it), and runs the training smoke there. A Python that is absent is named and passed over.
 # What pyproject.toml's classifiers list is what this was run with.
 set -euo pipefail
+unset PYTHONPATH
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -20,6 +21,7 @@ for python in "$@"; do
   cp "$root/tests/test_smoke.py" "$here/"
   (cd "$here" && venv/bin/python -c 'import sys, torch, sparse_kernels as sk
 print("Python", sys.version.split()[0], "torch", torch.__version__, sk.__file__)
+assert "site-packages" in sk.__file__
 assert sk.backend_info()["row_stats"]["active"] == "cpp"' && venv/bin/python -m pytest -q -p no:cacheprovider test_smoke.py)
   rm -rf "$here"
 done
