@@ -1,5 +1,7 @@
 # make help lists the targets; one environment for all of them, made when needed, in .venv
 # make test-xla  the reference on an XLA device; an environment of its own, some gigabytes, in build/xla-venv
+# make test-versions  the oldest and the newest PyTorch, 5.5 GB each, in build/versions; test-floor, test-newest: one
+# make wheels    a wheel for each Python of PYTHONS, built and imported with that Python's newest PyTorch
 # make gpu       where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +16,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-xla bench gpu sanitize fuzz headers lint format clean
+.PHONY: demo test test-versions test-floor test-newest wheels test-xla bench gpu sanitize fuzz headers lint format clean
 
 demo: $(DEMO)  ## train dense, random, adaptive and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -25,6 +27,28 @@ help:  ## print this list
 
 test: $(READY)  ## the whole suite
 	$(BIN)/pytest
+
+# The kernel tests and a training smoke with the PyTorch, the NumPy and so the Triton of tests/versions/NAME.txt. Nothing
+# is installed of this package: its C++ part was built for READY's environment, and serves every PyTorch of that Python.
+VERSIONS := build/versions
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+VERSIONS_SUITE ?= tests/kernels tests/test_smoke.py -k 'not test_cuda and not test_build'
+
+test-versions: test-floor test-newest
+
+test-floor test-newest: test-%: $(VERSIONS)/%/.ready
+	$(VERSIONS)/$*/bin/python -c 'import torch; print("torch", torch.__version__)'
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api SPARSE_KERNELS_EXPECT=cpp SPARSE_KERNELS_STRICT_SKIPS=1 \
+	  $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider $(VERSIONS_SUITE)
+
+$(VERSIONS)/%/.ready: tests/versions/%.txt | $(READY)
+	test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --retries 1 -r $< || \
+	  { echo "test-$*: $$(grep ^torch $<) could not be installed: no registry, no such release for this Python, or disk" >&2; exit 1; }
+	touch $@
+
+wheels:  ## the Pythons among PYTHONS that are there; the others are named
+	tests/versions/wheels.sh $(PYTHONS)
 
 # torch-xla serves the torch of its own version alone. Nothing is installed of this package: the reference needs no build.
 test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CPU's results

@@ -113,9 +113,10 @@ class StatsCall:
             _check_device("targets", targets, "the logits", logits.device)
         if shape[self.dim] == 0:
             raise ValueError(f"`logits` of shape {tuple(shape)} have no classes in dim {self.dim}")
-        if self.outputs and not _STATISTICS.issuperset(self.outputs):
-            unknown = sorted(set(self.outputs) - _STATISTICS)
-            raise ValueError(f"`outputs` must be among {', '.join(STATISTICS)}; got {unknown}")
+        for name in self.outputs:  # a loop: PyTorch 2.6's compiler does not know set.issuperset
+            if name not in _STATISTICS:
+                unknown = sorted(set(self.outputs) - _STATISTICS)
+                raise ValueError(f"`outputs` must be among {', '.join(STATISTICS)}; got {unknown}")
         if is_lazy_negative(logits):
             self.logits = logits.resolve_neg()
 
@@ -167,7 +168,10 @@ class GateCall(StatsCall):
         StatsCall.__post_init__(self)
         self._check_threshold()
         weights, offset = self.weights, self.offset
-        if not weights or not _WEIGHABLE.issuperset(weights):
+        known = bool(weights)
+        for name in weights:
+            known = known and name in _WEIGHABLE
+        if not known:
             raise ValueError(f"`weights` must name one or more of {', '.join(WEIGHABLE)}; got {sorted(weights)}")
         if offset is not None:
             if offset.shape != self.targets.shape or not offset.dtype.is_floating_point:

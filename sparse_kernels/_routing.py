@@ -7,6 +7,7 @@ but the caller looks, since the dispatcher would cost a small call more than the
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -29,7 +30,13 @@ from sparse_kernels._tracing import observed, unwatched
 from sparse_kernels.backends import cpp_direct
 from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selected, Selection
 
-_DIFFERENTIABLE = frozenset(DIFFERENTIABLE)
+
+def _differentiable(outputs: Collection[str]) -> bool:
+    # Not of a set: PyTorch before 2.9 fails to compile set.isdisjoint.
+    for name in DIFFERENTIABLE:  # noqa: SIM110  a generator costs as much as the rest
+        if name in outputs:
+            return True
+    return False
 
 
 def may_be_direct(backend: str | None) -> bool:
@@ -41,7 +48,7 @@ def may_be_direct(backend: str | None) -> bool:
 def row_stats(call: StatsCall, backend: str | None, inplace_backward: bool) -> RowStats:
     """Serve a ``row_stats`` call."""
     logits = call.logits
-    gradient = logits.requires_grad and torch.is_grad_enabled() and not _DIFFERENTIABLE.isdisjoint(call.outputs)
+    gradient = logits.requires_grad and torch.is_grad_enabled() and _differentiable(call.outputs)
     if inplace_backward and gradient:
         check_inplace_backward(logits)
     name, serve = choose("row_stats", call, backend)

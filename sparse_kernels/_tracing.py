@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+# Tuples: PyTorch 2.6's compiler cannot look a class up in a set.
+_PLAIN = (Tensor, torch.nn.Parameter)
 # Stand-ins that a tracer uses for tensors: metadata without memory.
-_TRACED = frozenset((FakeTensor, FunctionalTensor))
+_TRACED = (FakeTensor, FunctionalTensor)
 
 # Private, and so perhaps gone in another release: then the type of the tensors still reveals most of it.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)

@@ -178,7 +178,8 @@ def single(batch: Summary) -> Summary:
     Args:
         batch: of any floating dtype.
     """
-    return Summary._make((*(x.float() for x in batch[:-1]), batch.invalid))
+    *floats, invalid = tuple(batch)  # PyTorch 2.6 compiles neither a NamedTuple's slice nor its _make
+    return Summary(*[*(x.float() for x in floats), invalid])
 
 
 def sums(

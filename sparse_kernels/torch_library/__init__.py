@@ -44,7 +44,8 @@ def row_stats(call: StatsCall, backend: str, *, gradient: bool, inplace_backward
         call.logits, call.targets, outputs, call.dim, *call.settings[: len(SCORING)],
         gradient, inplace_backward and gradient, backend,
     )  # fmt: skip
-    return RowStats(**dict(zip(outputs, results, strict=False)))  # behind them: what was saved
+    # Behind the outputs: what was saved. Cut off, as PyTorch 2.6's compiler zips equal lengths alone.
+    return RowStats(**dict(zip(outputs, results[: len(outputs)], strict=True)))
 
 
 def gate_rows(call: GateCall, backend: str) -> GatedRows:
@@ -59,7 +60,9 @@ def gate_rows(call: GateCall, backend: str) -> GatedRows:
         call.logits, call.targets, call.threshold, list(call.weights), [float(w) for w in call.weights.values()],
         call.offset, outputs, call.dim, *flat_settings(call.settings), backend,
     )  # fmt: skip
-    weight = rest.pop(0) if call.settings.gate_temperature else None
+    weight = None
+    if call.settings.gate_temperature:
+        weight, *rest = rest
     return GatedRows(mask, significance, weight, RowStats(**dict(zip(outputs, rest, strict=True))), invalid)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.backends.triton import backend as triton_backend
@@ -20,6 +21,13 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def dynamic_shapes() -> Iterator[None]:
+    """Older PyTorch compiles ``compact`` without a capacity only where its user sets this; newer sets it by default."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,9 +57,9 @@ def strict_interpreter() -> Iterator[None]:
         assert (x.handle.data % int(value) == 0).all(), "a claim of alignment that a GPU would trap at"
         return x
 
-    def patch_core(language: Any, scope: Any) -> None:
-        replace_core(language, scope)
-        scope.set_attr(language, "multiple_of", multiple_of)
+    def patch_core(language: Any, *scope: Any) -> None:  # the scope: from Triton 3.6 on
+        replace_core(language, *scope)
+        (scope[0].set_attr if scope else setattr)(language, "multiple_of", multiple_of)
 
     replace_core = interpreter._patch_lang_core
     with pytest.MonkeyPatch.context() as patch:
