@@ -14,9 +14,10 @@ XLA := build/xla-venv
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
 SECONDS_EACH ?= 6
+WORKERS ?= 2
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-versions test-floor test-newest wheels test-xla bench gpu sanitize fuzz headers lint format clean
+.PHONY: demo help test test-slow test-versions test-floor test-newest wheels test-xla bench gpu sanitize fuzz headers lint format clean
 
 demo: $(DEMO)  ## train dense, random, adaptive and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -25,8 +26,14 @@ demo: $(DEMO)  ## train dense, random, adaptive and gate at 10% on the embedded 
 help:  ## print this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-test: $(READY)  ## the whole suite
-	$(BIN)/pytest
+# A process a core, a file's tests in one of them; their threads wait asleep, as there are more of them than cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+
+test: $(READY)  ## the suite but for what is marked slow
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(READY)  ## what is marked slow
+	$(PYTEST) -m slow
 
 # The kernel tests and a training smoke with the PyTorch, the NumPy and so the Triton of tests/versions/NAME.txt. Nothing
 # is installed of this package: its C++ part was built for READY's environment, and serves every PyTorch of that Python.
@@ -34,7 +41,7 @@ VERSIONS := build/versions
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 VERSIONS_SUITE ?= tests/kernels tests/test_smoke.py -k 'not test_cuda and not test_build'
 
-test-versions: test-floor test-newest
+test-versions: test-floor test-newest  ## the kernels and a short training with the oldest and the newest PyTorch
 
 test-floor test-newest: test-%: $(VERSIONS)/%/.ready
 	$(VERSIONS)/$*/bin/python -c 'import torch; print("torch", torch.__version__)'

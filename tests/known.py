@@ -87,8 +87,22 @@ class Known:
 
     pytest_runtest_logreport = pytest_collectreport = _check
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Take over what a worker of pytest-xdist saw: it reports neither modules skipped whole nor faults itself."""
+        told = getattr(node, "workeroutput", {}).get("known")
+        if told is not None:
+            self.complaints += [complaint for complaint in told["complaints"] if complaint not in self.complaints]
+            self.ran.update(self.faults[i] for i in told["ran"])
+            self.seen.update(self.faults[i] for i in told["seen"])
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        workeroutput = getattr(session.config, "workeroutput", None)
+        if workeroutput is not None:
+            ran, seen = ([self.faults.index(fault) for fault in faults] for faults in (self.ran, self.seen))
+            workeroutput["known"] = {"complaints": self.complaints, "ran": ran, "seen": seen}
+            return
         self.complaints.extend(
             f"expected with {fault.package} {version(fault.package)} and not seen; take it off the list: {fault.why}"
             for fault in self.faults

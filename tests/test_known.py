@@ -38,7 +38,8 @@ MENDED = "def test_fault(): pass\n"
         (MENDED, False, 0, "1 passed"),
     ],
 )
-def test_strict_runs(source: str, strict: bool, code: int, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_strict_runs(source: str, strict: bool, code: int, said: str, workers: int, tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_one.py").write_text(source)
@@ -48,7 +49,10 @@ def test_strict_runs(source: str, strict: bool, code: int, said: str, tmp_path: 
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # they take longer than the tests
         known.VARIABLE: "1" if strict else "0",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    parallel = ["-p", "xdist.plugin", "-n", str(workers)] if workers else []
+    if workers and strict and source == ABSENT:
+        said = "for no known reason"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert said in done.stdout, done.stdout + done.stderr
     assert done.returncode == code, done.stdout

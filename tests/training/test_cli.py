@@ -373,5 +373,5 @@ def test_python_dash_m_and_an_unknown_backend(here):
     command = [sys.executable, "-m", "sparse_training", "train", "--steps", "3"]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 2
-    assert ran.stderr == "error: unknown backend 'abacus'; known: cpp, triton, torch, cuda\n"
+    assert ran.stderr == "error: unknown backend 'abacus'; use one of cpp, triton, torch, cuda\n"
     assert os.listdir() == []

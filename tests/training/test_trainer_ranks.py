@@ -452,4 +452,4 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "model.pt", "options.json", "result.json"}
     refused = torchrun("compare", "--data", "digits", "--out", str(tmp_path / "compared"))
     assert refused.returncode != 0
-    assert "error: rank 0: compare on 2 processes" in refused.stderr
+    assert "error: rank 0: compare needs one process, got 2" in refused.stderr
