@@ -4,73 +4,31 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import Processes
+from rank_parts import CLASSES, PLAIN, RANKS, network, split, weights
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from trainers import make_trainer
 
 from sparse_training import Gate, SparseTrainer
 from sparse_training.criterion import Criterion
 from sparse_training.data.resident import ResidentLoader
-from sparse_training.errors import UserError
-from sparse_training.files import read_json
-from sparse_training.selection.registry import POLICIES
 from sparse_training.selection.scorers.auxiliary import AuxiliaryNetwork
 from sparse_training.selection.scorers.early import EarlyScorer
 from sparse_training.selection.scorers.proxy import ProxyScorer
 from sparse_training.selection.scorers.reference import ReferenceScorer
 from sparse_training.selection.types import SelectedBatch
-from sparse_training.training.clock import Clock
 from sparse_training.training.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="a PyTorch without torch.distributed and gloo"
 )
-
-RANKS, ROWS, CLASSES = 2, 45, 4  # a rank has 23 rows, the other 22
-PLAIN = {"dense_start": 0, "dense_end": 0, "schedule": "constant", "lr": 0.1}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
-    processes = Processes(tmp_path_factory.mktemp("ranks"), RANKS)
-    yield lambda check, *arguments: processes.run(check, RANKS, *arguments)
-    processes.stop()
-
-
-def split(rows: int = ROWS) -> SimpleNamespace:
-    g = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, CLASSES, (rows,), generator=g)
-    images = torch.randint(0, 120, (rows, 1, 4, 4), dtype=torch.uint8, generator=g)
-    images[:, 0, 0, :] += (30 * labels)[:, None].to(torch.uint8)
-    return SimpleNamespace(images=images, labels=labels)
-
-
-class Double(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.double()
-
-
-def network(seed: int = 0) -> nn.Module:
-    """In float64, so that a sum in another order differs by 1e-16."""
-    torch.manual_seed(seed)
-    return nn.Sequential(Double(), nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
-
-
-def weights(model: nn.Module) -> list[list[float]]:
-    return [value.flatten().tolist() for value in model.state_dict().values()]
 
 
 def close(found: list[list[float]], wanted: list[list[float]], tolerance: float = 1e-12) -> None:
@@ -300,156 +258,3 @@ def test_all_ranks_score_alike(run: Callable[..., list[Any]], scorer: str) -> No
     assert any(map(bool, first[0]))
     alone = [bool(some) != bool(other) for some, other in zip(seen, theirs, strict=True)]
     assert any(alone)  # one rank had rows, the other none
-
-
-# --- a run --------------------------------------------------------------------------------------
-
-
-class Rushing(Clock):
-    """Rank 1's time goes ten times as fast, and one rank alone is told to stop."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.pace, self.asked = 1 + 9 * rank, 0
-
-    @property
-    def seconds(self) -> float:
-        return self.asked * self.pace
-
-    def charge(self, *arguments: Any, **options: Any) -> None:
-        self.asked += 1
-
-
-def ends(rank: int, ranks: int, group: Any, budget: dict[str, Any], stops: int) -> Any:
-    trainer = make_trainer(network(), policy="random", rate=0.5, **PLAIN)
-    clock = Rushing(rank)
-    history = trainer.fit(
-        ResidentLoader(split(), batch_size=8), clock=clock, **budget,
-        stop=lambda: rank == 1 and clock.asked == stops,
-    )  # fmt: skip
-    return history.steps, history.interrupted, int(history.rows_seen)
-
-
-@pytest.mark.parametrize(
-    ("budget", "stops", "steps"),
-    [({"seconds": 9}, 99, 9), ({"rows": 100}, 99, 7), ({"epochs": 2}, 99, 6), ({"steps": 20}, 5, 5)],
-    ids=["seconds", "rows", "epochs", "stopped"],
-)
-def test_all_ranks_end_together(run: Callable[..., list[Any]], budget: dict[str, Any], stops: int, steps: int) -> None:
-    found = run(ends, budget, stops)
-    assert found[0] == found[1]
-    assert found[0][:2] == (steps, stops < 99)
-
-
-def evaluation(rank: int, ranks: int, group: Any, streamed: bool) -> Any:
-    """Without a group of others: this process alone, on everything."""
-    place = {"rank": 0, "ranks": 1} if group is None else {}
-    trainer = SparseTrainer(network())
-    data: Any = ResidentLoader(split(), batch_size=8, shuffle=False, **place)
-    if streamed:
-        rows = TensorDataset(*ResidentLoader(split(), batch_size=8, rank=0, ranks=1).fetch(torch.arange(44)))
-        data = DataLoader(rows, batch_size=8, sampler=None if group is None else DistributedSampler(rows))
-    return trainer.evaluate(data)
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_every_row_is_evaluated_once(run: Callable[..., list[Any]], streamed: bool) -> None:
-    alone = evaluation(0, 1, None, streamed)
-    first, second = run(evaluation, streamed)
-    assert first == second == pytest.approx(alone, rel=1e-12)
-
-
-def rough() -> nn.Module:
-    """With running statistics, which are each rank's own, and with dropout."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, CLASSES))
-
-
-def resumed(rank: int, ranks: int, group: Any, options: dict[str, Any], folder: str | None, stop: int | None) -> Any:
-    trainer = make_trainer(rough(), **{"dense_start": 0.1, "dense_end": 0.1, **options})
-    torch.manual_seed(5 + rank)
-    steps = 0
-
-    def stopping() -> bool:
-        nonlocal steps
-        steps += 1
-        return rank == 0 and steps == stop
-
-    loader, test = (ResidentLoader(split(), batch_size=8, shuffle=shuffle) for shuffle in (True, False))
-    history = trainer.fit(loader, steps=20, checkpoint=folder, resume=True, stop=stopping, evaluate=test)
-    assert history.interrupted == (stop is not None)
-    assert dist.is_initialized()
-    kept = {name: value.tolist() for name, value in trainer.policy.state_dict().items() if isinstance(value, Tensor)}
-    selected = None if history.selected is None else history.selected.tolist()
-    plain = {**history.to_dict(), "seconds": 0, "raw_seconds": 0}
-    plain["evals"] = [{**found, "seconds": 0} for found in plain["evals"]]
-    return weights(trainer.model), kept, selected, plain, torch.rand(3).tolist()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"policy": name, "rate": 0.4} for name in POLICIES]
-    + [{"policy": "gate", "accumulate": 3, "ema": 0.9}, {"policy": "gate@early:1", "rate": 0.4}],
-    ids=lambda options: "-".join(map(str, options.values())),
-)
-def test_a_run_resumes_bit_for_bit_on_every_rank(
-    run: Callable[..., list[Any]], options: dict[str, Any], tmp_path: Path
-) -> None:
-    uninterrupted = run(resumed, options, None, None)
-    assert uninterrupted[0][0][:2] == uninterrupted[1][0][:2]  # parameters
-    assert uninterrupted[0][4] != uninterrupted[1][4]  # generators
-    if options["policy"] == "gate":
-        assert len(uninterrupted[0][2]) == ROWS  # rows are numbered as in the data set
-    run(resumed, options, str(tmp_path), 7)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert repr(run(resumed, options, str(tmp_path), None)) == repr(uninterrupted)  # NaN is not equal to itself
-    with pytest.raises(UserError, match="written by 2 processes; resume it with as many, not 1"):
-        make_trainer(rough(), **options).fit(
-            ResidentLoader(split(), batch_size=8, rank=0, ranks=2), steps=20, checkpoint=tmp_path, resume=True
-        )
-
-
-def shard(rank: int, ranks: int, group: Any) -> Any:
-    loader = ResidentLoader(split(), batch_size=11)
-    batches = [loader.load(item) for item in loader]
-    assert len(batches) == loader.batches()
-    return [batch.targets.shape[0] for batch in batches], torch.cat([batch.ids for batch in batches]).tolist()
-
-
-def test_a_loader_gives_each_process_its_part(run: Callable[..., list[Any]]) -> None:
-    (first, ids), (second, others) = run(shard)
-    assert (first, second) == ([11, 11, 1], [11, 11, 0])
-    assert (sorted(ids), sorted(others)) == (list(range(23)), list(range(22)))
-    assert ids[:22] != others
-    with pytest.raises(UserError, match="each process needs a row"):
-        ResidentLoader(split(3), batch_size=1, rank=3, ranks=4)
-    with pytest.raises(UserError, match="must be 1 to 2, the rows of a process"):
-        ResidentLoader(split(3), batch_size=3, rank=1, ranks=2)
-
-
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*line, "-m", "sparse_training", *arguments], capture_output=True, text=True, check=False, timeout=600
-    )
-
-
-@pytest.mark.timeout(900)
-def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
-    """One line of progress and one result, of the first process, over the rows of both."""
-    folder = tmp_path / "run"
-    done = torchrun(
-        "train", "--data", "digits", "--policy", "gate", "--rate", "0.3", "--batch-size", "64", "--steps", "20",
-        "--out", str(folder),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("accuracy") == 2
-    assert done.stdout.count("written") == 1
-    found = read_json(folder / "result.json")["run"]
-    assert found["steps"] == 20
-    # 1437 images are 719 and 718: 11 batches of 64 on each and 15 and 14; then 8 more.
-    assert found["rows_seen"] == 1437 + 2 * 8 * 64
-    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "model.pt", "options.json", "result.json"}
-    refused = torchrun("compare", "--data", "digits", "--out", str(tmp_path / "compared"))
-    assert refused.returncode != 0
-    assert "error: rank 0: compare needs one process, got 2" in refused.stderr

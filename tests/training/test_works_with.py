@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from test_trainer import Fixed, network, resident, same, weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from trainer_parts import Fixed, network, resident, same, weights
 from trainers import make_trainer
 
 from sparse_training.criterion import Criterion

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from test_trainer import network, resident
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from trainer_parts import network, resident
 
 from sparse_training.profiling import energy
 from sparse_training.profiling.energy import Energy, ZeusMeter, find_meter

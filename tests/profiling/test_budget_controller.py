@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_scorers import network, resident, same, weights
+from scorer_parts import network, resident, same, weights
 from trainers import make_trainer
 
 from sparse_training.errors import UserError
@@ -87,7 +87,11 @@ def test_a_total_that_cannot_be_met_is_said():
         ("gate", {"steps": 20, "cost_budget": (1e9, "seconds"), "clock": Clock()}, "needs a calibrated clock"),
         ("dense", {"steps": 20, "cost_budget": (1e9, "flops")}, "dense has no such rate"),
         ("masked", {"steps": 20, "cost_budget": (1e9, "flops")}, "masked has no such rate"),
-        (Gate(grad_norm_fraction=0.9), {"steps": 20, "cost_budget": (1e9, "flops")}, "cannot be set with `grad_norm_fraction`"),
+        (
+            Gate(grad_norm_fraction=0.9),
+            {"steps": 20, "cost_budget": (1e9, "flops")},
+            "cannot be set with `grad_norm_fraction`",
+        ),
     ],
 )
 def test_what_cannot_be_steered_is_refused(policy, options, words):

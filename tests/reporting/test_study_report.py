@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
-from test_study import COSTS, make
+from study_parts import COSTS, make
 
 from sparse_training.experiments import runner
 from sparse_training.experiments.formats import STUDY

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from rich.console import Console
-from test_scorers import network, resident
+from scorer_parts import network, resident
 
 from sparse_training.errors import UserError
 from sparse_training.profiling.speedup import SpeedupBound, speedup_bound, speedup_bounds

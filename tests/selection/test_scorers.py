@@ -1,16 +1,15 @@
 """The scorers: what they say, what they cost, that they leave the model alone, and that a run with one goes on."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scorer_parts import CLASSES, ROWS, network, resident, same, weights
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from trainers import make_trainer
 
-from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.gate.significance import Significance
@@ -26,38 +25,7 @@ from sparse_training.selection.types import Batch, SelectedBatch
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.settings import TrainerSettings
 
-ROWS, CLASSES = 44, 4
 SPECS = ("self", "self:0.5", "early:2", "early:5", "proxy", "proxy:resnet", "history")
-
-
-def split(rows=ROWS):
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, CLASSES, (rows,), generator=generator)
-    images = torch.randint(0, 120, (rows, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    for image, label in zip(images, labels.tolist(), strict=True):
-        image[:, 2 * label : 2 * label + 2] += 120
-    return SimpleNamespace(images=images, labels=labels)
-
-
-def resident(rows=ROWS, batch_size=16, **options):
-    return ResidentLoader(split(rows), batch_size=batch_size, std=(0.25,), **options)
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, CLASSES),
-    )  # fmt: skip
-
-
-def weights(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def trainer_of(scorer, policy="topk", rate=0.25, model=None, **options):
