@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import multiprocessing
 import os
 import pickle
 import struct
 import sys
 import tarfile
+import traceback
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +39,33 @@ def refuses(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
     with pytest.raises(UserError) as caught:
         call(*arguments, **keywords)
     message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def refused_by_a_child(*arguments: Any) -> str:
+    """The message with which ``load_data`` refuses, in a process that may crash or hang without harm."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+
+    def load() -> None:
+        try:
+            load_data(*arguments)
+            theirs.send("no error")
+        except UserError as error:
+            theirs.send(str(error))
+        except BaseException:
+            theirs.send(traceback.format_exc())
+
+    process = context.Process(target=load)
+    process.start()
+    process.join(20)
+    hangs = process.exitcode is None
+    process.kill()
+    process.join()
+    assert not hangs, "it never returns"
+    assert process.exitcode == 0, f"it died of {process.exitcode}"
+    message: str = mine.recv()
     assert "\n" not in message
     return message
 
@@ -239,6 +268,25 @@ def test_gzip_that_goes_on_and_on(tmp_path: Path) -> None:
     path = tmp_path / "labels.gz"
     path.write_bytes(gzip.compress(idx_bytes(np.zeros(5)) + bytes(32 << 20)))
     assert peak_bytes(lambda: refuses(idx.read_idx, path, ())) < 8 << 20
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_more_pixels_than_memory_are_refused_by_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
+) -> None:
+    """The file may well hold what its header promises: a gzip file of zeros, or one with a hole in it."""
+    monkeypatch.setattr(idx, "MAX_BYTES", 1 << 20, raising=False)
+    files = fashion_files()
+    files[IMAGES] = pack(idx_bytes(np.zeros((20_000, 28, 28))))
+    message = ""
+
+    def load() -> None:
+        nonlocal message
+        message = refuses(load_data, "fashion-mnist", tmp_path)
+
+    write(tmp_path, files)
+    assert peak_bytes(load) < 4 << 20
+    assert "[20000, 28, 28] needs 15680000 bytes" in message
 
 
 @pytest.mark.skipif(not (idx.DEBIAN / f"{IMAGES}.gz").exists(), reason="Debian's dataset-fashion-mnist is absent")
@@ -560,6 +608,61 @@ def test_links_in_the_archive_are_not_followed(tmp_path: Path) -> None:
     assert "data_batch_1 is missing" in refuses(load_data, "cifar10", path)
 
 
+def nested(levels: int) -> Raw:
+    """Tuples in one another, whose hash overflows the stack of C; 0x85 puts the last value into a tuple."""
+    return Raw(b"K\x01" + b"\x85" * levels)
+
+
+@pytest.mark.parametrize("place", ["dict", "items", "item", "set", "frozenset"])
+def test_a_key_of_nested_tuples_is_refused(tmp_path: Path, place: str) -> None:
+    deep = nested(200_000).code
+    hostile = {
+        "dict": b"(" + deep + b"Nd",
+        "items": b"}(" + deep + b"Nu",
+        "item": b"}" + deep + b"Ns",
+        "set": b"\x8f(" + deep + b"\x90",
+        "frozenset": b"(" + deep + b"\x91",
+    }
+    folder = write(tmp_path / "set", cifar_files())
+    (folder / "data_batch_2").write_bytes(b"\x80\x04" + hostile[place] + b".")
+    assert "data_batch_2: not one of CIFAR-10's pickles" in refused_by_a_child("cifar10", folder)
+
+
+def test_a_number_of_rows_with_a_million_digits_is_refused() -> None:
+    huge = Raw(b"\x8b" + struct.pack("<i", 5000) + b"\x01" * 5000)
+    assert "not a uint8 array" in refuses(decode, file_of(batch(data=py2_array(PIXELS, shape=(huge, 3072)))))
+
+
+def tar_member(kind: bytes, size: int) -> bytes:
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_name_of_four_gigabytes_is_not_read(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "a.tar.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(tar_member(kind, 4 << 30))
+        for _ in range(128):
+            file.write(bytes(1 << 20))
+    assert peak_bytes(lambda: refuses(load_data, "cifar10", path)) < 8 << 20
+
+
+def test_an_archive_that_goes_on_and_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "MAX_ARCHIVE_BYTES", 1 << 20, raising=False)
+    path = tmp_path / "a.tar.gz"
+    for content in (tar_member(tarfile.REGTYPE, 2 << 20) + bytes(2 << 20), bytes(4 << 20)):
+        path.write_bytes(gzip.compress(content))
+        assert "at most 1048576 bytes unpacked" in refuses(load_data, "cifar10", path)
+
+
+def test_names_of_names_of_names_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress((tar_member(tarfile.GNUTYPE_LONGNAME, 1) + bytes(512)) * 20_000))
+    assert "corrupt or not a tar.gz file" in refuses(load_data, "cifar10", path)
+
+
 # --- imagefolder ------------------------------------------------------------------------------
 
 
@@ -622,6 +725,39 @@ def test_unreadable_image(folder: Path) -> None:
         path.write_bytes(damaged)
         for size in (None, 8):
             assert str(path) in refuses(load_data, "imagefolder", folder, size=size)
+
+
+def test_only_the_formats_of_the_suffixes_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow goes by content: PostScript named .png would run an interpreter."""
+    plugin = pytest.importorskip("PIL.EpsImagePlugin")
+    ran = []
+    monkeypatch.setattr(plugin, "Ghostscript", lambda *arguments, **options: ran.append(arguments))
+    path = folder / "train/cat/z.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 10\n%%EndComments\nshowpage\n%%EOF\n")
+    assert f"{path}: not an image" in refuses(load_data, "imagefolder", folder)
+    path.unlink()
+    save_image(folder / "train/cat/z.pcx", 3, mode="L")
+    (folder / "train/cat/z.pcx").rename(path)
+    assert f"{path}: not an image" in refuses(load_data, "imagefolder", folder)
+    assert not ran
+
+
+def test_an_image_of_another_accepted_format_is_read(folder: Path) -> None:
+    save_image(folder / "train/cat/z.jpg", (0, 0, 0))
+    (folder / "train/cat/z.jpg").rename(folder / "train/cat/z.png")
+    assert len(load_data("imagefolder", folder).train) == 4
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "link to nothing", "link to a fifo"])
+def test_what_is_no_file_is_refused_and_never_opened(folder: Path, kind: str) -> None:
+    path = folder / "train/cat/z.png"
+    if "fifo" in kind:
+        os.mkfifo(folder / "fifo" if "link" in kind else path)
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "fifo":
+        path.symlink_to({"device": "/dev/zero", "link to nothing": "nowhere"}.get(kind, folder / "fifo"))
+    assert f"{path}: an image must be a regular file" in refused_by_a_child("imagefolder", folder)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
