@@ -26,7 +26,7 @@ from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.settings import TrainerSettings
-from sparse_training.training.state import CHECKPOINT, RunState, has_checkpoint, run_settings
+from sparse_training.training.state import CheckpointFolder, RunState, run_settings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
 
@@ -163,22 +163,19 @@ class SparseTrainer(TrainingStep):
             The run's log, its counts over all processes.
 
         Raises:
-            UserError: no budget or several, a checkpoint in the folder without ``resume``, a checkpoint made with
-                other settings, or a batch or loss of the wrong shape.
+            UserError: no budget or several, a checkpoint in the folder without ``resume``, a folder that another run
+                is using, a checkpoint made with other settings, or a batch or loss of the wrong shape.
         """
         loader = self.loader(train)
         length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
-        resumes = has_checkpoint(checkpoint)
-        if resumes and not resume:
-            path = Path(checkpoint or "") / CHECKPOINT
-            raise UserError(f"{path} exists already; resume it, or choose another folder")
-        state = self._run_state(
-            loader, length, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint, resumes=resumes
-        )
-        if state.path is not None:
-            state.path.parent.mkdir(parents=True, exist_ok=True)
         callbacks = Callbacks(evaluate, evaluations, progress, stop)
-        return TrainingLoop(state, length, self.schedule, callbacks, checkpoint_interval=checkpoint_interval).run()
+        with CheckpointFolder(checkpoint, self.ranks, resume=resume) as folder:
+            state = self._run_state(
+                loader, length, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
+                resumes=folder.resumes,
+            )  # fmt: skip
+            folder.make()
+            return TrainingLoop(state, length, self.schedule, callbacks, checkpoint_interval=checkpoint_interval).run()
 
     def _run_state(
         self,
