@@ -486,6 +486,7 @@ def _trainer(bench: Bench, policy: str) -> Any:
     """A trainer on random images that rest on the device, and its loader."""
     from sparse_training.data.resident import ResidentLoader
     from sparse_training.data.splits import Split
+    from sparse_training.selection.registry import uses_rate
     from sparse_training.trainer import SparseTrainer
 
     batch = 16 if bench.small else 1024
@@ -496,7 +497,13 @@ def _trainer(bench: Bench, policy: str) -> Any:
     model = network(bench, "resnet-18")
     amp = "bfloat16" if bench.device.type == "cuda" else None
     return (
-        SparseTrainer(model, policy=policy, rate=RATE, device=bench.device, settings=TrainerSettings(amp=amp)),
+        SparseTrainer(
+            model,
+            policy=policy,
+            rate=RATE if uses_rate(policy) else None,
+            device=bench.device,
+            settings=TrainerSettings(amp=amp),
+        ),
         loader,
         batch,
     )

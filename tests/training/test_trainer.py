@@ -231,7 +231,7 @@ def test_one_row_trains_with_batchnorm_over_a_vector():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("rate", "batch_size"), [(1.0, 16), (0.1, 1), (0.3, 44), (0.5, 43)])
 def test_rates_and_batch_sizes_at_their_ends(policy, rate, batch_size):
-    trainer = SparseTrainer(network(), policy=policy, rate=rate, dense_start=0, dense_end=0)
+    trainer = make_trainer(network(), policy=policy, rate=rate, dense_start=0, dense_end=0)
     history = trainer.fit(resident(batch_size=batch_size), epochs=2)
     assert history.rows_seen == 2 * ROWS
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
@@ -345,7 +345,7 @@ def test_any_batch_structure():
 
     batches = [{"a": torch.randn(6, 3), "b": torch.ones(6, 1), "labels": torch.randint(0, 2, (6,))} for _ in range(3)]
     for policy in ("dense", "random", "gate"):
-        history = SparseTrainer(Model(), policy=policy, rate=0.5).fit(batches, epochs=3)
+        history = make_trainer(Model(), policy=policy, rate=0.5).fit(batches, epochs=3)
         assert history.steps == 9
     pairs = DataLoader(TensorDataset(torch.randn(10, 3), torch.randint(0, 2, (10,))), batch_size=4)
     assert SparseTrainer(nn.Linear(3, 2)).fit(pairs, epochs=2, evaluate=pairs).rows_seen == 20
@@ -370,7 +370,7 @@ def test_a_missed_rate_is_a_warning():
 def run(folder, policy, stop_at=None, resume=False, checkpoint_interval=None, data=resident, budget=None, clock=None):
     model = network(seed=0 if not resume else 7)
     torch.manual_seed(3 if not resume else 8)
-    trainer = SparseTrainer(model, policy=policy, rate=0.3, dense_start=0.2, dense_end=0.2, lr=1e-2)
+    trainer = make_trainer(model, policy=policy, rate=0.3, dense_start=0.2, dense_end=0.2, lr=1e-2)
     steps = 0
 
     def stop():

@@ -40,7 +40,7 @@ from sparse_training.reporting.report import load_result, print_table, write_rep
 from sparse_training.reporting.speedup import print_speedup_bounds
 from sparse_training.reporting.study_report import PAGE, load_study, print_calibration, print_study, write_study
 from sparse_training.selection.registry import FORMS as SCORER_FORMS
-from sparse_training.selection.registry import POLICIES, make_policy, make_scorer
+from sparse_training.selection.registry import POLICIES, make_policy, make_scorer, uses_rate
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.log import Status
 from sparse_training.training.schedule import SHAPES
@@ -394,7 +394,8 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
     seed = options["seed"]
     torch.manual_seed(seed)
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes))
-    names = ("policy", "scorer", "rate", "dense_start", "dense_end", "lr", "schedule", "seed")
+    policy = options.get("policy") or ("gate" if options.get("scorer") else "adaptive")
+    names = ("policy", "scorer", "dense_start", "dense_end", "lr", "schedule", "seed")
     trainer = SparseTrainer(
         model,
         device=device,
@@ -406,6 +407,7 @@ def _train(context: _Context, folder: Path, options: dict[str, Any], resume: boo
             scoring_precision=options.get("precision", "auto"),
             compile=options.get("compile", False),
         ),
+        rate=options["rate"] if uses_rate(policy) else None,
         **{name: options[name] for name in names if name in options},
     )
     facts: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}

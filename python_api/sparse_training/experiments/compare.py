@@ -25,7 +25,7 @@ from sparse_training.models.build import build_model
 from sparse_training.profiling.calibration import CALIBRATION_SECONDS, calibrate
 from sparse_training.profiling.speedup import speedup_bound
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import make_policy
+from sparse_training.selection.registry import make_policy, uses_rate
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.clock import Clock, Costs
 from sparse_training.training.log import Status, TrainingLog
@@ -109,7 +109,7 @@ def compare(
         trainer = SparseTrainer(
             network,
             policy=policy,
-            rate=rate,
+            rate=rate if uses_rate(policy) else None,
             dense_start=dense_start,
             dense_end=dense_end,
             lr=lr,

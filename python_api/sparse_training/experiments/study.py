@@ -31,7 +31,7 @@ from sparse_training.precision import PRECISIONS, scoring_dtype
 from sparse_training.profiling.calibration import CALIBRATION_SECONDS, calibrate
 from sparse_training.profiling.speedup import speedup_bound
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import make_policy
+from sparse_training.selection.registry import make_policy, uses_rate
 from sparse_training.selection.types import CandidateIndices, WeightedIndices
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
@@ -255,7 +255,7 @@ class Study:
         trainer = SparseTrainer(
             build_model(given["model"], shape=data.shape, classes=len(data.classes)),
             policy=policy_of(arm),
-            rate=given["rate"],
+            rate=given["rate"] if uses_rate(policy_of(arm)) else None,
             dense_start=given["warmup"],
             dense_end=given["anneal"],
             lr=given["lr"],

@@ -58,6 +58,7 @@ def calibrate(
         The median seconds of each stage.
     """
     twin = copy.deepcopy(trainer)
+    twin.update.scheduler = None
     twin.compile()
     memo = {id(trainer.model): twin.model}  # scorers attached to the model are attached to its copy
     copies = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]

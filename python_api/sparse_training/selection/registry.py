@@ -39,8 +39,33 @@ POLICIES: dict[str, type[Policy]] = {
 BY_SCORES: dict[str, type[Policy]] = {kind.name: kind for kind in (BatchImportancePolicy, BatchInfoBatchPolicy)}
 
 
+DEFAULT_RATE = 0.1
+
+
+def uses_rate(policy: str | Policy | Gate) -> bool:
+    """Tell whether a policy of this name is made with a rate; one that is already made has its own."""
+    kind = POLICIES.get(policy.partition("@")[0]) if isinstance(policy, str) else None
+    return kind is not None and kind.target is not Policy.target
+
+
+def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
+    """Refuse a rate that would change nothing.
+
+    Raises:
+        UserError: a rate out of range, or one given to a policy that does not use it.
+    """
+    if rate is None:
+        return
+    check_rate(rate)
+    if isinstance(policy, str) and policy.partition("@")[0] in POLICIES and not uses_rate(policy):
+        those = ", ".join(name for name in POLICIES if uses_rate(name))
+        raise UserError(f"`rate` is used by the policies {those}, got {rate} with {policy}; give none")
+    if not isinstance(policy, str) and rate != policy.rate:
+        raise UserError(f"`rate` must be that of the policy, {policy.rate}, where one is given made, got {rate}")
+
+
 def make_policy(
-    policy: str | Policy | Gate, *, rate: float, seed: int, loss: Any = None, scorer: str | Scorer | None = None
+    policy: str | Policy | Gate, *, rate: float | None, seed: int, loss: Any = None, scorer: str | Scorer | None = None
 ) -> Policy:
     """A policy from its name, from a gate, or as it is.
 
@@ -55,7 +80,7 @@ def make_policy(
     Raises:
         UserError: an unknown name, a rate outside (0, 1], a scorer for a policy that asks none or has its own, or two.
     """
-    check_rate(rate)
+    rate = DEFAULT_RATE if rate is None else check_rate(rate)
     rank, ranks = rank_and_world_size()
     said = policy
     if isinstance(policy, str) and "@" in policy:

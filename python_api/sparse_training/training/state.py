@@ -229,7 +229,7 @@ def run_settings(
     return {
         "budget": budget,
         "policy": trainer.policy.name,
-        "rate": trainer.policy.rate,
+        "rate": trainer.policy.rate if trainer.policy.target is not None else None,  # None: the policy has none
         "seed": seed,
         "dense_start": schedule.dense_start,
         "dense_end": schedule.dense_end,
@@ -260,6 +260,7 @@ def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    settings = {**settings, "rate": saved.get("rate") if settings["rate"] is None else settings["rate"]}
     if differing := [name for name, value in settings.items() if saved.get(name) != value]:
         changes = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
         raise UserError(f"the checkpoint was made with other settings: {changes}")

@@ -48,8 +48,10 @@ class AdaptivePolicy(PastPolicy):
         self.law = SamplingWeights(
             rows, targets, found, seed=self.seed, balance_from=BALANCE_FROM if self.balance else None
         )
+        self.progress = 0.0
         if self._state is not None:
             self.law.load_state_dict(self._state)
+            self._state = None
 
     def set_progress(self, progress: float) -> None:
         self.progress = progress
@@ -90,3 +92,4 @@ class AdaptivePolicy(PastPolicy):
         self._observed, self._state = None, state or None
         if self.law is not None and state:
             self.law.load_state_dict(state)
+            self._state, self._loaded = None, True

@@ -24,6 +24,7 @@ class PastPolicy(Policy):
 
     rows: int | None = None  # of the data set, once known
     _observed: tuple[Tensor, Tensor, Any] | None = None  # not yet entered
+    _loaded = False  # a state was loaded that no step has changed since
 
     @property
     def before_loading(self) -> bool:
@@ -40,7 +41,8 @@ class PastPolicy(Policy):
                 f"the policy {self.name} asks for rows by their number: wanted data held in memory (ResidentLoader); "
                 "for a DataLoader there is HistorySampler"
             )
-        if self.rows is None:
+        if not self._loaded:  # a run begins without a past, which may be that of other rows or other labels
+            self._observed = None
             self.start(rows, targets, duplicate_counts)
             self.rows = rows
         elif self.rows != rows:
@@ -55,6 +57,7 @@ class PastPolicy(Policy):
         raise NotImplementedError
 
     def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
+        self._loaded = False
         self.up_to_date()
         self._observed = ids, losses, logits
 
@@ -108,8 +111,10 @@ class HistoryPolicy(PastPolicy):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         self._observed = None
         if state:
+            self._loaded = self.rows is not None
             self.prepare(len(state["table"]["scores"]))
             self.known().load_state_dict(state["table"])
+            self._loaded = True
 
 
 class ImportancePolicy(HistoryPolicy):
@@ -165,6 +170,7 @@ class InfoBatchPolicy(HistoryPolicy):
 
     def set_law(self, table: ScoreTable) -> None:
         self.law = InfoBatch(table, seed=self.seed, prune=self.prune)
+        self.waiting = WeightedIndices(torch.empty(0, dtype=torch.int64), torch.empty(0))
 
     def choose(self, offer: CandidateIndices) -> WeightedIndices:
         self.up_to_date()

@@ -27,6 +27,7 @@ class HistoryScorer(Scorer):
         super().__init__()
         self.table: Tensor | None = None  # float32 [rows], on the CPU; NaN before a row's first loss
         self._observed: tuple[Tensor, Tensor] | None = None  # not yet in the table
+        self._loaded = False  # a state was loaded that no step has changed since
 
     def prepare(self, rows: int | None) -> None:
         if rows is None:
@@ -34,12 +35,14 @@ class HistoryScorer(Scorer):
                 "the scorer history asks for rows by their number: wanted data held in memory (ResidentLoader); "
                 "for a DataLoader there is HistorySampler"
             )
-        if self.table is None:
+        if self.table is None or not self._loaded:
+            self._observed = None
             self.table = torch.full((rows,), torch.nan)
         elif len(self.table) != rows:
             raise UserError(f"the scorer history has a table of {len(self.table)} rows: wanted one of {rows}")
 
     def observe(self, ids: Tensor, losses: Tensor) -> None:
+        self._loaded = False
         self._enter()
         self._observed = ids, losses
 
@@ -62,4 +65,4 @@ class HistoryScorer(Scorer):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         self._observed = None
         if state:
-            self.table = state["table"].cpu()
+            self.table, self._loaded = state["table"].cpu(), True
