@@ -47,8 +47,9 @@ class SparseTrainer(TrainingStep):
 
     Args:
         model: any module. A tuple or list of inputs is unpacked into it, a mapping is passed by keyword. With several
-            processes it is wrapped in DistributedDataParallel, if it is not already; evaluation and checkpoints are
-            of the model itself.
+            processes it is wrapped in DistributedDataParallel, unless it is already or ``fully_shard`` was applied to
+            it; evaluation and checkpoints are of the model itself. A sharded one has no checkpoints here and no
+            average of weights.
         loss: maps (logits, targets) to one loss per row, such as ``nn.CrossEntropyLoss(reduction="none")``; or a
             ``Criterion``, which says more. Default: cross-entropy.
         granularity: "sample": the policy selects samples, by the mean over a sample's tokens or pixels where it has

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -35,6 +35,7 @@ class OptimizerStep:
     Attributes:
         ema: the averaged model; None without ``ema``.
         scheduler: the caller's learning-rate scheduler, stepped after every optimizer step; None without one.
+        defers: True where the ranks exchange gradients in the last batch of an optimizer step alone.
         invalid: number of batches since ``take_invalid`` whose loss was not finite, which are not learned from.
         rejected: True where the last batch was skipped for its loss.
         batches: number of batches since the last step.
@@ -59,7 +60,8 @@ class OptimizerStep:
         self.ranks = ranks or Ranks()
         self.scheduler: LRScheduler | None = None
         self.invalid: int | Tensor = 0
-        self.rejected = False
+        self.rejected, self.defers = False, False
+        self._local = False  # the gradients of an incomplete step are this rank's
         self._bad: Tensor | None = None  # float32, 1 where a batch since the last step is not finite
         self._shared: Callable[[], Tensor] | None = None  # waits for the rows and divisor of all ranks' batches
         self.batches = 0
@@ -118,9 +120,15 @@ class OptimizerStep:
             loss = loss * (divisor / self.first)
         # The divisor of an empty padded batch is not its number of rows.
         self.total += torch.where(rows == 0, 0, divisor) if isinstance(rows, Tensor) else divisor
+        self._local = self.defers and not self.completes
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.skip()
         return bad
+
+    @property
+    def completes(self) -> bool:
+        """True where the next batch completes an optimizer step."""
+        return self.batches + 1 >= self.accumulate
 
     def _is_invalid(self, loss: Tensor) -> Tensor | None:
         """Tell whether a batch's loss is not finite on some rank, and count it; None where the host knows it is."""
@@ -143,6 +151,7 @@ class OptimizerStep:
 
     def reset(self) -> None:
         """Forget the batches of an incomplete step."""
+        self._local = False
         self.batches, self.first, self.total, self._bad = 0, None, 0, None
 
     def skip(self) -> None:
@@ -158,6 +167,8 @@ class OptimizerStep:
         self.first, self.total, self._bad = None, 0, None
         if first is None:
             return
+        if self._local:
+            self._average_gradients()
         empty = (total == 0).float().reshape(()) if isinstance(total, Tensor) and self.skips_on_device() else None
         if empty is None and not self.ranks.alone and float(total) == 0.0:  # no rank had a row
             return
@@ -177,6 +188,16 @@ class OptimizerStep:
             self._step_scheduler(self.scheduler)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+
+    def _average_gradients(self) -> None:
+        """Average the ranks' gradients, of a step whose last batch had none or never came."""
+        self._local = False
+        parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        there = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.device)
+        for parameter, some in zip(parameters, self.ranks.sum_later(there.int())().tolist(), strict=True):
+            if some:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.ranks.sum_later(gradient)() / self.ranks.size
 
     def _scaled_step(self) -> bool:
         """Take the step, unless the scaler finds that scaled gradients overflowed; tell whether it was taken."""
@@ -228,7 +249,8 @@ class OptimizerStep:
         """Return the state of the optimizer, scaler and average, and the gradients of an incomplete step."""
         pending = None
         if self.first is not None:  # the gradients of a step that is not complete
-            pending = {"first": self.first, "total": self.total, "gradients": [p.grad for p in self._parameters()]}
+            gradients = [parameter.grad for parameter in self._parameters()]
+            pending = {"first": self.first, "total": self.total, "gradients": gradients, "local": self._local}
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -246,9 +268,18 @@ class OptimizerStep:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        self.reset()
         self.batches = int(state["batches"])
-        self.first, self.total = None, 0
         if (pending := state["pending"]) is not None:
             self.first, self.total = pending["first"], pending["total"]
-            for parameter, gradient in zip(self._parameters(), pending["gradients"], strict=True):
-                parameter.grad = None if gradient is None else gradient.to(parameter)
+            self._local = bool(pending.get("local", False))
+            self.load_gradients(pending["gradients"])
+
+    def own_gradients(self) -> list[Tensor | None] | None:
+        """Return the gradients of an incomplete step, where they are this rank's own; None otherwise."""
+        return [parameter.grad for parameter in self._parameters()] if self._local and self.first is not None else None
+
+    def load_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Restore the gradients of an incomplete step."""
+        for parameter, gradient in zip(self._parameters(), gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter)

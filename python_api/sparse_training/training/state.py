@@ -15,7 +15,7 @@ from sparse_training.errors import UserError
 from sparse_training.training.callbacks import EnergyRecord, RateControl
 from sparse_training.training.checkpoint import load_checkpoint, locked, one_line, previous_of, save_checkpoint
 from sparse_training.training.clock import Clock
-from sparse_training.training.distributed import Ranks
+from sparse_training.training.distributed import Ranks, is_sharded
 from sparse_training.training.generators import rng_state, set_rng_state
 from sparse_training.training.log import TrainingLog
 from sparse_training.training.schedule import Schedule
@@ -56,6 +56,10 @@ class RunState:
         energy: EnergyRecord,
         folder: str | Path | None,
     ) -> None:
+        if folder is not None and is_sharded(trainer.model):
+            raise UserError(
+                "`checkpoint` cannot be written of a model that FSDP shards; save it by torch.distributed.checkpoint"
+            )
         self.trainer, self.loader, self.settings = trainer, loader, settings
         self.log, self.clock, self.energy = TrainingLog(), clock, energy
         self.rate_control: RateControl | None = None
@@ -91,6 +95,8 @@ class RunState:
         _compare(_renamed(own["settings"]), self.settings)
         _compare_models(state["model"], trainer.model.state_dict())
         self._restore("update", trainer.update, state)
+        if (gradients := own.get("gradients")) is not None:
+            trainer.update.load_gradients(gradients)
         trainer.model.load_state_dict(state["model"])
         self._restore("clock", self.clock, state)
         for buffer, value in zip(self._buffers() if own["buffers"] else (), own["buffers"], strict=True):
@@ -138,6 +144,7 @@ class RunState:
             "spending": None if self.rate_control is None else self.rate_control.state_dict(),
             "history": self.log.state_dict(),
             "rng": rng_state(trainer.device),
+            "gradients": None if trainer.ranks.rank == 0 else trainer.update.own_gradients(),
             "buffers": [] if trainer.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],
         }
 

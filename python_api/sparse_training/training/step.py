@@ -23,7 +23,7 @@ from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.types import Batch, CandidateIndices, Scores, SelectedBatch, WeightedIndices
-from sparse_training.training.distributed import Ranks
+from sparse_training.training.distributed import Ranks, is_sharded, split_wrapper
 from sparse_training.training.flops import Operations
 from sparse_training.training.optimizer_step import OptimizerStep
 from sparse_training.training.settings import TrainerSettings
@@ -50,7 +50,7 @@ class TrainingStep:
     copies of this object.
 
     Args:
-        model: any module; wrapped in DistributedDataParallel where several processes train it.
+        model: any module; wrapped in DistributedDataParallel where several processes train it and nothing wraps it.
         criterion: loss of each row.
         policy: policy that selects the rows of the sparse steps.
         optimizer: an optimizer, or a factory called with (parameters, lr=lr); None for AdamW.
@@ -90,9 +90,9 @@ class TrainingStep:
         self.settings, self.amp, self.precision = settings, settings.amp_dtype, settings.scoring_precision
         self.device = devices.find(device) if device is not None else _device_of(model)
         self.ranks = Ranks()
-        wrapped = model if isinstance(model, DistributedDataParallel) else None
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
+        model, wrapped = split_wrapper(model)
+        if settings.ema is not None and is_sharded(model):
+            raise UserError("`ema` cannot average a model that FSDP shards; give no ema")
         self.model: nn.Module = model.to(self.device)
         channels_last = settings.channels_last
         if channels_last is None:
@@ -106,7 +106,12 @@ class TrainingStep:
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
         self.operations = Operations()
         # Training passes alone go through it: a scoring pass has no gradient to average.
-        self.parallel = wrapped or (self.model if self.ranks.alone else DistributedDataParallel(self.model))
+        if wrapped is None:
+            wrapped = self.model if self.ranks.alone else DistributedDataParallel(self.model)
+        self.parallel = wrapped
+        ddp = getattr(self.parallel, "_orig_mod", self.parallel)
+        self._ddp = ddp if isinstance(ddp, DistributedDataParallel) else None
+        self.update.defers = self._ddp is not None
         self.compile()
         self._norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
         self._checked = False
@@ -182,7 +187,7 @@ class TrainingStep:
             inputs, targets = zero_row_like((samples.inputs, samples.targets))
             samples = samples._replace(inputs=inputs, targets=targets.fill_(self.criterion.ignore_index))
         statistics = self._running_statistics()
-        with self._statistics(samples.rows), self._autocast():
+        with self._exchange(), self._statistics(samples.rows), self._autocast():
             rows = self.criterion.tokens(forward(self.parallel, samples.inputs), samples.targets)
             counts = rows[1] != self.criterion.ignore_index
             loader = StreamLoader((), device=self.device)
@@ -201,7 +206,8 @@ class TrainingStep:
                 return batch, kept
             self.update.sum_rows(kept)
             losses = self.criterion(kept.inputs, kept.targets)
-        self._statistics_back(statistics, self.update.add(losses, kept))
+        with self._exchange():
+            self._statistics_back(statistics, self.update.add(losses, kept))
         return batch, kept
 
     def report(self, policy: Policy, batch: Batch, kept: SelectedBatch, result: ForwardResult | None) -> None:
@@ -231,13 +237,21 @@ class TrainingStep:
             kept = SelectedBatch(inputs, targets, 0, None, torch.zeros(1, device=self.device), 0)
         self.update.sum_rows(kept)
         statistics = self._running_statistics()
-        with self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
+        with self._exchange(), self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
             logits = forward(self.parallel, kept.inputs)
             losses = self.criterion(logits, kept.targets)
-        self._statistics_back(statistics, self.update.add(losses, kept))
+        with self._exchange():
+            self._statistics_back(statistics, self.update.add(losses, kept))
         if nothing:
             return None
         return ForwardResult(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
+
+    def _exchange(self) -> AbstractContextManager[None]:
+        """Let ranks exchange gradients in the passes of a batch that completes an optimizer step, and no others."""
+        if self._ddp is None or self.update.completes:
+            return nullcontext()
+        no_sync: AbstractContextManager[None] = self._ddp.no_sync()
+        return no_sync
 
     def _statistics(self, rows: int) -> AbstractContextManager[None]:
         """Let BatchNorm use its running statistics for a single row, whose variance is 0 or an error."""
