@@ -1,10 +1,14 @@
-# make demo | test | bench | sanitize | fuzz | lint | format      one environment for all of them, made when needed, in .venv
+# make help lists the targets; one environment for all of them, made when needed, in .venv
 # make test-xla  the reference on an XLA device; an environment of its own, some gigabytes, in build/xla-venv
+# make test-versions  the oldest and the newest PyTorch, 5.5 GB each, in build/versions; test-floor, test-newest: one
+# make wheels    a wheel for each Python of PYTHONS, built and imported with that Python's newest PyTorch
 # make gpu       where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The demo needs less than the tests; where their environment is ready it serves.
+DEMO := $(if $(wildcard $(READY)),$(READY),$(VENV)/.demo)
 PEERS := $(VENV)/.peers
 XLA := build/xla-venv
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -12,19 +16,45 @@ FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
 SECONDS_EACH ?= 6
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-xla bench gpu sanitize fuzz lint format clean
+.PHONY: demo test test-versions test-floor test-newest wheels test-xla bench gpu sanitize fuzz headers lint format clean
 
-demo: $(READY)  ## train dense, random and gate at 10% on the embedded digits, and draw the report
+demo: $(DEMO)  ## train dense, random, adaptive and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
+
+.PHONY: help
+help:  ## print this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 test: $(READY)  ## the whole suite
 	$(BIN)/pytest
+
+# The kernel tests and a training smoke with the PyTorch, the NumPy and so the Triton of tests/versions/NAME.txt. Nothing
+# is installed of this package: its C++ part was built for READY's environment, and serves every PyTorch of that Python.
+VERSIONS := build/versions
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+VERSIONS_SUITE ?= tests/kernels tests/test_smoke.py -k 'not test_cuda and not test_build'
+
+test-versions: test-floor test-newest
+
+test-floor test-newest: test-%: $(VERSIONS)/%/.ready
+	$(VERSIONS)/$*/bin/python -c 'import torch; print("torch", torch.__version__)'
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api SPARSE_KERNELS_EXPECT=cpp SPARSE_KERNELS_STRICT_SKIPS=1 \
+	  $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider $(VERSIONS_SUITE)
+
+$(VERSIONS)/%/.ready: tests/versions/%.txt | $(READY)
+	test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --retries 1 -r $< || \
+	  { echo "test-$*: $$(grep ^torch $<) could not be installed: no registry, no such release for this Python, or disk" >&2; exit 1; }
+	touch $@
+
+wheels:  ## the Pythons among PYTHONS that are there; the others are named
+	tests/versions/wheels.sh $(PYTHONS)
 
 # torch-xla serves the torch of its own version alone. Nothing is installed of this package: the reference needs no build.
 test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CPU's results
 	PJRT_DEVICE=CPU PYTHONPATH=$(CURDIR):$(CURDIR)/python_api $(XLA)/bin/python -m pytest -p no:cacheprovider tests/xla
 
-bench: $(READY) $(PEERS)  ## speed, as ratios; wants an idle machine
+bench: $(READY) $(PEERS)  ## speed, as ratios; needs an idle machine
 	$(BIN)/pytest benchmarks --benchmark-only --record
 
 gpu:  ## PARTS="build check bench:300" for some, WHEELS=folder for packages to compare with; see benchmarks/gpu.py
@@ -33,7 +63,7 @@ gpu:  ## PARTS="build check bench:300" for some, WHEELS=folder for packages to c
 # Everything below build/sanitize is built with the address and undefined-behaviour sanitizers.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 SANITIZED := build/sanitize
-SANITIZED_SUITE ?= tests/kernels --ignore tests/kernels/test_build.py --ignore tests/kernels/test_triton.py
+SANITIZED_SUITE ?= tests/kernels --ignore tests/kernels/test_build.py --ignore-glob tests/kernels/test_triton\*
 FUZZ_SECONDS ?= 60
 
 sanitize: export PYTHONPATH := $(abspath $(SANITIZED))/lib
@@ -47,33 +77,41 @@ sanitize: $(SANITIZED)/.built  ## the C++ suite under the sanitizers: any step o
 fuzz: $(SANITIZED)/fuzz_kernels  ## random inputs to every CPU kernel, under the sanitizers
 	OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 $< $(FUZZ_SECONDS)
 
-$(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.py)
+$(SANITIZED)/.built: $(READY) $(wildcard sparse_kernels/*.py sparse_kernels/*/*.py sparse_kernels/*/*/*.py)
 	SPARSE_KERNELS_BUILD=cpu CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build \
 	  --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
 	touch $@
 
 $(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
-	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
+	$(CXX) -std=c++17 $(SANITIZE) -fopenmp -Wall -Wextra -DFUZZ_STANDALONE -Icsrc/include $< $(SANITIZED)/temp/csrc_cpu_*.o -o $@
 
-lint: $(READY)
+headers: $(READY)  ## parse each C++ and CUDA header alone
+	$(BIN)/python tests/check_headers.py
+
+lint: $(READY) headers  ## formatting, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
-format: $(READY)
+format: $(READY)  ## rewrite the formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-clean:
+clean:  ## remove the environments and everything that was built
 	rm -rf $(VENV) build *.egg-info sparse_kernels/_build_info.py sparse_kernels/*.so
 
 # Editable, so that what is run is what is edited; built again where the C++ or the packaging changed.
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[train]'
 	touch $@
 
 $(XLA)/.ready:
@@ -86,3 +124,11 @@ $(XLA)/.ready:
 $(PEERS): pyproject.toml constraints.txt | $(READY)
 	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,bench]' && touch $@ || \
 	  echo 'warning: no packages to compare with could be installed' >&2
+
+.PHONY: docs tables
+docs: $(READY)  ## the documentation, into build/docs; a warning is an error
+	$(BIN)/sphinx-build -b html -W --keep-going -q docs build/docs
+
+tables: $(READY)  ## rewrite README's and the documentation's tables and figure from the recorded results
+	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/figure.py

@@ -1,4 +1,4 @@
-"""Builds the compiled extensions with ninja: C++ for the CPU, each instruction set with its own flags, and CUDA.
+"""Build of the compiled extensions with ninja: C++ for the CPU, each instruction set with its own flags, and CUDA.
 
 SPARSE_KERNELS_BUILD chooses what is built:
     auto  (default) what the tools at hand allow: CUDA where nvcc is found (CUDA_HOME, then PATH). With no C++
@@ -31,6 +31,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+INCLUDE = ROOT / "csrc" / "include"
 BUILD_INFO = "_build_info.py"
 CPP, CUDA = "sparse_kernels._cpp", "sparse_kernels._cuda"
 MODES = ("auto", "cpu", "cuda", "none")
@@ -49,13 +50,13 @@ FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-
 
 
 class NoCompiler(Exception):
-    """There is nothing to compile with; the message says what was looked for."""
+    """Raised if there is nothing to compile with; the message says what was looked for."""
 
 
 def mode() -> str:
     value = os.environ.get("SPARSE_KERNELS_BUILD", "auto")
     if value not in MODES:
-        sys.exit(f"error: SPARSE_KERNELS_BUILD={value!r}; wanted one of: {', '.join(MODES)}")
+        sys.exit(f"error: SPARSE_KERNELS_BUILD must be one of {', '.join(MODES)}; got {value!r}")
     return value
 
 
@@ -81,7 +82,7 @@ def find_ninja() -> str:
 
 
 def openmp_flag(compiler: str) -> str:
-    """``-fopenmp`` where the compiler and its runtime have it, else nothing: one thread."""
+    """Return ``-fopenmp`` if the compiler and its runtime have it, else nothing: one thread."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "check.cpp"
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
@@ -102,7 +103,7 @@ def find_nvcc() -> str:
 
 
 def known_architectures(nvcc: str) -> list[tuple[int, int]]:
-    """(major, minor) of each that this nvcc compiles for, ascending; at the same time the proof that it runs."""
+    """Return (major, minor) of each architecture that this nvcc knows, ascending; proves that it runs."""
     try:
         command = [nvcc, "--list-gpu-arch"]
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -112,13 +113,13 @@ def known_architectures(nvcc: str) -> list[tuple[int, int]]:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """As TORCH_CUDA_ARCH_LIST writes them, such as 8.0 or 9.0a or 12.0+PTX."""
+    """Return the architectures to compile for, in TORCH_CUDA_ARCH_LIST's notation, such as 8.0, 9.0a or 12.0+PTX."""
     asked = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
     known = known_architectures(nvcc)
     if asked != [""]:
         for name in asked:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-                raise NoCompiler(f"TORCH_CUDA_ARCH_LIST has {name!r}; wanted numbers, such as 8.0 or 9.0+PTX")
+                raise NoCompiler(f"TORCH_CUDA_ARCH_LIST must hold numbers, such as 8.0 or 9.0+PTX; got {name!r}")
         return asked
     wanted = [arch for arch in known if (7, 5) <= arch <= (12, 0)]
     first = sorted({major: (major, minor) for major, minor in reversed(wanted)}.values())
@@ -129,7 +130,7 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def gencode(names: list[str]) -> str:
-    """nvcc's options for these architectures."""
+    """Return nvcc's options for these architectures."""
     options = []
     for name in names:
         number = name.removesuffix("+PTX").replace(".", "")
@@ -140,14 +141,14 @@ def gencode(names: list[str]) -> str:
 
 
 class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
-    """Writes a build.ninja for each extension, runs it, and records beside the package what was not built and why."""
+    """Write a build.ninja for each extension, run it, and record beside the package what was not built and why."""
 
     def build_extensions(self) -> None:
         self.missing = {CPP: "", CUDA: f"SPARSE_KERNELS_BUILD={mode()}"}
         super().build_extensions()
         folder = Path(self.get_ext_fullpath(CPP)).resolve().parent
         (folder / BUILD_INFO).write_text(
-            '"""Written by setup.py: why an extension is not there; empty where it is."""\n\n'
+            '"""Written by setup.py: the reason why an extension is missing; empty if it is not."""\n\n'
             f"CPP_MISSING = {self.missing[CPP]!r}\nCUDA_MISSING = {self.missing[CUDA]!r}\n"
         )
 
@@ -176,7 +177,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
         )
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install takes the extension to the source tree: its record goes along."""
+        """Copy the record along with the extensions, which an editable install takes to the source tree."""
         super().copy_extensions_to_source()
         built = Path(self.build_lib) / "sparse_kernels" / BUILD_INFO
         shutil.copy(built, ROOT / "sparse_kernels" / BUILD_INFO)
@@ -189,7 +190,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        flags = f"{FLAGS} {openmp} {os.environ.get('CXXFLAGS', '')}"
+        flags = f"{FLAGS} {openmp} {os.environ.get('CXXFLAGS', '')} -I{shlex.quote(str(INCLUDE))}"
         flags += "".join(f" -isystem {shlex.quote(path)}" for path in includes)
         if X86:
             flags += " -DSPARSE_KERNELS_X86"
@@ -223,7 +224,8 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
         names = architectures(nvcc)
         folder = Path(self.build_temp).resolve() / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+        include = f"-I{shlex.quote(str(INCLUDE))}"
+        flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {include}"
         flags += f" {os.environ.get('CXXFLAGS', '')} '-DSPARSE_KERNELS_ARCHITECTURES=\"{' '.join(names)}\"'"
         flags += "".join(f" -isystem {shlex.quote(p)}" for p in (sysconfig.get_path("include"), pybind11.get_include()))
         host = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(shlex.split(compiler)[0])}"
@@ -236,7 +238,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
             "  deps = gcc",
             "rule nvcc",
             f"  command = {host} -std=c++17 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-            f" {gencode(names)} -MD -MF $out.d -c $in -o $out",
+            f" {include} {gencode(names)} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             # PyTorch's own runtime is in the global scope: exported, ours would be bound to its functions.
@@ -266,8 +268,8 @@ def sources(*patterns: str) -> list[str]:
 
 
 extensions = {
-    CPP: Extension(CPP, sources("*.cpp", "cpu/*.cpp"), optional=True),
-    CUDA: Extension(CUDA, sources("cuda/*.cpp", "cuda/*.cu"), optional=True),
+    CPP: Extension(CPP, sources("bindings/cpu_module.cpp", "bindings/direct.cpp", "cpu/*.cpp"), optional=True),
+    CUDA: Extension(CUDA, sources("bindings/cuda_module.cpp", "cuda/*.cu"), optional=True),
 }
 built = {"auto": (CPP, CUDA), "cuda": (CPP, CUDA), "cpu": (CPP,), "none": ()}
 setup(ext_modules=[extensions[name] for name in built[mode()]], cmdclass={"build_ext": NinjaBuild})

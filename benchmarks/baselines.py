@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_training.selection.policies.masked import PackageLaw
+from sparse_training.selection.policies.masked import OriginalController
 
 Array = NDArray[np.float64]
 
@@ -59,7 +59,7 @@ class Quantile:
         return share_above(np.broadcast_to(population, (len(self.threshold), population.size)), self.threshold)
 
 
-class Package(PackageLaw):
+class Package(OriginalController):
     """adaptive-sparse-training 1.0.1 (``sparse_training.original``)."""
 
     def __init__(self, target: Array) -> None:

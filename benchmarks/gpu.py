@@ -8,9 +8,9 @@
     python benchmarks/gpu.py --device cpu --small       every line of this, without a GPU and without a figure
 
 Parts: build (the extension, with the compiler and nvcc at hand), check (float64 reference, fresh inputs), bench
-(gpu_cases.py), tests (those marked gpu, then the kernels' suite with Triton compiled), sanitize (compute-sanitizer
-over small cases). Each is a process of its own, so that one that dies leaves the others. Rows are written
-to benchmarks/results/<device>-<date>.json as they are measured; a row measured again replaces the old one.
+(gpu_cases.py, gpu_steps.py), tests (those marked gpu, then the kernels' suite with Triton compiled), sanitize
+(compute-sanitizer over small cases). Each is a process of its own, so that one that dies leaves the others. Rows are
+written to benchmarks/results/<device>-<date>.json as they are measured; a row measured again replaces the old one.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def bench(options: argparse.Namespace) -> Outcome:
 
 def rows(options: argparse.Namespace) -> int:
     """The process that measures: one row after the other, each recorded at once."""
-    import gpu_cases
+    import gpu_bench
+    import gpu_cases  # noqa: F401  imported for the cases that it registers
+    import gpu_steps  # noqa: F401  after the others: rows are measured in this order
     import timing
     import torch
 
@@ -127,17 +129,17 @@ def rows(options: argparse.Namespace) -> int:
     path = options.out or timing.record_path(machine["device"])
     present = {row["case"] for row in json.loads(path.read_text())["rows"] if row["ratios"]} if path.exists() else set()
     begun = options.rows.read_text().split()
-    names = [name for name in gpu_cases.CASES if options.only in name and name not in begun]
+    names = [name for name in gpu_bench.CASES if options.only in name and name not in begun]
     names = [name for name in names if not (options.missing and name in present)]
-    setting = gpu_cases.Bench(device, options.small)
+    setting = gpu_bench.Bench(device, options.small)
     for name in names:
         with options.rows.open("a") as file:
             print(name, file=file)
         lost = False
         began = time.monotonic()
         try:
-            row = gpu_cases.run(setting, name)
-        except gpu_cases.Lost as error:
+            row = gpu_bench.run(setting, name)
+        except gpu_bench.Lost as error:
             row, lost = error.row, True
         if row.ratios or name not in present:  # what failed now does not replace what was once measured
             timing.write_record(path, machine, [row])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import sparse_kernels as sk
-from sparse_kernels import backends, control_law
+from sparse_kernels import _dispatch, control_law
 from sparse_kernels.ops import gate_step
 
 SHAPES = [(130, 10), (1000, 21), (64, 1000), (6, 4097), (2, 151936), (4, 21, 32, 33)]  # the last one: classes in dim 1
@@ -99,7 +99,7 @@ def packing(device: str, backend: str | None, rows: int) -> Iterator[tuple]:
 
 def steps(device: str, rows: int) -> Iterator[tuple]:
     """A gate's step in as few launches as there are: its own decisions packed exactly, and the law in float64."""
-    for settings in ({}, {"by_grad_norm": True}, {"gate_temperature": 0.5, "p_min": 0.01}):
+    for settings in ({}, {"by_mass": True}, {"gate_temperature": 0.5, "p_min": 0.01}):
         logits, labels = torch.randn(rows, 5), torch.randint(0, 5, (rows,))
         logits[::97, 2], labels[::11] = torch.nan, -100
         state = control_law.initial_state(torch.tensor(2.0, device=device))
@@ -115,7 +115,7 @@ def steps(device: str, rows: int) -> Iterator[tuple]:
             yield f"step {number} of {settings}, packed", float(not same), 0.0
             significance, mass = gated.significance.double().cpu(), gated.stats.grad_norm
             exact = sk.ControlState(before[0].double(), before[1])
-            soft = {name: value for name, value in settings.items() if name != "by_grad_norm"}
+            soft = {name: value for name, value in settings.items() if name != "by_mass"}
             batch = control_law.summarise(
                 significance, labels != -100, None if mass is None else mass.double().cpu(), exact.values[0], **soft
             )
@@ -158,7 +158,7 @@ def main() -> int:
     torch.manual_seed(seed)
     errors: list[bool] = []
     not_served: dict[str, str] = {}
-    with backends.forced("cuda") if options.device == "cuda" else contextlib.nullcontext():  # where none is named
+    with _dispatch.forced("cuda") if options.device == "cuda" else contextlib.nullcontext():  # where none is named
         for what, found in checks(options.device, options.small):
             reason = compare(what, found, errors)
             if reason:

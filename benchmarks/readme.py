@@ -1,9 +1,14 @@
-"""Rewrites the tables of README and row_stats.md from the recorded results that they name.
+"""Rewrites the tables of README and the documentation from the recorded results that they name.
 
     python benchmarks/readme.py [--check]
 
-A table stands between ``<!-- results: FILE -->`` or ``<!-- roofline: FILE -->`` and ``<!-- end -->``. With --check
-nothing is written, and the exit code is 1 where a page and its results differ.
+A table stands between ``<!-- KIND: FILE -->`` or ``<!-- KIND ARGUMENT: FILE -->`` and ``<!-- end -->``. With --check
+nothing is written, and the exit code is 1 where a page and its results differ. Kinds:
+
+    results   the whole table of a record
+    summary   at most six rows of it
+    method    one method of a study, the argument, against random
+    roofline  bytes, operations and floors of a record of benchmarks
 """
 
 from __future__ import annotations
@@ -11,44 +16,90 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_training.experiments.study import FORMAT as STUDY
-from sparse_training.reporting.study_report import HEADINGS, again_line, parts, score_line, study_rows
+from sparse_training.experiments.formats import COMPARISON, STUDY
+from sparse_training.reporting.study import again_line, headings, score_line, study_rows
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "row_stats.md")
-BLOCK = re.compile(r"(<!-- (results|roofline): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+BLOCK = re.compile(r"(<!-- (results|summary|method|roofline)(?: (\S+))?: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TASKS = {  # of a study, as a reader knows them
+    "clean": "clean",
+    "noise": "wrong labels",
+    "longtail": "long tail",
+    "duplicated": "duplicates",
+    "finetune": "fine-tuning",
+}
+METHODS = ("adaptive", "infobatch", "dense", "importance", "gate")  # of a study's summary, the best first
+CASES = {  # of a summary of benchmarks: a few rows of the many
+    "gate_rows-float32-1024x32000": "score 1,024×32,000, float32",
+    "gate_rows-float32-4096x1000": "score 4,096×1,000, float32",
+    "forward-backward-bfloat16-1024x32000": "loss, entropy, gradient; 1,024×32,000, bfloat16",
+    "row_stats-bfloat16-2048x151936-packages": "loss, entropy; 2,048×151,936, bfloat16",
+    "compact-16M-flags": "indices of 16M flags",
+}
+REFERENCES = ("best", "read", "copy")  # sides of a benchmark that do not do the same work, or repeat another
 
 
-def source_line(record: dict[str, Any]) -> str:
-    """What it was measured on, and when."""
+def points(value: float) -> str:
+    """A difference of fractions in points, with a sign as wide as its opposite."""
+    return f"{100 * value:+.2f}".replace("-", "−")
+
+
+def probability(p: float) -> str:
+    """A p-value to three places."""
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def source_line(record: Mapping[str, Any]) -> str:
+    """Machine, version and date of a record of benchmarks."""
     machine = record["machine"]
     device = f"{machine['cpu']}, {machine['threads']} threads" if "cpu" in machine else machine["device"]
     return f"{device}, torch {machine['torch']}, {record['created']}."
 
 
-def speed_table(record: dict[str, Any]) -> str:
-    """One line a benchmark: how many times faster than each peer, and what was aimed for."""
-    lines = ["| benchmark | times faster than | aimed for |", "|---|---|---|"]
+def ratio_text(ratio: float) -> str:
+    """Two significant digits where a ratio is below 1, one decimal above."""
+    return f"{ratio:.{1 if ratio >= 1 else 2}f}"
+
+
+def speed_table(record: Mapping[str, Any]) -> str:
+    """One line per benchmark: how many times faster than each peer, and the targets."""
+    lines = ["| benchmark | times faster than | target |", "|---|---|---|"]
     for row in record["rows"]:
         ratios = row["ratios"]
-        peers = ", ".join(
-            f"{name} {ratio:.{1 if ratio >= 1 else 2}f}" for name, ratio in ratios.items() if name != "read"
-        )
-        aims = ", ".join(
-            f"{name} {wanted:g} ({'met' if ratios[name] >= wanted else 'missed'})"
-            for name, wanted in row["targets"].items()
+        peers = ", ".join(f"{name} {ratio_text(ratio)}" for name, ratio in ratios.items() if name != "read")
+        targets = ", ".join(
+            f"{name} {target:g} ({'met' if ratios[name] >= target else 'missed'})"
+            for name, target in row["targets"].items()
             if name in ratios
         )
         absent = next((f"{k}: {v}" for k, v in row["notes"].items() if k in ("not served", "left out", "failed")), "-")
-        lines.append(f"| {row['case']} | {peers or absent} | {aims or '-'} |")
+        lines.append(f"| {row['case']} | {peers or absent} | {targets or '-'} |".replace("ceiling", "bound"))
     return "\n".join([*lines, "", source_line(record)])
 
 
-def roofline_table(record: dict[str, Any]) -> str:
-    """One line a benchmark whose work is known: bytes, operations, the floors that they set, and what was measured."""
+def speed_summary(record: Mapping[str, Any]) -> str:
+    """One line for each of CASES: the ratio to the first peer, which is the usual form, and to the fastest."""
+    lines = ["| operation | times as fast as | as the fastest form |", "|---|---|---|"]
+    rows = {row["case"]: row for row in record["rows"]}
+    for case, words in CASES.items():
+        ratios = {
+            name: ratio
+            for name, ratio in rows[case]["ratios"].items()
+            if not any(reference in name for reference in REFERENCES)
+        }
+        usual, fastest = next(iter(ratios)), min(ratios, key=lambda name: ratios[name])
+        said = "eager" if usual == "eager" else usual
+        lines.append(f"| {words} | {said}: {ratio_text(ratios[usual])} | {ratio_text(ratios[fastest])} |")
+    return "\n".join([*lines, "", source_line(record)])
+
+
+def roofline_table(record: Mapping[str, Any]) -> str:
+    """One line per benchmark whose work is known: bytes, operations, their floors, and the measured time."""
     lines = [
         "| benchmark | MB | MFLOP | floor by bytes, ms | floor by arithmetic, ms | measured, ms | share of the floor |",
         "|---|---|---|---|---|---|---|",
@@ -73,16 +124,16 @@ def roofline_table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source_line(record)])
 
 
-def comparison_table(result: dict[str, Any]) -> str:
-    """One line an arm of ``sparse-train compare``: accuracy, rows, and step speed beside its ceiling."""
+def comparison_table(result: Mapping[str, Any]) -> str:
+    """One line per method of ``sparse-train compare``: accuracy, rows, and step speed beside its bound."""
     lines = [
-        "| arm | accuracy % | clock s | wall s | rows trained | rate | step speed-up | ceiling |",
+        "| method | accuracy % | clock s | raw s | rows trained | rate | step speed-up | bound |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in result["arms"].items():
         summary, speed = arm["summary"], result["speedup"].get(name, {})
         deviation = summary["accuracy_std"]
-        spread = "" if deviation is None else f" +- {100 * deviation:.2f}"
+        spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
         rate = "-" if summary["rate_mean"] is None else f"{100 * summary['rate_mean']:.1f} %"
         lines.append(
             f"| {name} | {100 * summary['accuracy_mean']:.2f}{spread} | {summary['seconds_mean']:.1f} "
@@ -93,47 +144,97 @@ def comparison_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"`{result['command']}`: {settings['model']} ({settings['parameters']:,} parameters), batches of "
-        f"{settings['batch_size']}, {settings['seconds']:g} s an arm, {len(settings['seeds'])} seeds, "
+        f"{settings['batch_size']}, {settings['seconds']:g} s per method, {len(settings['seeds'])} seeds, "
         f"{environment['cpu']}, torch {environment['torch']}, {result['created'][:10]}.",
     ]
     return "\n".join(lines)
 
 
-def study_table(result: dict[str, Any]) -> str:
-    """One line a task and arm of ``sparse-train study``, as it prints them, and what each arm comes to."""
-    headings = [*HEADINGS, *(f"{fraction} of the time" for fraction in parts(result))]
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in study_rows(result)]
-    lines += ["", again_line(result), *(score_line(arm, score) for arm, score in result["score"].items())]
+def study_source(result: Mapping[str, Any]) -> str:
+    """Command, machine and date of a study."""
     settings, environment = result["settings"], result["environment"]
+    return (
+        f"`{result['command']}`: {settings['seconds']:g} s a run, {environment['cpu']}, "
+        f"torch {environment['torch']}, {result['created'][:10]}."
+    )
+
+
+def study_table(result: Mapping[str, Any]) -> str:
+    """One line per task and method of ``sparse-train study``, as it prints them, and the verdict on each method."""
+    names = headings(result)
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in study_rows(result)]
+    verdicts = [again_line(result), *(score_line(arm, score) for arm, score in result["score"].items())]
+    lines += ["", *(f"- {verdict}" for verdict in verdicts), "", study_source(result)]
+    return "\n".join(lines)
+
+
+def study_summary(result: Mapping[str, Any]) -> str:
+    """One line per method: accuracy minus random's on each task, bold where its 95% interval excludes 0."""
+    rows = {(row["task"], row["arm"]): row for row in result["table"]}
+    lines = [f"| method | {' | '.join(TASKS.values())} |", "|---" * (1 + len(TASKS)) + "|"]
+    base = (f"{100 * rows[task, 'random']['accuracy']:.2f} %" for task in TASKS)
+    lines.append(f"| random | {' | '.join(base)} |")
+    for method in METHODS:
+        cells = []
+        for task in TASKS:
+            difference = rows[task, method]["difference"]
+            text = points(difference["mean"])
+            cells.append(f"**{text}**" if difference["low"] > 0.0 or difference["high"] < 0.0 else text)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    settings = result["settings"]
+    source = f"{len(settings['seeds'])} seeds, {settings['seconds']:g} s a run, {result['environment']['cpu']}"
+    return "\n".join([*lines, "", f"{source}, {result['created'][:10]}."])
+
+
+def method_table(result: Mapping[str, Any], method: str) -> str:
+    """One line per task: a method's accuracy, and its difference from random's with the 95% interval."""
+    heading = f"| task | random, % | {method}, % | difference, points | 95% interval | p |"
+    lines = [heading, "|---|---|---|---|---|---|"]
+    rows = {(row["task"], row["arm"]): row for row in result["table"]}
+    for task, words in TASKS.items():
+        row, base = rows[task, method], rows[task, "random"]
+        difference = row["difference"]
+        lines.append(
+            f"| {words} | {100 * base['accuracy']:.2f} | {100 * row['accuracy']:.2f} | {points(difference['mean'])} "
+            f"| {points(difference['low'])} to {points(difference['high'])} | {probability(difference['p'])} |"
+        )
+    seeds = len(result["settings"]["seeds"])
     lines += [
         "",
-        f"`{result['command']}`: {settings['seconds']:g} s a run, {environment['cpu']}, "
-        f"torch {environment['torch']}, {result['created'][:10]}.",
+        f"Equal time, {seeds} seeds, Fashion-MNIST, {result['created'][:10]}; all methods: "
+        "[training at equal time](../benchmarks/training.md).",
     ]
-    # A line of its own each: a page would run them together.
-    return "\n".join(f"{line}  " if line and not line.startswith("|") else line for line in lines)
+    return "\n".join(lines)
 
 
-def render(kind: str, path: str) -> str:
+def render(kind: str, argument: str | None, path: str) -> str:
     """The table of one results file."""
     record = json.loads((ROOT / path).read_text())
     if kind == "roofline":
         return roofline_table(record)
-    if record.get("format") == STUDY:
-        return study_table(record)
-    return comparison_table(record) if record.get("format") == "sparse-training-compare" else speed_table(record)
+    if kind == "method":
+        return method_table(record, argument or "")
+    if record.get("format") == STUDY.name:
+        return study_summary(record) if kind == "summary" else study_table(record)
+    if record.get("format") == COMPARISON.name:
+        return comparison_table(record)
+    return speed_summary(record) if kind == "summary" else speed_table(record)
 
 
 def main() -> int:
-    differ = False
+    """Rewrite or check every page; 1 where --check finds a difference."""
+    check, differ = "--check" in sys.argv[1:], False
     for page in PAGES:
         text = page.read_text()
-        made = BLOCK.sub(lambda m: f"{m[1]}{render(m[2], m[3])}\n{m[4]}", text)
-        differ |= made != text
-        if "--check" not in sys.argv[1:]:
-            page.write_text(made)
-    return int(differ and "--check" in sys.argv[1:])
+        made = BLOCK.sub(lambda m: f"{m[1]}{render(m[2], m[3], m[4])}\n{m[5]}", text)
+        if made != text:
+            differ = True
+            if check:
+                print(f"{page.relative_to(ROOT)} differs from the recorded results", file=sys.stderr)
+            else:
+                page.write_text(made)
+    return int(differ and check)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sparse_kernels as sk
-from sparse_kernels import cpp_backend
-from sparse_kernels.calls import CompactCall, GateCall, StatsCall, TreeCall
+from sparse_kernels._arguments import CompactCall, GateCall, Settings, StatsCall, TreeCall
+from sparse_kernels.backends import cpp as cpp_backend
 
 OPS = torch.ops.sparse_kernels
 ROWS, CLASSES = 128, 10
@@ -26,14 +26,14 @@ def sides(op):
     threshold, mask = torch.tensor([2.0]), torch.rand(ROWS) < 0.1
     selection, tree = sk.compact(mask), [logits, targets]
     if op == "row_stats":
-        call = StatsCall(logits, targets, OUTPUTS, *SETTINGS)
+        call = StatsCall(logits, targets, OUTPUTS, -1, Settings())
         return (
             lambda: sk.row_stats(logits, targets),
             lambda: OPS.row_stats(logits, targets, OUTPUTS, *SETTINGS, False, False, "cpp"),
             lambda: cpp_backend.row_stats(call),
         )
     if op == "gate_rows":
-        call = GateCall(logits, targets, (), *SETTINGS, threshold, WEIGHTS, None, 0.0, 0.0, 0, 0)
+        call = GateCall(logits, targets, (), -1, Settings(), threshold, WEIGHTS, None)
         gate = (threshold, list(WEIGHTS), list(WEIGHTS.values()), None, [])
         return (
             lambda: sk.gate_rows(logits, targets, threshold, weights=WEIGHTS),
@@ -55,7 +55,7 @@ def sides(op):
     )
 
 
-@pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="the C++ backend is not built")
+@pytest.mark.skipif(cpp_backend.unavailable_reason() is not None, reason="the C++ backend is not built")
 @pytest.mark.parametrize(
     "op", [pytest.param(op, id=f"overhead-{op}") for op in ("row_stats", "gate_rows", "compact", "gather_rows")]
 )
@@ -65,7 +65,7 @@ def test_overhead_of_a_small_call(interleaved, op):
     interleaved(ours, {"operator": operator, "kernel": kernel}, targets={"operator": 1.5}, rounds=51, calls=100)
 
 
-@pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="the C++ backend is not built")
+@pytest.mark.skipif(cpp_backend.unavailable_reason() is not None, reason="the C++ backend is not built")
 @pytest.mark.parametrize("op", [pytest.param("row_stats", id="overhead-gradient")])
 def test_overhead_of_a_small_gradient(interleaved, op):
     """Forward and backward of loss and entropy, eager, against the same through the operators."""

@@ -1,4 +1,4 @@
-"""What the row statistics must do at least: bytes moved and operations, for the roofline (row_stats.md)."""
+"""Least work of the row statistics: bytes moved and operations, for the roofline (docs/design/row_stats.md)."""
 
 from __future__ import annotations
 

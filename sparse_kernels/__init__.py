@@ -1,13 +1,14 @@
 """Per-row statistics, gating and compaction for training on selected rows.
 
-stats = row_stats(logits, targets, outputs=("loss", "entropy"))
-gated = gate_rows(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3})
-kept = compact(gated.mask).take((inputs, targets))
-kept = select(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3}, tree=(inputs, targets)).packed
+Example:
+    >>> stats = row_stats(logits, targets, outputs=("loss", "entropy"))
+    >>> gated = gate_rows(logits, targets, threshold, weights={"loss": 0.7, "entropy": 0.3})
+    >>> kept = compact(gated.mask).take((inputs, targets))
+    >>> kept = select(logits, targets, threshold, weights={"loss": 1.0}, tree=(inputs, targets)).packed
 """
 
+from sparse_kernels._dispatch import BackendUnavailable, backend_info
 from sparse_kernels._version import __version__
-from sparse_kernels.backends import BackendUnavailable, backend_info
 from sparse_kernels.ops import compact, control, gate_rows, gather_rows, row_stats, scatter_rows, select
 from sparse_kernels.types import STATISTICS, ControlState, GatedRows, RowStats, Selected, Selection
 

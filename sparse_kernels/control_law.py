@@ -1,32 +1,34 @@
-"""A threshold that keeps a wanted fraction of rows above it, whatever the rows' scale: the specification.
+"""Control of a threshold so that a target fraction of rows lies above it, whatever the rows' scale: the specification.
 
-A batch is seen through sums over its rows (``summarise``), never sorted. With p the set-point, n of B rows kept:
+A batch enters as sums over its rows (``summarise``); it is never sorted. With p the set-point and n of B rows kept::
 
-    w = B / (B + 1/(p(1-p)))                                     how much one batch tells
+    w = B / (B + 1/(p(1-p)))                                     weight of the evidence of one batch
     e = logit(p + w(n/B - p)) - logit(p) + (1/2 - p) w(1-w)       the error; noise variance w(1-w)
     u <- u + g (min(mean excess above, mean deficit below) - u)  the local unit of significance
     drift <- drift + K_I e;  threshold <- threshold + u (K_P e + drift)
 
-This is PI control in velocity form: drift, the integral, is the threshold's speed, so a ramp (shrinking
-losses) is followed without lag. In logits of the rate and in u, which for an exponential tail is exactly
-d threshold / d log(rate), every significance looks alike: one law serves 1% and 90%, losses of 10 and of
-0.01. Shrinking n/B towards p by the weight w keeps e finite and unbiased at n = 0, hence small batches.
-The gains are those of the two-state Kalman filter (position, speed) that sees e: they fall like the
-expanding-memory g-h filter's, 1/t, while it locks on (fixed gains miss 50 batches or, at 50%, jitter by
-more than a point), then settle at the level that the process noise sets, lower for smaller batches.
-Three guards, each with its test. Jump: when the smoothed error is beyond noise the covariance grows until
-it explains it. Reach: a step goes at most 0.8 of the way to the mean row on that side, so a gap between two
-modes is crossed, not leapt. Restart: when "none" or "all" selected runs on with odds below about e^-11,
-the feedback is dead: drift is dropped (conditional integration, no windup) and the threshold starts again
-inside the batch, at the p-quantile of an exponential law that begins at its smallest row or, where that lies
-beyond the greatest, of one that ends there.
+This is PI control in velocity form. The drift, its integral, is the threshold's speed, so a ramp (shrinking losses) is
+followed without lag. In logits of the rate and in u, every significance looks alike; for an exponential tail u is
+exactly d threshold / d log(rate). So one law serves rates of 1% and 90%, losses of 10 and of 0.01. Shrinking n/B
+towards p by the weight w keeps e finite and unbiased at n = 0, and hence serves small batches.
 
-A set-point may be a share of mass instead: rows then count by their mass (the norm of their gradient, say)
-in every sum, n/B is the share of it above the threshold, and B is (sum m)^2 / sum m^2, the number of equal
-rows whose share would be as noisy. Nothing else changes: the threshold sought is the same quantile, of the
-distribution weighted by mass.
+The gains are those of the two-state Kalman filter (position, speed) that observes e. While it locks on they fall like
+the expanding-memory g-h filter's, 1/t; fixed gains miss 50 batches or, at 50%, jitter by more than a point. Then they
+settle at the level that the process noise sets, which is lower for smaller batches.
 
-csrc/control_law.h is the same law for the compiled backends.
+Three guards, each with its test:
+
+- Jump: if the smoothed error is beyond noise, the covariance grows until it explains it.
+- Reach: a step goes at most 0.8 of the way to the mean row on that side, so it crosses a gap between two modes.
+- Restart: if "none" or "all" selected runs on with odds below about e^-11, the feedback is dead. The drift is dropped
+  (conditional integration, no windup) and the threshold starts again inside the batch. It starts at the p-quantile of
+  an exponential law that begins at the smallest row; if that lies beyond the greatest row, of one that ends there.
+
+A set-point may be a share of mass instead. Rows then count by their mass (the norm of their gradient, say) in every
+sum, and n/B is the share of it above the threshold. B is (sum m)^2 / sum m^2, the number of equal rows whose share
+would be as noisy. Nothing else changes: the threshold is the same quantile, of the distribution weighted by mass.
+
+control_law.h in csrc is the same law for the compiled backends.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_kernels.calls import ControlCall
+from sparse_kernels._arguments import ControlCall
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, ControlState
 
 POSITION_VARIANCE, DRIFT_VARIANCE = 4.0, 3e-4  # belief at a start, in logits^2 of the rate
@@ -55,44 +57,74 @@ MISS_SMOOTHING, MISS_LIMIT = 1 / 32, 0.6  # off target this much of the time, or
 
 
 class Sums(NamedTuple):
-    """What a batch's rows add up to; float tensors of the threshold's shape, ``invalid`` int64.
+    """Sums over a batch's rows: float tensors of the threshold's shape; ``invalid`` is int64.
 
-    Those of parts of a batch, in float64, add up to the batch's, but for the least of ``low`` and the
-    greatest of ``high``. A row counts by its mass, 1 where the set-point is a rate.
+    In float64 the sums of parts of a batch add up to the batch's, except that ``low`` takes the least and ``high`` the
+    greatest. A row counts by its mass, which is 1 if the set-point is a rate.
     """
 
-    mass: Tensor  # of the valid rows
-    mass_sq: Tensor  # sum of their squares
-    kept: Tensor  # mass of the rows kept; a soft gate's expectation
-    selected: Tensor  # mass above the threshold
-    rejected: Tensor  # the other valid mass
-    finite: Tensor  # mass of the rows of finite significance, which alone count below
-    total: Tensor  # of mass times significance
-    excess: Tensor  # of mass times the way above the threshold
-    deficit: Tensor  # of mass times the way below it
+    mass: Tensor
+    """Mass of the valid rows."""
+    mass_sq: Tensor
+    """Sum of the squared masses."""
+    kept: Tensor
+    """Mass of the rows kept; for a soft gate its expectation."""
+    selected: Tensor
+    """Mass above the threshold."""
+    rejected: Tensor
+    """Mass of the other valid rows."""
+    finite: Tensor
+    """Mass of the rows of finite significance; only these count in the fields below."""
+    total: Tensor
+    """Sum of mass times significance."""
+    excess: Tensor
+    """Sum of mass times distance above the threshold."""
+    deficit: Tensor
+    """Sum of mass times distance below the threshold."""
     low: Tensor
+    """Least significance."""
     high: Tensor
-    invalid: Tensor  # rows of NaN
+    """Greatest significance."""
+    invalid: Tensor
+    """Number of rows of NaN."""
 
 
 class Summary(NamedTuple):
-    """What the law needs of one batch; float tensors of the threshold's shape, ``invalid`` int64."""
+    """Input of the law from one batch: float tensors of the threshold's shape; ``invalid`` is int64."""
 
-    rows: Tensor  # valid rows; with masses, as many equal ones as would be as noisy
-    kept: Tensor  # share of them kept (a soft gate: its expectation)
-    left_out: Tensor  # 1 - kept
-    selected: Tensor  # share above the threshold (a soft gate: of sigmoids)
-    rejected: Tensor  # the other share
-    low: Tensor  # least finite significance
-    high: Tensor  # greatest finite significance
-    mean: Tensor  # of the finite significance
-    above: Tensor  # mean of (significance - threshold) over the rows above it
-    below: Tensor  # mean of (threshold - significance) over the others
-    invalid: Tensor  # rows of NaN
+    rows: Tensor
+    """Number of valid rows; with masses, the number of equal rows that would be as noisy."""
+    kept: Tensor
+    """Share of the rows kept; for a soft gate its expectation."""
+    left_out: Tensor
+    """1 - kept."""
+    selected: Tensor
+    """Share above the threshold; for a soft gate, of sigmoids."""
+    rejected: Tensor
+    """The other share."""
+    low: Tensor
+    """Least finite significance."""
+    high: Tensor
+    """Greatest finite significance."""
+    mean: Tensor
+    """Mean of the finite significance."""
+    above: Tensor
+    """Mean of (significance - threshold) over the rows above it."""
+    below: Tensor
+    """Mean of (threshold - significance) over the others."""
+    invalid: Tensor
+    """Number of rows of NaN."""
 
 
 def initial_state(threshold: Tensor) -> ControlState:
-    """The state before the first batch: ``threshold`` float32 [...]; -inf starts by itself."""
+    """Return the state before the first batch.
+
+    Args:
+        threshold: float32 [...]; -inf starts automatically, inside the first batch.
+
+    Example:
+        >>> state = initial_state(torch.tensor(-math.inf))
+    """
     values = threshold.new_zeros((*threshold.shape, len(CONTROL_VALUES)))
     for name, value in (
         ("threshold", threshold),
@@ -106,15 +138,15 @@ def initial_state(threshold: Tensor) -> ControlState:
 
 
 def control(call: ControlCall) -> None:
-    """See ``sparse_kernels.control``."""
+    """Serve ``sparse_kernels.control``."""
     with torch.no_grad():
-        values, counters = call.state
+        (values, counters), settings = call.state, call.settings
         if call.significance.shape[-1] == 0:  # known from a shape; the least of nothing is not
             counters[..., CONTROL_COUNTERS.index("steps")] += 1
             return
-        valid = None if call.labels is None else call.labels != call.ignore_index
+        valid = None if call.labels is None else call.labels != settings.ignore_index
         threshold = values[..., CONTROL_VALUES.index("threshold")]
-        batch = summarise(call.significance, valid, call.mass, threshold, call.gate_temperature, call.p_min)
+        batch = summarise(call.significance, valid, call.mass, threshold, settings.gate_temperature, settings.p_min)
         after = advance(call.state, batch, call.setpoint.reshape(threshold.shape), call.overflow)
         values.copy_(after.values)
         counters.copy_(after.counters)
@@ -124,34 +156,47 @@ def summarise(
     significance: Tensor, valid: Tensor | None, mass: Tensor | None, threshold: Tensor,
     gate_temperature: float = 0.0, p_min: float = 0.0,
 ) -> Summary:  # fmt: skip
-    """What a whole batch tells, over the last dimension: ``means`` of its ``sums``.
+    """Summarise a whole batch over the last dimension: ``means`` of its ``sums``.
 
     Args:
-        significance: floating [..., rows]; NaN rows do not count.
-        valid: optional bool [..., rows]; False rows do not count.
-        mass: optional floating [..., rows], what a row counts for; NaN, infinite, 0 or less for nothing.
+        significance: floating [..., rows]; rows of NaN do not count.
+        valid: bool [..., rows]; False rows do not count. None: all count.
+        mass: floating [..., rows], by which a row counts; NaN, infinite, 0 or less counts nothing. None: 1 each.
         threshold: float32 [...].
-        gate_temperature: 0 for a threshold; above 0 the rows count by their probability
-            sigmoid((significance - threshold) / gate_temperature): the gate's expected rate, free of the
-            noise of its draws. Excess and deficit are softened alike.
-        p_min: least probability that a soft gate gives a row.
+        gate_temperature: 0 (the default) for a threshold. Above 0 rows count by their probability
+            sigmoid((significance - threshold) / gate_temperature): the gate's expected rate, without the noise of its
+            draws. Excess and deficit are softened alike.
+        p_min: least probability that a soft gate gives a row. Default: 0.
     """
     batch = means(sums(significance, valid, mass, threshold, gate_temperature, p_min))
     return batch if significance.dtype == torch.float64 else single(batch)
 
 
 def single(batch: Summary) -> Summary:
-    """In float32, as the state is."""
-    return Summary._make((*(x.float() for x in batch[:-1]), batch.invalid))
+    """Return a summary in float32, as the state is.
+
+    Args:
+        batch: of any floating dtype.
+    """
+    *floats, invalid = tuple(batch)  # PyTorch 2.6 compiles neither a NamedTuple's slice nor its _make
+    return Summary(*[*(x.float() for x in floats), invalid])
 
 
 def sums(
     significance: Tensor, valid: Tensor | None, mass: Tensor | None, threshold: Tensor,
     gate_temperature: float = 0.0, p_min: float = 0.0,
 ) -> Sums:  # fmt: skip
-    """Over the last dimension, in significance's dtype; the arguments are ``summarise``'s.
+    """Sum a batch, or a part of it, over the last dimension, in significance's dtype.
 
-    Below float64 masses are in units of the greatest: of parts of a batch they do not add up.
+    Below float64 masses are in units of the greatest, so the sums of parts of a batch do not add up.
+
+    Args:
+        significance: as in :func:`summarise`.
+        valid: as in :func:`summarise`.
+        mass: as in :func:`summarise`.
+        threshold: as in :func:`summarise`.
+        gate_temperature: as in :func:`summarise`. Default: 0.
+        p_min: as in :func:`summarise`. Default: 0.
     """
     nan = significance.isnan()
     counts = ~nan
@@ -200,33 +245,39 @@ def sums(
     )
 
 
-def means(found: Sums) -> Summary:
-    """A batch's sums as the law wants them."""
-    everything = found.mass
+def means(batch: Sums) -> Summary:
+    """Return the summary of a batch's sums.
+
+    Args:
+        batch: of the whole batch.
+    """
+    everything = batch.mass
     tiny = torch.finfo(everything.dtype).tiny
     some = everything.clamp(min=tiny)
-    selected, rejected = found.selected / some, found.rejected / some
+    selected, rejected = batch.selected / some, batch.rejected / some
     return Summary(
-        everything * (everything / found.mass_sq.clamp(min=tiny)),
-        found.kept / some,
-        (everything - found.kept) / some,
+        everything * (everything / batch.mass_sq.clamp(min=tiny)),
+        batch.kept / some,
+        (everything - batch.kept) / some,
         selected,
         rejected,
-        found.low,
-        found.high,
-        found.total / found.finite.clamp(min=tiny),
-        found.excess / some / selected.clamp(min=tiny),
-        found.deficit / some / rejected.clamp(min=tiny),
-        found.invalid,
+        batch.low,
+        batch.high,
+        batch.total / batch.finite.clamp(min=tiny),
+        batch.excess / some / selected.clamp(min=tiny),
+        batch.deficit / some / rejected.clamp(min=tiny),
+        batch.invalid,
     )
 
 
 def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Tensor | None = None) -> ControlState:
-    """One step of the law of this module's head; elementwise, so states of any shape advance side by side.
+    """Take one step of the law; elementwise, so states of any shape advance side by side.
 
     Args:
+        state: before the batch.
+        batch: of the state's shape.
         setpoint: float32 in (0, 1], of the state's shape; 1 keeps everything: the threshold is -inf.
-        overflow: optional integers of that shape, rows selected beyond the gate's capacity.
+        overflow: integers of that shape, rows selected beyond the gate's capacity. Default: none.
 
     Returns:
         The next state. A batch without a valid row changes the counters ``steps`` and ``invalid`` alone.
@@ -235,8 +286,8 @@ def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Ten
     steps, saturated, invalid, overflown = state.counters.unbind(-1)
     p, rows = setpoint, batch.rows
     q = 1 - p
-    told = rows * p * q
-    w, blind = told / (told + 1), 1 / (told + 1)
+    evidence = rows * p * q
+    w, blind = evidence / (evidence + 1), 1 / (evidence + 1)
     noise = w * blind
     odds = (w * batch.kept + blind * p) * q / ((w * batch.left_out + blind * q) * p)
     error = odds.log() + (0.5 - p) * noise
@@ -276,7 +327,7 @@ def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Ten
     threshold = torch.where(threshold.isfinite(), threshold, before)
 
     missed = restart | (unexplained > 0)
-    everything = ~(p < 1)  # and a fresh start once less is wanted
+    everything = ~(p < 1)  # and a fresh start once the set-point is lower
     threshold = torch.where(everything, -math.inf, threshold)
     misses = misses + MISS_SMOOTHING * ((missed & ~everything).to(misses.dtype) - misses)
     gain = (1 / (steps.to(misses.dtype) + 1)).clamp(min=RATE_SMOOTHING)  # a plain mean at first
@@ -284,8 +335,8 @@ def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Ten
 
     # A restart keeps threshold, misses and rate alone; no rows, no change. Stacked, for few operations.
     again = restart | everything
-    forgotten = torch.stack((drift, pd, unit, smooth, smooth_noise, surprise), -1).masked_fill(again[..., None], 0)
-    drift, pd, unit, smooth, smooth_noise, surprise = forgotten.unbind(-1)
+    reset = torch.stack((drift, pd, unit, smooth, smooth_noise, surprise), -1).masked_fill(again[..., None], 0)
+    drift, pd, unit, smooth, smooth_noise, surprise = reset.unbind(-1)
     pp = torch.where(again, POSITION_VARIANCE, pp)
     dd = torch.where(again, DRIFT_VARIANCE, dd)
     new = (threshold, drift, pp, pd, dd, unit, smooth, smooth_noise, surprise, misses, rate)

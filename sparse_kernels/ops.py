@@ -1,23 +1,26 @@
-"""The public operations: documented signatures that build a checked call and route it to a backend.
-
-The reference is called as it is: plain PyTorch, which everything sees through. A kernel is called directly where
-nobody but the caller looks, since the dispatcher would cost a small call more than the kernel; and through ``library``
-where a gradient is wanted, or a compiler, a tracer or a dispatch mode must see it.
-"""
+"""Public operations: signature, documentation, and one checked call."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparse_kernels import direct, library
-from sparse_kernels.backends import choose, fused
-from sparse_kernels.calls import CompactCall, ControlCall, GateCall, GateStepCall, SelectCall, StatsCall, Tree, TreeCall
-from sparse_kernels.tracing import observed
-from sparse_kernels.types import DIFFERENTIABLE, ControlState, GatedRows, RowStats, Selected, Selection
+from sparse_kernels import _routing, types
+from sparse_kernels._arguments import (
+    CompactCall,
+    ControlCall,
+    GateCall,
+    GateStepCall,
+    SelectCall,
+    StatsCall,
+    TreeCall,
+    checked_settings,
+)
+from sparse_kernels._routing import may_be_direct
+from sparse_kernels.backends import cpp_direct
+from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
 
 
 def row_stats(
@@ -33,57 +36,42 @@ def row_stats(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> RowStats:
-    """Per-row statistics of softmax(z), z = softcap * tanh(logits / softcap) / temperature.
+    """Compute per-row statistics of softmax(z), z = softcap * tanh(logits / softcap) / temperature.
+
+    A row is a sample, a token or a pixel. The logits are read once.
 
     Args:
         logits: float32, bfloat16, float16 or float64, any shape with the classes in ``dim``.
         targets: int64 or int32 class indices, the logits' shape without ``dim``.
-        outputs: any of ``STATISTICS``; the fields of ``RowStats`` say what each is.
-        temperature: above 0. softcap: 0 for none.
-        label_smoothing: of ``loss`` alone, as in ``torch.nn.functional.cross_entropy``.
-        ignore_index: a row with this target gives 0 in every output, and no gradient.
-        inplace_backward: the gradient may take the memory of the logits, whose values are then gone. A kernel
-            does so in eager mode; a compiler, and the reference, may use new memory. Whoever else needs the
-            logits for a gradient, a second backward included, gets PyTorch's error for a modified tensor.
-        backend: ``cpp``, ``triton`` or ``torch``; None takes the first that serves the call.
+        outputs: any of ``STATISTICS``; ``RowStats`` says what each is. Default: loss and entropy.
+        dim: dimension of the classes. Default: the last.
+        temperature: divides the logits; above 0. Default: 1.
+        softcap: bound of the logits, by tanh; 0 (the default) for none.
+        label_smoothing: of the loss alone, as in ``torch.nn.functional.cross_entropy``; in [0, 1]. Default: 0.
+        ignore_index: a row with this target gives 0 in every output, and no gradient. Default: -100.
+        inplace_backward: let the gradient take the memory of the logits, whose values are then gone. A kernel does
+            so in eager mode; a compiler and the reference may use new memory. If another operation needs the logits
+            for a gradient, PyTorch raises its error for a modified tensor. Default: False.
+        backend: ``cpp``, ``triton``, ``cuda`` or ``torch``. Default: the first that serves the call.
 
     Returns:
-        RowStats. ``loss`` and ``entropy`` are differentiable in the logits. A logit of -inf has
-        probability 0. A row with NaN, +inf or nothing but -inf gives NaN (``argmax`` -1).
+        RowStats. ``loss`` and ``entropy`` are differentiable in the logits. A logit of -inf has probability 0. A row
+        with NaN, +inf or nothing but -inf gives NaN (``argmax`` -1).
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or setting; on CPU, a target out of
-            range (on an accelerator, where looking would wait for the device, its row gives NaN);
-            ``inplace_backward`` for logits that are a leaf or overlap themselves in memory.
+        TypeError: a dtype that is not served.
+        ValueError: a wrong shape, device or setting; on CPU, a target out of range (on an accelerator, where looking
+            would wait for the device, its row gives NaN); ``inplace_backward`` for logits that are a leaf or overlap
+            themselves in memory.
         RuntimeError: from the backward, ``inplace_backward`` with create_graph=True.
-        BackendUnavailable: the backend named cannot serve this call.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Example:
+        >>> stats = row_stats(logits, targets, outputs=("loss", "grad_norm"))
+        >>> stats.loss.mean().backward()
     """
-    call = StatsCall(logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index)
-    gradient = logits.requires_grad and torch.is_grad_enabled() and not _DIFFERENTIABLE.isdisjoint(outputs)
-    if inplace_backward and gradient:
-        _refuse_inplace_backward(logits)
-    name, serve = choose("row_stats", call, backend)
-    if name == "torch" or not (gradient or observed(logits)):
-        result: RowStats = serve(call)
-        return result
-    return library.row_stats(call, name, gradient=gradient, inplace_backward=inplace_backward)
-
-
-_DIFFERENTIABLE = frozenset(DIFFERENTIABLE)
-
-
-def _refuse_inplace_backward(logits: Tensor) -> None:
-    if logits.is_leaf:
-        raise ValueError("inplace_backward: the logits are a leaf that requires grad; their values would be lost")
-    extent = 1  # elements that the dimensions of smaller stride reach over
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                raise ValueError(
-                    f"inplace_backward: logits of shape {tuple(logits.shape)} and strides {logits.stride()} "
-                    "overlap themselves in memory"
-                )
-            extent = stride * (size - 1) + extent
+    settings = checked_settings(temperature, softcap, label_smoothing, ignore_index)
+    return _routing.row_stats(StatsCall(logits, targets, outputs, dim, settings), backend, inplace_backward)
 
 
 def gate_rows(
@@ -105,79 +93,82 @@ def gate_rows(
     step: int | Tensor = 0,
     backend: str | None = None,
 ) -> GatedRows:
-    """``row_stats``, their weighted sum and the comparison with a threshold, in one pass.
+    """Compute ``row_stats`` and compare their weighted sum with a threshold, in one pass.
 
-    significance = sum_k weights[k] * stat_k + offset, kept where significance > threshold. With
-    ``gate_temperature`` T > 0 a row is kept with probability
-    p = clip(sigmoid((significance - threshold) / T), p_min, 1), and weighs 1/p.
+    significance = sum_k weights[k] * stat_k + offset; a row is kept if its significance > threshold. With
+    ``gate_temperature`` T > 0 it is kept with probability p = clip(sigmoid((significance - threshold) / T), p_min, 1)
+    and weighs 1/p.
 
     Args:
+        logits: as in :func:`row_stats`.
+        targets: as in :func:`row_stats`.
         threshold: one floating element on the logits' device; read there, never by the host.
-        weights: statistic name -> weight, such as ``{"loss": 0.7, "entropy": 0.3}``.
-        offset: optional floating tensor of the targets' shape.
-        outputs: statistics to return besides.
-        seed, step: with the row's number, the key of its random draw (Philox4x32-10); ``step``
-            may be a one-element int64 tensor.
-        Others as in ``row_stats``.
+        weights: weight of each statistic, such as ``{"loss": 0.7, "entropy": 0.3}``; all but ``argmax``.
+        offset: floating tensor of the targets' shape, added to the significance. Default: none.
+        outputs: statistics to return besides. Default: none.
+        dim: dimension of the classes. Default: the last.
+        temperature: divides the logits; above 0. Default: 1.
+        softcap: bound of the logits, by tanh; 0 (the default) for none.
+        label_smoothing: of the loss, in [0, 1]. Default: 0.
+        ignore_index: target of the rows that are never kept. Default: -100.
+        gate_temperature: 0 (the default) compares; above 0 rows are drawn.
+        p_min: least probability of a draw, in [0, 1]. Default: 0.
+        seed: of the draws (Philox4x32-10). Default: 0.
+        step: number of the draw, an int or a one-element int64 tensor. A draw depends on seed, step and the row's
+            number alone. Default: 0.
+        backend: as in :func:`row_stats`. Default: the first that serves the call.
 
     Returns:
-        GatedRows. Ignored and invalid rows are never kept; invalid ones are counted. Nothing
-        here is differentiable: a selection is not.
+        GatedRows, none of it differentiable. Ignored and invalid rows are never kept; invalid ones are counted.
 
     Raises:
-        As ``row_stats``.
+        TypeError: as :func:`row_stats`.
+        ValueError: as :func:`row_stats`, and a wrong threshold, weight or offset.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Example:
+        >>> gated = gate_rows(logits, targets, torch.tensor(1.5), weights={"loss": 1.0})
+        >>> kept = compact(gated.mask).take((inputs, targets))
     """
-    if not outputs and offset is None and dim == -1 and direct.serves(backend):
-        gated = direct.gate_rows(
-            logits, targets, threshold, weights, temperature, softcap, label_smoothing, ignore_index,
-            gate_temperature, p_min, seed, step,
-        )  # fmt: skip
+    settings = checked_settings(
+        temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
+    )
+    if not outputs and offset is None and dim == -1 and may_be_direct(backend):
+        gated = cpp_direct.gate_rows(logits, targets, threshold, weights, settings)
         if gated is not None:
             return gated
-    call = GateCall(
-        logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
-        threshold, weights, offset, gate_temperature, p_min, seed, step,
-    )  # fmt: skip
-    return _gate_rows(call, backend)
-
-
-def _gate_rows(call: GateCall, backend: str | None) -> GatedRows:
-    name, serve = choose("gate_rows", call, backend)
-    if name == "torch" or not observed(call.logits):
-        result: GatedRows = serve(call)
-        return result
-    return library.gate_rows(call, name)
+    return _routing.gate_rows(GateCall(logits, targets, outputs, dim, settings, threshold, weights, offset), backend)
 
 
 def compact(
     mask: Tensor, *, weight: Tensor | None = None, capacity: int | None = None, backend: str | None = None
 ) -> Selection:
-    """The indices of the rows that a mask keeps, ascending and packed.
+    """Pack the indices of the rows that a mask keeps, in ascending order.
 
     Args:
         mask: bool [rows].
-        weight: optional float32 [rows], packed beside the indices; 1 for each row without it.
-        capacity: with one the result has exactly that many slots whatever the mask holds, the
-            rest padded with index 0 and weight 0, and nothing waits for the device; rows that
-            do not fit are counted in ``overflow``. Without one it has exactly ``count`` slots,
-            which costs one synchronisation on an accelerator.
+        weight: float32 [rows], packed beside the indices. Default: 1 for each row.
+        capacity: number of slots of the result, whatever the mask holds. The rest is padded with index 0 and weight
+            0, and nothing waits for the device; rows that do not fit are counted in ``overflow``. Default: exactly
+            ``count`` slots, which costs one synchronisation on an accelerator.
+        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
+
+    Returns:
+        Selection.
 
     Raises:
-        ValueError: mask not bool or not 1-D, weight of another shape or dtype, bad capacity.
+        ValueError: a mask that is not bool or not 1-D, a weight of another shape or dtype, a bad capacity.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Example:
+        >>> compact(torch.tensor([True, False, True]), capacity=4).index
+        tensor([0, 2, 0, 0])
     """
-    if direct.serves(backend):
-        selection = direct.compact(mask, weight, capacity)
+    if may_be_direct(backend):
+        selection = cpp_direct.compact(mask, weight, capacity)
         if selection is not None:
             return selection
-    return _compact(CompactCall(mask, weight, capacity), backend)
-
-
-def _compact(call: CompactCall, backend: str | None) -> Selection:
-    name, serve = choose("compact", call, backend)
-    if name == "torch" or not observed(call.mask):
-        selection: Selection = serve(call)
-        return selection
-    return library.compact(call, name)
+    return _routing.compact(CompactCall(mask, weight, capacity), backend)
 
 
 def select(
@@ -201,45 +192,52 @@ def select(
     step: int | Tensor = 0,
     backend: str | None = None,
 ) -> Selected:
-    """From logits to packed rows: ``gate_rows``, ``compact`` of its mask, and ``gather_rows`` of a tree, as one call.
-
-        kept = select(logits, targets, threshold, weights={"loss": 1.0}, tree=(inputs, targets), capacity=64)
-        inputs, targets = kept.packed
+    """Select rows by their logits and pack them: ``gate_rows``, ``compact`` and ``gather_rows`` as one call.
 
     Args:
-        tree: nested structure of tensors with a row in dim 0 for each target, in the order of the targets
-            flattened; None packs nothing.
-        capacity: as in ``compact``: with one nothing waits for the device.
-        Others as in ``gate_rows``; its 1/p are the selection's weights.
+        logits: as in :func:`row_stats`.
+        targets: as in :func:`row_stats`.
+        threshold: as in :func:`gate_rows`.
+        weights: as in :func:`gate_rows`.
+        tree: nested structure of tensors, each with a row in dim 0 for every target, in the order of the targets
+            flattened. Default: nothing is packed.
+        capacity: as in :func:`compact`: with one nothing waits for the device. Default: none.
+        offset: as in :func:`gate_rows`. Default: none.
+        outputs: statistics to return besides. Default: none.
+        dim: dimension of the classes. Default: the last.
+        temperature: divides the logits; above 0. Default: 1.
+        softcap: bound of the logits, by tanh; 0 (the default) for none.
+        label_smoothing: of the loss, in [0, 1]. Default: 0.
+        ignore_index: target of the rows that are never kept. Default: -100.
+        gate_temperature: as in :func:`gate_rows`; its 1/p are the selection's weights. Default: 0.
+        p_min: least probability of a draw, in [0, 1]. Default: 0.
+        seed: of the draws. Default: 0.
+        step: number of the draw, an int or a one-element int64 tensor. Default: 0.
+        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
 
     Returns:
-        Selected: ``gated``, ``selection`` and ``packed``, which is differentiable in the tree.
+        Selected. ``packed`` is differentiable in the tree.
 
     Raises:
-        As ``gate_rows``, ``compact`` and ``gather_rows``; nothing that was given has changed then.
+        TypeError: as :func:`row_stats`.
+        ValueError: as :func:`gate_rows`, :func:`compact` and :func:`gather_rows`.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Example:
+        >>> kept = select(logits, targets, threshold, weights={"loss": 1.0}, tree=(inputs, targets), capacity=64)
+        >>> inputs, targets = kept.packed
     """
-    if not outputs and offset is None and dim == -1 and direct.serves(backend):
-        found = direct.select(
-            logits, targets, threshold, weights, tree, temperature, softcap, label_smoothing, ignore_index,
-            gate_temperature, p_min, seed, step, capacity,
-        )  # fmt: skip
-        if found is not None:
-            if tree is None or found.packed is not None:
-                return found
-            return found._replace(packed=gather_rows(tree, found.selection, backend=backend))
-    call = SelectCall(
-        logits, targets, outputs, dim, temperature, softcap, label_smoothing, ignore_index,
-        threshold, weights, offset, gate_temperature, p_min, seed, step, tree, capacity,
-    )  # fmt: skip
-    if not (observed(logits) or (call.packing is not None and _move_is_seen(call.packing))):
-        served: Selected | None = fused("select", call, backend)
-        if served is not None:
-            return served
-    gated = _gate_rows(call, backend)
-    weight = None if gated.weight is None else gated.weight.flatten()
-    selection = _compact(CompactCall(gated.mask.flatten(), weight, capacity), backend)
-    packed = None if tree is None else gather_rows(tree, selection, backend=backend)
-    return Selected(gated, selection, packed)
+    settings = checked_settings(
+        temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
+    )
+    if not outputs and offset is None and dim == -1 and may_be_direct(backend):
+        selected = cpp_direct.select(logits, targets, threshold, weights, settings, tree, capacity)
+        if selected is not None:
+            if tree is None or selected.packed is not None:
+                return selected
+            return selected._replace(packed=gather_rows(tree, selected.selection, backend=backend))
+    call = SelectCall(logits, targets, outputs, dim, settings, threshold, weights, offset, tree, capacity)
+    return _routing.select(call, backend)
 
 
 def gate_step(
@@ -259,49 +257,45 @@ def gate_step(
     p_min: float = 0.0,
     seed: int = 0,
 ) -> Selected:
-    """``select`` at a controller's threshold, then ``control`` of it by what was found, as one call.
+    """Select rows at a controller's threshold, then update the controller: ``select`` and ``control`` as one call.
 
     Args:
-        state: of one controller; its step is that of the draws.
-        setpoint: float32, one element: the rate wanted, or, ``by_mass``, the share of the sum of grad_norm.
-        Others as in ``select``.
+        logits: as in :func:`row_stats`.
+        targets: as in :func:`row_stats`.
+        state: of one controller, updated in place; its step is that of the draws.
+        setpoint: float32, one element in (0, 1]: the target rate, or with ``by_mass`` the target share of the sum of
+            ``grad_norm``.
+        weights: as in :func:`gate_rows`.
+        capacity: as in :func:`compact`. Default: none.
+        offset: as in :func:`gate_rows`. Default: none.
+        by_mass: count rows by their ``grad_norm``. Default: False.
+        dim: dimension of the classes. Default: the last.
+        label_smoothing: of the loss, in [0, 1]. Default: 0.
+        ignore_index: target of the rows that are never kept. Default: -100.
+        gate_temperature: as in :func:`gate_rows`. Default: 0.
+        p_min: least probability of a draw, in [0, 1]. Default: 0.
+        seed: of the draws. Default: 0.
 
     Returns:
-        Selected, with nothing packed; ``by_mass``, its statistics hold ``grad_norm``.
+        Selected, with nothing packed; with ``by_mass`` its statistics hold ``grad_norm``.
 
     Raises:
-        As ``select`` and ``control``; the state has not moved then.
+        TypeError: as :func:`row_stats`.
+        ValueError: as :func:`select` and :func:`control`; the state has not changed then.
     """
-    if offset is None and dim == -1 and direct.serves(None):
-        stepped = direct.gate_step(
-            logits, targets, state, weights, 1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed,
-            state.counters, capacity, setpoint, by_mass,
-        )  # fmt: skip
+    settings = checked_settings(1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed)
+    if offset is None and dim == -1 and may_be_direct(None):
+        stepped = cpp_direct.gate_step(logits, targets, state, setpoint, weights, settings, capacity, by_mass)
         if stepped is not None:
             return stepped
+    if gate_temperature:
+        settings = settings._replace(step=state.counters[0])
     outputs = ("grad_norm",) if by_mass else ()
-    step = state.counters[0] if gate_temperature else 0
-    call = GateStepCall(
-        logits, targets, outputs, dim, 1.0, 0.0, label_smoothing, ignore_index,
-        state.values, weights, offset, gate_temperature, p_min, seed, step, capacity, state, setpoint, by_mass,
-    )  # fmt: skip
-    if not observed(logits):
-        served: Selected | None = fused("gate_step", call, None)
-        if served is not None:
-            return served
-    selected = select(
-        logits, targets, state.values[0],
-        weights=weights, capacity=capacity, offset=offset, outputs=outputs, dim=dim, label_smoothing=label_smoothing,
-        ignore_index=ignore_index, gate_temperature=gate_temperature, p_min=p_min, seed=seed, step=step,
-    )  # fmt: skip
-    gated, selection, _ = selected
-    control(
-        state, gated.significance.flatten(), setpoint,
-        labels=targets.flatten(), ignore_index=ignore_index, overflow=selection.overflow,
-        mass=gated.stats.grad_norm.flatten() if gated.stats.grad_norm is not None else None,
-        gate_temperature=gate_temperature, p_min=p_min,
-    )  # fmt: skip
-    return selected
+    return _routing.gate_step(
+        GateStepCall(
+            logits, targets, outputs, dim, settings, state.values, weights, offset, capacity, state, setpoint, by_mass
+        )
+    )
 
 
 def control(
@@ -317,75 +311,78 @@ def control(
     p_min: float = 0.0,
     backend: str | None = None,
 ) -> None:
-    """Moves a gate's threshold by one batch, in place, so that the fraction of rows above it meets a set-point.
+    """Update a gate's threshold by one batch, in place, so that the fraction of rows above it meets a set-point.
 
-    The threshold that ``gate_rows`` takes is ``state.value("threshold")``. Nothing waits for a device. What
-    the law is, and why: ``sparse_kernels/control_law.py``.
+    ``gate_rows`` takes ``state.value("threshold")``. Nothing waits for a device. ``sparse_kernels/control_law.py``
+    derives the law.
 
     Args:
-        state: from ``control_law.initial_state``. NaN rows are counted in it.
-        significance: floating [rows], or [..., rows] for states of shape [...]. NaN rows do not count for
-            the rate. A batch without a valid row moves nothing but the counters.
-        setpoint: float32, one element a state, in (0, 1]: the rate wanted. 1 fixes the threshold at -inf.
-        labels: optional int64, int32 or bool of significance's shape: rows equal to ``ignore_index`` (for a
-            bool of valid rows: 0) do not count.
-        mass: optional floating of that shape, 0 or above: the set-point is then a share of its sum.
-        overflow: optional int32, one element a state, a selection's: added to the counter, but for
-            the batch that an automatic start keeps whole.
-        gate_temperature, p_min: of the gate that uses the threshold, as in ``gate_rows``.
+        state: from ``control_law.initial_state``. Rows of NaN are counted in it.
+        significance: floating [rows], or [..., rows] for states of shape [...]. Rows of NaN do not count for the
+            rate. A batch without a valid row changes nothing but the counters.
+        setpoint: float32, one element a state, in (0, 1]: the target rate. 1 fixes the threshold at -inf.
+        labels: int64, int32 or bool of significance's shape; rows equal to ``ignore_index`` do not count.
+            Default: all rows count.
+        ignore_index: label of the rows that do not count; 0 for a bool of valid rows. Default: -100.
+        mass: floating of significance's shape, 0 or above: the set-point is then a share of its sum. Default: each
+            row counts 1.
+        overflow: int32, one element a state, from a selection: added to the counter, except for the batch that an
+            automatic start keeps whole. Default: nothing is added.
+        gate_temperature: of the gate that uses the threshold, as in :func:`gate_rows`. Default: 0.
+        p_min: of the gate that uses the threshold, as in :func:`gate_rows`. Default: 0.
+        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
 
     Raises:
-        ValueError: a wrong dtype, shape or device.
-        BackendUnavailable: the backend named cannot serve this call.
+        ValueError: a wrong dtype, shape, device or setting.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Example:
+        >>> state = control_law.initial_state(torch.tensor(-math.inf))
+        >>> control(state, gated.significance, torch.tensor(0.1))
     """
-    call = ControlCall(
-        state, significance, setpoint, labels, ignore_index, mass, overflow, gate_temperature, p_min
-    )  # fmt: skip
-    name, serve = choose("control", call, backend)
-    if name == "torch" or not observed(significance):
-        serve(call)
-    else:
-        library.control(call, name)
+    settings = checked_settings(ignore_index=ignore_index, gate_temperature=gate_temperature, p_min=p_min)
+    _routing.control(ControlCall(state, significance, setpoint, labels, mass, overflow, settings), backend)
 
 
 def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) -> Any:
-    """The selected rows (dim 0) of every tensor of a nested structure, packed.
+    """Pack the selected rows (dim 0) of every tensor of a nested structure.
 
-    Padding slots read row 0. Differentiable; the backward is ``scatter_rows``: padding adds nothing.
+    Padding slots read row 0. Differentiable: the backward is ``scatter_rows``, to which padding adds nothing.
+
+    Args:
+        tree: nested structure of tensors with ``selection.size`` rows in dim 0.
+        selection: the rows, from :func:`compact` or :func:`select`.
+        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
+
+    Returns:
+        The same structure with ``len(selection.index)`` rows.
 
     Raises:
-        ValueError: a tensor whose dim 0 is not ``selection.size``, or on another device.
+        ValueError: a tensor of another number of rows, or on another device.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Example:
+        >>> inputs, targets = gather_rows((inputs, targets), compact(mask))
     """
-    if direct.serves(backend):
-        packed = direct.gather_rows(tree, selection)
-        if packed is not None:
-            return packed
-    call = TreeCall(tree, selection, selection.size)
-    name, serve = choose("gather_rows", call, backend)
-    if name == "torch" or not _move_is_seen(call, selection.index):
-        return serve(call)
-    return library.gather_rows(call, name)
+    return _routing.gather_rows(tree, selection, backend)
 
 
 def scatter_rows(tree: Any, selection: Selection, *, backend: str | None = None) -> Any:
-    """The transpose of ``gather_rows``: packed rows back in their places, zeros elsewhere.
+    """Put packed rows back in their places, zeros elsewhere: the transpose of ``gather_rows``.
 
     Args:
         tree: nested structure of tensors with ``len(selection.index)`` rows in dim 0.
+        selection: the rows' places.
+        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
 
     Returns:
         The same structure with ``selection.size`` rows; padding slots are dropped.
+
+    Raises:
+        ValueError: a tensor of another number of rows, or on another device.
+        BackendUnavailable: the named backend cannot serve the call.
     """
-    call = TreeCall(tree, selection, selection.index.shape[0])
-    name, serve = choose("scatter_rows", call, backend)
-    if name == "torch" or not _move_is_seen(call, selection.index):
-        return serve(call)
-    return library.scatter_rows(call, name)
+    return _routing.scatter_rows(TreeCall(tree, selection, selection.index.shape[0]), backend)
 
 
-def _move_is_seen(tree: Tree, *others: Tensor) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tree.tensors:
-            if tensor.requires_grad:
-                return True
-    return observed(*others, *tree.tensors)
+types.register_gather_rows(gather_rows)

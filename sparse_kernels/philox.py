@@ -1,9 +1,8 @@
 """Philox4x32-10, the counter-based generator of the stochastic gate, in plain tensor arithmetic.
 
-The number drawn for a row depends on (seed, step, row) alone: not on the backend, the batch's
-size, the device or what was drawn before. Source: Salmon et al., "Parallel Random Numbers: As
-Easy as 1, 2, 3", SC 2011. The arithmetic is int64 on 16-bit halves because neither PyTorch on
-every device nor XLA has an unsigned 32x32 -> 64 bit product.
+A row's number depends on (seed, step, row) alone: not on the backend, the batch's size, the device or earlier draws.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. The arithmetic is int64 on 16-bit
+halves because neither PyTorch on every device nor XLA has an unsigned 32x32 -> 64 bit product.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def _high_low(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * m for a in [0, 2^32), without a product of 2^63 or more."""
+    """Return the high and low 32 bits of a * m for a in [0, 2^32), without a product of 2^63 or more."""
     low16 = (a & 0xFFFF) * m
     high16 = (a >> 16) * m
     high = (high16 + (low16 >> 16)) >> 16
@@ -26,7 +25,12 @@ def _high_low(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
-    """Four int64 tensors of values in [0, 2^32) for four counter words (int64 in [0, 2^32))."""
+    """Return four words of random bits, int64 tensors in [0, 2^32).
+
+    Args:
+        counter: four words, int64 tensors in [0, 2^32).
+        seed: the key, modulo 2^64.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -38,7 +42,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def uniform(rows: int, *, seed: int, step: int | Tensor, device: torch.device) -> Tensor:
-    """float32 [rows] in [0, 1), multiples of 2^-24: row i's number for this seed and step."""
+    """Return each row's number for this seed and step: float32 [rows] in [0, 1), multiples of 2^-24.
+
+    Args:
+        rows: how many.
+        seed: modulo 2^64.
+        step: modulo 2^64, an int or a one-element int64 tensor.
+        device: of the result.
+    """
     row = torch.arange(rows, dtype=torch.int64, device=device)
     step = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(())
     high = torch.zeros_like(row)

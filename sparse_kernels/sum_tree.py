@@ -1,9 +1,9 @@
 """Draws in proportion to 100 million weights that change: a tree of partial sums, 64 children a node.
 
-``torch.multinomial`` takes at most 2^24 weights and reads all of them a call. Here a draw and a change
-each touch one node a level, five of them for 100 million rows. Every sum is a function of the leaves
-alone (see csrc/cpu/sum_tree.h), so the leaves are the whole state, and C++ and the tensor arithmetic
-that stands in where it was not built find the same rows from the same numbers.
+``torch.multinomial`` takes at most 2^24 weights and reads all of them in each call. Here a draw and a change each
+touch one node a level, five nodes for 100 million rows. Every sum is a function of the leaves alone (see
+csrc/cpu/sum_tree.h), so the leaves are the whole state. C++ and the tensor arithmetic that replaces it where it was
+not built find the same rows from the same numbers.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_kernels import cpp_backend
+from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.philox import philox
 
 FAN, GROUP = 64, 8
-_cpp: Any = getattr(cpp_backend, "_cpp", None)
+_cpp: Any = cpp_backend.extension()
 _MASK = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 def uniform_double(rows: Tensor, *, seed: int, step: int, cpp: bool | None = None) -> Tensor:
-    """float64 in [0, 1), multiples of 2^-53, for each of ``rows`` (int64, on the CPU): its number for this seed
-    and step, whatever the others are.
+    """Return each row's number for this seed and step: float64 in [0, 1), multiples of 2^-53.
 
     Args:
-        cpp: whether C++ computes it; None where it was built.
+        rows: int64 on the CPU; a row's number does not depend on the others.
+        seed: modulo 2^64.
+        step: modulo 2^64.
+        cpp: True for C++, False for tensor arithmetic. Default: C++ if it was built.
     """
     rows = rows.contiguous()
     if _use_cpp(cpp):
@@ -42,16 +44,24 @@ def uniform_double(rows: Tensor, *, seed: int, step: int, cpp: bool | None = Non
 
 
 class SumTree:
-    """A tree over ``leaves``, float32 [N] on the CPU, not negative; NaN counts as 0.
+    """Tree of partial sums over non-negative leaves.
 
     Args:
-        leaves: kept, not copied; whoever changes them calls ``update`` or ``build``.
-        cpp: whether C++ serves it; None where it was built.
+        leaves: float32 [N] on the CPU; NaN counts as 0. Kept, not copied: after a change call ``update`` or ``build``.
+        cpp: True for C++, False for tensor arithmetic. Default: C++ if it was built.
+
+    Raises:
+        ValueError: leaves of another shape or dtype.
+
+    Example:
+        >>> tree = SumTree(torch.tensor([1.0, 3.0]))
+        >>> tree.find(torch.tensor([0.5, 2.0], dtype=torch.float64))
+        tensor([0, 1])
     """
 
     def __init__(self, leaves: Tensor, *, cpp: bool | None = None) -> None:
         if leaves.dtype is not torch.float32 or leaves.ndim != 1 or not leaves.numel() or not leaves.is_contiguous():
-            raise ValueError(f"leaves of {leaves.dtype} {list(leaves.shape)}: wanted float32 [N], N > 0, contiguous")
+            raise ValueError(f"`leaves` must be contiguous float32 [N], N > 0; got {leaves.dtype} {list(leaves.shape)}")
         self.leaves = leaves
         self.levels: list[Tensor] = []
         nodes = leaves.numel()
@@ -63,11 +73,11 @@ class SumTree:
 
     @property
     def total(self) -> float:
-        """The sum of the leaves."""
+        """Sum of the leaves."""
         return float(self.levels[-1][0])
 
     def build(self) -> None:
-        """All sums again, from the leaves."""
+        """Recompute all sums from the leaves."""
         if self.cpp:
             _cpp.sum_tree_build(*self._addresses())
             return
@@ -79,7 +89,10 @@ class SumTree:
             below = level
 
     def update(self, index: Tensor) -> None:
-        """The sums above the leaves of ``index`` (int64, repeats allowed), which were changed.
+        """Recompute the sums above leaves that have changed.
+
+        Args:
+            index: int64, the leaves; repeats are allowed.
 
         Raises:
             IndexError: an index outside the leaves.
@@ -88,7 +101,7 @@ class SumTree:
             return
         low, high = index.aminmax()
         if low < 0 or high >= self.leaves.numel():
-            raise IndexError(f"index {int(low)} to {int(high)}: wanted 0 to {self.leaves.numel() - 1}")
+            raise IndexError(f"`index` must be in [0, {self.leaves.numel() - 1}], got {int(low)} to {int(high)}")
         if self.cpp:
             index = index.contiguous()
             _cpp.sum_tree_update(*self._addresses(), index.data_ptr(), index.numel())
@@ -100,7 +113,11 @@ class SumTree:
             below = level
 
     def find(self, targets: Tensor) -> Tensor:
-        """int64: for each target, float64 in [0, total), the first leaf at which their running sum is above it."""
+        """Return for each target the first leaf at which the running sum of the leaves is above it, int64.
+
+        Args:
+            targets: float64 in [0, total).
+        """
         if self.cpp:
             targets = targets.contiguous()
             out = torch.empty_like(targets, dtype=torch.int64)
@@ -118,23 +135,23 @@ class SumTree:
         return self.leaves.data_ptr(), self.leaves.numel(), tuple(level.data_ptr() for level in self.levels)
 
 
-def _use_cpp(wanted: bool | None) -> bool:
-    missing = cpp_backend.unavailable()
-    if wanted and missing is not None:
-        raise RuntimeError(f"C++ is {missing}")
-    return missing is None if wanted is None else wanted
+def _use_cpp(requested: bool | None) -> bool:
+    missing = cpp_backend.unavailable_reason()
+    if requested and missing is not None:
+        raise RuntimeError(f"`cpp` must be None or False: the C++ backend is {missing}")
+    return missing is None if requested is None else requested
 
 
 def _children(below: Tensor, nodes: Tensor) -> Tensor:
-    """float64 [n, FAN]: the children of each node, 0 where there is none or it is NaN."""
+    """Return the children of each node, float64 [n, FAN]; 0 for one that is missing or NaN."""
     place = nodes[:, None] * FAN + torch.arange(FAN)
     inside = place < below.numel()
-    found = below[place.clamp(max=below.numel() - 1)].double()
-    return torch.where(inside & ~found.isnan(), found, 0.0)
+    children = below[place.clamp(max=below.numel() - 1)].double()
+    return torch.where(inside & ~children.isnan(), children, 0.0)
 
 
 def _sum_by_halving(children: Tensor) -> Tensor:
-    """Sums over the last dim, a power of two long, in the order that C++ adds them in."""
+    """Sum over the last dim, a power of two long, in C++'s order."""
     half = children.shape[-1]
     while half > 1:
         half //= 2
@@ -143,7 +160,7 @@ def _sum_by_halving(children: Tensor) -> Tensor:
 
 
 def _pick(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The first in each row of ``weights`` at which the running sum is above the target, made relative to it."""
+    """Return the first place in each row whose running sum is above the target, and the target less the sum before."""
     after = weights.cumsum(1)
     above = after > targets[:, None]
     # Rounding may leave none above: then the last that weighs anything.
@@ -154,5 +171,11 @@ def _pick(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assign(leaves: Tensor, index: Tensor, values: Tensor) -> None:
-    """leaves[index] = values, the last one where an index repeats: PyTorch promises no order of its own."""
+    """Set leaves[index] = values, the last one if an index repeats: PyTorch promises no order of its own.
+
+    Args:
+        leaves: float32 [N] on the CPU, changed in place.
+        index: int64.
+        values: of the index's shape.
+    """
     leaves.numpy()[index.numpy()] = np.asarray(values)

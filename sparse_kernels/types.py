@@ -1,13 +1,12 @@
-"""What the operations return: plain named tuples, so every field is a tensor and every result is a pytree."""
+"""Results of the operations: plain named tuples, so every result is a pytree whose fields are tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-import sparse_kernels  # for what it holds by the time of a call: the operations import these types
 
 STATISTICS = (
     "loss",
@@ -20,38 +19,53 @@ STATISTICS = (
     "logsumexp",
 )
 
+# The statistics that a gate can weigh: all numbers, so not the index.
+WEIGHABLE = tuple(name for name in STATISTICS if name != "argmax")
 
 DIFFERENTIABLE = ("loss", "entropy")
 
 
 class RowStats(NamedTuple):
-    """Per-row statistics; a field is None where it was not asked for.
+    """Per-row statistics of p = softmax(z), with z the scaled logits and y the target.
 
-    Each field has the logits' shape without the class dimension; float32 (float64 for float64
-    logits), ``argmax`` int64. With p = softmax(z) and y the target:
+    A field is None unless it was requested. Each tensor has the logits' shape without the class dimension. It is
+    float32, or float64 for float64 logits; ``argmax`` is int64.
     """
 
-    loss: Tensor | None = None  # -log p[y], nats
-    entropy: Tensor | None = None  # -sum p log p, nats
-    grad_norm: Tensor | None = None  # ||p - onehot(y)||_2 (EL2N)
-    sum_squares: Tensor | None = None  # sum p^2
-    max_prob: Tensor | None = None  # max p
-    margin: Tensor | None = None  # largest p - second largest p; 1 where there is one class
-    argmax: Tensor | None = None  # lowest index of the largest logit; -1 for an invalid row
-    logsumexp: Tensor | None = None  # log sum exp z
+    loss: Tensor | None = None
+    """Cross-entropy, -log p[y], in nats."""
+    entropy: Tensor | None = None
+    """-sum p log p, in nats."""
+    grad_norm: Tensor | None = None
+    """||p - onehot(y)||_2, the norm of the loss's gradient in the logits (EL2N)."""
+    sum_squares: Tensor | None = None
+    """sum p^2."""
+    max_prob: Tensor | None = None
+    """The largest probability."""
+    margin: Tensor | None = None
+    """The largest probability minus the second largest; 1 for a single class."""
+    argmax: Tensor | None = None
+    """The lowest index of the largest logit; -1 for an invalid row."""
+    logsumexp: Tensor | None = None
+    """log sum exp z."""
 
 
 class GatedRows(NamedTuple):
-    """What ``gate_rows`` decided; every per-row field has the logits' shape without the class dimension."""
+    """Decisions of ``gate_rows``; each per-row field has the logits' shape without the class dimension."""
 
-    mask: Tensor  # bool: this row is kept
-    significance: Tensor  # sum_k w_k * stat_k + offset; 0 for an ignored row, NaN for an invalid one
-    weight: Tensor | None  # 1/p for a kept row, else 0; None when the decision is a plain threshold
-    stats: RowStats  # the statistics asked for
-    invalid: Tensor  # int32, 0-d: rows with NaN, +inf or nothing but -inf
+    mask: Tensor
+    """bool: True for a row that is kept."""
+    significance: Tensor
+    """sum_k w_k * stat_k + offset; 0 for an ignored row, NaN for an invalid one."""
+    weight: Tensor | None
+    """float32: 1/p for a kept row, 0 for the others; None if the decision is a plain threshold."""
+    stats: RowStats
+    """The statistics that were requested."""
+    invalid: Tensor
+    """int32, 0-d: the number of rows with NaN, +inf or nothing but -inf."""
 
 
-# A controller's memory, packed so that a kernel finds it at two addresses; csrc/control_law.h has the same order.
+# A controller's state, packed so that a kernel finds it at two addresses; control_law.h has the same order.
 CONTROL_VALUES = (  # float32
     "threshold",
     "drift",  # the integral: units a batch
@@ -60,7 +74,7 @@ CONTROL_VALUES = (  # float32
     "drift_variance",
     "unit",  # significance per logit of the rate; 0 before the first measurement
     "error",  # smoothed
-    "error_variance",  # what noise alone would give it
+    "error_variance",  # the variance that noise alone would give the smoothed error
     "surprise",  # nats of evidence that the feedback is dead
     "misses",  # smoothed share of batches off target
     "rate",  # smoothed rate (or share of mass) observed; NaN before the first batch
@@ -74,42 +88,85 @@ CONTROL_COUNTERS = (  # int64
 
 
 class ControlState(NamedTuple):
-    """A threshold's controller: what ``control`` moves, in place. States of any shape [...] move side by side."""
+    """State of a threshold's controller, which ``control`` updates in place.
 
-    values: Tensor  # float32 [..., len(CONTROL_VALUES)]
-    counters: Tensor  # int64 [..., len(CONTROL_COUNTERS)]
+    States of any shape [...] are updated side by side.
+    """
+
+    values: Tensor
+    """float32 [..., len(CONTROL_VALUES)]."""
+    counters: Tensor
+    """int64 [..., len(CONTROL_COUNTERS)]."""
 
     def value(self, name: str) -> Tensor:
-        """float32 [...]: a view of one of CONTROL_VALUES."""
+        """Return a view of one of ``CONTROL_VALUES``, float32 [...].
+
+        Args:
+            name: the name in ``CONTROL_VALUES``.
+        """
         return self.values.select(-1, CONTROL_VALUES.index(name))
 
     def counter(self, name: str) -> Tensor:
-        """int64 [...]: a view of one of CONTROL_COUNTERS."""
+        """Return a view of one of ``CONTROL_COUNTERS``, int64 [...].
+
+        Args:
+            name: the name in ``CONTROL_COUNTERS``.
+        """
         return self.counters.select(-1, CONTROL_COUNTERS.index(name))
 
 
 class Selection(NamedTuple):
-    """Packed rows: ``index[:count]`` ascending; what lies behind ``count`` is padding (index 0, weight 0)."""
+    """Selected rows of a batch: ``index[:count]`` is ascending, the slots behind it are padding.
 
-    # Both shadow tuple methods that nobody calls on a selection.
-    index: Tensor  # type: ignore[assignment]  # int64 [capacity or count]
-    weight: Tensor  # float32, same shape
-    count: Tensor  # type: ignore[assignment]  # int32, 0-d, on the device: rows kept
-    overflow: Tensor  # int32, 0-d: selected rows that did not fit the capacity
-    size: int  # rows of the batch that the selection was made for
+    A padding slot has index 0 and weight 0.
+    """
+
+    # index and count shadow tuple methods that nobody calls on a selection.
+    index: Tensor  # type: ignore[assignment]
+    """int64 [slots]: the rows' numbers. ``slots`` is the capacity, or the count where there is none."""
+    weight: Tensor
+    """float32 [slots]."""
+    count: Tensor  # type: ignore[assignment]
+    """int32, 0-d, on the device: the number of rows kept."""
+    overflow: Tensor
+    """int32, 0-d, on the device: the number of selected rows that did not fit the capacity."""
+    size: int
+    """The number of rows of the batch."""
 
     def take(self, tree: Any) -> Any:
-        """The selected rows of every tensor in ``tree``: see ``gather_rows``."""
-        return sparse_kernels.gather_rows(tree, self)
+        """Pack the selected rows of every tensor in ``tree``: ``gather_rows(tree, self)``.
+
+        Args:
+            tree: nested structure of tensors with ``size`` rows in dim 0.
+        """
+        return _gather_rows(tree, self)
 
     def valid(self) -> Tensor:
-        """bool, shape of ``index``: False on padding."""
+        """Return a mask of the slots, bool [slots]: False on padding."""
         return torch.arange(self.index.shape[0], device=self.index.device) < self.count
 
 
+_gather_rows: Callable[[Any, Selection], Any]
+
+
+def register_gather_rows(function: Callable[[Any, Selection], Any]) -> None:
+    """Set the function behind ``Selection.take``.
+
+    Called once, by ``sparse_kernels.ops``: it imports this module, so this module must not import it.
+
+    Args:
+        function: ``gather_rows``.
+    """
+    global _gather_rows
+    _gather_rows = function
+
+
 class Selected(NamedTuple):
-    """What ``select`` decided, and what it packed."""
+    """Results of ``select``: the decisions, the selected rows and the packed tensors."""
 
     gated: GatedRows
-    selection: Selection  # of the rows of ``gated.mask``, flattened
-    packed: Any  # the tree that was given, with its selected rows; None without one
+    """The decisions."""
+    selection: Selection
+    """The rows of ``gated.mask``, flattened."""
+    packed: Any
+    """The given tree with only its selected rows; None without a tree."""

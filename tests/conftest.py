@@ -2,7 +2,13 @@
 
 import os
 
+import pytest
 import torch
+from known import register
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    register(config)

@@ -4,60 +4,84 @@ import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from pages import ROOT, blocks, names
 
 import sparse_kernels as sk
+from sparse_training import HistorySampler, Indexed
 
-ROOT = Path(__file__).parents[1]
-
-
-def test_tables_are_those_of_the_recorded_results():
-    command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
-    assert subprocess.run(command, check=False).returncode == 0, "run: python benchmarks/readme.py"
+README = ROOT / "README.md"
+ROW_STATS = ROOT / "docs" / "design" / "row_stats.md"
 
 
-def examples():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("script", ["readme.py", "figure.py"])
+def test_tables_and_figure_are_those_of_the_recorded_results(script):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--check"]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.stderr}\nrun: make tables"
 
 
-def test_the_example_of_a_data_loader_runs():
-    """An epoch is three tenths of the rows, and their losses have a gradient."""
-    _, code = examples()
-    torch.manual_seed(0)
-    dataset = torch.utils.data.TensorDataset(torch.randn(1024, 20), torch.randint(0, 10, (1024,)))
-    names = {
-        "DataLoader": torch.utils.data.DataLoader,
-        "dataset": dataset,
-        "model": torch.nn.Linear(20, 10),
-        "criterion": torch.nn.CrossEntropyLoss(reduction="none"),
-    }
-    exec(code, names)
-    assert len(names["sampler"]) == pytest.approx(0.3 * 1024 / 128, abs=1)
-    assert names["model"].weight.grad.abs().sum() > 0
+def test_readme_is_short():
+    """At most 800 words, a pitch of 60 to 90, and tables of at most six rows of results."""
+    text = README.read_text()
+    assert len(text.split()) <= 800
+    pitch = text.split("\n\n")[1]
+    assert 60 <= len(pitch.split()) <= 90
+    for table in re.findall(r"<!-- summary.*?<!-- end -->", text, re.DOTALL):
+        assert 1 <= len(re.findall(r"^\|", table, re.MULTILINE)) - 2 <= 6
 
 
-def test_the_example_of_a_loop_runs():
-    """As it is written there, in a loop around it: ten steps, and about a tenth of the rows after a while."""
-    code, _ = examples()
-    head, body = code.split("gate = Gate(rate=0.1)\n")
-    torch.manual_seed(0)
-    names = {"torch": torch, "F": F, "model": torch.nn.Linear(20, 10)}
-    exec(head + "gate = Gate(rate=0.1)", names)
-    for _ in range(30):
-        names["inputs"], names["targets"] = torch.randn(256, 20), torch.randint(0, 10, (256,))
-        exec(body, names)
-        names["loss"].backward()
-    assert 0 < names["inputs"].shape[0] < 60
-    assert names["inputs"].shape[0] == names["targets"].shape[0]
+def sides(diff):
+    """The code before and after a diff."""
+    lines = diff.splitlines()
+    before = [line[1:] for line in lines if not line.startswith("+")]
+    after = [line[1:] for line in lines if not line.startswith("-")]
+    return "\n".join(before), "\n".join(after)
+
+
+class Counted(torch.utils.data.Dataset):
+    """A data set that counts how often each row is read."""
+
+    def __init__(self, dataset):
+        self.dataset, self.reads = dataset, [0] * len(dataset)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.reads[index] += 1
+        return self.dataset[index]
+
+
+def test_the_diff_of_a_loop_runs_on_both_sides():
+    """Eight lines; before it eight epochs of every row, after it as many rows, each of them at least once."""
+    (diff,) = blocks(README, "diff")
+    assert len(diff.splitlines()) == 8
+    for code in sides(diff):
+        used = {**names(), "HistorySampler": HistorySampler, "Indexed": Indexed}
+        used["dataset"] = Counted(used["dataset"])
+        weight = used["model"][0].weight
+        before = weight.detach().clone()
+        exec(code, used)
+        assert not torch.equal(weight, before)
+        reads = used["dataset"].reads
+        assert sum(reads) == 8 * len(reads)
+        assert min(reads) >= (1 if "sampler" in used else 8)
+
+
+def test_the_examples_run():
+    for code in blocks(README):
+        used = names()
+        exec(code, used)
+        if "trainer" in used:
+            assert used["trainer"].policy.name == "adaptive"
 
 
 def test_the_derivation_of_the_row_statistics():
     """Its merge of parts gives what the reference gives, wherever the row is cut."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "benchmarks" / "row_stats.md").read_text(), re.DOTALL)
+    (code,) = blocks(ROW_STATS)
     names = {"torch": torch}
     exec(code, names)
     torch.manual_seed(0)
@@ -99,19 +123,19 @@ def test_the_derivation_of_the_row_statistics():
 
 
 def test_the_example_of_a_policy_runs_and_is_short():
-    """As it is written in CONTRIBUTING: three tenths of each batch, by an early layer."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 30
-    torch.manual_seed(0)
-    dataset = torch.utils.data.TensorDataset(torch.randn(1000, 20), torch.randint(0, 10, (1000,)))
-    model = torch.nn.Sequential(
-        torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10)
-    )
-    names = {"model": model, "loader": torch.utils.data.DataLoader(dataset, batch_size=100)}
-    exec(code, names)
-    assert names["history"].steps == 30
-    assert names["history"].rate == 0.3
-    assert names["trainer"].scorer.name == "early"
+    """As it is written in examples/: three tenths of each batch, by an early layer."""
+    script = (ROOT / "examples" / "custom_policy.py").read_text()
+    code = script.split("# [policy]\n")[1].split("# [/policy]")[0]
+    assert len(code.strip().splitlines()) <= 30
+    used = names(1000)
+    used["loader"] = torch.utils.data.DataLoader(used["dataset"], batch_size=100)
+    exec(f"from sparse_training import Policy, SparseTrainer\n{re.search('^from .*types.*$', script, re.M)[0]}", used)
+    exec(code, used)
+    exec("trainer = SparseTrainer(model, policy=Band(rate=0.3), scorer='early:2')", used)
+    history = used["trainer"].fit(used["loader"], epochs=3)
+    assert history.steps == 30
+    assert history.rate == 0.3
+    assert used["trainer"].scorer.name == "early"
     losses = torch.arange(100.0)
     scores = types.SimpleNamespace(losses=losses)
-    assert sorted(names["Band"](rate=0.3).decide(scores).index.tolist()) == list(range(60, 90))
+    assert sorted(used["Band"](rate=0.3).decide(scores).index.tolist()) == list(range(60, 90))

@@ -1,16 +1,18 @@
-#include "compact.h"
+#include "sparse_kernels/cpu/compact.h"
 
 #include <algorithm>
 
-#include "instruction_set.h"
-#include "parallel.h"
+#include "compact_functions.h"
+#include "sparse_kernels/cpu/instruction_set.h"
+#include "sparse_kernels/cpu/parallel.h"
 
 namespace sparse_kernels {
 namespace {
 
 constexpr int64_t kWord = 64;
-constexpr int64_t kGrain = 128 * 1024;  // flags a thread must have to be worth waking
-constexpr int64_t kChunk = 16 * 1024;   // flags whose indices are still in L1 when weighed
+constexpr int64_t kGrain = 128 * 1024;  // least number of flags worth waking a thread for
+constexpr int64_t kChunk =
+    16 * 1024;  // flags whose indices stay in L1 until their weights are written
 
 const FlagFunctions& implementation() {
   switch (instruction_set()) {
@@ -25,19 +27,20 @@ const FlagFunctions& implementation() {
   }
 }
 
-// Indices and weights of [begin, end) into the slots [at, limit); returns the slot after the last.
+// Writes the indices and weights of the flags set in [begin, end) to the slots [slot, limit).
+// Returns the slot after the last one.
 int64_t pack_part(const FlagFunctions& flags, const uint8_t* mask, const float* weight_in,
-                  int64_t begin, int64_t end, int64_t at, int64_t limit, int64_t* index,
+                  int64_t begin, int64_t end, int64_t slot, int64_t limit, int64_t* index,
                   float* weight) {
-  for (; begin < end && at < limit; begin += kChunk) {
-    const int64_t first = at;
-    at = flags.pack(mask, begin, std::min(end, begin + kChunk), index, at, limit);
+  for (; begin < end && slot < limit; begin += kChunk) {
+    const int64_t first = slot;
+    slot = flags.pack(mask, begin, std::min(end, begin + kChunk), index, slot, limit);
     if (weight_in)
-      for (int64_t i = first; i < at; ++i) weight[i] = weight_in[index[i]];
+      for (int64_t i = first; i < slot; ++i) weight[i] = weight_in[index[i]];
     else
-      std::fill(weight + first, weight + at, 1.0f);
+      std::fill(weight + first, weight + slot, 1.0f);
   }
-  return at;
+  return slot;
 }
 
 }  // namespace
@@ -59,18 +62,18 @@ int64_t compact(const uint8_t* mask, const float* weight_in, int64_t rows,
   int64_t packed;
   if (parts_for(rows, kGrain) == 1 && counts.size() <= 1) {
     packed = pack_part(flags, mask, weight_in, 0, rows, 0, capacity, index, weight);
-    // What lies behind the last slot only counts.
     total = packed;
     if (!counts.empty())
       total = counts[0];
-    else if (packed == capacity)
+    else if (packed == capacity)  // there may be more flags than fit
       total = flags.count(mask, 0, rows);
   } else {
     if (counts.empty()) counts = count_flags(mask, rows);
     const int parts = int(counts.size());
     std::vector<int64_t> starts(parts + 1, 0);
     for (int part = 0; part < parts; ++part) starts[part + 1] = starts[part] + counts[part];
-    // A part writes its own slots alone, also where the mask has changed since it was counted.
+    // Hazard: a part must write only its own slots, even where the mask has changed since the
+    // count.
     parallel_parts(rows, parts, kWord, [&](int part, int64_t begin, int64_t end) {
       pack_part(flags, mask, weight_in, begin, end, starts[part],
                 std::min(capacity, starts[part + 1]), index, weight);

@@ -1,15 +1,14 @@
-#include "control.h"
+#include "sparse_kernels/cpu/control.h"
 
 #include <vector>
 
-#include "parallel.h"
+#include "sparse_kernels/cpu/parallel.h"
 
 namespace sparse_kernels {
 namespace {
 
-constexpr int64_t kGrain = 64 * 1024;  // rows a thread must have to be worth waking
-constexpr int64_t kBlock =
-    256;  // rows summed in float, in vectors, before they are added in double
+constexpr int64_t kGrain = 64 * 1024;  // least number of rows worth waking a thread for
+constexpr int64_t kBlock = 256;  // rows summed in float, in vectors, before the sum goes to double
 
 struct AllRows {
   bool operator()(int64_t) const { return true; }
@@ -21,12 +20,12 @@ struct NotIgnored {
   bool operator()(int64_t row) const { return labels[row] != ignored; }
 };
 
-// Rows against a plain threshold, each of mass 1.
+// kBlock rows with a plain threshold and mass 1 each.
 template <class Counts>
 void add_block(ControlSums& sums, const float* significance, float threshold, int64_t begin,
                const Counts& counts) {
-  float here[kBlock];
-  for (int64_t i = 0; i < kBlock; ++i) here[i] = counts(begin + i) ? 1.0f : 0.0f;
+  float counted[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) counted[i] = counts(begin + i) ? 1.0f : 0.0f;
   float valid = 0, selected = 0, present = 0, finite = 0, total = 0, excess = 0, deficit = 0;
   float low = INFINITY, high = -INFINITY;
 #ifdef _OPENMP
@@ -35,19 +34,20 @@ void add_block(ControlSums& sums, const float* significance, float threshold, in
 #endif
   for (int64_t i = 0; i < kBlock; ++i) {
     const float s = significance[begin + i], above = s - threshold;
-    const float number = s == s ? here[i] : 0.0f;
-    const float measure = fabsf(s) < INFINITY ? here[i] : 0.0f;
-    present += here[i];
-    valid += number;
-    selected += above > 0.0f ? number : 0.0f;
-    finite += measure;
-    total += measure > 0.0f ? s : 0.0f;
-    const float up = above > 0.0f ? above : 0.0f, down = above < 0.0f ? -above : 0.0f;
-    excess += measure > 0.0f ? up : 0.0f;
-    deficit += measure > 0.0f ? down : 0.0f;
-    const float least = measure > 0.0f ? s : INFINITY, most = measure > 0.0f ? s : -INFINITY;
-    low = least < low ? least : low;
-    high = most > high ? most : high;
+    const float valid_row = s == s ? counted[i] : 0.0f;
+    const float finite_row = fabsf(s) < INFINITY ? counted[i] : 0.0f;
+    present += counted[i];
+    valid += valid_row;
+    selected += above > 0.0f ? valid_row : 0.0f;
+    finite += finite_row;
+    total += finite_row > 0.0f ? s : 0.0f;
+    const float over = above > 0.0f ? above : 0.0f, under = above < 0.0f ? -above : 0.0f;
+    excess += finite_row > 0.0f ? over : 0.0f;
+    deficit += finite_row > 0.0f ? under : 0.0f;
+    const float low_here = finite_row > 0.0f ? s : INFINITY,
+                high_here = finite_row > 0.0f ? s : -INFINITY;
+    low = low_here < low ? low_here : low;
+    high = high_here > high ? high_here : high;
   }
   ControlSums part;
   part.mass = part.mass_sq = valid;
@@ -97,7 +97,7 @@ ControlSums sum_rows(const ControlArgs& args, int64_t state, const Counts& count
 template <class Label>
 ControlSums sum_labelled(const ControlArgs& args, int64_t state) {
   const Label* labels = static_cast<const Label*>(args.labels) + state * args.rows;
-  // An index that the labels' type cannot hold is no label's.
+  // No label equals an ignore_index that the labels' type cannot hold.
   if (int64_t(Label(args.ignore_index)) != args.ignore_index)
     return sum_rows(args, state, AllRows());
   return sum_rows(args, state, NotIgnored<Label>{labels, Label(args.ignore_index)});

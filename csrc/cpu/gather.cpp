@@ -1,4 +1,4 @@
-#include "gather.h"
+#include "sparse_kernels/cpu/gather.h"
 
 #include <algorithm>
 #include <cstring>
@@ -6,17 +6,16 @@
 #include <numeric>
 
 #include "large_pages.h"
-#include "parallel.h"
+#include "sparse_kernels/cpu/parallel.h"
 #include "wide_copy.h"
 
 namespace sparse_kernels {
 namespace {
 
-constexpr int64_t kGrain = 128 * 1024;  // bytes a thread must have to be worth waking
-constexpr int64_t kWhole = 64 * 1024;   // rows up to this size are not split between threads
-constexpr int64_t kCut = 64;            // larger ones are, at a multiple of this
-constexpr int64_t kPrefetch =
-    1024;  // bytes of the next row asked for early; hardware does the rest
+constexpr int64_t kGrain = 128 * 1024;  // least number of bytes worth waking a thread for
+constexpr int64_t kWhole = 64 * 1024;   // rows of up to this many bytes are not split among threads
+constexpr int64_t kCut = 64;            // larger rows are, at a multiple of this
+constexpr int64_t kPrefetch = 1024;     // bytes of the next row to prefetch; hardware does the rest
 
 int64_t first_out_of_range(const int64_t* index, int64_t slots, int64_t rows) {
   for (int64_t i = 0; i < slots; ++i)
@@ -24,20 +23,21 @@ int64_t first_out_of_range(const int64_t* index, int64_t slots, int64_t rows) {
   return -1;
 }
 
-// Where a thread's share that begins at byte ``at`` of packed rows really begins.
-int64_t cut(int64_t at, int64_t row_bytes) {
-  const int64_t offset = at % row_bytes;
-  return row_bytes <= kWhole ? at - offset : at - offset % kCut;
+// The start of a thread's share that would begin at `byte` of packed rows, moved back to a place
+// where rows may be split.
+int64_t cut(int64_t byte, int64_t row_bytes) {
+  const int64_t offset = byte % row_bytes;
+  return row_bytes <= kWhole ? byte - offset : byte - offset % kCut;
 }
 
-// body(move, begin, end, streaming) for ranges of bytes that together cover each output of
-// ``out_rows`` rows.
+// Calls body(move, begin, end, streaming) for ranges of bytes that together cover each output of
+// `out_rows` rows, divided among the threads.
 template <class Body>
 void for_each_share(const std::vector<RowMove>& moves, int64_t out_rows, const Body& body) {
   int64_t total = 0;
   for (const RowMove& move : moves) {
     total += out_rows * move.row_bytes;
-    ask_for_large_pages(move.out, out_rows * move.row_bytes);
+    request_large_pages(move.out, out_rows * move.row_bytes);
   }
   const bool streaming = total >= kStreamed;
   parallel_parts(total, parts_for(total, kGrain), 1, [&](int, int64_t begin, int64_t end) {
@@ -55,12 +55,12 @@ void for_each_share(const std::vector<RowMove>& moves, int64_t out_rows, const B
 
 template <class Word>
 void gather_words(const RowMove& move, const int64_t* index, int64_t begin, int64_t end) {
-  for (int64_t at = begin; at < end; at += int64_t(sizeof(Word)))
-    std::memcpy(move.out + at, move.in + *index++ * move.in_stride, sizeof(Word));
+  for (int64_t byte = begin; byte < end; byte += int64_t(sizeof(Word)))
+    std::memcpy(move.out + byte, move.in + *index++ * move.in_stride, sizeof(Word));
 }
 
-// Bytes [begin, end) of the packed rows. A call of memcpy for each label would cost more than the
-// label, so the commonest small rows have their own loops.
+// Bytes [begin, end) of the packed rows. The most common small rows have loops of their own: a call
+// of memcpy for a label would cost more than copying it.
 void gather_share(const RowMove& move, const int64_t* index, int64_t slots, int64_t begin,
                   int64_t end, bool streaming) {
   const int64_t row_bytes = move.row_bytes;
@@ -75,38 +75,39 @@ void gather_share(const RowMove& move, const int64_t* index, int64_t slots, int6
     case 8:
       return gather_words<uint64_t>(move, index + slot, begin, end);
   }
-  const int64_t early = std::min(row_bytes, kPrefetch);
+  const int64_t prefetched = std::min(row_bytes, kPrefetch);
   for (int64_t offset = begin % row_bytes; begin < end; ++slot, offset = 0) {
     const int64_t bytes = std::min(row_bytes - offset, end - begin);
     if (slot + 1 < slots) {
       const char* next = move.in + index[slot + 1] * move.in_stride;
-      for (int64_t i = 0; i < early; i += 64) __builtin_prefetch(next + i);
+      for (int64_t i = 0; i < prefetched; i += 64) __builtin_prefetch(next + i);
     }
     copy_bytes(move.out + begin, move.in + index[slot] * move.in_stride + offset, bytes, streaming);
     begin += bytes;
   }
 }
 
-// Where the rows of an output come from: ``slot[i]`` (i itself where empty) goes to row index[i],
-// ascending and without equals.
+// The sources of a scatter's output: slot_of(i) goes to row index[i]. The rows are in ascending
+// order and all different.
 struct Sources {
   const int64_t* index;
   int64_t count;
   std::vector<int64_t> sorted;
-  std::vector<int64_t> slot;
+  std::vector<int64_t> slot;  // empty: each is its own
 
-  Sources(const int64_t* given, int64_t slots) : index(given), count(slots) {
-    if (std::adjacent_find(given, given + slots, std::greater_equal<int64_t>()) == given + slots)
+  Sources(const int64_t* unsorted, int64_t slots) : index(unsorted), count(slots) {
+    if (std::adjacent_find(unsorted, unsorted + slots, std::greater_equal<int64_t>()) ==
+        unsorted + slots)
       return;
     slot.resize(slots);
     std::iota(slot.begin(), slot.end(), int64_t(0));
     std::stable_sort(slot.begin(), slot.end(),
-                     [&](int64_t a, int64_t b) { return given[a] < given[b]; });
-    // Of equals the last: the first from behind.
+                     [&](int64_t a, int64_t b) { return unsorted[a] < unsorted[b]; });
+    // Of equal indices the last is kept: the first in reverse order.
     const auto end = std::unique(slot.rbegin(), slot.rend(),
-                                 [&](int64_t a, int64_t b) { return given[a] == given[b]; });
+                                 [&](int64_t a, int64_t b) { return unsorted[a] == unsorted[b]; });
     slot.erase(slot.begin(), end.base());
-    for (int64_t i : slot) sorted.push_back(given[i]);
+    for (int64_t i : slot) sorted.push_back(unsorted[i]);
     index = sorted.data();
     count = int64_t(slot.size());
   }
@@ -119,13 +120,13 @@ void scatter_share(const RowMove& move, const Sources& sources, int64_t begin, i
   int64_t i = std::lower_bound(sources.index, sources.index + sources.count, begin / row_bytes) -
               sources.index;
   while (begin < end) {
-    const int64_t from = i < sources.count ? sources.index[i] * row_bytes : end;  // the next row
-    if (begin < from) {
-      const int64_t until = std::min(from, end);
-      zero_bytes(move.out + begin, until - begin, streaming);
-      begin = until;
+    const int64_t next_row = i < sources.count ? sources.index[i] * row_bytes : end;
+    if (begin < next_row) {
+      const int64_t zeros_end = std::min(next_row, end);
+      zero_bytes(move.out + begin, zeros_end - begin, streaming);
+      begin = zeros_end;
     } else {
-      const int64_t offset = begin - from;
+      const int64_t offset = begin - next_row;
       const int64_t bytes = std::min(row_bytes - offset, end - begin);
       copy_bytes(move.out + begin, move.in + sources.slot_of(i) * move.in_stride + offset, bytes,
                  streaming);

@@ -1,4 +1,4 @@
-#include "instruction_set.h"
+#include "sparse_kernels/cpu/instruction_set.h"
 
 #include <atomic>
 #include <stdexcept>
@@ -34,11 +34,11 @@ std::atomic<InstructionSet>& current() {
 }  // namespace
 
 std::vector<InstructionSet> available_instruction_sets() {
-  std::vector<InstructionSet> found;
+  std::vector<InstructionSet> available;
   for (InstructionSet value :
        {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512})
-    if (processor_has(value)) found.push_back(value);
-  return found;
+    if (processor_has(value)) available.push_back(value);
+  return available;
 }
 
 InstructionSet instruction_set() { return current().load(std::memory_order_relaxed); }

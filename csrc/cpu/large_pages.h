@@ -1,6 +1,6 @@
-// Large pages for large outputs. Memory fresh from the system is mapped page by page as it is first
-// written, and at 4 KB a page that takes longer than the writing: 2 MB pages made a scatter into
-// 200 MB four times as fast. A hint: where it is not taken, nothing changes.
+// Large pages for large outputs. Fresh memory is mapped page by page when it is first written, and
+// with pages of 4 KB that takes longer than the writing: pages of 2 MB made a scatter into 200 MB
+// four times as fast. This is a hint to the system; where it is ignored, nothing changes.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@
 
 namespace sparse_kernels {
 
-inline void ask_for_large_pages(void* memory, int64_t bytes) {
+inline void request_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kWorthIt = 16 << 20;  // less is mostly memory used before
+  constexpr int64_t kLeastBytes = 16 << 20;  // smaller outputs mostly reuse memory
   constexpr uintptr_t kPage = 2 << 20;
-  if (bytes < kWorthIt) return;
+  if (bytes < kLeastBytes) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) & ~(kPage - 1);
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -1,32 +1,33 @@
-#include "row_stats.h"
+#include "sparse_kernels/cpu/row_stats.h"
 
 #include <vector>
 
-#include "instruction_set.h"
-#include "parallel.h"
+#include "row_stats_functions.h"
+#include "sparse_kernels/cpu/instruction_set.h"
+#include "sparse_kernels/cpu/parallel.h"
 
 namespace sparse_kernels {
 namespace {
 
-// Logits a thread must have for it to be worth waking: about 10 us of work.
+// The least number of logits that is worth waking a thread for: about 10 us of work.
 constexpr int64_t kGrain = 32 * 1024;
-// The longest group of rows that any instruction set handles together.
+// The largest group of rows that any instruction set handles together.
 constexpr int64_t kGroup = 16;
 
 const RowStatsFunctions& implementation() {
   switch (instruction_set()) {
 #if defined(SPARSE_KERNELS_X86)
     case InstructionSet::kAvx512:
-      return avx512::kRowStats;
+      return avx512::row_stats_functions;
     case InstructionSet::kAvx2:
-      return avx2::kRowStats;
+      return avx2::row_stats_functions;
 #endif
     default:
-      return portable::kRowStats;
+      return portable::row_stats_functions;
   }
 }
 
-// Few rows are split evenly even where that splits a group.
+// A thread's rows are whole groups, unless there are so few that threads would get unequal shares.
 int64_t alignment(int64_t rows) {
   const int64_t groups = (rows + kGroup - 1) / kGroup;
   return groups >= 4 * max_threads() ? kGroup : 1;
@@ -37,7 +38,8 @@ int parts_of(int64_t rows, int64_t classes) {
   return parts <= rows ? parts : rows > 0 ? int(rows) : 1;
 }
 
-// Rows that are too few to keep the threads evenly busy are read in parts.
+// Where there are too few rows to keep the threads evenly busy, threads sum parts of rows instead:
+// the sums of all parts, or none where whole rows serve.
 std::vector<PartSums> sums_of_parts(const RowStatsArgs& args, const RowStatsFunctions& functions) {
   const int threads = parts_for(args.rows * args.classes, kGrain);
   const int64_t parts = args.rows * parts_of_row(args.classes);
@@ -45,8 +47,8 @@ std::vector<PartSums> sums_of_parts(const RowStatsArgs& args, const RowStatsFunc
   if (args.class_stride != 1 || threads == 1 || parts == args.rows || args.rows >= 8 * threads)
     return sums;
   sums.resize(parts);
-  const int used = parts < threads ? int(parts) : threads;
-  parallel_parts(parts, used, 1, [&](int, int64_t begin, int64_t end) {
+  const int threads_used = parts < threads ? int(parts) : threads;
+  parallel_parts(parts, threads_used, 1, [&](int, int64_t begin, int64_t end) {
     functions.sum_parts(args, begin, end, sums.data());
   });
   return sums;

@@ -1,22 +1,11 @@
-#include <cmath>
-#include <cstring>
-#include <limits>
-
-#include "philox.h"
-#include "row_stats.h"
+#include "row_stats_functions.h"
+#include "row_stats_kernel.h"
 #include "vec_avx512.h"
 
-// clang-format off: each part by itself
 namespace sparse_kernels {
 namespace avx512 {
-namespace f32 {
-#include "vec_math_f32.h"
-#include "row_stats_kernel.h"
-}  // namespace f32
-namespace f64 {
-#include "vec_math_f64.h"
-#include "row_stats_kernel.h"
-}  // namespace f64
-#include "row_stats_dispatch.h"
+
+constexpr RowStatsFunctions row_stats_functions = RowStatsOf<F32x16, F64x8>::functions();
+
 }  // namespace avx512
 }  // namespace sparse_kernels

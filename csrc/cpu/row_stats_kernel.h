@@ -1,64 +1,103 @@
-// The body of row_stats for one instruction set and precision: included by row_stats_<isa>.cpp
-// after its vec_*.h, inside that instruction set's f32 or f64. row_stats.h derives what is computed
-// here.
+// The row statistics of one instruction set. sparse_kernels/cpu/row_stats.h derives what is
+// computed; there are three ways through the logits:
+//   rows in lanes     few contiguous classes, or rows in any layout (row_stats_lanes.h)
+//   tiles             classes that are not contiguous, of adjacent rows (row_stats_lanes.h)
+//   columns in lanes  many contiguous classes (row_stats_columns.h)
+// Each fills a Group of kLanes rows, and finish() turns it into outputs (row_stats_group.h).
 //
-// Three ways through the logits:
-//   rows in lanes     few contiguous classes, or rows that lie anyhow: kTransposeClasses columns of
-//                     kLanes rows are transposed into L1, then every sum is vertical. No reduction
-//                     across lanes, no tails.
-//   tiles             classes that are not contiguous, of rows that are adjacent (pixels): as rows
-//   in
-//                     lanes, but of kTileGroups x kLanes rows, so that each class's plane is read
-//                     in runs of several cache lines.
-//   columns in lanes  many classes: blocks of kBlock columns, each read for its maximum, then again
-//                     from L1 for its sums.
-// All fill a Group of kLanes rows, and finish() turns a Group into outputs, also with rows in
-// lanes.
+// instruction_set.h gives the rule for linkage that holds in all of these headers.
+#pragma once
 
-constexpr int kLanes = Vec::kLanes;
-constexpr int kBlock = 1024;  // 4 KB of float32: stays in L1 between the two reads
-// Up to here rows in lanes wins: the transpose costs a scalar move an element, but a row in the
-// other form costs its reductions whatever its length.
-constexpr int kTransposeClasses = 32;
-constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-constexpr Real kLargest = std::numeric_limits<Real>::max();
-constexpr Real kNaN = std::numeric_limits<Real>::quiet_NaN();
+#include <cstdint>
 
-// clang-format off: each needs those before it
-#include "vec_math.h"
-#include "row_stats_group.h"
-#include "row_stats_columns.h"
-#include "row_stats_rows.h"
 #include "row_stats_backward.h"
-// clang-format on
+#include "row_stats_columns.h"
+#include "row_stats_functions.h"
+#include "row_stats_lanes.h"
+#include "row_stats_plan.h"
+#include "scalar_types.h"
+#include "sparse_kernels/cpu/row_stats.h"
 
-template <class T, bool kSquares>
-RowStatsResult run(const RowStatsArgs& args, const Plan& plan, int64_t begin, int64_t end,
-                   const PartSums* parts) {
+namespace sparse_kernels {
+
+template <class Vec, class T, bool kSquares>
+RowStatsResult forward(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t begin, int64_t end,
+                       const PartSums* parts) {
+  constexpr int kLanes = Vec::kLanes;
   RowStatsResult result;
   const bool contiguous = args.class_stride == 1;
   const bool plain = contiguous && args.softcap == 0.0 && !plan.extras;
   for (int64_t row = begin; row < end;) {
     const int count = int(end - row < kLanes ? end - row : kLanes);
     if (contiguous && args.classes > kTransposeClasses) {
-      sum_rows<T, kSquares>(args, plan, row, count, parts, result);
+      sum_rows<Vec, T, kSquares>(args, plan, row, count, parts, result);
     } else if (plain) {
-      transpose_rows<T, true, kSquares>(args, plan, row, count, result);
-    } else if (const int groups = contiguous ? 0 : adjacent_groups(args.layout, row, end)) {
-      sum_tile<T, kSquares>(args, plan, row, groups, result);
+      transpose_rows<Vec, T, true, kSquares>(args, plan, row, count, result);
+    } else if (const int groups = contiguous ? 0 : adjacent_groups<Vec>(args.layout, row, end)) {
+      sum_tile<Vec, T, kSquares>(args, plan, row, groups, result);
       row += groups * kLanes;
       continue;
     } else {
-      transpose_rows<T, false, kSquares>(args, plan, row, count, result);
+      transpose_rows<Vec, T, false, kSquares>(args, plan, row, count, result);
     }
     row += count;
   }
   return result;
 }
 
-template <class T>
-RowStatsResult run(const RowStatsArgs& args, int64_t begin, int64_t end, const PartSums* parts) {
-  const Plan plan(args);
-  return plan.squares ? run<T, true>(args, plan, begin, end, parts)
-                      : run<T, false>(args, plan, begin, end, parts);
+// RowStatsFunctions::forward for logits of type T.
+template <class Vec, class T>
+RowStatsResult forward(const RowStatsArgs& args, int64_t begin, int64_t end,
+                       const PartSums* parts) {
+  const Plan<Vec> plan(args);
+  return plan.squares ? forward<Vec, T, true>(args, plan, begin, end, parts)
+                      : forward<Vec, T, false>(args, plan, begin, end, parts);
 }
+
+// The functions of an instruction set whose vectors of float and double are F32 and F64.
+template <class F32, class F64>
+struct RowStatsOf {
+  static RowStatsResult forward(const RowStatsArgs& args, int64_t begin, int64_t end,
+                                const PartSums* parts) {
+    switch (args.dtype) {
+      case DType::kFloat64:
+        return sparse_kernels::forward<F64, double>(args, begin, end, parts);
+      case DType::kBFloat16:
+        return sparse_kernels::forward<F32, BFloat16>(args, begin, end, parts);
+      case DType::kFloat16:
+        return sparse_kernels::forward<F32, Float16>(args, begin, end, parts);
+      default:
+        return sparse_kernels::forward<F32, float>(args, begin, end, parts);
+    }
+  }
+
+  static void sum_parts(const RowStatsArgs& args, int64_t begin, int64_t end, PartSums* parts) {
+    switch (args.dtype) {
+      case DType::kFloat64:
+        return sparse_kernels::sum_parts<F64, double>(args, begin, end, parts);
+      case DType::kBFloat16:
+        return sparse_kernels::sum_parts<F32, BFloat16>(args, begin, end, parts);
+      case DType::kFloat16:
+        return sparse_kernels::sum_parts<F32, Float16>(args, begin, end, parts);
+      default:
+        return sparse_kernels::sum_parts<F32, float>(args, begin, end, parts);
+    }
+  }
+
+  static void backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) {
+    switch (args.dtype) {
+      case DType::kFloat64:
+        return sparse_kernels::backward<F64, double>(args, begin, end);
+      case DType::kBFloat16:
+        return sparse_kernels::backward<F32, BFloat16>(args, begin, end);
+      case DType::kFloat16:
+        return sparse_kernels::backward<F32, Float16>(args, begin, end);
+      default:
+        return sparse_kernels::backward<F32, float>(args, begin, end);
+    }
+  }
+
+  static constexpr RowStatsFunctions functions() { return {forward, sum_parts, backward}; }
+};
+
+}  // namespace sparse_kernels

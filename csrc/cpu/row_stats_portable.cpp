@@ -1,22 +1,12 @@
-#include <cmath>
-#include <cstring>
-#include <limits>
-
-#include "philox.h"
-#include "row_stats.h"
+#include "row_stats_functions.h"
+#include "row_stats_kernel.h"
 #include "vec_portable.h"
 
-// clang-format off: each part by itself
 namespace sparse_kernels {
 namespace portable {
-namespace f32 {
-#include "vec_math_f32.h"
-#include "row_stats_kernel.h"
-}  // namespace f32
-namespace f64 {
-#include "vec_math_f64.h"
-#include "row_stats_kernel.h"
-}  // namespace f64
-#include "row_stats_dispatch.h"
+
+constexpr RowStatsFunctions row_stats_functions =
+    RowStatsOf<Lanes8<float>, Lanes8<double>>::functions();
+
 }  // namespace portable
 }  // namespace sparse_kernels

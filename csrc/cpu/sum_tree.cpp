@@ -1,18 +1,18 @@
-#include "sum_tree.h"
+#include "sparse_kernels/cpu/sum_tree.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "parallel.h"
-#include "philox.h"
+#include "sparse_kernels/cpu/parallel.h"
+#include "sparse_kernels/cpu/philox.h"
 
 namespace sparse_kernels {
 namespace {
 
 constexpr int64_t kFan = SumTree::kFan;
 constexpr int64_t kGroup = 8;     // kGroup * kGroup is kFan
-constexpr int64_t kAbreast = 16;  // draws whose nodes fit the first cache together
-constexpr int64_t kGrain = 1024;  // nodes or draws a thread must have to be worth waking
+constexpr int64_t kAbreast = 16;  // draws side by side, whose nodes fit into L1 together
+constexpr int64_t kGrain = 1024;  // least number of nodes or draws worth waking a thread for
 
 double value(float leaf) { return leaf == leaf ? double(leaf) : 0.0; }
 double value(double sum) { return sum; }
@@ -29,32 +29,32 @@ double sum_children(const T* child, int64_t count) {
 
 int64_t parents_of(int64_t nodes) { return (nodes + kFan - 1) / kFan; }
 
-// Sums the children of one node of ``level``, which has ``below`` nodes or leaves under it.
+// Sums the children of one node of `level`; the level under it has `below` nodes or leaves.
 void sum_node(const SumTree& tree, int level, int64_t below, int64_t node) {
   const int64_t begin = node * kFan, count = std::min(kFan, below - begin);
   tree.levels[level][node] = level == 0 ? sum_children(tree.leaves + begin, count)
                                         : sum_children(tree.levels[level - 1] + begin, count);
 }
 
-// The first of eight at which their running sum is above ``target``, which is made relative to it;
-// where rounding leaves none, the last that weighs anything.
+// The first of eight weights at which their running sum is above `target`, from which the sum
+// before it is subtracted; where rounding leaves no such weight, the last one that is not 0.
 int pick(const double* weight, double& target) {
-  double after[kGroup + 1] = {0.0};  // and before: after[i] is the sum of those in front of i
-  int place = 0;
+  double sum_before[kGroup + 1] = {0.0};  // of the weights before each
+  int child = 0;
   for (int i = 0; i < kGroup; ++i) {
-    after[i + 1] = after[i] + weight[i];
-    place += after[i + 1] <= target;
+    sum_before[i + 1] = sum_before[i] + weight[i];
+    child += sum_before[i + 1] <= target;
   }
-  if (place == kGroup) {
-    place = kGroup - 1;
-    while (place > 0 && weight[place] == 0.0) --place;
+  if (child == kGroup) {
+    child = kGroup - 1;
+    while (child > 0 && weight[child] == 0.0) --child;
   }
-  target -= after[place];
-  return place;
+  target -= sum_before[child];
+  return child;
 }
 
-// The child that holds ``target``: first the group of eight, for a running sum over 64 is one long
-// chain of additions.
+// The child that holds `target`. Its group of eight is found first, because a running sum over 64
+// is one long chain of additions.
 template <class T>
 int64_t find_child(const T* child, int64_t count, double& target) {
   double weight[kFan], groups[kGroup];
@@ -106,7 +106,7 @@ void sum_tree_find(const SumTree& tree, const double* targets, int64_t count, in
   for (int level = 0; level < tree.depth; ++level)
     sizes[level] = parents_of(level == 0 ? tree.size : sizes[level - 1]);
   parallel_parts(count, parts_for(count, kGrain), 1, [&](int, int64_t begin, int64_t end) {
-    // A few draws go down side by side: each node is fetched while the others are searched.
+    // A few draws descend side by side: each node is fetched while the others are searched.
     for (int64_t i = begin; i < end; i += kAbreast) {
       const int64_t abreast = std::min(kAbreast, end - i);
       double target[kAbreast];

@@ -1,5 +1,5 @@
-// Eight floats, or four doubles, in AVX2 with FMA and F16C. vec_portable.h says what each function
-// means.
+// Vectors of eight floats or four doubles, in AVX2 with FMA and F16C. vec_portable.h defines what
+// each function does.
 #pragma once
 
 #include <immintrin.h>
@@ -9,26 +9,26 @@
 namespace sparse_kernels {
 namespace avx2 {
 
-namespace f32 {
-
-using Real = float;
-
-struct Vec {
+struct F32x8 {
+  using Real = float;
   static constexpr int kLanes = 8;
+  static constexpr int kPowerSteps = 8;
+
   __m256 v;
+
+  static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }
+  static F32x8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static F32x8 load(const BFloat16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+  }
+  static F32x8 load(const Float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
 };
 
-inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
-inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Vec load(const BFloat16* p) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
-}
-inline Vec load(const Float16* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
-inline void store(BFloat16* p, Vec a) {
+inline void store(float* p, F32x8 a) { _mm256_storeu_ps(p, a.v); }
+inline void store(BFloat16* p, F32x8 a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -40,119 +40,111 @@ inline void store(BFloat16* p, Vec a) {
       reinterpret_cast<__m128i*>(p),
       _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
-inline void store(Float16* p, Vec a) {
+inline void store(Float16* p, F32x8 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
-inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
-inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
+inline F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F32x8 operator-(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F32x8 operator*(F32x8 a, F32x8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32x8 operator/(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x8 fms(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
+inline F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F32x8 select_ge(F32x8 a, F32x8 b, F32x8 x, F32x8 y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
 }
 
-inline double reduce_add(Vec a) {
+inline double reduce_add(F32x8 a) {
   const __m256d four = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)),
                                      _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
   const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
-inline float reduce_max(Vec a) {
+inline float reduce_max(F32x8 a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-constexpr int kPowerSteps = 8;
-
 template <class Slope>
-inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23 leaves the rounded sum in the low bits
-  const Vec shifted = fma(d, scale, magic);
-  const Vec f = fms(d, scale, shifted - magic);
+inline F32x8 exp2_steps(F32x8 d, F32x8 scale, Slope slope) {
+  // Adding 1.5 * 2^23 leaves the rounded sum in the low bits.
+  const F32x8 magic = F32x8::splat(12582912.0f);
+  const F32x8 shifted = fma(d, scale, magic);
+  const F32x8 f = fms(d, scale, shifted - magic);
   const __m256i n = _mm256_castps_si256(shifted.v);
-  // 2^(i/8) from a table, by the lowest three bits of n. The rest of n belongs in the exponent, and
-  // what these bits add there has been taken from the table.
+  // A table gives 2^(i/8) for the lowest three bits i of n. The other bits of n are added to the
+  // exponent; so are these three, which the entries of the table make up for.
   const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                           0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
-  const Vec power = {_mm256_castsi256_ps(
+  const F32x8 power = {_mm256_castsi256_ps(
       _mm256_add_epi32(_mm256_permutevar8x32_epi32(table, n), _mm256_slli_epi32(n, 20)))};
-  return fma(power * f, slope(f), power);  // NaN is in f, whatever became of it in n
+  return fma(power * f, slope(f), power);  // f is NaN where d is, whatever n is
 }
 
-inline void split_exponent(Vec x, Vec& m, Vec& k) {
+inline void split_exponent(F32x8 x, F32x8& m, F32x8& k) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
   m = {_mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)))};
   k = {_mm256_cvtepi32_ps(e)};
 }
 
-}  // namespace f32
-
-namespace f64 {
-
-using Real = double;
-
-struct Vec {
+struct F64x4 {
+  using Real = double;
   static constexpr int kLanes = 4;
+  static constexpr int kPowerSteps = 1;
+
   __m256d v;
+
+  static F64x4 splat(double x) { return {_mm256_set1_pd(x)}; }
+  static F64x4 load(const double* p) { return {_mm256_loadu_pd(p)}; }
 };
 
-inline Vec splat(double x) { return {_mm256_set1_pd(x)}; }
-inline Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
-inline void store(double* p, Vec a) { _mm256_storeu_pd(p, a.v); }
+inline void store(double* p, F64x4 a) { _mm256_storeu_pd(p, a.v); }
 
-inline Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_pd(a.v, b.v)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.v, b.v)}; }
-inline Vec operator/(Vec a, Vec b) { return {_mm256_div_pd(a.v, b.v)}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
-inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
-inline Vec sqrt(Vec a) { return {_mm256_sqrt_pd(a.v)}; }
-inline Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }
-inline Vec min(Vec a, Vec b) { return {_mm256_min_pd(a.v, b.v)}; }
-inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
+inline F64x4 operator+(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline F64x4 operator-(F64x4 a, F64x4 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+inline F64x4 operator*(F64x4 a, F64x4 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline F64x4 operator/(F64x4 a, F64x4 b) { return {_mm256_div_pd(a.v, b.v)}; }
+inline F64x4 fma(F64x4 a, F64x4 b, F64x4 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline F64x4 fms(F64x4 a, F64x4 b, F64x4 c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
+inline F64x4 max(F64x4 a, F64x4 b) { return {_mm256_max_pd(a.v, b.v)}; }
+inline F64x4 min(F64x4 a, F64x4 b) { return {_mm256_min_pd(a.v, b.v)}; }
+inline F64x4 select_ge(F64x4 a, F64x4 b, F64x4 x, F64x4 y) {
   return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_GE_OQ))};
 }
 
-inline double reduce_add(Vec a) {
+inline double reduce_add(F64x4 a) {
   const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
-inline double reduce_max(Vec a) {
+inline double reduce_max(F64x4 a) {
   const __m128d s = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
-constexpr int kPowerSteps = 1;
-
 template <class Slope>
-inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
-  const Vec magic = splat(0x1.8p52);  // leaves the rounded sum in the low bits
-  const Vec shifted = fma(d, scale, magic);
-  const Vec f = fms(d, scale, shifted - magic);
-  const Vec p = fma(slope(f), f, splat(1.0));
+inline F64x4 exp2_steps(F64x4 d, F64x4 scale, Slope slope) {
+  // Adding 1.5 * 2^52 leaves the rounded sum in the low bits.
+  const F64x4 magic = F64x4::splat(0x1.8p52);
+  const F64x4 shifted = fma(d, scale, magic);
+  const F64x4 f = fms(d, scale, shifted - magic);
+  const F64x4 p = fma(slope(f), f, F64x4::splat(1.0));
   const __m256i biased = _mm256_add_epi64(_mm256_castpd_si256(shifted.v), _mm256_set1_epi64x(1023));
-  return p * Vec{_mm256_castsi256_pd(_mm256_slli_epi64(biased, 52))};  // a product keeps NaN
+  return p * F64x4{_mm256_castsi256_pd(_mm256_slli_epi64(biased, 52))};  // a product keeps NaN
 }
 
-inline void split_exponent(Vec x, Vec& m, Vec& k) {
+inline void split_exponent(F64x4 x, F64x4& m, F64x4& k) {
   const __m256i bits = _mm256_castpd_si256(x.v);
   const __m256i e =
       _mm256_srli_epi64(_mm256_sub_epi64(bits, _mm256_set1_epi64x(0x3fe6a09e667f3bcd)), 52);
   m = {_mm256_castsi256_pd(_mm256_sub_epi64(bits, _mm256_slli_epi64(e, 52)))};
-  // An integer below 2^52 in the mantissa of 2^52.
-  const Vec two52 = splat(0x1p52);
-  k = Vec{_mm256_castsi256_pd(_mm256_or_si256(e, _mm256_castpd_si256(two52.v)))} - two52;
+  // To double: the integer, which is below 2^52, goes into the mantissa of 2^52.
+  const F64x4 two52 = F64x4::splat(0x1p52);
+  k = F64x4{_mm256_castsi256_pd(_mm256_or_si256(e, _mm256_castpd_si256(two52.v)))} - two52;
 }
-
-}  // namespace f64
 
 }  // namespace avx2
 }  // namespace sparse_kernels

@@ -1,55 +1,87 @@
-// Functions of a Vec. Included inside an instruction set's f32 or f64, after
-// vec_math_<precision>.h.
+// exp, log, log1p, tanh and the softcap of a vector; vec_portable.h describes the vector types.
+#pragma once
+
+#include <limits>
+
+#include "vec_math_f32.h"
+#include "vec_math_f64.h"
+
+namespace sparse_kernels {
+
+template <class Vec>
+using Approximation = ApproximationIn<Vec, typename Vec::Real>;
 
 constexpr double kLog2E = 1.44269504088896340736;
 
-// e^(d / temperature) for d <= 0: 2^(c d) with c = log2(e) / temperature. In float within 1e-7 of
-// it, relatively, besides what rounding c brings: c d is not rounded. Exactly 1 at 0. Clamped
-// first, it is 2^kLowestPower from there down, and NaN stays NaN.
+template <class Vec>
+constexpr typename Vec::Real kInfinity = std::numeric_limits<typename Vec::Real>::infinity();
+template <class Vec>
+constexpr typename Vec::Real kLargest = std::numeric_limits<typename Vec::Real>::max();
+template <class Vec>
+constexpr typename Vec::Real kNaN = std::numeric_limits<typename Vec::Real>::quiet_NaN();
+
+// e^(d / temperature) for d <= 0, as 2^(c d) with c = log2(e) / temperature. In float the relative
+// error is below 1e-7, besides that of rounding c: c d is not rounded. Exactly 1 at 0. The argument
+// must be clamped; below the clamp the result is 2^kLowestPower. NaN stays NaN.
+template <class Vec>
 struct Exponential {
+  using Real = typename Vec::Real;
+
   Vec scale, lowest;
 
   explicit Exponential(double inverse_temperature) {
-    const double c = kLog2E * inverse_temperature, l = kLowestPower / c;
-    scale = splat(Real(kPowerSteps * c));
-    lowest = splat(l < -double(kLargest) ? -kLargest : Real(l));
+    const double c = kLog2E * inverse_temperature, l = Approximation<Vec>::kLowestPower / c;
+    scale = Vec::splat(Real(Vec::kPowerSteps * c));
+    lowest = Vec::splat(l < -double(kLargest<Vec>) ? -kLargest<Vec> : Real(l));
   }
-  // max returns its second argument for NaN.
+  // NaN stays NaN because max returns its second argument then.
   Vec clamp(Vec d) const { return max(lowest, d); }
   Vec operator()(Vec clamped) const {
-    return exp2_steps(clamped, scale, [](Vec f) { return exp2_slope(f); });
+    return exp2_steps(clamped, scale, [](Vec f) { return Approximation<Vec>::exp2_slope(f); });
   }
 };
 
-// log(x) for x >= sqrt(1/2), below 1 ulp; NaN for NaN and inf.
-inline Vec log(Vec x) {
+// log(x) for x >= sqrt(1/2), with an error below 1 ulp; NaN for NaN and infinity.
+template <class Vec>
+inline Vec vec_log(Vec x) {
+  using Real = typename Vec::Real;
+  using Log = Approximation<Vec>;
   Vec m, k;
   split_exponent(x, m, k);
-  const Vec f = m - splat(1);
-  const Vec s = f / (m + splat(1));
-  const Vec half = splat(Real(0.5)) * f * f;
-  const Vec low = fma(k, splat(kLn2Low), s * (half + log_series(s * s))) - half + f;
-  return fma(k, splat(kLn2High), low) + (x - x);
-}
-// log(1 + x) for x >= 0, without losing a small x.
-inline Vec log1p(Vec x) {
-  const Vec u = splat(1) + x;
-  return log(u) + (x - (u - splat(1))) / u;
+  const Vec f = m - Vec::splat(1);
+  const Vec s = f / (m + Vec::splat(1));
+  const Vec half = Vec::splat(Real(0.5)) * f * f;
+  const Vec low = fma(k, Vec::splat(Log::kLn2Low), s * (half + Log::log_series(s * s))) - half + f;
+  return fma(k, Vec::splat(Log::kLn2High), low) + (x - x);
 }
 
-// tanh(u), below 2 ulp; NaN stays NaN, infinity gives 1. ``slope`` gets 1 - tanh(u)^2, which does
-// not cancel where tanh is nearly 1.
-inline Vec tanh(Vec u, Vec* slope = nullptr) {
-  const Vec zero = splat(0), one = splat(1);
-  const Exponential squared(2.0);
+// log(1 + x) for x >= 0, accurate for small x too.
+template <class Vec>
+inline Vec vec_log1p(Vec x) {
+  const Vec u = Vec::splat(1) + x;
+  return vec_log(u) + (x - (u - Vec::splat(1))) / u;
+}
+
+// tanh(u), with an error below 2 ulp; NaN stays NaN, and infinity gives 1. `slope`, where it is not
+// null, receives 1 - tanh(u)^2, computed so that it does not cancel where tanh is nearly 1.
+template <class Vec>
+inline Vec vec_tanh(Vec u, Vec* slope = nullptr) {
+  using Real = typename Vec::Real;
+  const Vec zero = Vec::splat(0), one = Vec::splat(1);
+  const Exponential<Vec> squared(2.0);
   const Vec a = max(zero - u, u);
   const Vec e = squared(squared.clamp(zero - a));
   const Vec inverse = one / (one + e);
-  if (slope) *slope = splat(4) * e * inverse * inverse;
+  if (slope) *slope = Vec::splat(4) * e * inverse * inverse;
   const Vec far = (one - e) * inverse;
-  const Vec near = fma(tanh_series(u * u), u, u);
-  return select_ge(a, splat(Real(0.625)), select_ge(u, zero, far, zero - far), near);
+  const Vec near = fma(Approximation<Vec>::tanh_series(u * u), u, u);
+  return select_ge(a, Vec::splat(Real(0.625)), select_ge(u, zero, far, zero - far), near);
 }
 
-// Blocks of logits pass through this where there is a softcap.
-inline Vec cap(Vec x, Real softcap) { return splat(softcap) * tanh(x / splat(softcap)); }
+// softcap tanh(x / softcap).
+template <class Vec>
+inline Vec vec_cap(Vec x, typename Vec::Real softcap) {
+  return Vec::splat(softcap) * vec_tanh(x / Vec::splat(softcap));
+}
+
+}  // namespace sparse_kernels

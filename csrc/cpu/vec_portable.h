@@ -1,33 +1,47 @@
-// Eight floats, or eight doubles, in plain C++: the definition that the other vec_*.h implement,
-// and what serves where neither AVX2 nor AVX-512 is there. Compilers turn most loops here into
-// whatever the target has.
+// Vectors of eight floats or doubles in plain C++: the definition that the other vec_*.h implement,
+// and what runs where neither AVX2 nor AVX-512 is available. Compilers turn most loops here into
+// vector instructions of the target.
+//
+// A vector type Vec has
+//   Real, kLanes                 the type and the number of its elements
+//   Vec::splat(x)                x in every lane
+//   Vec::load(p)                 kLanes consecutive logits of any type that widens to Real
+//   kPowerSteps, exp2_steps      see below
+// and the operators and functions of this file.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "scalar_types.h"
 
 namespace sparse_kernels {
 namespace portable {
 
-template <class Real>
+template <class Element>
 struct Lanes8 {
+  using Real = Element;
   static constexpr int kLanes = 8;
+  static constexpr int kPowerSteps = 1;
+
   Real lane[kLanes];
+
+  // f(i) in lane i.
+  template <class F>
+  static Lanes8 map(F f) {
+    Lanes8 out;
+    for (int i = 0; i < kLanes; ++i) out.lane[i] = f(i);
+    return out;
+  }
+  static Lanes8 splat(Real x) {
+    return map([&](int) { return x; });
+  }
+  template <class T>
+  static Lanes8 load(const T* p) {
+    return map([&](int i) { return widen(p[i]); });
+  }
 };
 
-// f(i) in lane i.
-template <class Real, class F>
-inline Lanes8<Real> map(F f) {
-  Lanes8<Real> out;
-  for (int i = 0; i < Lanes8<Real>::kLanes; ++i) out.lane[i] = f(i);
-  return out;
-}
-
-template <class T>
-inline auto load(const T* p) {
-  return map<decltype(widen(*p))>([&](int i) { return widen(p[i]); });
-}
 template <class T, class Real>
 inline void store(T* p, Lanes8<Real> a) {
   for (int i = 0; i < Lanes8<Real>::kLanes; ++i) narrow(a.lane[i], p + i);
@@ -35,49 +49,47 @@ inline void store(T* p, Lanes8<Real> a) {
 
 template <class Real>
 inline Lanes8<Real> operator+(Lanes8<Real> a, Lanes8<Real> b) {
-  return map<Real>([&](int i) { return a.lane[i] + b.lane[i]; });
+  return Lanes8<Real>::map([&](int i) { return a.lane[i] + b.lane[i]; });
 }
 template <class Real>
 inline Lanes8<Real> operator-(Lanes8<Real> a, Lanes8<Real> b) {
-  return map<Real>([&](int i) { return a.lane[i] - b.lane[i]; });
+  return Lanes8<Real>::map([&](int i) { return a.lane[i] - b.lane[i]; });
 }
 template <class Real>
 inline Lanes8<Real> operator*(Lanes8<Real> a, Lanes8<Real> b) {
-  return map<Real>([&](int i) { return a.lane[i] * b.lane[i]; });
+  return Lanes8<Real>::map([&](int i) { return a.lane[i] * b.lane[i]; });
 }
 template <class Real>
 inline Lanes8<Real> operator/(Lanes8<Real> a, Lanes8<Real> b) {
-  return map<Real>([&](int i) { return a.lane[i] / b.lane[i]; });
+  return Lanes8<Real>::map([&](int i) { return a.lane[i] / b.lane[i]; });
 }
-// a b + c; here rounded twice.
+// a b + c; rounded twice here, once in the other vec_*.h.
 template <class Real>
 inline Lanes8<Real> fma(Lanes8<Real> a, Lanes8<Real> b, Lanes8<Real> c) {
-  return map<Real>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  return Lanes8<Real>::map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
 }
 // a b - c, rounded once (or nearly), so that nothing is lost where the two cancel.
 inline Lanes8<float> fms(Lanes8<float> a, Lanes8<float> b, Lanes8<float> c) {
-  return map<float>([&](int i) { return float(double(a.lane[i]) * b.lane[i] - c.lane[i]); });
+  return Lanes8<float>::map(
+      [&](int i) { return float(double(a.lane[i]) * b.lane[i] - c.lane[i]); });
 }
 inline Lanes8<double> fms(Lanes8<double> a, Lanes8<double> b, Lanes8<double> c) {
-  return map<double>([&](int i) { return std::fma(a.lane[i], b.lane[i], -c.lane[i]); });
+  return Lanes8<double>::map([&](int i) { return std::fma(a.lane[i], b.lane[i], -c.lane[i]); });
 }
-template <class Real>
-inline Lanes8<Real> sqrt(Lanes8<Real> a) {
-  return map<Real>([&](int i) { return std::sqrt(a.lane[i]); });
-}
-// The larger (the smaller); the second where either is NaN (as on x86).
+// The larger; b where either is NaN, as on x86.
 template <class Real>
 inline Lanes8<Real> max(Lanes8<Real> a, Lanes8<Real> b) {
-  return map<Real>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  return Lanes8<Real>::map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+// The smaller; b where either is NaN.
 template <class Real>
 inline Lanes8<Real> min(Lanes8<Real> a, Lanes8<Real> b) {
-  return map<Real>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+  return Lanes8<Real>::map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
 // a >= b ? x : y; y where either is NaN.
 template <class Real>
 inline Lanes8<Real> select_ge(Lanes8<Real> a, Lanes8<Real> b, Lanes8<Real> x, Lanes8<Real> y) {
-  return map<Real>([&](int i) { return a.lane[i] >= b.lane[i] ? x.lane[i] : y.lane[i]; });
+  return Lanes8<Real>::map([&](int i) { return a.lane[i] >= b.lane[i] ? x.lane[i] : y.lane[i]; });
 }
 
 // In double: the last few roundings of a sum of floats would be most of its error.
@@ -93,76 +105,56 @@ inline Real reduce_max(Lanes8<Real> a) {
   return m;
 }
 
-// f32 and f64 hold what is different for the two; the kernel is compiled in each.
-namespace f32 {
-
-using Real = float;
-using Vec = Lanes8<float>;
-
-inline Vec splat(float x) {
-  return map<float>([&](int) { return x; });
-}
-
-// 2^(d scale / kPowerSteps), for what is between 2^-124 and 1, or NaN: the caller clamps. slope(f)
+// 2^(d scale / kPowerSteps) where that is between 2^-124 and 1, or NaN: the caller clamps. slope(f)
 // is (2^(f / kPowerSteps) - 1) / f, for f in [-1/2, 1/2].
-constexpr int kPowerSteps = 1;
-
 template <class Slope>
-inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {
-  // Adding 1.5 * 2^23 leaves round(t) in the low bits: no float-to-int conversion, which would be
-  // undefined for NaN. A product, not a sum of exponents, which could make a number of a NaN.
-  const Vec magic = splat(12582912.0f);
+inline Lanes8<float> exp2_steps(Lanes8<float> d, Lanes8<float> scale, Slope slope) {
+  using Vec = Lanes8<float>;
+  // Adding 1.5 * 2^23 leaves round(t) in the low bits: a conversion from float to int would be
+  // undefined for NaN. The result is a product, since a sum of exponents could make a number of a
+  // NaN.
+  const Vec magic = Vec::splat(12582912.0f);
   const Vec shifted = d * scale + magic;
   const Vec f = fms(d, scale, shifted - magic);
-  const Vec p = fma(slope(f), f, splat(1.0f));
-  return map<float>([&](int i) {
+  const Vec p = fma(slope(f), f, Vec::splat(1.0f));
+  return Vec::map([&](int i) {
     return p.lane[i] * float_from_bits((bits_from_float(shifted.lane[i]) + 127) << 23);
   });
 }
 
-// x = m 2^k with m in [sqrt(1/2), sqrt(2)), for x >= sqrt(1/2); anything for infinity and NaN.
-inline void split_exponent(Vec x, Vec& m, Vec& k) {
-  m = map<float>([&](int i) {
-    const uint32_t bits = bits_from_float(x.lane[i]);
-    return float_from_bits(bits - ((bits - 0x3f3504f3u) & 0xff800000u));
-  });
-  k = map<float>([&](int i) { return float((bits_from_float(x.lane[i]) - 0x3f3504f3u) >> 23); });
-}
-
-}  // namespace f32
-
-namespace f64 {
-
-using Real = double;
-using Vec = Lanes8<double>;
-
-inline Vec splat(double x) {
-  return map<double>([&](int) { return x; });
-}
-
-constexpr int kPowerSteps = 1;
-
+// The same, down to 2^-1020.
 template <class Slope>
-inline Vec exp2_steps(Vec d, Vec scale, Slope slope) {  // down to 2^-1020
-  const Vec magic = splat(0x1.8p52);
+inline Lanes8<double> exp2_steps(Lanes8<double> d, Lanes8<double> scale, Slope slope) {
+  using Vec = Lanes8<double>;
+  const Vec magic = Vec::splat(0x1.8p52);
   const Vec shifted = d * scale + magic;
   const Vec f = fms(d, scale, shifted - magic);
-  const Vec p = fma(slope(f), f, splat(1.0));
-  return map<double>([&](int i) {
+  const Vec p = fma(slope(f), f, Vec::splat(1.0));
+  return Vec::map([&](int i) {
     return p.lane[i] * double_from_bits((bits_from_double(shifted.lane[i]) + 1023) << 52);
   });
 }
 
-inline void split_exponent(Vec x, Vec& m, Vec& k) {
+// x = m 2^k with m in [sqrt(1/2), sqrt(2)), for x >= sqrt(1/2); m and k are unspecified for
+// infinity and NaN.
+inline void split_exponent(Lanes8<float> x, Lanes8<float>& m, Lanes8<float>& k) {
+  constexpr uint32_t kRootHalf = 0x3f3504f3;
+  m = Lanes8<float>::map([&](int i) {
+    const uint32_t bits = bits_from_float(x.lane[i]);
+    return float_from_bits(bits - ((bits - kRootHalf) & 0xff800000u));
+  });
+  k = Lanes8<float>::map(
+      [&](int i) { return float((bits_from_float(x.lane[i]) - kRootHalf) >> 23); });
+}
+inline void split_exponent(Lanes8<double> x, Lanes8<double>& m, Lanes8<double>& k) {
   constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd;
-  m = map<double>([&](int i) {
+  m = Lanes8<double>::map([&](int i) {
     const uint64_t bits = bits_from_double(x.lane[i]);
     return double_from_bits(bits - ((bits - kRootHalf) & 0xfff0000000000000));
   });
-  k = map<double>([&](int i) { return double((bits_from_double(x.lane[i]) - kRootHalf) >> 52); });
+  k = Lanes8<double>::map(
+      [&](int i) { return double((bits_from_double(x.lane[i]) - kRootHalf) >> 52); });
 }
-
-}  // namespace f64
 
 }  // namespace portable
 }  // namespace sparse_kernels

@@ -1,5 +1,5 @@
-// Copies and zeros that, when there are more bytes than caches hold, go past them: a streaming
-// store does not first read the line that it overwrites, and throws nothing else out.
+// memcpy and memset with streaming stores for outputs that are larger than the caches. A streaming
+// store does not first read the line that it overwrites and evicts nothing from the cache.
 #pragma once
 
 #include <cstdint>
@@ -11,23 +11,24 @@
 
 namespace sparse_kernels {
 
-// Bytes that a call writes from which on the stores are streamed: less may still lie in the cache
-// when it is next read.
+// Stores are streamed where a call writes at least this number of bytes. Less may still be in the
+// cache when it is next read.
 constexpr int64_t kStreamed = 16 << 20;
 
 #if defined(SPARSE_KERNELS_X86)
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kStreamedRow = 512;  // bytes below which head and tail would cost too much
+constexpr int64_t kStreamedRow = 512;  // bytes; in shorter rows head and tail would cost too much
 
-// store(at) for each whole line, aligned, in [to, to + bytes); plain(at, size) for what is around.
+// Calls store(offset) for each aligned line in [to, to + bytes), and plain(offset, size) for the
+// bytes before the first and after the last.
 template <class Store, class Plain>
 inline void by_lines(char* to, int64_t bytes, const Store& store, const Plain& plain) {
   const int64_t head = -reinterpret_cast<intptr_t>(to) & (kLine - 1);
   plain(0, head);
-  int64_t at = head;
-  for (; at + kLine <= bytes; at += kLine) store(at);
-  plain(at, bytes - at);
+  int64_t offset = head;
+  for (; offset + kLine <= bytes; offset += kLine) store(offset);
+  plain(offset, bytes - offset);
 }
 
 inline void copy_bytes(char* to, const char* from, int64_t bytes, bool streaming) {
@@ -37,14 +38,14 @@ inline void copy_bytes(char* to, const char* from, int64_t bytes, bool streaming
   }
   by_lines(
       to, bytes,
-      [=](int64_t at) {
+      [=](int64_t offset) {
         __m128i part[4];
         for (int i = 0; i < 4; ++i)
-          part[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at) + i);
+          part[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + offset) + i);
         for (int i = 0; i < 4; ++i)
-          _mm_stream_si128(reinterpret_cast<__m128i*>(to + at) + i, part[i]);
+          _mm_stream_si128(reinterpret_cast<__m128i*>(to + offset) + i, part[i]);
       },
-      [=](int64_t at, int64_t size) { std::memcpy(to + at, from + at, size_t(size)); });
+      [=](int64_t offset, int64_t size) { std::memcpy(to + offset, from + offset, size_t(size)); });
 }
 
 inline void zero_bytes(char* to, int64_t bytes, bool streaming) {
@@ -54,14 +55,14 @@ inline void zero_bytes(char* to, int64_t bytes, bool streaming) {
   }
   by_lines(
       to, bytes,
-      [=](int64_t at) {
+      [=](int64_t offset) {
         for (int i = 0; i < 4; ++i)
-          _mm_stream_si128(reinterpret_cast<__m128i*>(to + at) + i, _mm_setzero_si128());
+          _mm_stream_si128(reinterpret_cast<__m128i*>(to + offset) + i, _mm_setzero_si128());
       },
-      [=](int64_t at, int64_t size) { std::memset(to + at, 0, size_t(size)); });
+      [=](int64_t offset, int64_t size) { std::memset(to + offset, 0, size_t(size)); });
 }
 
-// Streaming stores are weakly ordered: to be called before another thread may read.
+// Hazard: streaming stores are weakly ordered. To be called before another thread may read them.
 inline void finish_streaming() { _mm_sfence(); }
 
 #else

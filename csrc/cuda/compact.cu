@@ -1,8 +1,15 @@
 #include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <type_traits>
 
-#include "compact.h"
-#include "compact_kernels.cuh"
+#include "compact_output.cuh"
+#include "compact_tiles.cuh"
 #include "launch.h"
+
+// After the tiles: in the other order nvcc 13 unrolls this kernel's controller sums differently.
+#include "compact_shares.cuh"
+#include "sparse_kernels/cuda/compact.h"
 
 namespace sparse_kernels::cuda {
 namespace {
@@ -11,52 +18,53 @@ constexpr int64_t kAligned = 256;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAligned - 1) / kAligned * kAligned; }
 
-// A block for each processor fits whatever else its kernel uses (__launch_bounds__); fewer where
-// there are not so many steps.
-int blocks_for(int32_t rows, const Place& place) {
-  if (rows <= kMaxTiled) return rows ? (rows + kTile - 1) / kTile : 1;  // one to pad
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, place.device),
+// One block per multiprocessor always fits (__launch_bounds__); fewer where there are fewer steps.
+int blocks_for(int32_t rows, const DeviceStream& device_stream) {
+  if (rows <= kMaxTiled)
+    return rows ? (rows + kTile - 1) / kTile : 1;  // at least one, for the padding
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                               device_stream.device),
         "cudaDeviceGetAttribute");
-  return std::min(processors, steps_of(rows, 0));
+  return std::min(multiprocessors, steps_of(rows, 0));
 }
 
-// The parts of the storage and, from null, its size.
-int64_t lay_out(int32_t rows, int blocks, bool with_control, void* storage, Between& between) {
-  uintptr_t at = reinterpret_cast<uintptr_t>(storage);
+// Divides the storage into its parts and returns the number of bytes that they take.
+int64_t lay_out(int32_t rows, int blocks, bool with_control, void* storage, Scratch& scratch) {
+  uintptr_t address = reinterpret_cast<uintptr_t>(storage);
   const auto take = [&](auto*& part, int64_t count) {
     using Part = std::remove_pointer_t<std::remove_reference_t<decltype(part)>>;
-    part = reinterpret_cast<Part*>(at);
-    at += uintptr_t(aligned(count * int64_t(sizeof(Part))));
+    part = reinterpret_cast<Part*>(address);
+    address += uintptr_t(aligned(count * int64_t(sizeof(Part))));
   };
   if (with_control) {
-    take(between.finished, 1);
-    take(between.of_block, blocks);
+    take(scratch.blocks_finished, 1);
+    take(scratch.block_sums, blocks);
   }
   if (rows > kMaxTiled) {
-    take(between.counts, blocks);
-    take(between.bits, int64_t(steps_of(rows, 15)) * kWarp);
+    take(scratch.block_counts, blocks);
+    take(scratch.flag_bits, int64_t(steps_of(rows, 15)) * kWarp);
   }
-  return int64_t(at - reinterpret_cast<uintptr_t>(storage));
+  return int64_t(address - reinterpret_cast<uintptr_t>(storage));
 }
 
 }  // namespace
 
-int64_t compact_storage_bytes(int32_t rows, bool with_control, const Place& place) {
-  Between between{};
-  return lay_out(rows, blocks_for(rows, place), with_control, nullptr, between);
+int64_t compact_storage_bytes(int32_t rows, bool with_control, const DeviceStream& device_stream) {
+  Scratch scratch{};
+  return lay_out(rows, blocks_for(rows, device_stream), with_control, nullptr, scratch);
 }
 
 void compact(const CompactArgs& args, const ControlArgs* control, void* storage,
-             int64_t storage_bytes, const Place& place) {
-  enter(place);
-  const int blocks = blocks_for(args.rows, place);
-  Between between{};
-  if (lay_out(args.rows, blocks, control != nullptr, storage, between) > storage_bytes)
-    throw std::invalid_argument("compact: too little storage");
+             int64_t storage_bytes, const DeviceStream& device_stream) {
+  set_device(device_stream);
+  const int blocks = blocks_for(args.rows, device_stream);
+  Scratch scratch{};
+  if (lay_out(args.rows, blocks, control != nullptr, storage, scratch) > storage_bytes)
+    throw std::invalid_argument("compact: the storage is smaller than compact_storage_bytes");
   const bool tiled = args.rows <= kMaxTiled;
-  launch("compact", tiled ? compact_tiles : compact_shares, blocks, kThreads, place, !tiled, args,
-         control ? *control : ControlArgs{}, between);
+  launch("compact", tiled ? compact_tiles : compact_shares, blocks, kThreads, device_stream, !tiled,
+         args, control ? *control : ControlArgs{}, scratch);
 }
 
 }  // namespace sparse_kernels::cuda

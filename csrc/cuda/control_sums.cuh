@@ -1,34 +1,38 @@
-// The controller's sums and its law, as a block of kThreads takes them.
+// The controller's sums and its law, computed by a block of kThreads threads.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "block.h"
-#include "control.h"
+#include <cstdint>
+
+#include "block.cuh"
+#include "sparse_kernels/control_law.h"
+#include "sparse_kernels/cuda/control.h"
 
 namespace sparse_kernels::cuda {
 
-constexpr int kRowsOfThread = 16;  // between additions in double
-constexpr int kRowsAhead = 4;      // whose loads are under way at a time
+constexpr int kRowsPerSum = 16;  // rows that a thread sums in float before its warp's sum in double
+constexpr int kRowsInFlight = 4;  // rows whose loads a thread issues before it adds the first
 
+// The sum over the lanes of a warp, for each of them.
 template <class Real>
-__device__ inline void control_add_lanes(ControlSumsOf<Real>& sums) {
+__device__ inline void control_sum_over_lanes(ControlSumsOf<Real>& sums) {
 #pragma unroll 1
-  for (int other = kWarp / 2; other > 0; other /= 2) {
-    ControlSumsOf<Real> theirs;
-    theirs.mass = __shfl_xor_sync(kAllLanes, sums.mass, other);
-    theirs.mass_sq = __shfl_xor_sync(kAllLanes, sums.mass_sq, other);
-    theirs.kept = __shfl_xor_sync(kAllLanes, sums.kept, other);
-    theirs.selected = __shfl_xor_sync(kAllLanes, sums.selected, other);
-    theirs.rejected = __shfl_xor_sync(kAllLanes, sums.rejected, other);
-    theirs.finite = __shfl_xor_sync(kAllLanes, sums.finite, other);
-    theirs.total = __shfl_xor_sync(kAllLanes, sums.total, other);
-    theirs.excess = __shfl_xor_sync(kAllLanes, sums.excess, other);
-    theirs.deficit = __shfl_xor_sync(kAllLanes, sums.deficit, other);
-    theirs.low = __shfl_xor_sync(kAllLanes, sums.low, other);
-    theirs.high = __shfl_xor_sync(kAllLanes, sums.high, other);
-    theirs.invalid = __shfl_xor_sync(kAllLanes, sums.invalid, other);
-    control_merge(sums, theirs);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    ControlSumsOf<Real> others;
+    others.mass = __shfl_xor_sync(kAllLanes, sums.mass, offset);
+    others.mass_sq = __shfl_xor_sync(kAllLanes, sums.mass_sq, offset);
+    others.kept = __shfl_xor_sync(kAllLanes, sums.kept, offset);
+    others.selected = __shfl_xor_sync(kAllLanes, sums.selected, offset);
+    others.rejected = __shfl_xor_sync(kAllLanes, sums.rejected, offset);
+    others.finite = __shfl_xor_sync(kAllLanes, sums.finite, offset);
+    others.total = __shfl_xor_sync(kAllLanes, sums.total, offset);
+    others.excess = __shfl_xor_sync(kAllLanes, sums.excess, offset);
+    others.deficit = __shfl_xor_sync(kAllLanes, sums.deficit, offset);
+    others.low = __shfl_xor_sync(kAllLanes, sums.low, offset);
+    others.high = __shfl_xor_sync(kAllLanes, sums.high, offset);
+    others.invalid = __shfl_xor_sync(kAllLanes, sums.invalid, offset);
+    control_merge(sums, others);
   }
 }
 
@@ -40,64 +44,65 @@ __device__ inline bool row_counts(const ControlArgs& args, int64_t row) {
   return label != args.ignore_index;
 }
 
-// ControlSums has a constructor, which shared memory may not have.
-struct alignas(ControlSums) SumsOfWarps {
+// The sums of a block's warps in shared memory, as bytes: ControlSums has a constructor, which a
+// variable in shared memory may not have.
+struct alignas(ControlSums) WarpSums {
   char bytes[kWarps * sizeof(ControlSums)];
   __device__ ControlSums* get() { return reinterpret_cast<ControlSums*>(bytes); }
 };
 
-// Rows [begin, end), dealt out to the threads of the block. Each warp's lane 0 keeps its sum in
-// shared memory: a sum in double takes a third of the registers.
+// Sums over rows [begin, end), divided among the threads of the block. Lane 0 of each warp keeps
+// the warp's sum in shared memory, because a sum in double takes a third of the registers.
 template <class Real>
 __device__ inline void control_sum_rows(const ControlArgs& args, int64_t begin, int64_t end,
-                                        ControlSums& of_warp) {
+                                        ControlSums& warp_sum) {
   const float threshold = args.values ? args.values[kThreshold] : 0.0f;
-  for (int64_t part = begin; part < end; part += kRowsOfThread * kThreads) {
+  for (int64_t part = begin; part < end; part += kRowsPerSum * kThreads) {
     ControlSumsOf<Real> sums;
     const int64_t left = end - part;
-    const int rows = left < kRowsOfThread * kThreads ? int(left) : kRowsOfThread * kThreads;
+    const int rows = left < kRowsPerSum * kThreads ? int(left) : kRowsPerSum * kThreads;
 #pragma unroll 1
-    for (int first = 0; first < rows; first += kRowsAhead * kThreads) {
-      float significance[kRowsAhead], mass[kRowsAhead];
-      bool counts[kRowsAhead];
+    for (int first = 0; first < rows; first += kRowsInFlight * kThreads) {
+      float significance[kRowsInFlight], mass[kRowsInFlight];
+      bool counts[kRowsInFlight];
 #pragma unroll
-      for (int k = 0; k < kRowsAhead; ++k) {
-        const int at = first + k * kThreads + int(threadIdx.x);
-        const bool inside = at < rows;
-        counts[k] = inside && row_counts(args, part + at);
-        significance[k] = inside ? args.significance[part + at] : 0.0f;
-        mass[k] = inside && args.mass ? args.mass[part + at] : 1.0f;
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        const int row = first + k * kThreads + int(threadIdx.x);
+        const bool inside = row < rows;
+        counts[k] = inside && row_counts(args, part + row);
+        significance[k] = inside ? args.significance[part + row] : 0.0f;
+        mass[k] = inside && args.mass ? args.mass[part + row] : 1.0f;
       }
 #pragma unroll
-      for (int k = 0; k < kRowsAhead; ++k)
+      for (int k = 0; k < kRowsInFlight; ++k)
         if (counts[k]) control_add_row(sums, significance[k], mass[k], threshold, args.settings);
     }
-    control_add_lanes(sums);
-    if (lane_of_warp() == 0) control_merge(of_warp, sums);
+    control_sum_over_lanes(sums);
+    if (lane_in_warp() == 0) control_merge(warp_sum, sums);
   }
 }
 
 __device__ inline void control_sum_rows(const ControlArgs& args, int64_t begin, int64_t end,
-                                        SumsOfWarps& of_warps) {
-  ControlSums& of_warp = of_warps.get()[warp_of_block()];
-  if (lane_of_warp() == 0) of_warp = ControlSums();
+                                        WarpSums& warp_sums) {
+  ControlSums& warp_sum = warp_sums.get()[warp_in_block()];
+  if (lane_in_warp() == 0) warp_sum = ControlSums();
   if (args.mass)
-    control_sum_rows<double>(args, begin, end, of_warp);
+    control_sum_rows<double>(args, begin, end, warp_sum);
   else
-    control_sum_rows<float>(args, begin, end, of_warp);
+    control_sum_rows<float>(args, begin, end, warp_sum);
 }
 
-// The sum of ``count`` sums in memory, each a warp's or a block's; for every lane of the warp.
-__device__ inline ControlSums control_add_all(const ControlSums* each, int count) {
+// The sum of `count` sums in memory, those of warps or of blocks; for each lane of the warp.
+__device__ inline ControlSums control_sum_of(const ControlSums* parts, int count) {
   ControlSums sums;
 #pragma unroll 1
-  for (int i = lane_of_warp(); i < count; i += kWarp) control_merge(sums, each[i]);
-  control_add_lanes(sums);
+  for (int i = lane_in_warp(); i < count; i += kWarp) control_merge(sums, parts[i]);
+  control_sum_over_lanes(sums);
   return sums;
 }
 
-// By one thread.
-__device__ inline void control_move(const ControlArgs& args, const ControlSums& sums,
+// One step of the law; to be called by one thread.
+__device__ inline void control_step(const ControlArgs& args, const ControlSums& sums,
                                     int64_t overflow) {
   if (args.invalid) *args.invalid = int32_t(sums.invalid);
   if (args.values) control_advance(args.values, args.counters, sums, *args.setpoint, overflow);

@@ -1,37 +1,41 @@
-// The kernel of gather.cu: it needs the CUDA language and nothing else.
+// The kernel that moves rows by index, for gather and scatter.
 //
-// A row is cut into chunks of kChunk bytes, and a group of 1 to 32 lanes moves a chunk: 32 for rows
-// of 512 bytes and more, down to one for a label, so that lanes have work whatever the row's size.
-// Each lane has kInFlight loads under way before its first store: 128 bytes of 16 each.
-// Accesses are of 16 bytes where a row is not short, wherever it lies. Where source and destination
-// differ modulo 16, a lane reads the two words that its word is spread over (the second is in L1,
-// by its neighbour) and shifts. In rows of less than kShifted bytes, most of which would be edges,
-// they are of the widest size at which both agree, at worst that of an element. What lies before
-// the first and after the last whole word goes byte by byte; nothing outside of a row is touched.
+// A row is divided into chunks of kChunk bytes, and a group of 1 to 32 lanes moves a chunk: 32 for
+// rows of 512 bytes or more, down to one for a label, so that all lanes have work whatever the
+// row's size. Each lane issues kInFlight loads before its first store: 128 bytes, 16 at a time.
+// Rows that are not short are moved 16 bytes at a time whatever their alignment. Where source and
+// destination differ modulo 16, a lane reads the two words that its word spans (the second is in
+// L1, read by the neighbouring lane too) and shifts. Rows of less than kShifted bytes would be
+// mostly edges; their words have the largest size to which source and destination are equally
+// aligned, at worst a byte. The bytes before the first and after the last whole word are moved one
+// by one. Nothing outside a row is read or written.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "gather.h"
+#include <cstdint>
+
+#include "sparse_kernels/cuda/gather.h"
 
 namespace sparse_kernels::cuda {
 
 constexpr int kMoveThreads = 256;
 constexpr int kInFlight = 8;
 constexpr int64_t kChunk = 32 * 16 * kInFlight;
-constexpr int kShiftedInFlight = 4;  // each is two loads
-constexpr int kShifted = 512;        // bytes: a warp's, and no lane has two bytes of an edge
+constexpr int kShiftedInFlight = 4;  // each takes two loads
+constexpr int kShifted = 512;        // bytes of a warp: no lane has more than one byte of an edge
 
-struct Table {
+// The rows to move in one launch.
+struct MoveTable {
   RowsToMove tensors[kTensors];
-  int64_t chunks[kTensors];       // of a row
-  int32_t lanes[kTensors];        // of a chunk: a power of two
+  int64_t chunks[kTensors];       // chunks per row
+  int32_t lanes[kTensors];        // lanes per chunk: a power of two
   int32_t first_block[kTensors];  // ascending
   int32_t count;
   const int64_t* index;  // [slots]
   int64_t slots;
-  int64_t rows;         // what an index must be below
-  const int32_t* kept;  // scatter: slots that are not padding
+  int64_t rows;         // the bound of the indices
+  const int32_t* kept;  // scatter: number of slots that are not padding
 };
 
 template <class Word>
@@ -50,7 +54,7 @@ __device__ inline void move_words(const char* from, char* to, int bytes, int lan
   }
 }
 
-// 16 bytes from the ``by``-th of ``low`` on, by in [0, 16).
+// The 16 bytes that begin `by` bytes after the start of `low`, for by in [0, 16).
 __device__ inline uint4 shifted(const uint4& low, const uint4& high, int by) {
   uint32_t word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
@@ -62,7 +66,7 @@ __device__ inline uint4 shifted(const uint4& low, const uint4& high, int by) {
           __funnelshift_r(word[2], word[3], bits), __funnelshift_r(word[3], word[4], bits)};
 }
 
-// To an address that is a multiple of 16, from one that is ``by`` past such.
+// `to` is a multiple of 16, and `from` is `by` bytes past one.
 __device__ inline void move_shifted(const char* from, char* to, int words, int by, int lane,
                                     int lanes) {
   const uint4* const in = reinterpret_cast<const uint4*>(from - by);
@@ -83,15 +87,15 @@ __device__ inline void move_shifted(const char* from, char* to, int words, int b
 __device__ inline void move_bytes(const char* from, char* to, int bytes, int lane, int lanes) {
   const uintptr_t source = reinterpret_cast<uintptr_t>(from);
   const uintptr_t target = reinterpret_cast<uintptr_t>(to);
-  const uintptr_t apart = source - target;
-  const bool shift = apart % 16 != 0 && bytes >= kShifted;
-  const int width = shift || apart % 16 == 0 ? 16
-                    : apart % 8 == 0         ? 8
-                    : apart % 4 == 0         ? 4
-                                             : 1 + (apart % 2 == 0);
+  const uintptr_t difference = source - target;
+  const bool shift = difference % 16 != 0 && bytes >= kShifted;
+  const int width = shift || difference % 16 == 0 ? 16
+                    : difference % 8 == 0         ? 8
+                    : difference % 4 == 0         ? 4
+                                                  : 1 + (difference % 2 == 0);
   int head = int(-target % unsigned(width)), spare = 0;
   const int by = int((source + unsigned(head)) % 16);
-  if (shift) {  // the first word read begins in the row, and the last ends in it
+  if (shift) {  // the first word read begins within the row, and the last ends within it
     if (head < by) head += 16;
     spare = 16 - by;
   }
@@ -116,7 +120,7 @@ __device__ inline void move_bytes(const char* from, char* to, int bytes, int lan
 }
 
 template <bool kScatter>
-__global__ void __launch_bounds__(kMoveThreads) move_rows(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kMoveThreads) move_rows(const __grid_constant__ MoveTable table) {
   int t = 0;
   while (t + 1 < table.count && int(blockIdx.x) >= table.first_block[t + 1]) ++t;
   const int lanes = table.lanes[t];

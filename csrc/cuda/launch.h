@@ -1,12 +1,13 @@
-// What every launch needs: where it goes, and errors as exceptions.
+// Launches a kernel; errors become exceptions.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "place.h"
+#include "sparse_kernels/cuda/device_stream.h"
 
 namespace sparse_kernels::cuda {
 
@@ -15,16 +16,17 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// This library's runtime is linked statically and has its own notion of the current device, so the
-// device is set for each call. It is the caller's current device already (place.h), so there is
-// nothing to put back, and nothing is asked of a runtime that may not know what PyTorch's did.
-inline void enter(const Place& place) { check(cudaSetDevice(place.device), "cudaSetDevice"); }
+// The CUDA runtime is linked statically and has a current device of its own, so each call sets it.
+// It is the caller's current device already (device_stream.h), so there is nothing to restore.
+inline void set_device(const DeviceStream& device_stream) {
+  check(cudaSetDevice(device_stream.device), "cudaSetDevice");
+}
 
-// ``cooperative``: the blocks may wait for one another; more than fit on the device at once are an
-// error.
+// `cooperative`: the blocks may wait for one another, and it is an error where they do not all fit
+// on the device at once.
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
-            const Place& place, bool cooperative, Parameters... arguments) {
+            const DeviceStream& device_stream, bool cooperative, Parameters... arguments) {
   if (blocks > INT32_MAX) throw std::invalid_argument(std::string(name) + ": too many blocks");
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
@@ -32,7 +34,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
-  config.stream = static_cast<cudaStream_t>(place.stream);
+  config.stream = static_cast<cudaStream_t>(device_stream.stream);
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);

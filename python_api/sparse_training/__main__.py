@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; say what to install where an extra is missing."""
+    """Run a command and return its exit code; where click is missing, say what to install."""
     try:
         from sparse_training.cli import main as cli
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sparse_"):
             raise
-        print(f"error: no module {error.name}: wanted pip install 'sparse-kernels[train]'", file=sys.stderr)
+        print(f"error: no module {error.name}; install it with: pip install 'sparse-kernels[train]'", file=sys.stderr)
         return 2
     return cli.main(argv)
 

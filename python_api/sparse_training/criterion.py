@@ -1,4 +1,4 @@
-"""What a model's output is held against: one loss a row, be a row a sample, or a token or pixel of one."""
+"""Per-row losses; a row is a sample, a token or a pixel."""
 
 from __future__ import annotations
 
@@ -19,18 +19,25 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Criterion:
-    """One loss a row, and what else is read from logits and targets.
+    """Per-row losses of a batch, with its class dimension, its tokens and its correct predictions.
 
     Args:
-        loss: maps (logits, targets) to losses without reduction; by default cross-entropy. Its ``ignore_index``,
-            where it has one, marks the elements that do not count.
-        rows: "samples": a batch of B samples has B rows; where the loss gives more than one number a sample
-            (one a token or pixel), the sample's loss is the mean of those that count. "elements": each token or
-            pixel is a row, and the loss is called with logits [N, classes] and targets [N].
-        class_dim: of the logits: 1 or -1; None for where it fits the targets' shape.
+        loss: maps (logits, targets) to losses without reduction; None (the default) for cross-entropy. Its
+            ``ignore_index``, where it has one, marks the tokens or pixels that do not count.
+        granularity: "sample" (the default): a batch of B samples has B rows. Where the loss has several values per
+            sample, one for each token or pixel, the sample's loss is the mean of those that count. "token": each token
+            or pixel is a row, and the loss is called with logits [N, classes] and targets [N].
+        class_dim: class dimension of the logits, 1 or -1; None (the default) for the one that fits the targets' shape.
+
+    Attributes:
+        ignore_index: target of the tokens or pixels that do not count.
 
     Raises:
-        UserError: a setting out of range, or a loss that reduces.
+        UserError: a setting is out of range, or the loss reduces over the rows.
+
+    Example:
+        >>> criterion = Criterion(nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1))
+        >>> losses = criterion(model(inputs), targets)  # [B]
     """
 
     def __init__(self, loss: Loss | None = None, *, granularity: str = "sample", class_dim: int | None = None) -> None:
@@ -39,52 +46,75 @@ class Criterion:
         if granularity not in GRANULARITIES:
             raise UserError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if class_dim not in (None, 1, -1):
-            raise UserError(f"class_dim {class_dim}: wanted 1, -1, or None for where it fits")
+            raise UserError(f"`class_dim` must be 1, -1 or None (the one that fits), got {class_dim}")
         self.granularity, self.class_dim = granularity, class_dim
         self.ignore_index = int(getattr(self.loss, "ignore_index", IGNORED))
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Losses, [B], of B samples.
+        """Compute one loss per row of a batch.
+
+        Args:
+            logits: output of the model, [B, ...].
+            targets: targets, [B, ...].
+
+        Returns:
+            Losses, [B].
 
         Raises:
-            UserError: what the loss gives has not a first dimension of B.
+            UserError: the loss's first dimension is not B, or the class dimension is ambiguous.
         """
         if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and targets_are_classes(logits, targets):
-            logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch wants them
+            logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch expects them
         losses = self.loss(logits, targets)
         rows = targets.shape[0]
         if not isinstance(losses, Tensor) or losses.shape[:1] != (rows,):
             shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise UserError(f"the loss gives {shape} for {rows} rows: wanted one value a row, [B]")
+            raise UserError(f'the loss must return one value per row, [{rows}], got {shape}; use reduction="none"')
         if losses.ndim == 1:
             return losses
         counts = self.counting(targets) if losses.shape == targets.shape else None
         return mean_over_tokens(losses, counts)
 
     def counting(self, targets: Tensor) -> Tensor | None:
-        """bool, the targets' shape: the elements that are not marked to be ignored; None for all of them."""
+        """Mask of the tokens or pixels that count, bool, of the targets' shape; None for all of them."""
         return None if targets.is_floating_point() else targets != self.ignore_index
 
     def classes_in(self, logits: Tensor, targets: Tensor) -> int:
-        """The dimension of the logits, 1 or the last, that counts classes, for targets of class indices.
+        """Find the class dimension of the logits, 1 or the last, for targets of class indices.
+
+        Args:
+            logits: class logits.
+            targets: class indices, of the logits' shape without the class dimension.
+
+        Returns:
+            The dimension.
 
         Raises:
-            UserError: neither fits, or both do and ``class_dim`` does not say which.
+            UserError: neither fits, or both do and ``class_dim`` is None.
         """
         last = logits.ndim - 1
         fits = [dim for dim in sorted({1, last}) if (*logits.shape[:dim], *logits.shape[dim + 1 :]) == targets.shape]
         if self.class_dim is not None:
             fits = [dim for dim in fits if dim == self.class_dim % logits.ndim]
         if len(fits) != 1:
-            wanted = "class_dim=1 or class_dim=-1" if fits else "the logits' shape without its classes, in dim 1 or -1"
-            raise UserError(f"targets of shape {list(targets.shape)} for logits {list(logits.shape)}: wanted {wanted}")
+            shapes = f"targets of shape {list(targets.shape)} for logits {list(logits.shape)}"
+            if fits:
+                raise UserError(f"{shapes} fit in two ways; give class_dim=1 or class_dim=-1")
+            raise UserError(f"{shapes}: targets must have the logits' shape without the classes, in dim 1 or -1")
         return fits[0]
 
     def tokens(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, classes] and targets [N] of the batch's N elements, in the order of the targets.
+        """Flatten a batch to its tokens or pixels, in the order of the targets.
+
+        Args:
+            logits: class logits.
+            targets: class indices, of the logits' shape without the class dimension.
+
+        Returns:
+            Logits [N, classes] and targets [N].
 
         Raises:
-            UserError: targets that are not class indices, or whose shape does not fit.
+            UserError: the targets are not class indices, or do not fit.
         """
         if not targets_are_classes(logits, targets):
             raise UserError(
@@ -95,19 +125,36 @@ class Criterion:
         return logits.movedim(dim, -1).reshape(-1, logits.shape[dim]), targets.reshape(-1)
 
     def significance(self, logits: Tensor, targets: Tensor, weights: dict[str, float]) -> Tensor:
-        """float32 [B]: the mean, over a sample's elements that count, of the weighted sum of their statistics."""
+        """Compute the mean significance of each sample, over its tokens or pixels that count.
+
+        Args:
+            logits: class logits.
+            targets: class indices, of the logits' shape without the class dimension.
+            weights: weights of the statistics, by name, as in ``sparse_kernels.gate_rows``.
+
+        Returns:
+            float32 [B].
+        """
         threshold = torch.zeros((), device=logits.device)
-        found = gate_rows(
+        values = gate_rows(
             logits, targets, threshold,
             weights=weights, dim=self.classes_in(logits, targets), ignore_index=self.ignore_index,
             label_smoothing=float(getattr(self.loss, "label_smoothing", 0.0)),
         ).significance  # fmt: skip
-        return mean_over_tokens(found, self.counting(targets))
+        return mean_over_tokens(values, self.counting(targets))
 
     def count_correct(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
-        """How many elements have the right class as their largest logit, of how many; None without classes.
+        """Count the tokens, pixels or samples whose largest logit is the target's class.
 
-        With class probabilities for targets the right class is the most probable one.
+        With class probabilities for targets the target's class is the most probable one.
+
+        Args:
+            logits: output of the model, [B, ...].
+            targets: targets, [B, ...].
+
+        Returns:
+            The number of correct predictions and the number of those that count, integers of one element; None where
+            the targets are not classes.
         """
         if targets_are_classes(logits, targets):
             dim = self.classes_in(logits, targets)
@@ -121,17 +168,28 @@ class Criterion:
 
 
 def mean_over_tokens(values: Tensor, counts: Tensor | None = None) -> Tensor:
-    """[B]: the mean of a sample's values, [B, ...], over those that count; 0 where none does."""
+    """Average the values of each sample over those that count.
+
+    Args:
+        values: floating [B, ...].
+        counts: bool [B, ...], the values that count; None (the default) for all.
+
+    Returns:
+        Means, [B]; 0 where no value counts.
+    """
     values = values.flatten(1)
     if counts is None:
         return values.mean(1)
     counts = counts.flatten(1)
-    # where, not a product: what does not count may be NaN.
+    # where, not a product: values that do not count may be NaN.
     return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp(min=1)
 
 
 def check_reduction(loss: Callable[..., Any]) -> None:
     """Refuse a loss that is known to reduce over the rows.
+
+    Args:
+        loss: the loss.
 
     Raises:
         UserError: its ``reduction``, as an attribute or a parameter's default, is not "none".
@@ -145,9 +203,9 @@ def check_reduction(loss: Callable[..., Any]) -> None:
         reduction = None if parameter is None else parameter.default
     if isinstance(reduction, str) and reduction != "none":
         name = getattr(loss, "__name__", type(loss).__name__)
-        raise UserError(f'the loss {name} has reduction="{reduction}": wanted one loss a row, reduction="none"')
+        raise UserError(f'the loss {name} must not reduce over rows, got reduction="{reduction}"; use reduction="none"')
 
 
 def targets_are_classes(logits: Tensor, targets: Tensor) -> bool:
-    """Whether targets are class indices, one for each of the logits' rows."""
+    """True if targets are class indices, with one dimension less than the logits."""
     return not targets.is_floating_point() and logits.ndim == targets.ndim + 1

@@ -1,7 +1,7 @@
-"""What devices want done by hand: one is found, waited for, and told that a step ends.
+"""Devices: find one, wait for it, and mark the end of a step.
 
-XLA traces operations and runs them when told to, as one program; torch_xla is imported where such a device is named,
-and not before.
+XLA records operations and runs them on request as one program. torch_xla is imported where such a device is named, and
+not before.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ import torch
 
 
 def find(name: torch.device | str) -> torch.device:
-    """The device of that name, ready for use.
+    """Find a device and make it ready for use.
+
+    Args:
+        name: PyTorch device, such as "cuda:0".
+
+    Returns:
+        The device.
 
     Raises:
-        RuntimeError, AssertionError, NotImplementedError, ImportError: there is none, in PyTorch's words.
+        RuntimeError: there is no such device; the message is PyTorch's.
+        AssertionError: PyTorch was built without CUDA.
+        NotImplementedError: PyTorch has no operations for the device.
+        ImportError: torch_xla is not installed.
     """
     device = torch.device(name)
     if device.type == "xla":
@@ -25,13 +34,13 @@ def find(name: torch.device | str) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for an asynchronous device; nothing to wait for on the CPU."""
+    """Wait until the device has finished its work; no effect on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
     elif device.type == "xla":
-        # A program's end moves the generator on, and waiting must not change what is drawn.
+        # The end of a program advances the generator, and waiting must not change later draws.
         model = _xla().core.xla_model
         seed = model.get_rng_state()
         _xla().sync(wait=True)
@@ -39,7 +48,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def end_step(device: torch.device) -> None:
-    """What was asked for since the last step's end is one step's work; waits for nothing."""
+    """Mark the end of a step: on XLA, run the operations recorded since the last one. Waits for nothing."""
     if device.type == "xla":
         _xla().sync()
 

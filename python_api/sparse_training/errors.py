@@ -1,8 +1,8 @@
-"""The one exception that means "the request is wrong", as opposed to "the program is"."""
+"""The exception for requests that cannot be served."""
 
 
 class UserError(ValueError):
-    """A request that cannot be served: one line that names what was given and what is wanted.
+    """A request that cannot be served; the message is one line that names what was given and what to give.
 
     The command line prints the line and exits with code 2.
     """

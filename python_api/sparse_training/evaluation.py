@@ -1,4 +1,4 @@
-"""A model's forward pass, and its modules in evaluation mode."""
+"""Forward passes of any model, and evaluation mode."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluation_statistics(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[None]:
-    """Submodules of ``kind`` as they are in evaluation, each one's own training flag back afterwards.
+    """Context in which submodules are in evaluation mode; afterwards each has its own training flag again.
 
-    BatchNorm then reads its running statistics and leaves them alone, and dropout draws nothing. Flags
-    are set directly, not through ``eval()``: a submodule frozen by hand must be frozen afterwards too.
+    BatchNorm then uses its running statistics without updating them, and dropout draws nothing. Flags are set directly,
+    not through ``eval()``, because a submodule frozen by hand must be frozen afterwards too.
+
+    Args:
+        model: the model.
+        kind: type of the submodules concerned. Default ``torch.nn.Module``: all of them.
     """
     live = [module for module in model.modules() if module.training and isinstance(module, kind)]
     for module in live:
@@ -27,7 +31,15 @@ def evaluation_statistics(model: nn.Module, kind: type[nn.Module] = nn.Module) -
 
 
 def forward(model: nn.Module, inputs: Any) -> Tensor:
-    """The model's logits for inputs of any structure, from an output that is a tensor or has ``logits``."""
+    """Run the model on inputs of any structure.
+
+    Args:
+        model: the model.
+        inputs: a tensor, or a tuple, list or mapping of arguments.
+
+    Returns:
+        The output, or its attribute ``logits`` where it has one.
+    """
     if isinstance(inputs, Mapping):
         output = model(**inputs)
     elif isinstance(inputs, (tuple, list)):
@@ -39,7 +51,7 @@ def forward(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside what wraps it for compilation or for several ranks."""
+    """Module inside wrappers of torch.compile and DistributedDataParallel."""
     while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
         model = inner
     return model

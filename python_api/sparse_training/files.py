@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON in them."""
+"""Atomic writes of files, and JSON files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from sparse_training.errors import UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one.
+    """Write a file so that a crash leaves the old one or the new one, never a part of one.
+
+    Args:
+        path: file to write or replace.
+        data: its content.
 
     Raises:
-        UserError: it cannot be written, for want of space or otherwise; the old one is still there.
+        UserError: the file cannot be written, because the disk is full or for another reason; the old one is kept.
     """
     _write(path, lambda file: file.write(data))
 
@@ -34,7 +38,7 @@ def _write(path: Path, fill: Callable[[BinaryIO], Any], before: Callable[[Path],
             os.fsync(file.fileno())
         before(temporary)
         os.replace(temporary, path)
-    except OSError as error:  # a full disk, a limit: what was there stays, and half a file is not left to fill it
+    except OSError as error:  # a full disk or a limit: the old file stays, and the partial one is removed
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
@@ -47,19 +51,41 @@ def _write(path: Path, fill: Callable[[BinaryIO], Any], before: Callable[[Path],
 
 
 def write_torch(path: Path, value: Any) -> None:
-    """What ``torch.save`` makes of a value, atomically."""
+    """Write a value atomically, as ``torch.save`` does.
+
+    Args:
+        path: file to write or replace.
+        value: value that ``torch.save`` takes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_atomic(path, buffer.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A value as indented JSON, atomically."""
+    """Write a value atomically as indented JSON.
+
+    Args:
+        path: file to write or replace.
+        value: value that ``json.dumps`` takes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Read the value in a JSON file.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The value.
 
     Raises:
         UserError: the file is missing or is not JSON.

@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next step, not given back to the system."""
+"""Keeping freed memory for the next step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what this process frees; whether it has such a switch (glibc on Linux).
+    """Make the C library keep the memory that this process frees.
 
-    Large tensors are otherwise mapped and unmapped in every step, and each page of them is faulted in and
-    zeroed anew: 12,000 page faults in a dense step of 128 Fashion-MNIST images, more than a quarter of its
-    time, and a time that hangs on what ran before, which a calibrated clock cannot have. The price is that
-    memory once used stays with the process. It holds for the whole process, so it is for programs to
-    call at their start, not for libraries.
+    Otherwise large tensors are mapped and unmapped in every step, and each of their pages is faulted in and zeroed
+    again: 12,000 page faults in a dense step of 128 Fashion-MNIST images, more than a quarter of its time. That time
+    also depends on what ran before, which a calibrated clock cannot represent. The price is that memory once used stays
+    with the process. The setting holds for the whole process, so programs should call this at their start, and
+    libraries should not.
+
+    Returns:
+        True if the C library has such a setting (glibc on Linux).
     """
     if not sys.platform.startswith("linux"):
         return False

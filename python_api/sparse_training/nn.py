@@ -1,20 +1,15 @@
-"""Compaction in the middle of a network: the layers between `Compact` and `Expand` run, forwards and backwards, on
-the rows kept alone.
+"""Compaction in the middle of a network: layers between ``Compact`` and ``Expand`` run on the kept rows alone.
 
-    compact, expand = Compact(), Expand()
-    rows, selection = compact(x, mask)               # x [N, ...], mask bool [N]
-    x = expand(rows + block(rows), selection, skip=x)  # rows left out pass by the block
+There are two forms, as in ``sparse_kernels.compact``:
 
-Two forms, as in `sparse_kernels.compact`:
+- Without a capacity (the default) the packed batch holds the kept rows and nothing else, so every layer is correct as
+  it is. Its size depends on the data, which costs one synchronisation a call on an accelerator.
+- With a capacity its size is fixed and nothing waits, but the slots behind the kept rows are padding: copies of the
+  first of them, or zeros where none is kept. ``Expand`` drops them, and they give no gradient. Layers that treat each
+  row by itself (linear, convolution, LayerNorm, GroupNorm, dropout) are correct. A layer that mixes rows is not:
+  ``torch.nn.BatchNorm*`` would count the padding in its statistics; ``BatchNorm`` here does not.
 
-- without a capacity (the default) the packed batch holds the rows kept and nothing else, so every layer is right as
-  it is; its size depends on the data, which costs one synchronisation a call on an accelerator;
-- with a capacity its size is fixed and nothing waits, but the slots behind the rows kept are padding: copies of
-  the first of them, or zeros where none is kept. `Expand` drops them and no gradient comes from them. Layers that
-  treat each row by itself (linear, convolution, LayerNorm, GroupNorm, dropout) are right; a layer that mixes rows is
-  not: `torch.nn.BatchNorm*` would count the padding in its statistics. `BatchNorm` here does not.
-
-In both forms batch statistics are those of the rows kept, not of the whole batch.
+In both forms batch statistics are those of the kept rows, not of the whole batch.
 """
 
 from __future__ import annotations
@@ -32,7 +27,13 @@ class Compact(nn.Module):
     """Packs the rows that a mask keeps.
 
     Args:
-        capacity: slots of the packed batch, whatever the mask holds; None for as many as it keeps.
+        capacity: number of slots of the packed batch, whatever the mask holds, at least 0; None (the default) for as
+            many as the mask keeps.
+
+    Example:
+        >>> compact, expand = Compact(), Expand()
+        >>> rows, selection = compact(x, mask)  # x [N, ...], mask bool [N]
+        >>> x = expand(rows + block(rows), selection, skip=x)  # rows left out bypass the block
     """
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -40,16 +41,19 @@ class Compact(nn.Module):
         self.capacity = capacity
 
     def forward(self, tree: Any, mask: Tensor, weight: Tensor | None = None) -> tuple[Any, Selection]:
-        """
+        """Pack the rows of every tensor.
+
         Args:
             tree: nested structure of tensors with N rows in dim 0.
-            mask: bool [N]. weight: optional float32 [N], packed into the selection.
+            mask: rows to keep, bool [N].
+            weight: importance weights of the rows, float32 [N], packed into the selection; None (the default) for 1.
 
         Returns:
-            The tree with the rows kept, in their order, and the selection, which `Expand` and `BatchNorm` need.
+            The tree with the kept rows, in their order, and the selection, which ``Expand`` and ``BatchNorm`` need.
 
         Raises:
-            ValueError: as `sparse_kernels.compact` and `sparse_kernels.gather_rows`.
+            ValueError: the tensors do not fit one another, as in ``sparse_kernels.compact`` and
+                ``sparse_kernels.gather_rows``.
         """
         selection = compact(mask, weight=weight, capacity=self.capacity)
         if self.capacity is None:
@@ -57,61 +61,76 @@ class Compact(nn.Module):
         return padding.take(tree, selection)
 
     def extra_repr(self) -> str:
+        """Settings to print."""
         return f"capacity={self.capacity}"
 
 
 class Expand(nn.Module):
-    """Puts packed rows back in their places: the way back from `Compact`."""
+    """Puts packed rows back in their places: the inverse of ``Compact``."""
 
     def forward(self, rows: Tensor, selection: Selection, skip: Tensor | None = None) -> Tensor:
-        """
+        """Unpack the rows.
+
         Args:
-            rows: [slots, ...], one for each slot of the selection; padding is dropped.
-            skip: [N, ...], what the rows left out are; zeros without it. Of a row kept nothing is taken
-                from `skip`: for a residual add it before, as in `expand(rows + block(rows), selection, skip=x)`.
+            rows: packed rows, [slots, ...], one for each slot of the selection; padding is dropped.
+            selection: selection of the packed rows, from ``Compact``.
+            skip: values of the rows left out, [N, ...]; None (the default) for zeros. Kept rows take nothing from it:
+                for a residual connection add it before, as in ``expand(rows + block(rows), selection, skip=x)``.
 
         Returns:
-            [N, ...], N being the rows of the batch that the selection was made for. Rows that did not fit a
-            capacity count as left out.
+            All N rows of the batch that the selection was made for, [N, ...]. Rows beyond a capacity count as left out.
 
         Raises:
-            ValueError: `rows` or `skip` does not fit the selection.
+            ValueError: ``rows`` or ``skip`` does not fit the selection.
         """
         if skip is None:
             full: Tensor = scatter_rows(rows, selection)
             return full
-        wanted = (selection.size, *rows.shape[1:])
-        if skip.shape != wanted or skip.dtype != rows.dtype or skip.device != rows.device:
+        shape = (selection.size, *rows.shape[1:])
+        if skip.shape != shape or skip.dtype != rows.dtype or skip.device != rows.device:
             raise ValueError(
-                f"skip is {skip.dtype} of shape {tuple(skip.shape)} on {skip.device}; rows of shape "
-                f"{tuple(rows.shape)} want {rows.dtype} of shape {wanted} on {rows.device}"
+                f"`skip` must be {rows.dtype} of shape {shape} on {rows.device} for rows of shape {tuple(rows.shape)}, "
+                f"got {skip.dtype} of shape {tuple(skip.shape)} on {skip.device}"
             )
         full, kept = scatter_rows((rows, selection.valid()), selection)
         return torch.where(kept.reshape(-1, *[1] * (rows.dim() - 1)), full, skip)
 
 
 class BatchNorm(nn.modules.batchnorm._NormBase):
-    """Batch normalisation of packed rows that leaves padding out of the statistics; for any number of dimensions.
+    """Batch normalisation of packed rows that leaves padding out of the statistics, for any number of dimensions.
 
-    The same parameters, buffers and results as `torch.nn.BatchNorm1d`, `2d` and `3d` on the rows kept alone, so a
-    `state_dict` fits both; nothing waits for the device. Padding is normalised as the other rows are. Where no
-    row, or one of a single value a channel, is kept, the running statistics stay as they are.
+    It has the same parameters, buffers and results as ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` on the kept rows
+    alone, so a ``state_dict`` fits both. Nothing waits for the device. Padding is normalised as the other rows are.
+    Where no row is kept, or one with a single value per channel, the running statistics stay as they are.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm1d`.
+        num_features: number of channels, at least 1.
+        eps: number added to the variance. Default 1e-5.
+        momentum: weight of a batch in the running statistics; None for a cumulative average. Default 0.1.
+        affine: learn a scale and a shift per channel. Default True.
+        track_running_stats: keep running statistics for evaluation. Default True.
+        device: device of parameters and buffers; None (the default) for PyTorch's default.
+        dtype: dtype of parameters and buffers; None (the default) for PyTorch's default.
     """
 
     def forward(self, rows: Tensor, selection: Selection) -> Tensor:
-        """rows: [slots, channels, ...]. Returns the same shape and dtype.
+        """Normalise the rows.
+
+        Args:
+            rows: packed rows, [slots, channels, ...].
+            selection: selection of the packed rows, from ``Compact``.
+
+        Returns:
+            The normalised rows, of the same shape and dtype.
 
         Raises:
-            ValueError: rows that fit neither the selection nor the channels.
+            ValueError: the rows do not fit the selection or the channels.
         """
         slots = selection.index.shape[0]
         if rows.dim() < 2 or rows.shape[:2] != (slots, self.num_features):
             raise ValueError(
-                f"rows have shape {tuple(rows.shape)}; wanted {slots} slots of the selection and "
-                f"{self.num_features} channels first"
+                f"`rows` must have shape [{slots}, {self.num_features}, ...], {slots} slots of the selection and "
+                f"{self.num_features} channels, got {tuple(rows.shape)}"
             )
         channels = (1, -1, *[1] * (rows.dim() - 2))
         x = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
@@ -126,10 +145,10 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
         return x.to(rows.dtype)
 
     def _statistics(self, x: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of the rows kept, [channels]; moves the running ones in training."""
+        """Mean and biased variance of the kept rows, [channels]; updates the running statistics in training."""
         dims = [0, *range(2, x.dim())]
         valid = selection.valid().reshape(-1, *[1] * (x.dim() - 1))
-        values = selection.count * (x[0, 0].numel() if x.shape[0] else 0)  # a channel's
+        values = selection.count * (x[0, 0].numel() if x.shape[0] else 0)  # per channel
         total = values.clamp(min=1).to(x.dtype)
         # where, not a product: padding may be NaN or infinite, and 0 * inf is NaN.
         mean = torch.where(valid, x, 0.0).sum(dims) / total

@@ -1,10 +1,10 @@
-"""Padding that no layer stumbles over.
+"""Padding of packed batches with finite values.
 
-A packed batch of a fixed size repeats row 0 behind the rows kept (``sparse_kernels.compact``), whatever row 0 holds.
-Where that is NaN or infinite a weight of 0 keeps it out of nothing: 0 * NaN is NaN in the loss, in the gradient of a
-layer's weights and in BatchNorm's statistics. Here padding repeats the first row kept, and where none is kept every
-slot holds zeros (whole numbers, such as classes and tokens, stay row 0's: they are finite). Nothing waits for the
-device, and no shape hangs on the data.
+A packed batch of a fixed size repeats row 0 behind the kept rows (``sparse_kernels.compact``), whatever row 0 holds.
+If that is NaN or infinite, a weight of 0 does not exclude it: 0 * NaN is NaN in the loss, in the gradient of a layer's
+weights and in BatchNorm's statistics. Here padding repeats the first kept row, and where none is kept every slot holds
+zeros (integers, such as classes and tokens, stay row 0's: they are finite). Nothing waits for the device, and no shape
+depends on the data.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from sparse_kernels import Selection, gather_rows
 
 
 def take(tree: Any, selection: Selection) -> tuple[Any, Selection]:
-    """The selected rows of every tensor in ``tree``, and the selection that says which rows its slots now hold.
+    """Pack the selected rows of every tensor.
 
     Args:
         tree: nested structure of tensors with ``selection.size`` rows in dim 0.
-        selection: made with a capacity.
+        selection: a selection made with a capacity.
+
+    Returns:
+        The tree with the packed rows, and the selection of the rows that its slots now hold.
 
     Raises:
-        ValueError: as ``sparse_kernels.gather_rows``.
+        ValueError: the tensors do not fit the selection, as in ``sparse_kernels.gather_rows``.
     """
     index = torch.where(selection.valid(), selection.index, selection.index[:1])
     selection = selection._replace(index=index)

@@ -1,4 +1,4 @@
-"""Precisions of a forward pass by name."""
+"""Precisions of a forward pass, by name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 
 def scoring_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type for a precision by name, None for the model's own.
+    """Autocast type of a precision.
 
-    "auto" is bfloat16 where the hardware multiplies it natively: emulated, it is slower than float32.
+    Args:
+        precision: "float32" (the model's own type), "bfloat16", "float16", or "auto": bfloat16 where the hardware
+            multiplies it natively, because emulated it is slower than float32; otherwise float32.
+        device: device of the forward pass.
+
+    Returns:
+        The type; None for no autocast.
+
+    Raises:
+        UserError: the precision is unknown.
     """
     if precision in PRECISIONS:
         return PRECISIONS[precision]
     if precision != "auto":
-        raise UserError(f"precision {precision!r}: wanted auto, {', '.join(PRECISIONS)}")
+        raise UserError(f"precision must be one of auto, {', '.join(PRECISIONS)}, got {precision!r}")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":

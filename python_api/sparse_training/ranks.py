@@ -1,4 +1,4 @@
-"""Processes of torch.distributed: rank, number, seeds and sums."""
+"""Processes of torch.distributed: rank, world size, seeds and sums."""
 
 from __future__ import annotations
 
@@ -15,42 +15,50 @@ from sparse_training.errors import UserError
 
 
 def resolve_process_group(group: Any) -> Any:
-    """The process group meant: "world" is the default one.
+    """Resolve a process group.
+
+    Args:
+        group: "world" for the default group, or a group.
+
+    Returns:
+        The group.
 
     Raises:
         UserError: torch.distributed is not initialised, or this process is not in the group.
     """
     if group != "world":
-        # What dist.new_group gives to a process that it leaves out; a collective of it would do nothing.
+        # dist.new_group returns this to a process that it leaves out; a collective of it would do nothing.
         if group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise UserError("a process_group that this process is not in; wanted a gate on the group's ranks alone")
+            raise UserError("this process is not in `process_group`; make the gate on the ranks of the group alone")
         return group
     if not dist.is_available() or not dist.is_initialized():
-        raise UserError('process_group="world" before torch.distributed.init_process_group; wanted it called first')
+        raise UserError(
+            'process_group="world" needs torch.distributed; call torch.distributed.init_process_group first'
+        )
     return dist.group.WORLD
 
 
 def rank_seed(seed: int, rank: int) -> int:
-    """A rank's own seed, of 64 bits, for its rows have the numbers of other ranks' rows; rank 0's is ``seed``."""
+    """Seed of a rank, 64 bits; rank 0's is ``seed``. With one seed for all, ranks would draw alike."""
     return (seed + rank * 0x9E3779B97F4A7C15) % 2**64
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and how many there are: 0 and 1 where torch.distributed is not initialised."""
+    """Rank of this process and number of processes; 0 and 1 where torch.distributed is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def launched() -> tuple[int, int]:
-    """The rank and the number of processes that torchrun started this one with; 0 and 1 without it."""
+    """Rank and number of processes as torchrun started them; 0 and 1 without torchrun."""
     if dist.is_available() and dist.is_torchelastic_launched():
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
 
 
 def connect() -> None:
-    """Initialises torch.distributed under torchrun, for the processor and for a GPU a process; nothing without it."""
+    """Initialise torch.distributed under torchrun, for the CPU and one GPU per process; no effect without torchrun."""
     if launched()[1] == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -59,7 +67,11 @@ def connect() -> None:
 
 
 def sum_across_ranks(tensors: Sequence[Tensor]) -> None:
-    """Every process's sum, in place, of floating tensors on the training's device: one exchange for all of them."""
+    """Sum tensors across the processes, in place, in one exchange.
+
+    Args:
+        tensors: floating tensors on the device of the training; every process passes the same shapes.
+    """
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
     dist.all_reduce(flat)

@@ -1,4 +1,4 @@
-// What of cooperative groups csrc/cuda speaks: the barrier of a grid.
+// The part of CUDA's cooperative groups that csrc/cuda uses: the barrier of a grid.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,11 +1,11 @@
-// CUDA's language on a CPU, as far as csrc/cuda speaks it, so that its host and device code runs
-// where there is no GPU: each CUDA thread is a fiber, switched at barriers and warp intrinsics
-// only.
+// The part of CUDA's language that csrc/cuda uses, on a CPU, so that its host and device code runs
+// where there is no GPU. Each CUDA thread is a fiber, switched only at barriers and warp
+// intrinsics.
 //
-// Fibers of a block run in an order that changes with every round, so that a missing barrier shows.
-// A thread that waits for one that never comes ends the program. Blocks run one after the other, in
-// any order; those of a cooperative launch take turns, each with its own shared memory. That begins
-// as it is on a GPU: with anything in it.
+// The fibers of a block run in an order that changes with every round, so that a missing barrier
+// shows. A thread that waits for others that never arrive ends the program. Blocks run one after
+// the other, in any order; those of a cooperative launch take turns, each with its own shared
+// memory, which is initially filled with arbitrary bytes, as on a GPU.
 #pragma once
 
 #include <ucontext.h>
@@ -23,7 +23,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
-// All shared memory is one section, which is put aside when another block has its turn.
+// All shared memory is one section, which is saved when another block has its turn.
 #define __shared__ static __attribute__((section("cuda_shared")))
 extern char cuda_shared_begin[] __asm__("__start_cuda_shared")
     __attribute__((weak, visibility("hidden")));
@@ -46,9 +46,9 @@ namespace cuda_on_cpu {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
-constexpr int kProcessors = 3;  // each holds one block of a cooperative launch
+constexpr int kMultiprocessors = 3;  // each holds one block of a cooperative launch
 
-// Threads that wait until ``expected`` of them have come.
+// A barrier that `expected` threads wait at.
 struct Barrier {
   unsigned expected, arrived = 0, generation = 0;
 };
@@ -60,14 +60,14 @@ struct Block {
   };
   unsigned index, left;  // threads that are not done
   std::vector<Thread> threads;
-  std::vector<uint64_t> lanes;  // what each thread last gave to its warp
+  std::vector<uint64_t> lanes;  // the value that each thread last passed to its warp
   std::vector<Barrier> warps;
   std::vector<char> shared;
   Barrier all;
 };
 inline Block* block = nullptr;   // the one whose turn it is
 inline Barrier* grid = nullptr;  // of a cooperative launch
-inline bool moved = false;       // anything, since this round began
+inline bool progress = false;    // of any thread, since this round began
 inline const std::function<void()>* body = nullptr;
 inline ucontext_t scheduler;
 
@@ -78,7 +78,7 @@ inline ucontext_t scheduler;
 
 inline void wait(Barrier& barrier) {
   const unsigned me = threadIdx.x, generation = barrier.generation;
-  moved = true;
+  progress = true;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -91,7 +91,7 @@ inline void wait_for_grid() {
   wait(*grid);
 }
 
-// This thread's value goes to its warp; ``read`` sees the values of all 32 lanes.
+// Passes this thread's value to its warp and calls `read` with the values of all 32 lanes.
 template <class Read>
 uint64_t exchange(uint32_t mask, uint64_t value, const Read& read) {
   if (mask != 0xffffffffu) die("a warp intrinsic with a partial mask");
@@ -99,11 +99,11 @@ uint64_t exchange(uint32_t mask, uint64_t value, const Read& read) {
   block->lanes[threadIdx.x] = value;
   wait(warp);
   const uint64_t result = read(&block->lanes[threadIdx.x / kWarp * kWarp]);
-  wait(warp);  // nobody gives its next value before all have read this one
+  wait(warp);  // no thread passes its next value before all have read this one
   return result;
 }
 
-// The value of lane ``from``.
+// The value of lane `from`.
 template <class Value>
 Value shuffle(uint32_t mask, Value value, unsigned from) {
   static_assert(sizeof(Value) == 4 || sizeof(Value) == 8, "what a shuffle takes");
@@ -114,7 +114,7 @@ Value shuffle(uint32_t mask, Value value, unsigned from) {
   return value;
 }
 
-// By hand: the section may hold the sanitizer's red zones, which nobody else may touch.
+// Byte by byte: the section may hold the sanitizer's red zones, which memcpy may not touch.
 __attribute__((no_sanitize("address"))) inline void copy(volatile char* to, const char* from,
                                                          size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) to[i] = from[i];
@@ -124,12 +124,12 @@ inline void run_thread() {
   (*body)();
   block->threads[threadIdx.x].done = true;
   --block->left;
-  moved = true;
+  progress = true;
 }
 
-// ``slot``: which of the blocks that are live together; their stacks are kept for those after them.
+// `slot` numbers the blocks that run at the same time; later blocks use the same stacks.
 inline std::unique_ptr<Block> make_block(unsigned index, unsigned size, unsigned slot) {
-  static std::unique_ptr<char[]> stacks[kProcessors];
+  static std::unique_ptr<char[]> stacks[kMultiprocessors];
   if (!stacks[slot]) stacks[slot].reset(new char[1024 * kStack]);  // untouched until used
   auto made = std::make_unique<Block>();
   made->index = index;
@@ -150,7 +150,7 @@ inline std::unique_ptr<Block> make_block(unsigned index, unsigned size, unsigned
   return made;
 }
 
-// Calls ``visit`` with 0 to ``size`` - 1 from another one on each time, up or down.
+// Calls `visit` with 0 to `size` - 1, beginning with another one each time, up or down.
 template <class Visit>
 void in_some_order(unsigned size, const Visit& visit) {
   static uint32_t order = 1;
@@ -160,17 +160,17 @@ void in_some_order(unsigned size, const Visit& visit) {
   for (unsigned k = 0; k < size; ++k) visit((start + (backwards ? size - k : k)) % size);
 }
 
-// Each thread as far as it gets.
-inline void take_turn(Block& of) {
-  block = &of;
-  blockIdx.x = of.index;
-  copy(cuda_shared_begin, of.shared.data(), of.shared.size());
-  in_some_order(unsigned(of.threads.size()), [&](unsigned i) {
-    if (of.threads[i].done) return;
+// Runs each thread of the block as far as possible.
+inline void take_turn(Block& current) {
+  block = &current;
+  blockIdx.x = current.index;
+  copy(cuda_shared_begin, current.shared.data(), current.shared.size());
+  in_some_order(unsigned(current.threads.size()), [&](unsigned i) {
+    if (current.threads[i].done) return;
     threadIdx.x = i;
-    swapcontext(&scheduler, &of.threads[i].context);
+    swapcontext(&scheduler, &current.threads[i].context);
   });
-  copy(of.shared.data(), cuda_shared_begin, of.shared.size());
+  copy(current.shared.data(), cuda_shared_begin, current.shared.size());
 }
 
 inline void run(dim3 blocks, dim3 threads, bool cooperative, const std::function<void()>& kernel) {
@@ -179,18 +179,18 @@ inline void run(dim3 blocks, dim3 threads, bool cooperative, const std::function
   blockDim = threads;
   body = &kernel;
   const unsigned together = cooperative ? blocks.x : 1;
-  Barrier of_grid{blocks.x * threads.x};
-  grid = cooperative ? &of_grid : nullptr;
+  Barrier grid_barrier{blocks.x * threads.x};
+  grid = cooperative ? &grid_barrier : nullptr;
   std::vector<std::unique_ptr<Block>> live(together);
   in_some_order(blocks.x / together, [&](unsigned first) {
     for (unsigned b = 0; b < together; ++b) live[b] = make_block(first + b, threads.x, b);
     for (bool left = true; left;) {
-      moved = left = false;
+      progress = left = false;
       in_some_order(together, [&](unsigned b) {
         if (live[b]->left) take_turn(*live[b]);
         left |= live[b]->left > 0;
       });
-      if (left && !moved) die("threads wait for others that never come");
+      if (left && !progress) die("threads wait for others that never come");
     }
   });
 }
@@ -257,14 +257,14 @@ inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-  *value = cuda_on_cpu::kProcessors;
+  *value = cuda_on_cpu::kMultiprocessors;
   return cudaSetDevice(device);
 }
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
   const bool cooperative = config->numAttrs > 0 && config->attrs->val.cooperative;
-  if (cooperative && config->gridDim.x > unsigned(cuda_on_cpu::kProcessors))
+  if (cooperative && config->gridDim.x > unsigned(cuda_on_cpu::kMultiprocessors))
     return cudaErrorCooperativeLaunchTooLarge;
   cuda_on_cpu::run(config->gridDim, config->blockDim, cooperative, [&] { kernel(arguments...); });
   return cudaSuccess;

@@ -1,9 +1,9 @@
-// Feeds the CPU kernels shapes, strides, flags, indices and numbers made of random bytes, on memory
-// of exactly the size that they may touch, so that the address sanitizer sees any step outside, and
-// compares what they move with loops that anyone can read.
+// Calls the CPU kernels with shapes, strides, flags, indices and numbers made of random bytes.
+// Memory has exactly the size that a kernel may use, so that the address sanitizer sees any access
+// outside; moved rows are compared with those of simple loops.
 //
-// LLVMFuzzerTestOneInput is libFuzzer's entry: clang++ -fsanitize=fuzzer,address,undefined. With
-// FUZZ_STANDALONE there is a main that needs no libFuzzer: fuzz_kernels [seconds] [seed].
+// LLVMFuzzerTestOneInput is libFuzzer's entry point: clang++ -fsanitize=fuzzer,address,undefined.
+// FUZZ_STANDALONE adds a main that needs no libFuzzer: fuzz_kernels [seconds] [seed].
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -11,10 +11,10 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/compact.h"
-#include "cpu/gather.h"
-#include "cpu/instruction_set.h"
-#include "cpu/row_stats.h"
+#include "sparse_kernels/cpu/compact.h"
+#include "sparse_kernels/cpu/gather.h"
+#include "sparse_kernels/cpu/instruction_set.h"
+#include "sparse_kernels/cpu/row_stats.h"
 
 namespace sk = sparse_kernels;
 
@@ -36,7 +36,7 @@ class Bytes {
     if (taken) std::memcpy(&value, data_, taken);
     data_ += taken;
     size_ -= taken;
-    // Mixed, so that short inputs reach far, too.
+    // Mixed, so that short inputs make many different numbers too.
     value = (value ^ ++drawn_ * 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u;
     return value ^ value >> 29;
   }
@@ -64,7 +64,7 @@ class Bytes {
   uint64_t drawn_ = 0;
 };
 
-// Beginning at any address, to end exactly where the memory ends.
+// Memory that begins at any address and ends exactly where the allocation ends.
 class Block {
  public:
   Block(int64_t bytes, int64_t offset)
@@ -83,10 +83,10 @@ void fuzz_compact(Bytes& bytes) {
   for (uint8_t& flag : mask) flag = bytes.below(10) < density ? uint8_t(1 + bytes.below(255)) : 0;
   const bool weighted = bytes.coin();
   const std::vector<float> weights(static_cast<size_t>(weighted ? rows : 0), 2.0f);
-  std::vector<int64_t> wanted;
+  std::vector<int64_t> expected;
   for (int64_t i = 0; i < rows; ++i)
-    if (mask[size_t(i)]) wanted.push_back(i);
-  const int64_t set = int64_t(wanted.size());
+    if (mask[size_t(i)]) expected.push_back(i);
+  const int64_t set = int64_t(expected.size());
 
   std::vector<int64_t> counts;
   int64_t capacity = bytes.size(6000);
@@ -99,11 +99,11 @@ void fuzz_compact(Bytes& bytes) {
   }
   std::vector<int64_t> index(static_cast<size_t>(capacity), -1);
   std::vector<float> weight(static_cast<size_t>(capacity), -1.0f);
-  const int64_t found = sk::compact(mask.data(), weighted ? weights.data() : nullptr, rows, counts,
+  const int64_t total = sk::compact(mask.data(), weighted ? weights.data() : nullptr, rows, counts,
                                     capacity, index.data(), weight.data());
-  require(found == set, "compact's count");
+  require(total == set, "compact's count");
   for (int64_t i = 0; i < capacity; ++i) {
-    require(index[size_t(i)] == (i < set ? wanted[size_t(i)] : 0), "compact's index");
+    require(index[size_t(i)] == (i < set ? expected[size_t(i)] : 0), "compact's index");
     require(weight[size_t(i)] == (i < set ? weighted ? 2.0f : 1.0f : 0.0f), "compact's weight");
   }
 }
@@ -146,138 +146,177 @@ void fuzz_move(Bytes& bytes, bool scatter) {
   }
   for (Tensor& tensor : tensors)
     moves.push_back({tensor.in.begin(), tensor.stride, tensor.out.begin(), tensor.row_bytes});
-  const int64_t found =
+  const int64_t bad_slot =
       (scatter ? sk::scatter_rows : sk::gather_rows)(moves, index.data(), count, rows);
 
-  require((found >= 0) == bad, "a bad index");
+  require((bad_slot >= 0) == bad, "a bad index");
   for (const sk::RowMove& move : moves) {
-    std::vector<char> wanted(static_cast<size_t>(out_rows * move.row_bytes), bad ? 0x55 : 0);
+    std::vector<char> expected(static_cast<size_t>(out_rows * move.row_bytes), bad ? 0x55 : 0);
     for (int64_t i = 0; i < count && !bad; ++i) {
       const int64_t from = scatter ? i : index[size_t(i)];
       const int64_t to = scatter ? index[size_t(i)] : i;
       if (move.row_bytes)
-        std::memcpy(wanted.data() + to * move.row_bytes, move.in + from * move.in_stride,
+        std::memcpy(expected.data() + to * move.row_bytes, move.in + from * move.in_stride,
                     size_t(move.row_bytes));
     }
-    require(wanted.empty() || !std::memcmp(wanted.data(), move.out, wanted.size()),
+    require(expected.empty() || !std::memcmp(expected.data(), move.out, expected.size()),
             "the rows moved");
   }
 }
 
-// Row statistics, the gate and the backward: any layout and dtype, logits of any bits, targets that
-// may be bad. What they compute is tested elsewhere; here only that they stay where they belong.
-void fuzz_row_stats(Bytes& bytes) {
+// Random arguments of the row statistics and the memory that they point to.
+struct RowStatsCase {
   sk::RowStatsArgs args{};
-  const int dtype = int(bytes.below(3));
-  const int64_t item = dtype == 0 ? 4 : 2;
-  args.dtype = sk::DType(dtype);
-  args.layout.dimensions = 1 + int(bytes.below(sk::RowLayout::kDimensions));
-  int64_t rows = 1;
-  for (int d = 0; d < args.layout.dimensions; ++d)
-    rows *= args.layout.size[d] = args.layout.dimensions == 1 ? bytes.size(100) : bytes.size(9);
-  const int64_t classes = 1 + bytes.size(bytes.below(20) ? 200 : 5000);
-  // Strides of the dimensions, the classes among them, in any order and with gaps.
-  std::vector<int> order;
-  for (int d = -1; d < args.layout.dimensions; ++d) order.push_back(d);
-  for (size_t i = order.size() - 1; i > 0; --i)
-    std::swap(order[i], order[size_t(bytes.below(int64_t(i) + 1))]);
-  if (bytes.coin()) std::swap(*std::find(order.begin(), order.end(), -1), order[0]);
-  int64_t stride = 1;
-  for (int d : order) {
-    (d < 0 ? args.class_stride : args.layout.stride[d]) = stride;
-    stride = stride * (d < 0 ? classes : std::max<int64_t>(args.layout.size[d], 1)) +
-             (bytes.below(4) ? 0 : bytes.below(3));
-  }
-  int64_t elements = rows ? 1 + (classes - 1) * args.class_stride : 0;
-  for (int d = 0; d < args.layout.dimensions && rows; ++d)
-    elements += (args.layout.size[d] - 1) * args.layout.stride[d];
-  args.rows = rows;
-  args.classes = classes;
-  Block logits(elements * item, item * bytes.below(8));
-  const bool wild = bytes.coin();
-  for (int64_t i = 0; i < elements; ++i) {
-    uint64_t bits = bytes.number();
-    if (!wild) {  // small numbers: exponents near that of 1
-      const float value = float(int64_t(bits % 4000)) * 0.01f - 20.0f;
-      uint32_t word;
-      std::memcpy(&word, &value, 4);
-      bits = dtype == 0 ? word : dtype == 1 ? word >> 16 : 0x3800 | (bits & 0x87ff);
-    }
-    std::memcpy(logits.begin() + i * item, &bits, size_t(item));
-  }
-  args.logits = logits.begin();
-  args.targets_are_int32 = bytes.coin();
-  args.ignore_index = -100;
-  const int64_t target_item = args.targets_are_int32 ? 4 : 8;
-  Block targets(rows * target_item, target_item * bytes.below(4));
-  const bool bad_targets = bytes.below(10) == 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t target = bytes.below(20) ? bytes.below(classes) : -100;
-    if (bad_targets && bytes.below(4) == 0) target = int64_t(bytes.number());
-    std::memcpy(targets.begin() + i * target_item, &target, size_t(target_item));
-  }
-  args.targets = targets.begin();
-  args.inverse_temperature = bytes.coin() ? 1.0f : 0.1f + 0.01f * float(bytes.below(1000));
-  args.softcap = bytes.below(4) ? 0.0f : 1.0f + float(bytes.below(50));
-  args.label_smoothing = bytes.below(4) ? 0.0f : 0.1f;
+  int64_t item, elements;  // bytes of a logit; logits from the first to the last
+  bool bad_targets;
+  std::vector<Block> inputs;
   std::vector<std::vector<float>> outputs;
-  const auto output = [&] { return outputs.emplace_back(size_t(rows), -7.0f).data(); };
-  for (void*& address : args.outputs) address = bytes.coin() ? output() : nullptr;
-  std::vector<int64_t> argmax(static_cast<size_t>(bytes.coin() ? rows : 0));
-  args.argmax = argmax.empty() ? nullptr : argmax.data();
-  std::vector<float> offset, upstream;
-  std::vector<uint8_t> mask(static_cast<size_t>(rows), 9);
-  if (bytes.coin()) {
+  std::vector<int64_t> argmax;
+  std::vector<float> offset;
+  std::vector<uint8_t> mask;
+
+  explicit RowStatsCase(Bytes& bytes) {
+    inputs.reserve(2);
+    choose_layout(bytes);
+    choose_logits(bytes);
+    choose_targets(bytes);
+    choose_settings(bytes);
+    choose_outputs(bytes);
+    choose_gate(bytes);
+    args.outputs[sk::kEntropy] = output();
+    args.saved_maximum = output();
+    args.saved_total = output();
+  }
+  RowStatsCase(const RowStatsCase&) = delete;
+
+  float* output() { return outputs.emplace_back(size_t(args.rows), -7.0f).data(); }
+
+ private:
+  char* input(int64_t bytes, int64_t offset) {
+    inputs.emplace_back(bytes, offset);
+    return inputs.back().begin();
+  }
+
+  // Strides of the dimensions, the classes among them, in any order and with gaps.
+  void choose_layout(Bytes& bytes) {
+    const int dtype = int(bytes.below(3));
+    item = dtype == 0 ? 4 : 2;
+    args.dtype = sk::DType(dtype);
+    sk::RowLayout& layout = args.layout;
+    layout.dimensions = 1 + int(bytes.below(sk::RowLayout::kDimensions));
+    args.rows = 1;
+    for (int d = 0; d < layout.dimensions; ++d)
+      args.rows *= layout.size[d] = layout.dimensions == 1 ? bytes.size(100) : bytes.size(9);
+    args.classes = 1 + bytes.size(bytes.below(20) ? 200 : 5000);
+    std::vector<int> order;
+    for (int d = -1; d < layout.dimensions; ++d) order.push_back(d);
+    for (size_t i = order.size() - 1; i > 0; --i)
+      std::swap(order[i], order[size_t(bytes.below(int64_t(i) + 1))]);
+    if (bytes.coin()) std::swap(*std::find(order.begin(), order.end(), -1), order[0]);
+    int64_t stride = 1;
+    for (int d : order) {
+      (d < 0 ? args.class_stride : layout.stride[d]) = stride;
+      stride = stride * (d < 0 ? args.classes : std::max<int64_t>(layout.size[d], 1)) +
+               (bytes.below(4) ? 0 : bytes.below(3));
+    }
+    elements = args.rows ? 1 + (args.classes - 1) * args.class_stride : 0;
+    for (int d = 0; d < layout.dimensions && args.rows; ++d)
+      elements += (layout.size[d] - 1) * layout.stride[d];
+  }
+
+  void choose_logits(Bytes& bytes) {
+    char* logits = input(elements * item, item * bytes.below(8));
+    const bool wild = bytes.coin();
+    for (int64_t i = 0; i < elements; ++i) {
+      uint64_t bits = bytes.number();
+      if (!wild) {  // small numbers: exponents near that of 1
+        const float value = float(int64_t(bits % 4000)) * 0.01f - 20.0f;
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        bits = args.dtype == sk::DType::kFloat32    ? word
+               : args.dtype == sk::DType::kBFloat16 ? word >> 16
+                                                    : 0x3800 | (bits & 0x87ff);
+      }
+      std::memcpy(logits + i * item, &bits, size_t(item));
+    }
+    args.logits = logits;
+  }
+
+  void choose_targets(Bytes& bytes) {
+    args.targets_are_int32 = bytes.coin();
+    args.ignore_index = -100;
+    const int64_t target_item = args.targets_are_int32 ? 4 : 8;
+    char* targets = input(args.rows * target_item, target_item * bytes.below(4));
+    bad_targets = bytes.below(10) == 0;
+    for (int64_t i = 0; i < args.rows; ++i) {
+      int64_t target = bytes.below(20) ? bytes.below(args.classes) : -100;
+      if (bad_targets && bytes.below(4) == 0) target = int64_t(bytes.number());
+      std::memcpy(targets + i * target_item, &target, size_t(target_item));
+    }
+    args.targets = targets;
+  }
+
+  void choose_settings(Bytes& bytes) {
+    args.inverse_temperature = bytes.coin() ? 1.0f : 0.1f + 0.01f * float(bytes.below(1000));
+    args.softcap = bytes.below(4) ? 0.0f : 1.0f + float(bytes.below(50));
+    args.label_smoothing = bytes.below(4) ? 0.0f : 0.1f;
+  }
+
+  void choose_outputs(Bytes& bytes) {
+    for (void*& address : args.outputs) address = bytes.coin() ? output() : nullptr;
+    argmax.resize(size_t(bytes.coin() ? args.rows : 0));
+    args.argmax = argmax.empty() ? nullptr : argmax.data();
+  }
+
+  void choose_gate(Bytes& bytes) {
+    mask.assign(size_t(args.rows), 9);
+    if (!bytes.coin()) return;
     args.mask = mask.data();
     args.significance = output();
     args.weights[bytes.below(sk::kStatistics)] = 1.0f;
     args.threshold = float(bytes.below(5));
     if (bytes.coin()) {
-      offset = bytes.fill<float>(rows);
+      offset = bytes.fill<float>(args.rows);
       args.offset = offset.data();
     }
-    if (bytes.coin()) {
-      args.weight = output();
-      args.gate_temperature = 0.5f;
-      args.p_min = 0.1f;
-      args.seed = bytes.number();
-    }
+    if (!bytes.coin()) return;
+    args.weight = output();
+    args.gate_temperature = 0.5f;
+    args.p_min = 0.1f;
+    args.seed = bytes.number();
   }
-  float* entropy = output();
-  args.outputs[sk::kEntropy] = entropy;
-  args.saved_maximum = output();
-  args.saved_total = output();
-  const sk::RowStatsResult result = sk::row_stats(args);
-  require(result.bad_target_row < rows, "the row of a bad target");
-  require(bad_targets || result.bad_target_row < 0, "a good target called bad");
-  if (result.bad_target_row >= 0) return;
-  require(result.invalid <= rows, "the invalid rows");
-  for (uint8_t flag : mask) require(args.mask ? flag <= 1 : flag == 9, "the mask");
+};
 
+void fuzz_row_stats_backward(Bytes& bytes, const RowStatsCase& forward) {
+  const sk::RowStatsArgs& args = forward.args;
   sk::RowStatsBackwardArgs backward{};
-  backward.logits = args.logits;
-  Block gradient(elements * item, item * bytes.below(8));
+  static_cast<sk::RowStatsInput&>(backward) = args;
+  Block gradient(forward.elements * forward.item, forward.item * bytes.below(8));
   backward.gradient = gradient.begin();
-  backward.dtype = args.dtype;
-  backward.rows = rows;
-  backward.classes = classes;
-  backward.class_stride = backward.gradient_class_stride = args.class_stride;
-  backward.layout = backward.gradient_layout = args.layout;
-  backward.targets = args.targets;
-  backward.targets_are_int32 = args.targets_are_int32;
-  backward.ignore_index = args.ignore_index;
-  backward.inverse_temperature = args.inverse_temperature;
-  backward.softcap = args.softcap;
-  backward.label_smoothing = args.label_smoothing;
+  backward.gradient_class_stride = args.class_stride;
+  backward.gradient_layout = args.layout;
   backward.maximum = args.saved_maximum;
   backward.total = args.saved_total;
-  upstream.assign(size_t(rows), 1.0f);
+  const std::vector<float> upstream(size_t(args.rows), 1.0f);
   backward.loss_gradient = upstream.data();
   if (bytes.coin()) {
-    backward.entropy = entropy;
+    backward.entropy = args.outputs[sk::kEntropy];
     backward.entropy_gradient = upstream.data();
   }
   sk::row_stats_backward(backward);
+}
+
+// Row statistics, the gate and the backward: any layout and dtype, logits of any bits, targets that
+// may be bad. What they compute is tested elsewhere; this tests that they stay inside their memory.
+void fuzz_row_stats(Bytes& bytes) {
+  const RowStatsCase forward(bytes);
+  const sk::RowStatsResult result = sk::row_stats(forward.args);
+  require(result.bad_target_row < forward.args.rows, "the row of a bad target");
+  require(forward.bad_targets || result.bad_target_row < 0, "a good target called bad");
+  if (result.bad_target_row >= 0) return;
+  require(result.invalid <= forward.args.rows, "the invalid rows");
+  for (uint8_t flag : forward.mask) require(forward.args.mask ? flag <= 1 : flag == 9, "the mask");
+  fuzz_row_stats_backward(bytes, forward);
 }
 
 }  // namespace

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
-from sparse_kernels import cpp_backend
+from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends.triton import backend as triton_backend
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +21,13 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def dynamic_shapes() -> Iterator[None]:
+    """Older PyTorch compiles ``compact`` without a capacity only where its user sets this; newer sets it by default."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -48,9 +57,9 @@ def strict_interpreter() -> Iterator[None]:
         assert (x.handle.data % int(value) == 0).all(), "a claim of alignment that a GPU would trap at"
         return x
 
-    def patch_core(language: Any, scope: Any) -> None:
-        replace_core(language, scope)
-        scope.set_attr(language, "multiple_of", multiple_of)
+    def patch_core(language: Any, *scope: Any) -> None:  # the scope: from Triton 3.6 on
+        replace_core(language, *scope)
+        (scope[0].set_attr if scope else setattr)(language, "multiple_of", multiple_of)
 
     replace_core = interpreter._patch_lang_core
     with pytest.MonkeyPatch.context() as patch:
@@ -59,16 +68,22 @@ def strict_interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def many_processors(monkeypatch):
+    """A device so large that every row of more than one block is cut into slices."""
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 10_000)
+
+
 def instruction_sets() -> list[str]:
     """Those that this processor runs; empty without the compiled extension."""
-    return [] if cpp_backend.unavailable() else cpp_backend._cpp.instruction_sets()
+    return [] if cpp_backend.unavailable_reason() else cpp_backend._cpp.instruction_sets()
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ backend forced to one instruction set, put back afterwards."""
-    if cpp_backend.unavailable():
-        pytest.skip(str(cpp_backend.unavailable()))
+    if cpp_backend.unavailable_reason():
+        pytest.skip(str(cpp_backend.unavailable_reason()))
     if request.param not in instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
     before = cpp_backend._cpp.instruction_set()

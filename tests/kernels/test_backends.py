@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import sparse_kernels as sk
-from sparse_kernels import backends, direct
+from sparse_kernels import _dispatch
+from sparse_kernels.backends import cpp_direct
 
 
 def test_info_names_the_active_backend_and_why_not_the_others():
     info = sk.backend_info()
     assert set(info) == {"row_stats", "gate_rows", "compact", "control", "gather_rows", "scatter_rows"}
     for entry in info.values():
-        assert entry["active"] in backends.BACKENDS
+        assert entry["active"] in _dispatch.BACKENDS
         assert set(entry["others"]) | {entry["active"]} >= {"torch"}
     assert "row_stats" in str(info)
 
@@ -33,12 +34,12 @@ def test_the_expected_backend_is_active():
 
 def test_the_active_backend_is_the_one_that_runs(monkeypatch):
     ran = []
-    recorded = [
-        (name, refuse, lambda call, name=name, serve=serve: (ran.append(name), serve(call))[1])
-        for name, refuse, serve in backends._DEFAULT["gate_rows"]
-    ]
-    monkeypatch.setitem(backends._DEFAULT, "gate_rows", recorded)
-    monkeypatch.setattr(direct, "AVAILABLE", False)
+    recorded = tuple(
+        server._replace(serve=lambda call, server=server: (ran.append(server.backend), server.serve(call))[1])
+        for server in _dispatch.TABLE["gate_rows"]
+    )
+    monkeypatch.setitem(_dispatch.TABLE, "gate_rows", recorded)
+    monkeypatch.setattr(cpp_direct, "AVAILABLE", False)
     sk.gate_rows(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([1.0]), weights={"loss": 1.0})
     assert ran == [sk.backend_info()["gate_rows"]["active"]]
 
@@ -54,11 +55,11 @@ def test_environment_forces_a_backend():
     forced = run("torch")
     assert "compact       torch (reference" in forced.stdout
     assert forced.returncode == 0
-    assert "unknown backend 'nonsense'; known: cpp, triton, torch" in run("nonsense").stderr
+    assert "unknown backend 'nonsense'; use one of cpp, triton, torch" in run("nonsense").stderr
 
 
 def test_fallback_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(_dispatch, "_logged", set())
     logits = torch.randn(2, 2, 2, 2, 2, 3).permute(4, 3, 2, 1, 0, 5)  # more dimensions than C++ walks
     targets = torch.zeros(logits.shape[:-1], dtype=torch.int64)
     with caplog.at_level(logging.INFO, logger="sparse_kernels"):
@@ -72,25 +73,25 @@ def test_fallback_is_logged_once(caplog, monkeypatch):
     [
         ({"logits": torch.ones(2, 3, dtype=torch.int32)}, "int32"),
         ({"targets": torch.ones(2)}, "float32"),
-        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"\(3,\).*want \(2,\)"),
-        ({"targets": torch.tensor([0, 3])}, "target 3 in row 1 is out of range: wanted 0 to 2"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"`targets` must have shape \(2,\).* got \(3,\)"),
+        ({"targets": torch.tensor([0, 3])}, r"target 3 in row 1 is out of range: it must be in \[0, 2\]"),
         ({"targets": torch.tensor([-1, 0], dtype=torch.int32)}, "target -1 in row 0"),
         ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, "meta"),
         ({"logits": torch.ones(2, 0)}, "no classes"),
-        ({"logits": torch.tensor(1.0)}, "dim=-1"),
-        ({"dim": 2}, "dim=2"),
-        ({"temperature": 0.0}, "temperature=0.0"),
-        ({"softcap": -1.0}, "softcap=-1.0"),
-        ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
+        ({"logits": torch.tensor(1.0)}, "`dim` must be .* got -1"),
+        ({"dim": 2}, "`dim` must be .* got 2"),
+        ({"temperature": 0.0}, "`temperature` must be above 0, got 0.0"),
+        ({"softcap": -1.0}, "`softcap` must be .* got -1.0"),
+        ({"label_smoothing": 1.5}, "`label_smoothing` must be .* got 1.5"),
         ({"outputs": ["loss", "nonsense"]}, "nonsense"),
-        ({"backend": "nonsense"}, "known: cpp, triton, torch"),
+        ({"backend": "nonsense"}, "use one of cpp, triton, torch"),
         ({"threshold": torch.ones(2)}, "one floating element"),
-        ({"threshold": torch.ones(1, device="meta")}, "threshold is on meta"),
-        ({"weights": {}}, "weights are for"),
+        ({"threshold": torch.ones(1, device="meta")}, "`threshold` must be on cpu as the logits, got meta"),
+        ({"weights": {}}, "`weights` must name"),
         ({"weights": {"argmax": 1.0}}, "argmax"),
         ({"offset": torch.ones(3)}, r"offset.*\(2,\)"),
-        ({"gate_temperature": -1.0}, "gate_temperature=-1.0"),
-        ({"p_min": 2.0}, "p_min=2.0"),
+        ({"gate_temperature": -1.0}, "`gate_temperature` must be .* got -1.0"),
+        ({"p_min": 2.0}, "`p_min` must be .* got 2.0"),
     ],
 )
 @pytest.mark.parametrize("backend", [None, "torch"])
@@ -108,6 +109,18 @@ def test_bad_input_is_one_clear_line(settings, message, backend):
     assert "\n" not in str(error.value)
 
 
+def test_command_ends_quietly_when_its_reader_has_seen_enough():
+    """As in `python -m sparse_kernels | head -1`: the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "sparse_kernels"], stdout=closed, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
 def test_command_prints_the_table():
     done = subprocess.run([sys.executable, "-m", "sparse_kernels"], capture_output=True, text=True, check=True)
     assert f"sparse-kernels {sk.__version__}" in done.stdout
@@ -116,9 +129,9 @@ def test_command_prints_the_table():
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
 def test_instruction_set_is_forced_by_the_environment_or_refused(name):
-    if sk.backends.BACKENDS["cpp"].unavailable():
+    if sk._dispatch.BACKENDS["cpp"].unavailable_reason():
         pytest.skip("the C++ backend is not built")
-    available = sk.cpp_backend._cpp.instruction_sets()
+    available = sk.backends.cpp._cpp.instruction_sets()
     environment = {**os.environ, "SPARSE_KERNELS_CPU": name}
     done = subprocess.run(
         [sys.executable, "-m", "sparse_kernels"], capture_output=True, text=True, env=environment, check=False
@@ -132,9 +145,9 @@ def test_instruction_set_is_forced_by_the_environment_or_refused(name):
 
 def test_no_torch_library_is_linked():
     """One build serves every PyTorch: the extension must not need any of its libraries."""
-    if sk.backends.BACKENDS["cpp"].unavailable():
+    if sk._dispatch.BACKENDS["cpp"].unavailable_reason():
         pytest.skip("the C++ backend is not built")
-    with open(sk.cpp_backend._cpp.__file__, "rb") as file:
+    with open(sk.backends.cpp._cpp.__file__, "rb") as file:
         content = file.read()
     assert b"libtorch" not in content
     assert b"libc10" not in content
@@ -142,11 +155,11 @@ def test_no_torch_library_is_linked():
 
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no /proc/cpuinfo to compare with")
 def test_the_widest_instruction_set_is_in_use():
-    if sk.backends.BACKENDS["cpp"].unavailable() or os.environ.get("SPARSE_KERNELS_CPU"):
+    if sk._dispatch.BACKENDS["cpp"].unavailable_reason() or os.environ.get("SPARSE_KERNELS_CPU"):
         pytest.skip("the C++ backend is not built, or forced to an instruction set")
     with open("/proc/cpuinfo") as file:
         flags = next((set(line.split()) for line in file if line.startswith("flags")), set())
     wanted = "avx512" if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags else "portable"
     if wanted == "portable" and {"avx2", "fma", "f16c"} <= flags:
         wanted = "avx2"
-    assert sk.cpp_backend._cpp.instruction_set() == wanted
+    assert sk.backends.cpp._cpp.instruction_set() == wanted

@@ -1,8 +1,10 @@
-"""setup.py's modes, built into a temporary folder."""
+"""setup.py's modes, built into a temporary folder, and what the C++ sources must keep to."""
 
+import ast
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,21 +117,23 @@ def test_architectures_are_those_asked_for_or_the_first_of_every_major(tmp_path,
 def test_a_list_of_architectures_that_is_none_is_refused(tmp_path):
     done, _ = build_cuda(tmp_path, NVCC_12_4, TORCH_CUDA_ARCH_LIST="Hopper", SPARSE_KERNELS_BUILD="cuda")
     assert done.returncode != 0
-    assert "TORCH_CUDA_ARCH_LIST has 'Hopper'" in done.stderr
+    assert "TORCH_CUDA_ARCH_LIST must hold numbers, such as 8.0 or 9.0+PTX; got 'Hopper'" in done.stderr
 
 
 def test_unknown_mode_is_refused(tmp_path):
     done = build(tmp_path, SPARSE_KERNELS_BUILD="everything")
     assert done.returncode != 0
-    assert "wanted one of: auto, cpu" in done.stderr
+    assert "must be one of auto, cpu" in done.stderr
 
 
 def test_without_the_extension_everything_runs_on_the_reference(tmp_path):
     """The package's Python files alone, as an install without a compiler leaves them."""
     package = tmp_path / "sparse_kernels"
     package.mkdir()
-    for source in (ROOT / "sparse_kernels").glob("*.py"):
-        (package / source.name).write_text(source.read_text())
+    for source in (ROOT / "sparse_kernels").rglob("*.py"):
+        copy = package / source.relative_to(ROOT / "sparse_kernels")
+        copy.parent.mkdir(exist_ok=True, parents=True)
+        copy.write_text(source.read_text())
     (package / "_build_info.py").write_text("CPP_MISSING = 'no C++ compiler found (tried c++)'\n")
     script = (
         "import sys; sys.modules['sparse_kernels._cpp'] = None; "  # an editable install would lend its own
@@ -146,3 +150,48 @@ def test_without_the_extension_everything_runs_on_the_reference(tmp_path):
     assert "cpp" not in done.stdout
     assert "RuntimeWarning" in done.stderr
     assert "no C++ compiler found" in done.stderr
+
+
+# What follows reads the sources with the host's compiler.
+CHECK_HEADERS = ROOT / "tests" / "check_headers.py"
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None or shutil.which("nm") is None, reason="no C++ compiler")
+
+
+@needs_compiler
+def test_every_header_stands_alone():
+    done = subprocess.run([sys.executable, str(CHECK_HEADERS)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text", ["#pragma once\nstd::size_t size();\n", "struct Unguarded {};\n"], ids=["no include", "no guard"]
+)
+def test_a_header_that_does_not_stand_alone_is_named(tmp_path, text):
+    header = tmp_path / "broken.h"
+    header.write_text(text)
+    assert "broken.h:" in runpy.run_path(str(CHECK_HEADERS))["parse"](header)
+
+
+def file_flags():
+    """setup.py's FILE_FLAGS: the files of an instruction set, and their compiler options."""
+    (value,) = [
+        node.value
+        for node in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FILE_FLAGS"
+    ]
+    return ast.literal_eval(value)
+
+
+@needs_compiler
+@pytest.mark.skipif(not runpy.run_path(str(CHECK_HEADERS))["X86"], reason="these files are for x86")
+@pytest.mark.parametrize("name", sorted(file_flags()))
+def test_code_of_an_instruction_set_shares_no_function_with_portable_code(tmp_path, name):
+    """Of functions that several objects define, the linker keeps one: it may need more than the processor has."""
+    path, isa = tmp_path / "code.o", name.removesuffix(".cpp").split("_")[-1]
+    options = ["-std=c++17", "-O0", f"-I{ROOT / 'csrc' / 'include'}", *file_flags()[name].split()]
+    subprocess.run(["c++", *options, "-c", str(ROOT / "csrc" / "cpu" / name), "-o", str(path)], check=True)
+    symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+    defined = re.findall(r"^[0-9a-f]+ ([A-Zu]) (.*)$", symbols, re.M)
+    assert any(symbol.startswith(f"sparse_kernels::{isa}::") for _, symbol in defined)
+    assert [symbol for kind, symbol in defined if kind in "WVu" and f"sparse_kernels::{isa}::" not in symbol] == []

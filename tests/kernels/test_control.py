@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import BackendUnavailable, ControlState, control, cpp_backend, cuda_backend
-from sparse_kernels.calls import ControlCall
+from sparse_kernels import BackendUnavailable, ControlState, control
+from sparse_kernels._arguments import ControlCall, Settings
+from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends import cuda as cuda_backend
 from sparse_kernels.control_law import advance, initial_state, summarise
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES
 
-needs_cpp = pytest.mark.skipif(cpp_backend.unavailable() is not None, reason=str(cpp_backend.unavailable()))
+MISSING = cpp_backend.unavailable_reason()
+needs_cpp = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 STATES = 2000
 
 
@@ -164,7 +167,7 @@ def test_backends_steer_a_run_alike(temperature: float) -> None:
 
 
 def backends() -> list[str]:
-    return ["torch"] if cpp_backend.unavailable() else ["torch", "cpp"]
+    return ["torch"] if cpp_backend.unavailable_reason() else ["torch", "cpp"]
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -288,15 +291,15 @@ def test_compiles_into_one_graph(backend: str | None) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"significance": torch.zeros(8, dtype=torch.int64)}, "significance is torch.int64"),
-        ({"state": ControlState(torch.zeros(3), torch.zeros(4, dtype=torch.int64))}, "state's values"),
-        ({"state": ControlState(torch.zeros(11), torch.zeros(4))}, "state's counters"),
-        ({"setpoint": torch.tensor([0.1, 0.2])}, "setpoint is"),
-        ({"labels": torch.zeros(7, dtype=torch.int64)}, "labels are"),
-        ({"labels": torch.zeros(8)}, "labels are"),
-        ({"mass": torch.zeros(7)}, "mass is"),
-        ({"overflow": torch.zeros(2, dtype=torch.int32)}, "overflow is"),
-        ({"significance": torch.zeros(8, device="meta")}, "a tensor is on cpu, significance on meta"),
+        ({"significance": torch.zeros(8, dtype=torch.int64)}, "`significance` must be floating .*, got torch.int64"),
+        ({"state": ControlState(torch.zeros(3), torch.zeros(4, dtype=torch.int64))}, "the state's values must be"),
+        ({"state": ControlState(torch.zeros(11), torch.zeros(4))}, "the state's counters must be"),
+        ({"setpoint": torch.tensor([0.1, 0.2])}, "`setpoint` must be"),
+        ({"labels": torch.zeros(7, dtype=torch.int64)}, "`labels` must be"),
+        ({"labels": torch.zeros(8)}, "`labels` must be"),
+        ({"mass": torch.zeros(7)}, "`mass` must be"),
+        ({"overflow": torch.zeros(2, dtype=torch.int32)}, "`overflow` must be"),
+        ({"significance": torch.zeros(8, device="meta")}, "must be on meta as the significance, got cpu"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
@@ -319,23 +322,23 @@ def test_cpp_by_name_says_why_not() -> None:
 
 @pytest.mark.parametrize("backend", [cpp_backend, cuda_backend], ids=["cpp", "cuda"])
 def test_compiled_kernels_refuse_what_they_cannot_read_or_move(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
-    """Whatever the device: here every tensor is one of theirs."""
-    monkeypatch.setattr(backend, "_refuse_tensor", lambda tensor: None)
+    """On every device: here each tensor passes for one of theirs."""
+    monkeypatch.setattr(backend, "_tensor_unsupported_reason", lambda tensor: None)
     state = initial_state(torch.ones(3))
 
     def refused(state: ControlState, dtype: torch.dtype = torch.float32) -> str | None:
-        call = ControlCall(state, torch.zeros(3, 8, dtype=dtype), torch.full((3,), 0.1), None, 0, None, None, 0.0, 0.0)
-        found: str | None = backend.refuse_control(call)
-        return found
+        call = ControlCall(state, torch.zeros(3, 8, dtype=dtype), torch.full((3,), 0.1), None, None, None, Settings())
+        reason: str | None = backend.control_unsupported_reason(call)
+        return reason
 
     assert refused(state) is None
     assert refused(state, torch.float64) == "significance is torch.float64; it serves float32"
     for name, tensor in zip(state._fields, state, strict=True):
         strided = torch.stack((tensor, tensor), 1)[:, 0]
-        assert refused(state._replace(**{name: strided})) == "a state that is not contiguous cannot be moved in place"
+        assert refused(state._replace(**{name: strided})) == "a state that is not contiguous cannot be updated in place"
     for shape in ((3, 8), state.values.shape):  # the significance, the state
         monkeypatch.setattr(
-            backend, "_refuse_tensor", lambda tensor, shape=shape: "why" * (tensor.shape == shape) or None
+            backend, "_tensor_unsupported_reason", lambda tensor, shape=shape: "why" * (tensor.shape == shape) or None
         )
         assert refused(state, torch.float64) == "why"
 

@@ -1,15 +1,13 @@
 """The CUDA kernels: run on a CPU by tests/cuda_on_cpu in every run, and on a GPU where there is one.
 
-Both run the same host and device code of csrc/cuda and the same sparse_kernels/cuda_backend.py, against the reference.
+Both run the same host and device code of csrc/cuda and the same sparse_kernels/backends/cuda.py, against the reference.
 """
 
 import importlib.machinery
 import importlib.util
-import itertools
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -19,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from test_control import assert_same_step, copy_of, random_states
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as sk
-from sparse_kernels import ControlState, control_law, cuda_backend, reference, triton_backend
-from sparse_kernels.calls import CompactCall, ControlCall, GateStepCall, SelectCall, TreeCall
+from sparse_kernels import ControlState, control_law, reference
+from sparse_kernels._arguments import CompactCall, ControlCall, GateStepCall, SelectCall, Settings, TreeCall
+from sparse_kernels.backends import cuda as cuda_backend
+from sparse_kernels.backends.triton import backend as triton_backend
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cuda"
@@ -44,9 +43,14 @@ def cuda_on_cpu(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     options = f"-std=c++17 {FLAGS} -g -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()
     options += ["-Wno-unknown-pragmas", "-Wno-clobbered"]  # unroll; getcontext returns once here
-    includes = [ROOT / "tests" / "cuda_on_cpu", sysconfig.get_path("include"), pybind11.get_include()]
+    includes = [
+        ROOT / "csrc" / "include",
+        ROOT / "tests" / "cuda_on_cpu",
+        sysconfig.get_path("include"),
+        pybind11.get_include(),
+    ]
     options += [f"-I{path}" for path in includes]
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*.cu")]
+    sources = [CSRC.parent / "bindings" / "cuda_module.cpp", *CSRC.glob("*.cu")]
     objects = [str(folder / f"{source.name}.o") for source in sources]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not the compiler
     running = [
@@ -70,7 +74,7 @@ def device(request, monkeypatch):
         monkeypatch.setattr(cuda_backend, "_enqueue", lambda function, device, *arguments: function(*arguments, 0, 0))
         cuda_backend._storage_bytes.cache_clear()
     else:
-        reason = cuda_backend.unavailable()
+        reason = cuda_backend.unavailable_reason()
         assert reason is None, reason
     return request.param
 
@@ -311,8 +315,9 @@ def test_compaction_with_a_controller(device, rows, labels_dtype, with_mass, tem
     capacity = int(mask.sum()) // 2 + 3
     storage = cuda_backend._storage(rows, True, mask.device)
     storage[:1] = 0
-    given = cuda_backend._control(significance, labels, 7, mass, state, setpoint, invalid, *law.values())
-    found = cuda_backend._compact(mask, None, capacity, given, storage)
+    settings = Settings(ignore_index=7, **law)
+    operands = cuda_backend._control(significance, settings, labels, mass, state, setpoint, invalid)
+    found = cuda_backend._compact(mask, None, capacity, operands, storage)
     assert_same(found, reference.compact(CompactCall(mask, None, capacity)))
     assert invalid == (significance.isnan() & (labels != 7 if labels is not None else True)).sum()
     assert_step(
@@ -320,8 +325,8 @@ def test_compaction_with_a_controller(device, rows, labels_dtype, with_mass, tem
     )
     for _ in range(1 if rows > 65_536 else 2):  # whichever block comes last
         again, storage[:1] = copy_of(before), 0
-        given = cuda_backend._control(significance, labels, 7, mass, again, setpoint, invalid, *law.values())
-        assert_same(cuda_backend._compact(mask, None, capacity, given, storage), found)
+        operands = cuda_backend._control(significance, settings, labels, mass, again, setpoint, invalid)
+        assert_same(cuda_backend._compact(mask, None, capacity, operands, storage), found)
         assert torch.equal(again.counters, state.counters)
         assert torch.equal(again.values.view(torch.int32), state.values.view(torch.int32))
 
@@ -339,10 +344,12 @@ def test_states_side_by_side(device, labels_dtype):
         "labels": labels, "ignore_index": 0 if labels_dtype is torch.bool else 7, "mass": mass, "overflow": overflow,
         "gate_temperature": 0.5, "p_min": 0.02,
     }  # fmt: skip
-    cuda_backend.control(ControlCall(state, significance, setpoint, **options))
+    numbers = {name: options[name] for name in ("ignore_index", "gate_temperature", "p_min")}
+    tensors = {name: options[name] for name in ("labels", "mass", "overflow")}
+    cuda_backend.control(ControlCall(state, significance, setpoint, **tensors, settings=Settings(**numbers)))
     assert_step(before, state, significance, setpoint, **options)
     state = copy_of(before)
-    cuda_backend.control(ControlCall(state, significance[:, :0], setpoint, None, 0, None, None, 0.0, 0.0))
+    cuda_backend.control(ControlCall(state, significance[:, :0], setpoint, None, None, None, Settings()))
     assert_step(before, state, significance[:, :0], setpoint)
 
 
@@ -352,17 +359,17 @@ def gate_step_call(rows, device, capacity, state, temperature=0.0, by_mass=False
     logits[5::100] = np.nan
     targets[::9] = -100
     return GateStepCall(
-        logits.to(device), targets.to(device), ("grad_norm",) if by_mass else (), -1, 1.0, 0.0, 0.0, -100,
-        state.values, {"loss": 1.0}, None, temperature, 0.05 if temperature else 0.0, 3, state.counters[0],
-        capacity, state, torch.tensor(0.3, device=device), by_mass,
+        logits.to(device), targets.to(device), ("grad_norm",) if by_mass else (), -1,
+        Settings(gate_temperature=temperature, p_min=0.05 if temperature else 0.0, seed=3, step=state.counters[0]),
+        state.values, {"loss": 1.0}, None, capacity, state, torch.tensor(0.3, device=device), by_mass,
     )  # fmt: skip
 
 
 # Five tiles: each step's count of blocks begins at 0, which only its scores' launch can have seen to.
 @pytest.mark.parametrize(("rows", "temperature", "by_mass"), [(200, 0.0, False), (200, 0.5, False), (4100, 0.0, True)])
 def test_gate_step_is_the_three_one_after_the_other(device, rows, temperature, by_mass):
-    if triton_backend.unavailable():
-        pytest.skip(triton_backend.unavailable())
+    if triton_backend.unavailable_reason():
+        pytest.skip(triton_backend.unavailable_reason())
     state = control_law.initial_state(torch.tensor(1.5, device=device))
     for _ in range(3):
         call, before = gate_step_call(rows, device, rows // 3, state, temperature, by_mass), copy_of(state)
@@ -377,22 +384,21 @@ def test_gate_step_is_the_three_one_after_the_other(device, rows, temperature, b
         assert_step(
             before, state, gated.significance, call.setpoint, labels=call.targets, ignore_index=-100,
             mass=gated.stats.grad_norm, overflow=found.selection.overflow, gate_temperature=temperature,
-            p_min=call.p_min,
+            p_min=call.settings.p_min,
         )  # fmt: skip
     assert state.counter("steps") == 3
 
 
 @pytest.mark.parametrize("capacity", [None, 40])
 def test_select_scores_packs_and_gathers(device, capacity):
-    if triton_backend.unavailable():
-        pytest.skip(triton_backend.unavailable())
+    if triton_backend.unavailable_reason():
+        pytest.skip(triton_backend.unavailable_reason())
     torch.manual_seed(0)
     logits, targets = torch.randn(10, 4, 20, device=device), torch.arange(200, device=device).view(10, 20) % 4
     logits[3, 0, 7] = np.nan
     tree = {"x": torch.randn(200, 5, device=device), "y": targets.flatten()}
     call = SelectCall(
-        logits, targets, (), 1, 1.0, 0.0, 0.0, -100, torch.tensor(1.7, device=device), {"loss": 1.0}, None,
-        0.0, 0.0, 0, 0, tree, capacity,
+        logits, targets, (), 1, Settings(), torch.tensor(1.7, device=device), {"loss": 1.0}, None, tree, capacity,
     )  # fmt: skip
     gated, selection, packed = cuda_backend.select(call)
     wanted = triton_backend.gate_rows(call)
@@ -401,250 +407,3 @@ def test_select_scores_packs_and_gathers(device, capacity):
     assert_same(selection, reference.compact(CompactCall(wanted.mask.flatten(), None, capacity)))
     assert torch.equal(packed["x"], tree["x"][selection.index])
     assert torch.equal(packed["y"], tree["y"][selection.index])
-
-
-class Dispatched(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("rows", [512, 4096, 70_000])
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_the_whole_gate_is_three_launches(monkeypatch, rows, temperature):
-    """What a step hands to the device, looked at without one: PyTorch makes memory and views, nothing more."""
-    torch.use_deterministic_algorithms(False)  # or PyTorch fills what it makes
-    launched = []
-
-    class Recorder:
-        def __getattr__(self, name):
-            return name
-
-        @staticmethod
-        def compact_storage_bytes(*_):
-            return 4096
-
-    def enqueue(function, device, *arguments):
-        return function(*arguments) if callable(function) else launched.append(function)
-
-    monkeypatch.setattr(triton_backend._Plan, "launch", lambda *_: launched.append("scores"))
-    monkeypatch.setattr(triton_backend, "_kernels", lambda: Recorder())
-    monkeypatch.setattr(triton_backend.reference, "check_targets", lambda call: None)  # on a CPU alone
-    monkeypatch.setattr(triton_backend, "merged", lambda *_: None)  # few classes
-    monkeypatch.setattr(cuda_backend, "_cuda", Recorder(), raising=False)
-    monkeypatch.setattr(cuda_backend, "_enqueue", enqueue)
-    cuda_backend._storage_bytes.cache_clear()
-    state = control_law.initial_state(torch.tensor(1.5))
-    call, tree = gate_step_call(rows, "cpu", 50, state, temperature), (torch.ones(rows, 3), torch.ones(rows))
-    with Dispatched() as seen:
-        selection = cuda_backend.gate_step(call).selection
-        cuda_backend.gather_rows(TreeCall(tree, selection, rows))
-    assert launched == ["scores", "compact", "gather_rows"]
-    memory = {"aten.empty.memory_format", "aten.empty_like.default", "aten.detach.default", "aten.view.dtype"}
-    assert set(seen.names) <= memory | {"aten.empty_strided.default"}, set(seen.names) - memory
-    cuda_backend._storage_bytes.cache_clear()
-
-
-# What is compiled.
-
-
-def built():
-    if not hasattr(cuda_backend, "_cuda"):
-        pytest.skip(str(cuda_backend._missing))
-    return cuda_backend._cuda.__file__
-
-
-def test_nvcc_at_hand_means_that_the_extension_is_there():
-    nvcc = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin") if "CUDA_HOME" in os.environ else None)
-    if nvcc is None or "SPARSE_KERNELS_BUILD" in str(cuda_backend._missing):
-        pytest.skip("no nvcc, or a build without CUDA was asked for")
-    assert cuda_backend._missing is None
-
-
-def test_extension_imports_alone_without_a_driver():
-    script = (
-        "import importlib.util, sys; "
-        f"spec = importlib.util.spec_from_file_location('sparse_kernels._cuda', {built()!r}); "
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
-        "assert 'torch' not in sys.modules; print(module.architectures)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == cuda_backend._cuda.architectures
-
-
-@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_the_runtime_within_is_not_exported():
-    """Exported, it would be bound to PyTorch's own, of another version; and nothing links to a driver."""
-    symbols = subprocess.run(["nm", "-D", built()], capture_output=True, text=True, check=True).stdout
-    assert "PyInit__cuda" in symbols
-    assert not [line for line in symbols.splitlines() if line.split()[-1].lstrip("_").startswith(("cuda", "cu"))]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_without_a_gpu_every_call_by_name_says_why():
-    mask, reason = masks(9, 0.5), cuda_backend.unavailable()
-    assert reason is not None
-    with pytest.raises(sk.BackendUnavailable, match="cannot serve this compact"):
-        sk.compact(mask, backend="cuda")
-    for op in (sk.gather_rows, sk.scatter_rows):
-        with pytest.raises(sk.BackendUnavailable, match="'cuda' cannot serve"):
-            op(torch.ones(9), sk.compact(torch.ones(9, dtype=torch.bool)), backend="cuda")
-    assert sk.backend_info()["compact"]["others"]["cuda"] == reason
-    if cuda_backend._missing is None:
-        with pytest.raises(RuntimeError, match="CUDA: cudaDeviceGetAttribute"):
-            cuda_backend._cuda.compact_storage_bytes(100_000, False, 0, 0)
-
-
-def cuobjdump(*arguments):
-    tool = shutil.which("cuobjdump")
-    found = importlib.util.find_spec("triton")
-    if tool is None and found is not None:
-        tool = str(Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    if tool is None or not Path(tool).exists():
-        pytest.skip("no cuobjdump")
-    return subprocess.run([tool, *arguments, built()], capture_output=True, text=True, check=True).stdout
-
-
-OWN_KERNELS = ("move_rows", "compact_tiles", "compact_shares", "control_states")
-
-
-def test_own_kernels_spill_nothing():
-    lines = cuobjdump("-res-usage").splitlines()
-    found = 0
-    for name, usage in itertools.pairwise(lines):
-        if "Function" in name and any(own in name for own in OWN_KERNELS):
-            assert " STACK:0 " in usage, (name, usage)
-            assert " LOCAL:0 " in usage, (name, usage)
-            found += 1
-    assert found >= len(OWN_KERNELS)
-
-
-def test_rows_move_16_bytes_at_a_time():
-    """Eight loads under way before the first store, in the gather and in the scatter."""
-    architecture = cuda_backend._cuda.architectures.split()[0].removesuffix("+PTX").replace(".", "")
-    code = cuobjdump("-sass", "-arch", f"sm_{architecture}")
-    kernels = [part for part in code.split("Function : ") if part.split("\n", 1)[0].find("move_rows") >= 0]
-    assert len(kernels) == 2
-    for kernel in kernels:
-        accesses = [word for word in kernel.split() if word.startswith(("LDG", "STG"))]
-        wide = [word[:3] for word in accesses if ".128" in word]
-        assert "LDG " * 8 in " ".join(wide) + " "
-        assert wide.count("STG") >= 8
-
-
-@pytest.mark.skipif("sanitize" in FLAGS, reason="running under them")
-@pytest.mark.timeout(900)
-def test_under_sanitizers():
-    """The tests above on a CPU, with every access to memory checked."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    if not all(Path(library).is_absolute() for library in libraries):
-        pytest.skip("no sanitizers")
-    environment = {
-        **os.environ,
-        "CUDA_ON_CPU_FLAGS": SANITIZE,
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "PYTHONMALLOC": "malloc",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-qxs",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "cpu",
-        __file__,
-    ]  # -s: their report
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    assert " passed" in done.stdout
-
-
-# What only a GPU can tell.
-
-
-class TestOnGpu:
-    pytestmark = on_gpu
-
-    def test_public_calls_by_name(self):
-        mask, tree = masks(5000, 0.2).cuda(), (torch.randn(5000, 7).cuda(), torch.arange(5000).cuda())
-        selection = sk.compact(mask, capacity=1500, backend="cuda")
-        assert_same(selection, sk.compact(mask, capacity=1500, backend="torch"))
-        taken = sk.gather_rows(tree, selection, backend="cuda")
-        assert_same(taken, sk.gather_rows(tree, selection, backend="torch"))
-        assert_same(
-            sk.scatter_rows(taken, selection, backend="cuda"), sk.scatter_rows(taken, selection, backend="torch")
-        )
-
-    @pytest.mark.parametrize("rows", [10_000, 16_000_000])
-    def test_captured_in_a_graph(self, rows):
-        mask, tensor = masks(rows, 0.1).cuda(), torch.randn(rows, 3).cuda()
-
-        def step():
-            selection = cuda_backend.compact(CompactCall(mask, None, rows // 5))
-            taken = gather(tensor, selection)
-            return selection, taken, scatter(taken, selection)
-
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            step()
-        side.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            selection, taken, placed = step()
-        for seed in (1, 2):
-            mask.copy_(masks(rows, 0.15, seed))
-            tensor.normal_()
-            graph.replay()
-            torch.cuda.synchronize()
-            wanted = reference.compact(CompactCall(mask, None, rows // 5))
-            assert_same(selection, wanted)
-            assert torch.equal(taken, tensor[wanted.index])
-            assert torch.equal(placed, torch.where(mask[:, None], tensor, 0.0))
-
-    def test_runs_on_the_current_stream_without_waiting(self):
-        mask, tensor = masks(100_000, 0.1).cuda(), torch.randn(100_000, 64).cuda()
-        gather(tensor, cuda_backend.compact(CompactCall(mask, None, 20_000)))
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()) as stream:
-                stream = torch.cuda.current_stream()
-                torch.cuda._sleep(200_000_000)  # what does not wait for this stream reads the old values
-                tensor.fill_(3.0)
-                taken = gather(tensor, cuda_backend.compact(CompactCall(mask, None, 20_000)))
-                assert not stream.query()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-        assert (taken == 3.0).all()
-
-    def test_on_another_device(self):
-        if torch.cuda.device_count() < 2:
-            pytest.skip("one GPU")
-        mask, tensor = masks(100_000, 0.1).to("cuda:1"), torch.randn(100_000, 3, device="cuda:1")
-        assert torch.cuda.current_device() == 0
-        selection = cuda_backend.compact(CompactCall(mask, None, 20_000))
-        taken = gather(tensor, selection)
-        assert torch.cuda.current_device() == 0
-        assert torch.ones(3, device="cuda").sum() == 3
-        assert selection.index.device == taken.device == mask.device
-        assert torch.equal(taken, tensor[selection.index])
-
-    def test_the_same_run_after_run(self):
-        mask = masks(3_000_000, 0.3).cuda()
-        first = cuda_backend.compact(CompactCall(mask, None, 1_000_000))
-        for _ in range(10):
-            assert_same(cuda_backend.compact(CompactCall(mask, None, 1_000_000)), first)

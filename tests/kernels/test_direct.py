@@ -5,12 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as sk
-from sparse_kernels import backends, direct, ops
+from sparse_kernels import _dispatch, _routing
+from sparse_kernels._arguments import Settings
+from sparse_kernels.backends import cpp_direct
 from sparse_kernels.control_law import initial_state
 
-pytestmark = pytest.mark.skipif(not direct.AVAILABLE, reason="no extension, or a PyTorch without an exchange interface")
+pytestmark = pytest.mark.skipif(not cpp_direct.AVAILABLE, reason="_cpp is not built, or this PyTorch is too old")
 WEIGHTS = {"loss": 0.7, "entropy": 0.3}
-CPP = direct._cpp
+CPP = cpp_direct._cpp
 FUNCTIONS = ("compact_plain", "gather_plain", "gate_rows_plain", "select_plain", "gate_step_plain")
 
 
@@ -21,11 +23,11 @@ def flat(result):
 def check_same(call):
     """Served by one step, and equal in everything to what the general route gives."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct, "AVAILABLE", False)
+        patch.setattr(cpp_direct, "AVAILABLE", False)
         general = call()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "choose", None)  # the general route: calling it is an error
-        patch.setattr(ops, "fused", None)
+        patch.setattr(_routing, "choose", None)  # the general route: calling it is an error
+        patch.setattr(_routing, "serve_fused", None)
         result = call()
     assert type(result) is type(general)
     assert torch.utils._pytree.tree_structure(result) == torch.utils._pytree.tree_structure(general)
@@ -136,10 +138,10 @@ class Subclass(torch.Tensor):
 
 
 def untouched(monkeypatch):
-    """Whether C++ was asked at all."""
+    """The functions of C++ that were asked, in a list that grows."""
     asked = []
     spy = type("Spy", (), {name: staticmethod(lambda *a, name=name: asked.append(name)) for name in FUNCTIONS})
-    monkeypatch.setattr(direct, "_cpp", spy)
+    monkeypatch.setattr(cpp_direct, "_cpp", spy)
     return asked
 
 
@@ -153,9 +155,9 @@ def test_a_watcher_sees_operators(monkeypatch):
     with torch.autograd.forward_ad.dual_level():
         sk.compact(mask).take(rows)
     torch.func.vmap(lambda row: (sk.compact(mask), row)[1])(rows)
-    monkeypatch.setattr(backends, "_forced", "torch")
+    monkeypatch.setattr(_dispatch, "_forced", "torch")
     sk.compact(mask).take(rows)
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(_dispatch, "_forced", None)
     sk.compact(mask, backend="torch").take(rows)
     assert asked == ["gather_plain"]  # of the last take alone, which names no backend
 
@@ -186,15 +188,15 @@ def test_what_is_left_to_the_general_route():
         (mask, None, -1), (mask, None, 2**31), (mask, None, True), (mask, None, 2.0), (mask[::2], None, None),
     ):  # fmt: skip
         assert CPP.compact_plain(*arguments) is None, arguments
-    with pytest.raises(TypeError, match="arguments"):
+    with pytest.raises(TypeError, match="argument"):
         CPP.compact_plain(mask)
 
 
 def test_errors_are_the_general_routes_and_the_state_stays():
     logits, labels = batch(20)
-    with pytest.raises(ValueError, match="wants 12 rows"):
+    with pytest.raises(ValueError, match="must have 12 rows"):
         sk.gather_rows(torch.randn(5, 2), sk.compact(torch.ones(12, dtype=torch.bool)))
-    with pytest.raises(ValueError, match="mask is "):
+    with pytest.raises(ValueError, match="`mask` must be "):
         sk.compact(torch.ones(3, dtype=torch.int64))
     wrong = labels.clone()
     wrong[3] = 99
@@ -205,12 +207,12 @@ def test_errors_are_the_general_routes_and_the_state_stays():
     )
     for message, run in (
         ("target 99 in row 3", lambda: call(wrong)),
-        ("targets have shape", lambda: call(labels[:5])),
-        ("weights are for", lambda: call(labels, weights={"lost": 1.0})),
-        ("weights are for", lambda: call(labels, weights={})),
-        ("label_smoothing", lambda: call(labels, label_smoothing=2.0)),
-        ("p_min", lambda: call(labels, p_min=-1.0)),
-        ("capacity", lambda: call(labels, capacity=-1)),
+        ("`targets` must have shape", lambda: call(labels[:5])),
+        ("`weights` must name", lambda: call(labels, weights={"lost": 1.0})),
+        ("`weights` must name", lambda: call(labels, weights={})),
+        ("`label_smoothing` must be", lambda: call(labels, label_smoothing=2.0)),
+        ("`p_min` must be", lambda: call(labels, p_min=-1.0)),
+        ("`capacity` must be", lambda: call(labels, capacity=-1)),
     ):
         with pytest.raises(ValueError, match=message):
             run()
@@ -272,11 +274,11 @@ def test_select_packs_what_it_can_in_the_same_step_and_leaves_the_rest_to_the_ge
     logits, labels = batch(40)
     leaf = torch.randn(40, 3, requires_grad=True)
     settings = {"weights": WEIGHTS, "capacity": 12}
-    settled = [1.0, 0.0, 0.0, -100, 0.0, 0.0, 0, 0, 12]
-    plain = CPP.select_plain(logits, labels, torch.tensor(1.5), WEIGHTS, *settled, (logits, labels), True)
+    arguments = (logits, labels, WEIGHTS, Settings(), torch.tensor(1.5), 12)
+    plain = CPP.select_plain(*arguments, (logits, labels), True)
     assert [tensor.shape for tensor in plain[-1]] == [(12, 11), (12,)]
     for tree in (leaf, {"deep": [logits]}, logits[:7]):
-        assert CPP.select_plain(logits, labels, torch.tensor(1.5), WEIGHTS, *settled, tree, True)[-1] is None
+        assert CPP.select_plain(*arguments, tree, True)[-1] is None
     packed = sk.select(logits, labels, torch.tensor(1.5), tree={"deep": [leaf]}, **settings).packed["deep"][0]
     assert packed.grad_fn is not None
     assert torch.equal(packed, leaf[plain[4]])

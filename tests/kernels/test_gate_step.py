@@ -7,7 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_kernels as sk
-from sparse_kernels import ControlState, backends, cpp_backend, direct, ops
+from sparse_kernels import ControlState, _dispatch, _routing
+from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends import cpp_direct
 from sparse_kernels.control_law import initial_state
 from sparse_kernels.ops import gate_step
 
@@ -62,20 +64,20 @@ def test_gate_step_is_select_then_control(capacity, targets_dtype, options):
     assert (int(state.counter("overflow")) > 0) == (capacity == 10)
 
 
-@pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="the C++ backend is not built")
+@pytest.mark.skipif(cpp_backend.unavailable_reason() is not None, reason="the C++ backend is not built")
 def test_gate_step_composes_where_it_is_seen_and_where_no_backend_has_it_as_one(monkeypatch):
     states = [fresh_state(1.5) for _ in range(3)]
     served = []
-    through = backends.fused
-    monkeypatch.setattr(direct, "AVAILABLE", False)
-    monkeypatch.setattr(ops, "fused", lambda op, *rest: served.append(op) or through(op, *rest))
+    through = _dispatch.serve_fused
+    monkeypatch.setattr(cpp_direct, "AVAILABLE", False)
+    monkeypatch.setattr(_routing, "serve_fused", lambda op, *rest: served.append(op) or through(op, *rest))
     alone = gate_step(state=states[0], **step_arguments())
     with FlopCounterMode(display=False):
         seen = gate_step(state=states[1], **step_arguments())
     assert served == ["gate_step"]
-    monkeypatch.setattr(backends, "_forced", "torch")
+    monkeypatch.setattr(_dispatch, "_forced", "torch")
     reference = gate_step(state=states[2], **step_arguments())
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(_dispatch, "_forced", None)
     for other, state in ((seen, states[1]), (reference, states[2])):
         assert torch.equal(alone.selection.index, other.selection.index)
         assert torch.equal(states[0].counters, state.counters)
@@ -108,5 +110,5 @@ def test_gate_step_that_is_refused_leaves_the_state(changes):
 @pytest.mark.parametrize("change", ["values", "counters"])
 def test_gate_step_refuses_the_state_of_another_shape(change):
     state = fresh_state(1.5)._replace(**{change: getattr(fresh_state(1.5), change)[:3]})
-    with pytest.raises(ValueError, match=f"state's {change}"):
+    with pytest.raises(ValueError, match=f"the state's {change} must be"):
         gate_step(state=state, **step_arguments())

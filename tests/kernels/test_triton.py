@@ -4,11 +4,7 @@ compiled for GPUs that are not here.
 A process that interprets cannot compile, so what compiles ahead of time runs in a process of its own.
 """
 
-import json
-import mmap
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,9 +15,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import sparse_kernels as sk
-from sparse_kernels import philox, reference, triton_backend
-from sparse_kernels.calls import GateCall, StatsCall
-from sparse_kernels.triton_kernels import launch
+from sparse_kernels import philox, reference
+from sparse_kernels._arguments import GateCall, Settings, StatsCall
+from sparse_kernels.backends.triton import backend as triton_backend
+from sparse_kernels.backends.triton import launch
 from sparse_kernels.types import STATISTICS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,19 +38,13 @@ def tensors_where_kernels_run():
     torch.set_default_device(None)
 
 
-@pytest.fixture
-def many_processors(monkeypatch):
-    """A device so large that every row of more than one block is cut into slices."""
-    monkeypatch.setattr(triton_backend, "processors", lambda device: 10_000)
-
-
 def stats_call(logits, targets, outputs=STATISTICS, **settings):
-    defaults = {"dim": -1, "temperature": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "ignore_index": -100}
-    return StatsCall(logits, targets, outputs, **(defaults | settings))
+    dim = settings.pop("dim", -1)
+    return StatsCall(logits, targets, outputs, dim, Settings(**settings))
 
 
 def serve(call):
-    assert triton_backend.refuse_row_stats(call) is None
+    assert triton_backend.row_stats_unsupported_reason(call) is None
     return triton_backend.row_stats(call)
 
 
@@ -233,12 +224,10 @@ def test_one_bad_logit_anywhere_is_never_lost(classes, bad):
 
 
 def serve_gate(logits, targets, threshold, **settings):
-    call = GateCall(
-        logits, targets, STATISTICS, -1, 1.0, 0.0, 0.0, -100, threshold,
-        **({"weights": {"loss": 0.7, "entropy": 0.3}, "offset": None, "gate_temperature": 0.0, "p_min": 0.0,
-            "seed": 0, "step": 0} | settings),
-    )  # fmt: skip
-    assert triton_backend.refuse_gate_rows(call) is None
+    weights = settings.pop("weights", {"loss": 0.7, "entropy": 0.3})
+    offset = settings.pop("offset", None)
+    call = GateCall(logits, targets, STATISTICS, -1, Settings(**settings), threshold, weights, offset)
+    assert triton_backend.gate_rows_unsupported_reason(call) is None
     return triton_backend.gate_rows(call), call
 
 
@@ -359,213 +348,16 @@ def test_classes_in_dim_1(classes):
 
 def test_what_is_not_served_says_why():
     call = stats_call(torch.randn(2, 6, 9, 5)[:, :3, :4], torch.zeros(2, 3, 4, dtype=torch.int64))
-    assert "two nested loops" in triton_backend.refuse_row_stats(call)
+    assert "two nested loops" in triton_backend.row_stats_unsupported_reason(call)
     call = stats_call(torch.randn(2, 5, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
-    assert "tensors are on meta" in triton_backend.refuse_row_stats(call)
+    assert "tensors are on meta" in triton_backend.row_stats_unsupported_reason(call)
 
 
 def test_a_call_that_names_no_backend_never_comes_here(monkeypatch):
     """On a CPU the interpreter is for tests; on a GPU the kernels are used by name."""
     monkeypatch.setattr(triton_backend, "row_stats", lambda call: pytest.fail("served by default"))
     sk.row_stats(torch.randn(2, 5), torch.tensor([0, 1]))
-    assert all("triton" not in order for order in sk.backends.ORDER.values())
-
-
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
-@pytest.mark.parametrize("class_stride", [1, 100])
-def test_launches_fit_triton_and_slices_cover_a_row(itemsize, class_stride):
-    for classes in (1, 2, 10, 17, 33, 1000, 2049, 50_257, 200_000):
-        for tensors in (1, 2):
-            tile = launch.choose(classes, class_stride, itemsize, tensors)
-            for size in (tile.rows, tile.chunks, tile.lanes, tile.width, tile.warps):
-                assert size & (size - 1) == 0
-                assert size > 0
-            assert tile.rows * tile.columns <= 4096
-            for programs in (1, 20, 10_000):
-                count, columns = launch.slices(tile, programs, classes, 132)
-                assert (count - 1) * columns < classes <= count * columns
-                assert count == 1 or (columns % tile.columns == 0 and count <= launch.MOST_SLICES)
-                assert count == 1 or programs < 10_000
-    assert launch.slices(launch.choose(151_936, 1, 2), 8, 151_936, 132)[0] > 30
-    assert launch.merged(launch.choose(1000, 1, 2), 1, 4096) is None  # a gate of three launches
-
-
-# Runs without the interpreter, through the same host code as a call on a GPU, up to where it would launch.
-AHEAD_OF_TIME = """
-import json, multiprocessing, os, re, subprocess, tempfile
-import torch, triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
-from sparse_kernels import triton_backend
-from sparse_kernels.calls import GateCall, StatsCall
-from sparse_kernels.types import STATISTICS
-
-class Caught:
-    # In a kernel's place: hands what it would be launched with to `take`.
-    def __init__(self, kernel, take):
-        self.kernel, self.take = kernel, take
-    def __getitem__(self, grid):
-        return lambda **arguments: self.take(self.kernel, grid, arguments)
-
-class Kernels:
-    def __init__(self, module, take):
-        self.module, self.take = module, take
-    def __getattr__(self, name):
-        found = getattr(self.module, name)
-        return Caught(found, self.take) if name.endswith("_kernel") else found
-
-def catch(take):
-    forward, backward = triton_backend._kernels(), triton_backend._backward_kernels()
-    triton_backend._kernels = lambda: Kernels(forward, take)
-    triton_backend._backward_kernels = lambda: Kernels(backward, take)
-
-def gate(rows, classes, dtype, outputs=(), serve=triton_backend.gate_rows, **changed):
-    options = dict(temperature=1.0, softcap=0.0, smoothing=0.0, ignore=-100, weight=0.7, gate=0.0, p_min=0.0, seed=0,
-                   step=0) | changed
-    serve(GateCall(
-        torch.empty((rows, classes), dtype=dtype), torch.zeros(rows, dtype=torch.int64), outputs, -1,
-        options["temperature"], options["softcap"], options["smoothing"], options["ignore"], torch.zeros(()),
-        {"loss": options["weight"], "entropy": 0.3}, None, options["gate"], options["p_min"], options["seed"],
-        options["step"]))
-
-def uncounted(call):
-    return triton_backend.gate_rows_uncounted(call, torch.empty(64, dtype=torch.int32))
-
-def stats(shape, dtype, dim=-1):
-    targets = torch.zeros(shape[:1] + shape[2:] if dim == 1 else shape[:-1], dtype=torch.int64)
-    triton_backend.row_stats(StatsCall(torch.empty(shape, dtype=dtype), targets, ("loss", "entropy"), dim, 1.0, 0.0,
-                                       0.0, -100))
-
-def backward(rows, classes, dtype):
-    targets = torch.zeros(rows, dtype=torch.int64)
-    saved = torch.zeros(rows, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-    logits = torch.empty((rows, classes), dtype=dtype)
-    call = StatsCall(logits, targets, ("loss", "entropy"), -1, 1.0, 0.0, 0.0, -100)
-    triton_backend.row_stats_backward(call, saved, saved, saved, {"loss": saved, "entropy": saved},
-                                      torch.empty_like(logits))
-
-CASES = {
-    "long": lambda: gate(4096, 151_936, torch.bfloat16),
-    "gate's step": lambda: gate(4096, 1000, torch.float32, serve=uncounted),
-    "gate 10": lambda: gate(512, 10, torch.float16, gate=0.5),
-    "backward": lambda: backward(4096, 151_936, torch.bfloat16),
-    "apart": lambda: gate(65536, 1000, torch.bfloat16),
-    "all eight": lambda: gate(4096, 151_936, torch.bfloat16, STATISTICS),
-    "unaligned": lambda: gate(4096, 50_257, torch.bfloat16),
-    "slices": lambda: gate(8, 151_936, torch.bfloat16),
-    "float64": lambda: gate(4096, 3000, torch.float64, STATISTICS),
-    "float64 backward": lambda: backward(4096, 3000, torch.float64),
-    "nchw": lambda: stats((4, 21, 512, 512), torch.float32, 1),
-}
-
-SOME = ("long", "gate 10", "backward")  # the rest on one GPU alone: it differs little from one to the next
-
-def wide(access, built):
-    return len(re.findall(access + r".global[.\\w]*.v(?:4.b32|2.b64)", built.asm["ptx"]))
-
-def compile_all(arch, names):
-    target, found = GPUTarget("cuda", arch, 32), []
-    triton_backend.processors = lambda device: 132
-    def take(kernel, grid, arguments):
-        backend = make_backend(target)
-        bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-            **arguments)
-        options, signature, constants, attributes = kernel._pack_args(
-            backend, arguments, bound, specialization, options)
-        source = ASTSource(kernel, signature, constants, attributes)
-        built = triton.compile(source, target=target, options=options.__dict__)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True,
-                                   text=True, check=True).stdout
-        registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
-        found.append({"case": name, "grid": grid, "registers": int(registers), "stack": int(stack),
-                      "warps": arguments["num_warps"], "wide": wide("ld", built), "wide stores": wide("st", built)})
-    catch(take)
-    for name in names or CASES:
-        CASES[name]()
-    return found
-
-def keys():
-    # What Triton would look a compilation up by, for calls that differ in values alone.
-    found = set()
-    triton_backend.processors = lambda device: 0  # few rows are not cut into slices
-    def take(kernel, grid, arguments):
-        bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
-        found.add(str(bind(**arguments)[1:]))
-    catch(take)
-    for changed in ({}, {"rows": 1}, {"rows": 33}, {"classes": 1008}, {"temperature": 0.7}, {"softcap": 30},
-                    {"smoothing": 1}, {"ignore": 1}, {"ignore": -2**40}, {"weight": 2}, {"gate": 3}, {"p_min": 0.25},
-                    {"seed": 1}, {"seed": 2**64 - 1}, {"step": 16}, {"step": 2**40}):
-        gate(**({"rows": 48, "classes": 1000, "dtype": torch.float32, "gate": 1.0} | changed))
-    return sorted(found)
-
-def run(job):
-    return compile_all(*job) if job else keys()
-
-jobs = [(90, ()), (75, SOME), (80, SOME), (100, SOME), None]
-with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
-    print(json.dumps(pool.map(run, jobs, chunksize=1)))
-"""
-
-
-@pytest.fixture(scope="session")
-def ahead_of_time(request, tmp_path_factory):
-    """What was compiled for each GPU, and what calls with other values would look their compilation up by.
-
-    Compilations are kept from run to run: Triton finds them by the kernel's source, the GPU and its own version.
-    """
-    cache = getattr(request.config, "cache", None)
-    directory = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(directory), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=environment, stdout=subprocess.PIPE, check=True)
-    *found, keys = json.loads(done.stdout.splitlines()[-1])
-    return dict(zip((90, 75, 80, 100), found, strict=True)), keys
-
-
-@pytest.fixture(scope="session")
-def compiled(ahead_of_time):
-    return ahead_of_time[0]
-
-
-# Threads of a processor (2,048; 1,024 for sm_75) that are not resident cost latency, which needs 512 here.
-REGISTERS = {"long": 128, "all eight": 128, "unaligned": 128, "slices": 128, "backward": 128, "float64": 255}
-
-
-@pytest.mark.parametrize("arch", [75, 80, 90, 100])
-def test_compiles_for_gpus_and_fits_registers(arch, compiled):
-    assert len(compiled[arch]) == (13 if arch == 90 else 3)  # "apart" and "slices" are two launches
-    for kernel in compiled[arch]:
-        assert kernel["registers"] <= REGISTERS.get(kernel["case"], 128), kernel
-        # All eight spill a little, outside of the loop over whole blocks; nothing else does.
-        assert kernel["stack"] <= (32 if kernel["case"] == "all eight" else 0), kernel
-
-
-def test_rows_are_loaded_16_bytes_at_a_time(compiled):
-    """Whatever the number of classes where a row is a program's; whole rows where it is a multiple of 16 bytes."""
-    loads = {}
-    for kernel in compiled[90]:
-        loads[kernel["case"]] = max(kernel["wide"], loads.get(kernel["case"], 0))
-        if kernel["case"] == "backward":
-            assert kernel["wide stores"] >= 2, kernel
-    for case in ("long", "all eight", "unaligned", "slices", "apart", "float64"):
-        assert loads[case] >= launch.CHUNKS, (case, loads[case])
-    assert loads["backward"] >= launch.CHUNKS // 2
-
-
-def test_few_rows_fill_a_gpu(compiled):
-    (first, second) = (kernel for kernel in compiled[90] if kernel["case"] == "slices")
-    assert first["grid"][0] * first["grid"][1] * first["warps"] >= 132 * 8
-    assert second["grid"][1] == 1
-
-
-def test_values_do_not_compile_anew(ahead_of_time):
-    found = ahead_of_time[1]
-    assert len(found) == 1, "\n".join(found)
+    assert all(server.by_name for servers in sk._dispatch.TABLE.values() for server in servers if server[0] == "triton")
 
 
 @runs
@@ -634,138 +426,3 @@ def test_any_layout_dtype_and_mask(data):
     if draw(st.booleans()):
         logits = logits.t().contiguous().t()
     compare(logits, targets, temperature=draw(st.sampled_from([1.0, 0.5, 2.0])))
-
-
-@runs
-@pytest.mark.parametrize(("far", "classes"), [("rows", 4), ("classes", 5), ("classes", 9)])  # 9: in two blocks
-def test_offsets_have_64_bits(far, classes):
-    """Rows, or classes, far apart. A wrapped offset reads other memory of the mapping."""
-    apart, middle = 2**30 if classes < 9 else 2**29, 2**32
-    if INTERPRETED:  # pages that are not touched take no memory
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        memory = torch.frombuffer(mmap.mmap(-1, 4 * middle + 4096, flags=flags), dtype=torch.bfloat16)
-    else:
-        memory = torch.zeros(2 * middle + 2048, dtype=torch.bfloat16)
-    strides = (1, apart) if far == "classes" else (apart, 1)
-    logits = memory.as_strided((5, classes), strides, middle)
-    torch.manual_seed(12)
-    logits.copy_(torch.randn(logits.shape))
-    call = stats_call(logits, torch.ones(len(logits), dtype=torch.int64))
-    small = replace(call, logits=logits.clone(memory_format=torch.contiguous_format))
-    for ours, exact in zip(serve(call), reference.row_stats(small), strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
-    one = torch.ones(len(logits))
-    stats = reference.row_stats(replace(small, outputs=["entropy"]))
-    saved = (
-        logits.float().amax(1),
-        (logits.float() - logits.float().amax(1, keepdim=True)).exp().sum(1),
-        stats.entropy,
-    )
-    wanted = torch.empty_like(small.logits)
-    triton_backend.row_stats_backward(small, *saved, {"loss": one}, wanted)
-    triton_backend.row_stats_backward(call, *saved, {"loss": one}, logits)
-    assert torch.equal(logits, wanted)
-
-
-@runs
-@pytest.mark.parametrize("shape", [(9, 10), (3, 100), (2, 1301), (1, 9, 40)])
-def test_gradient_written_over_the_logits(shape, many_processors):
-    torch.manual_seed(13)
-    dim = 1 if len(shape) == 3 else -1
-    logits, targets = torch.randn(shape), torch.randint(0, shape[dim], shape[:1] + shape[2:])
-    targets.view(-1)[0] = -100
-    call = stats_call(logits, targets, dim=dim)
-    stats, *saved = triton_backend.row_stats_saving(call)
-    upstream = {name: torch.randn(targets.shape) for name in ("loss", "entropy")}
-    wanted = torch.empty_like(logits)
-    triton_backend.row_stats_backward(call, *saved, stats.entropy, upstream, wanted)
-    assert wanted.abs().sum() > 0
-    triton_backend.row_stats_backward(call, *saved, stats.entropy, upstream, logits)
-    assert torch.equal(logits, wanted)
-
-
-@runs
-def test_gradient_of_rows_in_three_loops_with_their_logits():
-    """Each is two nested loops, but not both together: the logits of overlapping rows, their gradient packed."""
-    torch.manual_seed(15)
-    targets = torch.randint(0, 4, (2, 3, 5))
-    gradients = []
-    for backend in ("triton", "torch"):
-        torch.manual_seed(16)
-        base = torch.randn(3, 5, 4, requires_grad=True)
-        logits = base.transpose(1, 2).expand(2, 3, 4, 5)
-        stats = sk.row_stats(logits, targets, dim=2, backend=backend)
-        (stats.loss * torch.arange(30.0).reshape(2, 3, 5)).sum().backward()
-        gradients.append(base.grad)
-    torch.testing.assert_close(*gradients)
-
-
-@runs
-@pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "temperature": 1.5}, {"label_smoothing": 0.2}])
-@pytest.mark.parametrize("shape", [(11, 9), (3, 1300), (2, 9, 40)])
-def test_gradient_is_the_reference_gradient(shape, options):
-    torch.manual_seed(7)
-    dim = -1 if len(shape) == 2 else 1
-    base = 2 * torch.randn(shape) + (0 if "softcap" in options else 1e3)
-    targets = torch.randint(5, shape[dim], shape[:1] + shape[2:])
-    if not options:
-        base[2 % shape[0], 3:5] = -torch.inf
-    targets[1] = -100
-    if "softcap" not in options:  # where the reference's own gradient of an ignored NaN is NaN
-        base[1] = torch.nan
-    gradients = []
-    for backend, exact in (("triton", False), ("torch", True)):
-        logits = (base.double() if exact else base.clone()).requires_grad_()
-        outputs = ["entropy", "loss", "grad_norm"]
-        stats = sk.row_stats(logits, targets, outputs=outputs, dim=dim, backend=backend, **options)
-        assert not stats.grad_norm.requires_grad
-        weight = torch.arange(float(stats.loss.numel())).reshape(stats.loss.shape)
-        (stats.loss * weight + 0.3 * stats.entropy).sum().backward()
-        gradients.append(logits.grad.float())
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    assert (gradients[0][1] == 0).all()
-
-
-@runs
-def test_gradient_of_one_output_and_of_strided_logits():
-    targets = torch.tensor([1, 2, -100, 0])
-    for dtype in (torch.float64, torch.bfloat16):
-        for names in (["loss"], ["entropy"], ["entropy", "loss"]):
-            gradients = []
-            for backend in ("triton", "torch"):
-                torch.manual_seed(8)
-                whole = torch.randn(4, 40, dtype=dtype, requires_grad=True)
-                stats = sk.row_stats(whole[:, 3:24], targets, outputs=names, backend=backend)
-                sum(getattr(stats, name).sum() for name in names).backward()
-                gradients.append(whole.grad)
-            tolerance = 1e-12 if dtype is torch.float64 else 1e-2
-            torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance / 10)
-
-
-@runs
-def test_gradcheck():
-    torch.manual_seed(9)
-    base, targets = torch.randn(2, 4, dtype=torch.float64), torch.tensor([0, 3])
-
-    def both(logits):
-        stats = sk.row_stats(logits, targets, temperature=0.7, backend="triton")
-        return stats.loss, stats.entropy
-
-    assert torch.autograd.gradcheck(both, base.requires_grad_())  # the second derivative: test_library.py
-
-
-@runs
-@pytest.mark.parametrize(("shape", "dim"), [((5, 9), -1), ((2, 1300), -1), ((2, 9, 40), 1)])
-def test_gradient_in_the_memory_of_the_logits(shape, dim):
-    torch.manual_seed(10)
-    base, targets = torch.randn(shape), torch.randint(0, shape[dim], shape[:1] + shape[2:])
-    targets[0] = -100
-    gradients = []
-    for inplace in (False, True):
-        leaf = base.clone().requires_grad_()
-        logits = leaf * 1
-        stats = sk.row_stats(logits, targets, dim=dim, softcap=5.0, inplace_backward=inplace, backend="triton")
-        (stats.loss + 0.3 * stats.entropy).sum().backward()
-        gradients.append(leaf.grad)
-        assert torch.equal(logits, base) != inplace
-    assert torch.equal(*gradients)

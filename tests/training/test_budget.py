@@ -84,14 +84,14 @@ def test_resumes_exactly() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unit": "samples"}, "unit='samples'"),
-        ({"total": 0.0}, "total=0.0"),
-        ({"total": float("nan")}, "total=nan"),
-        ({"steps": 0}, "steps=0"),
-        ({"dense": -1.0}, "dense=-1.0"),
-        ({"score": -1.0}, "score=-1.0"),
-        ({"least": 0.0}, "least=0.0"),
-        ({"total": 30.0}, "wanted at least 34"),
+        ({"unit": "samples"}, r"`unit` must be .*, got 'samples'"),
+        ({"total": 0.0}, r"`total` must be .*, got 0.0"),
+        ({"total": float("nan")}, r"`total` must be .*, got nan"),
+        ({"steps": 0}, r"`steps` must be .*, got 0"),
+        ({"dense": -1.0}, r"`dense` must be .*, got -1.0"),
+        ({"score": -1.0}, r"`score` must be .*, got -1.0"),
+        ({"least": 0.0}, r"`least` must be .*, got 0.0"),
+        ({"total": 30.0}, "must be at least 34"),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from sparse_training.__main__ import main
 from sparse_training.cli import main as cli
+from sparse_training.cli.display import Display, StudyDisplay
 
 TRAIN = ["train", "--rate", "0.3", "--batch-size", "256", "--model", "test_cli:model"]
 
@@ -73,16 +74,16 @@ def test_a_run_without_a_name_goes_under_runs(here):
 def test_a_signal_ends_a_run_which_resume_completes_bit_for_bit(here, capsys, monkeypatch, number, code):
     arguments = [*TRAIN, "--steps", "25", "--policy", "gate"]
     assert main([*arguments, "--out", "whole"]) == 0
-    update = cli._Display.update
+    update = Display.update
 
-    def signalled(self, arm, seed, status):
-        update(self, arm, seed, status)
+    def signalled(self, method, seed, status):
+        update(self, method, seed, status)
         if status.step == 11:
             os.kill(os.getpid(), number)
 
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setattr(cli._Display, "update", signalled)
+        patch.setattr(Display, "update", signalled)
         assert main([*arguments, "--out", "part"]) == code
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert "sparse-train resume part" in capsys.readouterr().err
@@ -113,26 +114,26 @@ def test_compare_writes_a_report_that_can_be_drawn_again(here, capsys, monkeypat
 
 def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeypatch):
     monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
-    update = cli._Display.update
+    update = Display.update
 
-    def signalled(self, arm, seed, status):
-        update(self, arm, seed, status)
-        if arm == "random":
+    def signalled(self, method, seed, status):
+        update(self, method, seed, status)
+        if method == "random":
             os.kill(os.getpid(), signal.SIGTERM)
 
     arguments = ["compare", "--model", "test_cli:model", "--batch-size", "256", "--seconds", "0.05", "--seeds", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(cli._Display, "update", signalled)
+        patch.setattr(Display, "update", signalled)
         assert main([*arguments, "--out", "out"]) == 143
     assert os.listdir("out/runs") == ["dense-0.json"]
     before = (here / "out/runs/dense-0.json").read_bytes()
     assert main(["resume", "out"]) == 0
     assert (here / "out/runs/dense-0.json").read_bytes() == before
-    assert len(read(here / "out" / "compare.json")["arms"]) == 3
+    assert list(read(here / "out" / "compare.json")["arms"]) == ["dense", "random", "adaptive", "gate"]
 
 
 STUDY = ["study", "--model", "test_cli:model", "--batch-size", "32", "--rate", "0.25", "--seconds", "0.05"]
-STUDY += ["--tasks", "clean,noise", "--arms", "random-again,gate", "--seeds", "2", "--evaluations", "2"]
+STUDY += ["--tasks", "clean,noise", "--methods", "random-again,gate", "--seeds", "2", "--evaluations", "2"]
 
 
 def test_study_says_whether_chance_shows_before_any_difference(here, capsys, monkeypatch):
@@ -159,15 +160,15 @@ def test_study_says_whether_chance_shows_before_any_difference(here, capsys, mon
 
 def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
     monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
-    step = cli._StudyDisplay.step
+    step = StudyDisplay.step
 
     def signalled(self, cell, status):
         step(self, cell, status)
-        if cell.arm == "gate":
+        if cell.method == "gate":
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli._StudyDisplay, "step", signalled)
+        patch.setattr(StudyDisplay, "step", signalled)
         assert main([*STUDY, "--out", "out"]) == 143
     assert "sparse-train resume out" in capsys.readouterr().err
     assert read(here / "out" / "study.json")["missing"] == 10
@@ -177,12 +178,12 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
     assert read(here / "out" / "study.json")["missing"] == 0
 
 
-CEILINGS = ["ceilings", "--model", "test_cli:model", "--batch-size", "256", "--rates", "0.3,0.06"]
+BOUNDS = ["bounds", "--model", "test_cli:model", "--batch-size", "256", "--rates", "0.3,0.06"]
 
 
-def test_ceilings_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written(here, capsys, monkeypatch):
+def test_bounds_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written(here, capsys, monkeypatch):
     monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
-    assert main([*CEILINGS, "--scorers", "self,early:1,history"]) == 0
+    assert main([*BOUNDS, "--scorers", "self,early:1,history"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     arms = ("gate@self", "gate@early:1", "gate@history", "random")
     rows = [row[2:] if row[1] == "%" else row for row in rows if len(row) > 4 and set(arms) & set(row)]
@@ -197,7 +198,7 @@ def test_ceilings_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_timing_of_ceilings(here, monkeypatch, number, code):
+def test_a_signal_ends_the_timing_of_bounds(here, monkeypatch, number, code):
     timed = []
 
     def calibrate(trainer, loader, policies, *, rounds, progress):
@@ -206,15 +207,15 @@ def test_a_signal_ends_the_timing_of_ceilings(here, monkeypatch, number, code):
         progress(0.5)
 
     monkeypatch.setattr("sparse_training.profiling.speedup.calibrate", calibrate)
-    assert main(CEILINGS) == code
+    assert main(BOUNDS) == code
     assert len(timed) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train", "no budget: wanted one of --epochs, --steps, --rows, --seconds"),
-        ("train --steps 3 --epochs 2", "--epochs and --steps: wanted one of"),
+        ("train", "Give exactly one of --epochs, --steps, --rows, --seconds; got none"),
+        ("train --steps 3 --epochs 2", "--seconds; got --epochs and --steps"),
         ("train --steps 0", "--steps"),
         ("train --seconds -1", "--seconds"),
         ("train --steps 3 --rate 1.5", "1.5 is not in the range 0<x<=1"),
@@ -222,49 +223,54 @@ def test_a_signal_ends_the_timing_of_ceilings(here, monkeypatch, number, code):
         ("train --steps 3 --rate nan", "rate"),
         ("train --steps 3 --lr nan", "lr"),
         ("train --seconds nan", "seconds"),
-        ("train --steps 3 --policy best", "policy 'best': wanted one of dense, random, adaptive, gate, topk"),
-        ("train --steps 3 --policy gate@best", "scorer 'best': wanted one of self, self:SCALE, early:LAYER"),
-        ("train --steps 3 --scorer early", "scorer 'early': wanted one of self, self:SCALE, early:LAYER"),
-        ("train --steps 3 --policy random --scorer self", "scorer self for the policy random, which asks none"),
-        ("train --steps 3 --scorer early:conv1", "the model has no layer 'conv1': wanted one of 0, 1, 2"),
+        ("train --steps 3 --policy best", "`policy` must be one of dense, random, adaptive, gate, topk"),
+        ("train --steps 3 --policy gate@best", "`scorer` must be one of self, self:SCALE, early:LAYER"),
+        ("train --steps 3 --scorer early", "`scorer` must be one of self, self:SCALE, early:LAYER"),
+        ("train --steps 3 --policy random --scorer self", "scorer self for the policy random, which takes none"),
+        ("train --steps 3 --scorer early:conv1", "the model has no layer 'conv1'; use one of 0, 1, 2"),
         ("train --steps 3 --data mnist", "'mnist' is not one of 'digits'"),
         ("train --steps 3 --model vgg", "'vgg'"),
         ("train --steps 3 --model nowhere:model", "nowhere"),
         ("train --steps 3 --batch-size 5000", "`batch_size` must be 1 to 1437, the rows of the data set, got 5000"),
         ("train --steps 3 --device nonsense", "device 'nonsense' cannot be used"),
-        ("train --steps 3 --dense-start 0.6 --dense-end 0.6", "wanted a sum of at most 1"),
+        ("train --steps 3 --dense-start 0.6 --dense-end 0.6", "add up to more than 1"),
         ("train --steps 3 --data imagefolder --root nowhere", "nowhere"),
         ("train --steps 3 --out used", "used exists and is not empty"),
         ("train --steps 3 --out used/file", "used/file exists and is not empty"),
         ("compare --out used", "used exists and is not empty"),
         ("compare --seconds 0", "--seconds"),
         ("compare --seconds nan", "seconds"),
-        ("compare --policies dense,best", "policy 'best': wanted one of dense, random, adaptive, gate, topk"),
-        ("compare --policies gate,gate", "wanted each policy once"),
-        ("compare --seeds some", "'some': wanted how many"),
-        ("compare --seeds 1,1", "'1,1': wanted how many"),
+        ("compare --methods dense,best", "`policy` must be one of dense, random, adaptive, gate, topk"),
+        ("compare --methods gate,gate", "'gate,gate' must name each method once"),
+        ("compare --seeds some", "'some' must say how many"),
+        ("compare --seeds 1,1", "'1,1' must say how many"),
         ("compare --batch-size 5000", "batch_size` must be 1 to 1437, the rows of the data set, got 5000"),
         ("compare --model vgg", "'vgg'"),
-        ("compare --resume", "wanted the folder"),
-        ("study --tasks hard", "'hard': wanted some of clean, noise, longtail, duplicated, finetune"),
-        ("study --arms best", "best"),
-        ("study --arms random,random", "wanted each policy once"),
-        ("study --fractions 1,2", "'1,2': wanted fractions above 0 and at most 1"),
-        ("study --fractions half", "'half': wanted fractions"),
+        ("compare --resume", "--resume needs --out"),
+        ("study --tasks hard", "'hard' is unknown; use some of clean, noise, longtail, duplicated, finetune"),
+        ("study --methods best", "best"),
+        ("study --methods random,random", "must name each method once"),
+        ("study --fractions 1,2", "'1,2' must be fractions above 0 and at most 1"),
+        ("study --fractions half", "'half' must be fractions"),
         ("study --out used", "used exists and is not empty"),
-        ("study --resume", "wanted the folder"),
-        ("compare --policies random-again", "random-again"),
-        ("ceilings --scorers self,best", "scorer 'best': wanted one of self, self:SCALE, early:LAYER"),
-        ("ceilings --scorers self,self", "'self,self': wanted each scorer once"),
-        ("ceilings --scorers early:conv1", "the model has no layer 'conv1': wanted one of 0, 1, 2"),
-        ("ceilings --rates 0.1,2", "'0.1,2': wanted fractions above 0 and at most 1"),
-        ("ceilings --rates 0", "'0': wanted fractions"),
-        ("ceilings --batch-size 5000", "batch_size` must be 1 to 1437, the rows of the data set, got 5000"),
-        ("ceilings --device nonsense", "device 'nonsense' cannot be used"),
+        ("study --resume", "--resume needs --out"),
+        ("compare --methods random-again", "random-again"),
+        ("bounds --scorers self,best", "`scorer` must be one of self, self:SCALE, early:LAYER"),
+        ("bounds --scorers self,self", "'self,self' must name each scorer once"),
+        ("bounds --scorers early:conv1", "the model has no layer 'conv1'; use one of 0, 1, 2"),
+        ("bounds --rates 0.1,2", "'0.1,2' must be fractions above 0 and at most 1"),
+        ("bounds --rates 0", "'0' must be fractions"),
+        ("bounds --batch-size 5000", "batch_size` must be 1 to 1437, the rows of the data set, got 5000"),
+        ("bounds --device nonsense", "device 'nonsense' cannot be used"),
         ("resume nowhere", "nowhere/options.json: no such file"),
         ("report nowhere", "nowhere"),
         ("draw", "draw"),
         ("train --stepz 3", "--stepz"),
+        ("ceilings", "the command ceilings is now called bounds; use: sparse-train bounds"),
+        ("study --arms gate", "the option --arms is now called --methods"),
+        ("compare --policies gate", "the option --policies is now called --methods"),
+        ("train --steps 3 --checkpoint-every 5", "the option --checkpoint-every is now called --checkpoint-interval"),
+        ("train --steps 3 --warmup 0.1", "the option --warmup is now called --dense-start"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_code_2_and_nothing_is_written(here, capsys, arguments, message):
@@ -295,6 +301,71 @@ def test_a_missing_extra_is_said(here, monkeypatch, capsys):
     monkeypatch.delattr("sparse_training.cli.main", raising=False)
     assert main(["train"]) == 2
     assert "sparse-kernels[train]" in capsys.readouterr().err
+
+
+def test_a_missing_extra_of_one_command_is_said(here, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    for name in ("display", "train"):
+        monkeypatch.delitem(sys.modules, f"sparse_training.cli.{name}", raising=False)
+    assert main(["train", "--steps", "1"]) == 2
+    assert "no module rich.console; install it with: pip install 'sparse-kernels[train]'" in capsys.readouterr().err
+
+
+HEAVY = ("torch", "numpy", "scipy", "matplotlib", "rich", "jinja2", "PIL", "sparse_kernels")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["draw"], ["ceilings"]])
+def test_help_and_unknown_commands_import_nothing_heavy(here, arguments):
+    code = f"""
+import sys
+from sparse_training.__main__ import main
+main({arguments!r})
+print("imported:", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "imported: []"
+    if arguments == ["--help"]:
+        assert all(f"  {name} " in ran.stdout for name in cli.COMMANDS)
+
+
+def test_the_groups_help_is_that_of_the_commands():
+    context = cli.click.Context(cli.cli)
+    for name, line in cli.COMMANDS.items():
+        assert cli.cli.get_command(context, name).help.splitlines()[0] == line
+
+
+OLD_OPTIONS = {  # as version 0.1.0 wrote them
+    "train": {"steps": 4, "policy": "gate", "warmup": 0.05, "anneal": 0.125, "checkpoint_every": 2, "seed": 0},
+    "compare": {"policies": ["random", "gate"], "seeds": [0], "warmup": 0.05, "anneal": 0.125, "evaluations": 2},
+    "study": {"arms": ["gate"], "tasks": ["clean"], "seeds": [0], "fractions": [1.0], "warmup": 0.05, "anneal": 0.125},
+}
+
+
+@pytest.mark.parametrize("command", OLD_OPTIONS)
+def test_a_folder_of_the_former_version_is_resumed(here, capsys, monkeypatch, command):
+    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    options = {"command": command, "data": "digits", "root": None, "model": "test_cli:model", "batch_size": 64}
+    options |= {"device": "cpu", "threads": None, "rate": 0.25, "lr": 1e-3, "precision": "auto"}
+    if command == "study":
+        del options["precision"]
+        options |= {"amp": "float32", "evaluations": 2}
+    if command != "train":
+        options |= {"line": "sparse-train " + command, "seconds": 0.05}
+    (here / "out").mkdir()
+    (here / "out" / "options.json").write_text(json.dumps({**options, **OLD_OPTIONS[command]}))
+    assert main(["resume", "out"]) == 0
+    written = {"train": "result.json", "compare": "compare.json", "study": "study.json"}[command]
+    settings = read(here / "out" / written)["settings"]
+    key, value = {"train": ("dense_end", 0.125)}.get(command, ("anneal", 0.125))
+    assert settings[key] == value
+    assert settings.get("policies", settings.get("arms")) in (None, ["random", "gate"])
+
+
+def test_a_folder_of_another_command_is_refused(here, capsys):
+    (here / "out").mkdir()
+    (here / "out" / "options.json").write_text(json.dumps({"command": "draw"}))
+    assert main(["resume", "out"]) == 2
+    assert "out/options.json has the command 'draw'; only train, compare, study" in capsys.readouterr().err
 
 
 def test_python_dash_m_and_an_unknown_backend(here):

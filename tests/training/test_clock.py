@@ -14,7 +14,8 @@ from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.policies.past import ImportancePolicy, InfoBatchPolicy
+from sparse_training.selection.policies.importance import ImportancePolicy
+from sparse_training.selection.policies.infobatch import InfoBatchPolicy
 from sparse_training.selection.policies.random import RandomPolicy
 from sparse_training.training.clock import Clock, Costs
 

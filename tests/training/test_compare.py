@@ -10,9 +10,12 @@ from PIL import Image
 
 from sparse_training.data.splits import ImageData, Split
 from sparse_training.errors import UserError
-from sparse_training.experiments import compare as comparison
-from sparse_training.experiments.compare import Interrupted, compare
-from sparse_training.reporting.report import load_result, write_report
+from sparse_training.experiments import runner as runners
+from sparse_training.experiments.compare import compare, comparison_design
+from sparse_training.experiments.formats import COMPARISON
+from sparse_training.experiments.runner import Interrupted
+from sparse_training.reporting.pages import write_comparison
+from sparse_training.reporting.result import read_result
 from sparse_training.training.clock import Costs
 
 FLAT = {"score": ((1,), (0.5,)), "select": ((1,), (0.1,))}
@@ -41,19 +44,21 @@ def data():
 def calibrated(monkeypatch):
     """Known costs instead of measured ones; how often they were asked for."""
     asked = []
-    monkeypatch.setattr(comparison, "calibrate", lambda *arguments, seconds: asked.append(arguments) or COSTS)
+    monkeypatch.setattr(runners, "calibrate", lambda *arguments, **options: asked.append(arguments) or COSTS)
     return asked
 
 
 def run(**options):
     settings = {"model": f"{__name__}:model", "rate": 0.25, "seeds": (0, 1), "seconds": 60.0, "batch_size": 64}
-    return compare(data(), **{**settings, **options})
+    settings["methods"] = ("dense", "random", "gate")
+    kept = {name: options.pop(name) for name in ("folder", "resume", "command", "progress", "stop") if name in options}
+    return compare(data(), comparison_design(**{**settings, **options}), **kept)
 
 
 def test_the_result_is_what_the_report_draws(tmp_path):
     result = run(command="sparse-train compare")
-    write_report(result, tmp_path)
-    loaded = load_result(tmp_path / "compare.json")
+    write_comparison(result, tmp_path)
+    loaded = read_result(tmp_path / "compare.json", COMPARISON)
     assert loaded["settings"]["parameters"] == 64 * 3 + 3
     assert loaded["settings"]["train_rows"] == 100
     assert set(loaded["environment"]["backends"]) >= {"gate_rows", "compact", "gather_rows"}
@@ -61,8 +66,8 @@ def test_the_result_is_what_the_report_draws(tmp_path):
 
 def test_policies_by_past_losses_are_arms_as_any_other(tmp_path):
     arms = ("dense", "random", "importance", "infobatch")
-    result = run(policies=arms, evaluations=2)
-    write_report(result, tmp_path)
+    result = run(methods=arms, evaluations=2)
+    write_comparison(result, tmp_path)
     importance, infobatch = (result["arms"][name]["runs"][0] for name in arms[2:])
     assert (importance["target"], infobatch["target"]) == (0.25, None)
     assert importance["rate"] == pytest.approx(0.25, abs=0.01)
@@ -110,14 +115,14 @@ def test_arms_start_equal_for_equal_seeds_and_the_order_of_policies_does_not_mat
     def accuracies(result, arm):
         return [[found["loss"] for found in run_["evals"]] for run_ in result["arms"][arm]["runs"]]
 
-    forwards = run(policies=("dense", "random", "gate"))
-    backwards = run(policies=("gate", "random", "dense"))
-    alone = run(policies=("gate",), seeds=(1,))
+    forwards = run(methods=("dense", "random", "gate"))
+    backwards = run(methods=("gate", "random", "dense"))
+    alone = run(methods=("gate",), seeds=(1,))
     for arm in ("dense", "random", "gate"):
         assert accuracies(forwards, arm) == accuracies(backwards, arm)
     assert accuracies(forwards, "gate")[1:] == accuracies(alone, "gate")
     # With every row kept before loading, random is dense in another order of rows.
-    dense, all_rows = (run(policies=(name,), rate=1.0, seeds=(0,), evaluations=1) for name in ("dense", "random"))
+    dense, all_rows = (run(methods=(name,), rate=1.0, seeds=(0,), evaluations=1) for name in ("dense", "random"))
     assert accuracies(dense, "dense")[0] == pytest.approx(accuracies(all_rows, "random")[0], rel=1e-4)
 
 
@@ -150,9 +155,9 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path, calibr
     whole = run()
     begun = []
 
-    def progress(arm, seed, status):
-        if (arm, seed) not in begun:
-            begun.append((arm, seed))
+    def progress(cell, status):
+        if (cell.method, cell.seed) not in begun:
+            begun.append((cell.method, cell.seed))
 
     with pytest.raises(Interrupted):
         run(folder=tmp_path, progress=progress, stop=lambda: len(begun) == 4)
@@ -173,8 +178,8 @@ def test_an_arm_may_be_named_by_a_file(tmp_path, monkeypatch):
     path.parent.mkdir()
     torch.save(model((1, 8, 8), 3).state_dict(), path)
     arm = f"gate@reference:{path}"
-    monkeypatch.setattr(comparison, "calibrate", lambda *_, seconds: Costs(COSTS.shared, {"dense": FREE, arm: FLAT}, 5))
-    options = {"policies": (arm,), "seeds": (0,), "seconds": 10.0, "folder": tmp_path / "runs"}
+    monkeypatch.setattr(runners, "calibrate", lambda *_, **__: Costs(COSTS.shared, {"dense": FREE, arm: FLAT}, 5))
+    options = {"methods": (arm,), "seeds": (0,), "seconds": 10.0, "folder": tmp_path / "runs"}
     made = run(**options)
     assert len(list((tmp_path / "runs" / "runs").glob("*.counts"))) == 1
     begun = []
@@ -194,14 +199,14 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policies": ()}, "policies none"),
-        ({"policies": ("gate", "gate")}, "wanted each name once"),
-        ({"policies": ("best",)}, "policy 'best'"),
-        ({"seeds": ()}, "seeds none"),
-        ({"seeds": (1, 1)}, "seeds 1, 1"),
-        ({"rate": 0.0}, "rate 0.0"),
+        ({"methods": ()}, "`methods` must name at least one, each once, got none"),
+        ({"methods": ("gate", "gate")}, "each once, got gate, gate"),
+        ({"methods": ("best",)}, "`policy` must be .*'best'"),
+        ({"seeds": ()}, "`seeds` must name at least one, each once, got none"),
+        ({"seeds": (1, 1)}, "each once, got 1, 1"),
+        ({"rate": 0.0}, "`rate` must be .*, got 0.0"),
         ({"batch_size": 101}, "`batch_size` must be 1 to 100, the rows of the data set, got 101"),
-        ({"seconds": 0.0}, "seconds 0.0"),
+        ({"seconds": 0.0}, "`seconds` must be finite and above 0, got 0.0"),
         ({"model": "vgg"}, "'vgg'"),
     ],
 )

@@ -162,7 +162,7 @@ def agree(alone: Any, together: list[Any], tolerance: float = 1e-6) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "threshold": {"rate": 0.3},
     "capacity": {"rate": 0.3, "capacity": 160},
-    "mass": {"grad_norm_fraction": 0.6},
+    "grad-norm fraction": {"grad_norm_fraction": 0.6},
     "ramp": {"rate": Ramp(1.0, 0.2), "threshold": 0.5},
     "soft": {"rate": 0.5, "temperature": 1e-4, "p_min": 0.0},
 }

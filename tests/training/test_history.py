@@ -1,14 +1,15 @@
-"""The table of past scores and what is drawn by it: unbiased, as published, the same again from its state."""
+"""The table of past scores and the draws by it: unbiased, as published, and exact from a saved state."""
 
 import pytest
 import torch
 
-from sparse_kernels import cpp_backend
+from sparse_kernels.backends import cpp as cpp_backend
 from sparse_training.errors import UserError
 from sparse_training.samplers.importance import Importance
-from sparse_training.samplers.infobatch import InfoBatch
+from sparse_training.samplers.infobatch import InfoBatch, no_rows, whole_batch
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.samplers.shuffle import Shuffle
+from sparse_training.selection.types import WeightedIndices
 
 ROWS = 500
 
@@ -24,9 +25,9 @@ def full_table(rows=ROWS, **options):
 
 
 def after_the_first_pass(table, **options):
-    law = Importance(table, **options)
-    law.first.position = table.rows
-    return law
+    sampler = Importance(table, **options)
+    sampler.first.position = table.rows
+    return sampler
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -58,11 +59,18 @@ def test_ageing_moves_scores_to_the_mean_and_keeps_it():
     assert table.find(torch.tensor([0.999999], dtype=torch.float64)).item() == ROWS - 1
 
 
+def test_a_signed_table_keeps_negative_scores():
+    table = ScoreTable(4, signed=True)
+    table.update(torch.tensor([0, 1, 2]), torch.tensor([-2.0, 3.0, -torch.inf]))
+    assert table.scores.nan_to_num(9.0).tolist() == [-2.0, 3.0, 9.0, 9.0]
+    assert (table.seen, table.invalid) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("index", "values", "error", "words"),
     [
-        ([0, 5], [1.0, 1.0], IndexError, "rows 0 to 5: wanted 0 to 4"),
-        ([-1], [1.0], IndexError, "rows -1"),
+        ([0, 5], [1.0, 1.0], IndexError, "must be in 0 to 4, got 0 to 5"),
+        ([-1], [1.0], IndexError, "got -1"),
         ([0, 1], [1.0], UserError, "1 scores for 2 rows"),
     ],
 )
@@ -74,18 +82,18 @@ def test_what_does_not_fit_the_table_is_refused_and_leaves_it(index, values, err
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "words"),
     [
-        lambda: ScoreTable(0),
-        lambda: Importance(ScoreTable(3), uniform=0.0),
-        lambda: Importance(ScoreTable(3), uniform=1.5),
-        lambda: InfoBatch(ScoreTable(3), prune=1.0),
-        lambda: ScoreTable(3).age(2.0),
-        lambda: ScoreTable(3).load_state_dict(ScoreTable(4).state_dict()),
+        (lambda: ScoreTable(0), "must have at least 1 row, got 0"),
+        (lambda: Importance(ScoreTable(3), uniform=0.0), r"`uniform` must be in \(0, 1\], got 0.0"),
+        (lambda: Importance(ScoreTable(3), uniform=1.5), r"`uniform` must be in \(0, 1\], got 1.5"),
+        (lambda: InfoBatch(ScoreTable(3), prune=1.0), r"`prune` must be in \[0, 1\), got 1.0"),
+        (lambda: ScoreTable(3).age(2.0), r"`keep` must be in \[0, 1\], got 2.0"),
+        (lambda: ScoreTable(3).load_state_dict(ScoreTable(4).state_dict()), "of a table of 3 rows, got 4"),
     ],
 )
-def test_settings_out_of_range_are_refused(make):
-    with pytest.raises(UserError, match="wanted"):
+def test_settings_out_of_range_are_refused(make, words):
+    with pytest.raises(UserError, match=words):
         make()
 
 
@@ -95,10 +103,10 @@ def test_settings_out_of_range_are_refused(make):
 def test_every_row_is_drawn_once_before_any_is_twice():
     table = ScoreTable(ROWS)
     table.update(torch.arange(0, ROWS, 3), torch.ones(len(range(0, ROWS, 3))))  # a warm-up saw these
-    law, first = Importance(table, seed=4), []
+    sampler, first = Importance(table, seed=4), []
     unseen = ROWS - table.seen
     for _ in range(unseen // 32 + 1):
-        drawn = law.draw(32)
+        drawn = sampler.draw(32)
         table.update(drawn.index, torch.ones(32))
         first.append(drawn)
     index, weight = (torch.cat(parts)[:unseen] for parts in zip(*first, strict=True))
@@ -111,23 +119,23 @@ def test_every_row_is_drawn_once_before_any_is_twice():
 @pytest.mark.parametrize("uniform", [0.1, 0.5, 1.0])
 def test_rows_are_drawn_as_often_as_their_probability_says(uniform):
     table = full_table()
-    law, draws, batches = after_the_first_pass(table, uniform=uniform), 256, 500
+    sampler, draws, batches = after_the_first_pass(table, uniform=uniform), 256, 500
     counts = torch.zeros(ROWS)
     for _ in range(batches):
-        counts += torch.bincount(law.draw(draws).index, minlength=ROWS)
+        counts += torch.bincount(sampler.draw(draws).index, minlength=ROWS)
     probability = (1 - uniform) * scores() / scores().sum() + uniform / ROWS
     expected = draws * batches * probability
     # Stratified draws vary less than independent ones, whose deviation is sqrt(expected).
     assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
-    torch.testing.assert_close(law.weight(torch.arange(ROWS)), 1 / (ROWS * probability))
-    assert law.weight(torch.arange(ROWS)).max() <= 1 / uniform + 1e-5
+    torch.testing.assert_close(sampler.weight(torch.arange(ROWS)), 1 / (ROWS * probability))
+    assert sampler.weight(torch.arange(ROWS)).max() <= 1 / uniform + 1e-5
 
 
 def test_the_weighted_mean_of_a_batch_is_unbiased_and_varies_less_than_a_uniform_one():
     table = full_table()
     value = scores() + 0.05 * scores(seed=1)  # what is estimated: nearly what the score says
-    law = after_the_first_pass(table, uniform=0.1)
-    drawn = [law.draw(32) for _ in range(1000)]
+    sampler = after_the_first_pass(table, uniform=0.1)
+    drawn = [sampler.draw(32) for _ in range(1000)]
     means = torch.stack([(weight * value[index]).mean() for index, weight in drawn]).double()
     error = means.std() / len(means) ** 0.5
     assert abs(means.mean() - value.mean()) < 4 * error
@@ -138,15 +146,15 @@ def test_the_weighted_mean_of_a_batch_is_unbiased_and_varies_less_than_a_uniform
 
 def test_the_weights_are_what_makes_it_unbiased():
     """Without them the mean is off by far more than its error: what the test above would miss."""
-    law = after_the_first_pass(full_table())
-    means = torch.stack([scores()[law.draw(32).index].mean() for _ in range(200)])
+    sampler = after_the_first_pass(full_table())
+    means = torch.stack([scores()[sampler.draw(32).index].mean() for _ in range(200)])
     assert means.mean() > 1.5 * scores().mean()
 
 
 def test_draws_hang_on_seed_step_and_slot_alone():
-    law, same, other = (after_the_first_pass(full_table(), seed=seed) for seed in (1, 1, 2))
+    sampler, same, other = (after_the_first_pass(full_table(), seed=seed) for seed in (1, 1, 2))
     torch.manual_seed(5)
-    first, second = law.draw(64), law.draw(64)
+    first, second = sampler.draw(64), sampler.draw(64)
     torch.manual_seed(6)
     torch.rand(3)
     assert torch.equal(same.draw(64).index, first.index)
@@ -155,18 +163,18 @@ def test_draws_hang_on_seed_step_and_slot_alone():
     assert not torch.equal(other.draw(64).index, first.index)
 
 
-@pytest.mark.skipif(cpp_backend.unavailable() is not None, reason="no C++")
+@pytest.mark.skipif(cpp_backend.unavailable_reason() is not None, reason="no C++")
 def test_draws_are_the_same_without_cpp_and_on_any_number_of_threads():
-    laws = [after_the_first_pass(full_table(200_000, cpp=cpp), seed=3) for cpp in (False, True)]
+    samplers = [after_the_first_pass(full_table(200_000, cpp=cpp), seed=3) for cpp in (False, True)]
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            expected, found = (law.draw(20_000) for law in laws)
+            expected, found = (sampler.draw(20_000) for sampler in samplers)
             assert torch.equal(found.index, expected.index)
             assert torch.equal(found.weight, expected.weight)
-            for law in laws:
-                law.table.update(expected.index, expected.weight)
+            for sampler in samplers:
+                sampler.table.update(expected.index, expected.weight)
     finally:
         torch.set_num_threads(threads)
 
@@ -181,23 +189,23 @@ def test_a_table_of_zeros_is_drawn_from_uniformly():
 
 @pytest.mark.parametrize("stop", [1, 7, 15, 16, 40])  # within the first pass, at its end, after it
 def test_draws_go_on_from_their_state_bit_for_bit(stop):
-    def step(law):
-        drawn = law.draw(33)
-        law.table.update(drawn.index, scores()[drawn.index] / (1 + law.step))
+    def step(sampler):
+        drawn = sampler.draw(33)
+        sampler.table.update(drawn.index, scores()[drawn.index] / (1 + sampler.step))
         return drawn
 
-    law = Importance(ScoreTable(ROWS), seed=1)
+    sampler = Importance(ScoreTable(ROWS), seed=1)
     for _ in range(stop):
-        step(law)
+        step(sampler)
     table = ScoreTable(ROWS)
-    table.load_state_dict(law.table.state_dict())
+    table.load_state_dict(sampler.table.state_dict())
     other = Importance(table, seed=1)
-    other.load_state_dict(law.state_dict())
+    other.load_state_dict(sampler.state_dict())
     for _ in range(20):
-        expected, found = step(law), step(other)
+        expected, found = step(sampler), step(other)
         assert torch.equal(found.index, expected.index)
         assert torch.equal(found.weight, expected.weight)
-    assert (table.seen, table.total) == (law.table.seen, law.table.total)
+    assert (table.seen, table.total) == (sampler.table.seen, sampler.table.total)
 
 
 # --- InfoBatch ----------------------------------------------------------------------------------
@@ -217,8 +225,8 @@ def test_infobatch_drops_half_of_the_rows_below_the_mean_and_doubles_the_rest_of
 
 def test_infobatch_is_unbiased_over_epochs():
     table = full_table()
-    law = InfoBatch(table, prune=0.3)
-    epochs = [law.prune(torch.arange(ROWS), epoch) for epoch in range(400)]
+    sampler = InfoBatch(table, prune=0.3)
+    epochs = [sampler.prune(torch.arange(ROWS), epoch) for epoch in range(400)]
     sums = torch.stack([(weight * table.scores[index]).sum() for index, weight in epochs]).double()
     assert abs(sums.mean() - table.total) < 4 * sums.std() / len(sums) ** 0.5
     assert sums.std() > 0.0
@@ -226,20 +234,29 @@ def test_infobatch_is_unbiased_over_epochs():
 
 def test_infobatch_keeps_rows_without_a_score_and_its_threshold_for_an_epoch():
     table = ScoreTable(ROWS)
-    law = InfoBatch(table)
-    assert len(law.prune(torch.arange(ROWS), 0).index) == ROWS
+    sampler = InfoBatch(table)
+    assert len(sampler.prune(torch.arange(ROWS), 0).index) == ROWS
     table.update(torch.arange(ROWS), scores())
-    assert len(law.prune(torch.arange(ROWS), 0).index) == ROWS  # the epoch began without scores
-    kept = law.prune(torch.arange(ROWS), 1)
+    assert len(sampler.prune(torch.arange(ROWS), 0).index) == ROWS  # the epoch began without scores
+    kept = sampler.prune(torch.arange(ROWS), 1)
     assert len(kept.index) < ROWS
     table.update(torch.arange(250), torch.full((250,), 9.0))  # the mean rises above every other score
     later = torch.arange(250, ROWS)
-    assert torch.equal(law.prune(later, 1).index, kept.index[kept.index >= 250])
+    assert torch.equal(sampler.prune(later, 1).index, kept.index[kept.index >= 250])
     other = InfoBatch(table)
-    other.load_state_dict(law.state_dict())
-    assert torch.equal(other.prune(later, 1).index, law.prune(later, 1).index)
-    assert set(law.prune(later, 1).weight.tolist()) == {1.0, 2.0}
-    assert set(law.prune(later, 2).weight.tolist()) == {2.0}
+    other.load_state_dict(sampler.state_dict())
+    assert torch.equal(other.prune(later, 1).index, sampler.prune(later, 1).index)
+    assert set(sampler.prune(later, 1).weight.tolist()) == {1.0, 2.0}
+    assert set(sampler.prune(later, 2).weight.tolist()) == {2.0}
+
+
+def test_whole_batches_are_filled_in_order():
+    batch, waiting, found = no_rows(), no_rows(), []
+    for rows in torch.arange(20).split([3, 6, 0, 9, 2]):
+        batch, waiting = whole_batch(waiting, WeightedIndices(rows, rows.float()), 6)
+        found.append(batch.index.tolist())
+    assert found == [[], [0, 1, 2, 3, 4, 5], [], [6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17]]
+    assert waiting.index.tolist() == waiting.weights().tolist() == [18, 19]
 
 
 # --- order --------------------------------------------------------------------------------------
@@ -283,11 +300,11 @@ def test_ten_million_rows():
     table.update(torch.arange(rows), torch.rand(rows, generator=generator))
     assert table.seen == rows
     assert table.mean == pytest.approx(float(table.scores.double().mean()), rel=1e-12)
-    law = after_the_first_pass(table)
-    index, weight = law.draw(1_000_000)
+    sampler = after_the_first_pass(table)
+    index, weight = sampler.draw(1_000_000)
     assert float((weight.double() * table.scores[index]).mean()) == pytest.approx(table.mean, rel=1e-3)
     assert float(table.scores[index].double().mean()) == pytest.approx(0.1 * 0.5 + 0.9 * 2 / 3, rel=5e-3)
     assert len(index.unique()) > 900_000
     heavy = torch.tensor([rows - 1])
     table.update(heavy, torch.tensor([1e7]))  # now two thirds of the whole
-    assert int((law.draw(1000).index == heavy).sum()) == pytest.approx(0.9 * 1000 * 2 / 3, abs=40)
+    assert int((sampler.draw(1000).index == heavy).sum()) == pytest.approx(0.9 * 1000 * 2 / 3, abs=40)

@@ -21,7 +21,7 @@ from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
 KILLS = 20
 TRAIN = [
     *("train", "--model", "test_interrupts:model", "--policy", "gate", "--rate", "0.3", "--batch-size", "128"),
-    *("--steps", "150", "--checkpoint-every", "5", "--accumulate", "2", "--ema", "0.9", "--amp", "bfloat16"),
+    *("--steps", "150", "--checkpoint-interval", "5", "--accumulate", "2", "--ema", "0.9", "--amp", "bfloat16"),
     *("--clip-norm", "1", "--threads", "1"),
 ]
 
@@ -47,7 +47,7 @@ def command(folder, arguments, log):
 def start():
     """Starts command lines in fresh processes that need not import PyTorch: they fork from one that has."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sparse_training.cli.main", "test_interrupts", "torch._dynamo"])
+    context.set_forkserver_preload(["sparse_training.cli.train", "test_interrupts", "torch._dynamo"])
 
     def starter(folder, arguments, log="log.txt"):
         process = context.Process(target=command, args=(str(folder), arguments, log))
@@ -218,7 +218,17 @@ def limited(folder, arguments, log, limit):
 
 def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(tmp_path):
     """The checkpoint grows when the optimiser has a state: the first one fits, those after it do not."""
-    arguments = ["train", "--model", "test_interrupts:model", "--steps", "20", "--checkpoint-every", "5", "--seed", "1"]
+    arguments = [
+        "train",
+        "--model",
+        "test_interrupts:model",
+        "--steps",
+        "20",
+        "--checkpoint-interval",
+        "5",
+        "--seed",
+        "1",
+    ]
     context = multiprocessing.get_context("forkserver")
 
     def go(name, arguments, limit=resource.RLIM_INFINITY):

@@ -173,8 +173,8 @@ def test_bad_input_is_one_clear_line():
     x, mask = torch.randn(6, 3), mask_of(6, 2)
     rows, selection = Compact()(x, mask)
     for call, message in [
-        (lambda: Expand()(rows, selection, x[:5]), r"skip .*\(5, 3\)"),
-        (lambda: Expand()(rows, selection, x.double()), "skip is torch.float64"),
+        (lambda: Expand()(rows, selection, x[:5]), r"`skip` must be .* got .*\(5, 3\)"),
+        (lambda: Expand()(rows, selection, x.double()), "`skip` must be .* got torch.float64"),
         (lambda: Expand()(rows[:1], selection), "wants 2 rows"),
         (lambda: BatchNorm(3)(x, selection), "2 slots"),
         (lambda: BatchNorm(4)(rows, selection), "4 channels"),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from sparse_kernels import backends, control_law, cuda_backend
+from sparse_kernels import _dispatch, control_law
+from sparse_kernels.backends import cuda as cuda_backend
 from sparse_training.criterion import Criterion
 from sparse_training.gate.gate import Gate
 from sparse_training.gate.schedules import Ramp
@@ -26,16 +27,16 @@ ROWS, CLASSES, CAPACITY = 96, 7, 24
 VARIANTS: dict[str, dict[str, Any]] = {
     "rate": {"rate": 0.2},
     "rate of 1": {"rate": 1.0},
-    "mass": {"grad_norm_fraction": 0.6},
+    "grad-norm fraction": {"grad_norm_fraction": 0.6},
     "schedule of a rate": {"rate": Ramp(0.5, 0.1)},
-    "schedule of a mass": {"grad_norm_fraction": Ramp(0.9, 0.5)},
+    "schedule of a grad-norm fraction": {"grad_norm_fraction": Ramp(0.9, 0.5)},
     "draws": {"rate": 0.2, "temperature": 0.5, "p_min": 0.01},
-    "draws by mass": {"grad_norm_fraction": 0.6, "temperature": 0.5},
+    "draws by grad-norm fraction": {"grad_norm_fraction": 0.6, "temperature": 0.5},
     "floor": {"rate": 0.2, "floor": 0.1},
     "topk": {"rate": 0.2, "decision": "topk"},
     "random ties": {"rate": 0.2, "ties": "random"},
     "topk, random ties": {"rate": 0.2, "decision": "topk", "ties": "random"},
-    "random ties by mass": {"grad_norm_fraction": 0.6, "ties": "random"},
+    "random ties by grad-norm fraction": {"grad_norm_fraction": 0.6, "ties": "random"},
     "other statistics": {"rate": 0.2, "significance": Significance(entropy=1.0, margin=-0.5), "label_smoothing": 0.1},
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
@@ -121,7 +122,7 @@ def test_one_graph_holds_the_call(options: dict[str, Any]) -> None:
 class TestOnGpu:
     @pytest.fixture(autouse=True, params=["torch", "cuda"])
     def backend(self, request: pytest.FixtureRequest) -> Iterator[str]:
-        with backends.forced(request.param):
+        with _dispatch.forced(request.param):
             yield request.param
 
     @variants
@@ -161,7 +162,7 @@ class TestOnGpu:
     def test_a_step_is_three_launches_at_any_size(self, backend: str) -> None:
         if backend != "cuda":
             pytest.skip("the reference is many")
-        assert cuda_backend.unavailable() is None
+        assert cuda_backend.unavailable_reason() is None
         for rows in (512, 4096, 200_000):
             gate = Gate(0.1, capacity=rows // 4, threshold=1.0).cuda()
             logits, targets = torch.randn(rows, 10).cuda(), torch.randint(0, 10, (rows,)).cuda()
@@ -177,7 +178,7 @@ class TestOnGpu:
     def test_the_controller_of_either_backend_takes_the_same_way(self, backend: str) -> None:
         given, states = batch("cuda"), []
         for name in ("torch", backend):
-            with backends.forced(name):
+            with _dispatch.forced(name):
                 gate = Gate(0.2, capacity=CAPACITY).cuda()
                 for _ in range(20):
                     gate(*given)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sparse_training.experiments.original import CLAIMS, claim_at
-from sparse_training.selection.policies.masked import PackageLaw
+from sparse_training.selection.policies.masked import OriginalController
 
 
 @pytest.mark.parametrize(("rate", "speedups"), [(0.012, (86.5,)), (0.1, (8.6, 10.4)), (0.06, (16.0,)), (0.8, None)])
@@ -22,7 +22,7 @@ def test_claims_are_ones_that_can_be_printed():
 
 def test_the_law_is_the_packages():
     """By hand: 60% kept where 40% were wanted, from the threshold it starts with."""
-    law = PackageLaw(0.4)
+    law = OriginalController(0.4)
     law.observe(0.6)
     assert law.rate == pytest.approx(0.42)
     assert law.threshold == pytest.approx(3.0 + 0.005 * 0.02 + 0.0001 * 0.02)
@@ -35,7 +35,7 @@ def test_the_law_is_the_packages():
 
 
 def test_the_law_takes_arrays_as_it_takes_numbers():
-    many, one = PackageLaw(np.array([[0.1, 0.4]])), PackageLaw(0.4)
+    many, one = OriginalController(np.array([[0.1, 0.4]])), OriginalController(0.4)
     for kept in (0.9, 0.2, 0.5):
         many.observe(np.array([[0.1, kept]]))
         one.observe(kept)
@@ -43,4 +43,4 @@ def test_the_law_takes_arrays_as_it_takes_numbers():
 
 
 def test_it_keeps_a_tenth_and_two_at_least():
-    assert [PackageLaw.least(rows) for rows in (5, 20, 128)] == [2, 2, 12]
+    assert [OriginalController.least(rows) for rows in (5, 20, 128)] == [2, 2, 12]

@@ -12,11 +12,12 @@ from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.gate.significance import Significance
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.policies.by_loss import BatchImportancePolicy, BatchInfoBatchPolicy, TopKPolicy
 from sparse_training.selection.policies.gate import GatePolicy
+from sparse_training.selection.policies.importance import BatchImportancePolicy, ImportancePolicy
+from sparse_training.selection.policies.infobatch import BatchInfoBatchPolicy, InfoBatchPolicy
 from sparse_training.selection.policies.masked import MaskedPolicy
-from sparse_training.selection.policies.past import ImportancePolicy, InfoBatchPolicy
 from sparse_training.selection.policies.random import RandomPolicy
+from sparse_training.selection.policies.topk import TopKPolicy
 from sparse_training.selection.registry import POLICIES, make_policy
 from sparse_training.selection.types import Batch, CandidateIndices, Scores
 
@@ -94,7 +95,7 @@ def test_a_drawn_selection_is_unbiased():
     assert error < 0.05 * loss.mean()
 
 
-def mass_of(some, kept, **options):
+def fraction_of(some, kept, **options):
     """The share of the sum of the rows' gradient norms, label smoothing apart, that the rows kept have, by autograd."""
     logits = some.inputs.double().requires_grad_()
     F.cross_entropy(logits, some.targets, reduction="sum", **options).backward()
@@ -114,7 +115,7 @@ def mass_of(some, kept, **options):
     ],
     ids=lambda options: " ".join(options),
 )
-def test_a_watched_gate_knows_the_mass_of_the_rows_that_it_kept(options):
+def test_a_watched_gate_knows_the_grad_norm_fraction_that_it_kept(options):
     policy, some = GatePolicy(gate=Gate(**options)), batch(256)
     ignored = {name: value for name, value in options.items() if name == "ignore_index"}
     for _ in range(30):
@@ -122,8 +123,8 @@ def test_a_watched_gate_knows_the_mass_of_the_rows_that_it_kept(options):
     assert len(policy.trace()) == 2
     policy.watched = True
     kept = scored(policy, some)
-    rate, threshold, mass = policy.trace()
-    assert mass.item() == pytest.approx(mass_of(some, kept, **ignored), rel=1e-5)
+    rate, threshold, fraction = policy.trace()
+    assert fraction.item() == pytest.approx(fraction_of(some, kept, **ignored), rel=1e-5)
     assert threshold == policy.gate.threshold
     assert rate.item() == pytest.approx(
         kept.rows / 256 if "grad_norm_fraction" in options else policy.gate.rate_observed.item()
@@ -133,7 +134,7 @@ def test_a_watched_gate_knows_the_mass_of_the_rows_that_it_kept(options):
     assert len(policy.trace()) == 2
 
 
-def test_the_mass_of_a_batch_that_has_none_or_is_not_finite():
+def test_the_grad_norm_fraction_of_a_batch_that_has_none_or_is_not_finite():
     policy, some = GatePolicy(gate=Gate(0.5)), batch(8)
     policy.watched = True
     nothing = some._replace(targets=torch.full_like(some.targets, -100))
@@ -243,7 +244,7 @@ def test_within_a_batch_as_beyond_it_drawing_goes_on_from_its_state():
     assert torch.equal(scored(policy, some).positions, scored(other, some).positions)
 
 
-def test_losses_that_are_all_nought_are_drawn_evenly():
+def test_losses_that_are_all_zero_are_drawn_evenly():
     p = BatchImportancePolicy(0.25).probability(torch.zeros(16))
     assert torch.allclose(p, torch.full((16,), 0.25))
 
@@ -270,13 +271,13 @@ def test_the_masked_step_is_the_originals():
     assert kept.inputs is some.inputs
     assert (kept.rows, kept.divisor) == (int(mask.sum()), int(mask.sum()))
     rate = 0.1 * kept.rows / 64 + 0.9 * 0.4
-    assert float(policy.law.rate) == pytest.approx(rate)
-    assert float(policy.law.threshold) == pytest.approx(3.0 + 0.0051 * (rate - 0.4))
+    assert float(policy.controller.rate) == pytest.approx(rate)
+    assert float(policy.controller.threshold) == pytest.approx(3.0 + 0.0051 * (rate - 0.4))
     assert "for comparison only" in policy.warnings(0.1)[0]
     assert list(policy.likely_rows(64)) == [64]
 
 
-def test_the_clock_is_told_what_may_be_kept():
+def test_the_clock_times_what_may_be_kept():
     assert GatePolicy(0.1).likely_rows(512) == range(25, 103)
     assert GatePolicy(0.1).likely_rows(1) == range(1, 2)
     assert GatePolicy(1.0).likely_rows(8) == range(4, 9)
@@ -362,7 +363,7 @@ def test_losses_of_every_phase_are_kept_and_the_last_one_counts():
     policy.prepare(4)
     policy.observe(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), None)
     policy.observe(torch.tensor([1, 3]), torch.tensor([5.0, torch.nan]), None)
-    policy.up_to_date()
+    policy.flush()
     assert policy.table.scores.nan_to_num(-1.0).tolist() == [1.0, 5.0, -1.0, -1.0]
     assert any("2 of 4 rows were never trained on" in text for text in policy.warnings(0.1))
     assert any("1 losses were not finite" in text for text in policy.warnings(0.1))
@@ -389,13 +390,13 @@ def test_infobatch_steps_are_whole_batches_in_the_order_offered():
 @pytest.mark.parametrize("kind", [ImportancePolicy, InfoBatchPolicy])
 def test_policies_by_past_losses_want_rows_that_have_numbers(kind):
     policy = kind()
-    with pytest.raises(UserError, match=rf"{policy.name} asks for rows by their number: wanted data held in memory"):
+    with pytest.raises(UserError, match=rf"{policy.name} asks for rows by their number; use data held in memory"):
         policy.prepare(None)
     policy.prepare(10)
     state = policy.state_dict()
     policy.prepare(11)  # another run
     assert policy.table.rows == 11
-    with pytest.raises(UserError, match="knows 11 rows: wanted as many, given 10"):
+    with pytest.raises(UserError, match="was prepared for 11 rows, got 10"):
         policy.load_state_dict(state)
 
 
@@ -415,10 +416,12 @@ def test_names_gates_and_policies_are_taken():
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, float("nan")])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_rates_out_of_range_are_refused(policy, rate):
-    with pytest.raises(UserError, match=r"rate .* wanted"):
+    with pytest.raises(UserError, match=r"`rate` must be in \(0, 1\], got"):
         make_policy(policy, rate=rate, seed=0)
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="policy 'best': wanted one of dense, random, adaptive, gate, topk, importance"):
+    with pytest.raises(
+        UserError, match=r"`policy` must be one of dense, random, adaptive, gate, topk, importance.*'best'"
+    ):
         make_policy("best", rate=0.1, seed=0)

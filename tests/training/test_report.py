@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -13,8 +14,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from sparse_training import files
 from sparse_training.errors import UserError
-from sparse_training.reporting import plots, report
+from sparse_training.experiments.formats import COMPARISON, STUDY
+from sparse_training.reporting import comparison, energy, pages, plots, tables
+from sparse_training.reporting import result as result_files
 
 EVIL = "$\\frac{$<script>alert('x')</script> & \""
 
@@ -201,15 +205,19 @@ STYLE = dict(matplotlib.rcParams)
 def written(request, tmp_path_factory):
     """A result and the paths of its three files; drawing takes a second, so once for all tests."""
     folder = tmp_path_factory.mktemp(request.param) / "new" / "run"
-    return CASES[request.param], report.write_report(CASES[request.param], folder)
+    return CASES[request.param], pages.write_comparison(CASES[request.param], folder)
 
 
 def table(result, width=100, encoding="utf-8"):
     """What the table prints into a file of this many columns."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    report.print_table(result, Console(file=stream, width=width))
+    tables.print_comparison(result, Console(file=stream, width=width))
     stream.flush()
     return stream.buffer.getvalue().decode(encoding)
+
+
+def read_comparison(path):
+    return result_files.read_result(path, COMPARISON)
 
 
 class Page(HTMLParser):
@@ -235,7 +243,7 @@ class Page(HTMLParser):
 
 
 def test_headline_states_every_arm_and_the_winner():
-    assert report.headline(RESULT) == (
+    assert comparison.headline(RESULT) == (
         "At equal time (20 s), dense reached 93.1 ± 0.3 %, random reached 95.0 ± 0.3 % and "
         "gate reached 94.7 ± 0.3 % (mean ± standard deviation over 3 seeds): random is highest; "
         "its lead over dense (1.9 points) is larger than the deviation, over gate (0.3 points) "
@@ -258,50 +266,50 @@ def test_headline_states_every_arm_and_the_winner():
     ],
 )
 def test_verdict_is_fair_to_each(finals, words):
-    assert report.verdict(make_result(finals=finals)).startswith(words)
+    assert comparison.verdict(make_result(finals=finals)).startswith(words)
 
 
 def test_a_lead_counts_only_above_the_deviation_of_the_difference():
     result = make_result(arms=("dense", "gate"), finals={"dense": 0.90, "gate": 0.90435})
     # Each arm's deviation is 0.3 points, the difference's 0.424: a lead of 0.435 is larger.
-    assert "is larger" in report.verdict(result)
+    assert "is larger" in comparison.verdict(result)
     result["arms"]["gate"]["summary"]["accuracy_mean"] -= 0.0002
-    assert "is not larger" in report.verdict(result)
+    assert "is not larger" in comparison.verdict(result)
 
 
 def test_unequal_time_is_not_called_equal():
     result = make_result()
     result["arms"]["gate"]["summary"]["seconds_mean"] = 25.0
     words = "At unequal time (dense 20 s, random 20 s and gate 25 s), dense"
-    assert report.headline(result).startswith(words)
+    assert comparison.headline(result).startswith(words)
 
 
 def test_one_seed_or_one_arm_claims_nothing():
-    assert "one seed says nothing" in report.headline(make_result(seeds=(0,)))
-    assert "±" not in report.headline(make_result(seeds=(0,)))
-    assert "nothing to compare" in report.headline(make_result(arms=("gate",)))
-    assert "itself uncertain" in " ".join(report.findings(make_result(seeds=(0, 1))))
-    assert "no arm has a finite accuracy" in report.headline(CASES["bare"])
+    assert "one seed says nothing" in comparison.headline(make_result(seeds=(0,)))
+    assert "±" not in comparison.headline(make_result(seeds=(0,)))
+    assert "nothing to compare" in comparison.headline(make_result(arms=("gate",)))
+    assert "itself uncertain" in " ".join(comparison.findings(make_result(seeds=(0, 1))))
+    assert "no method has a finite accuracy" in comparison.headline(CASES["bare"])
 
 
 def test_an_arm_without_accuracy_is_not_passed_over():
-    assert "gate reached no finite accuracy" in report.headline(CASES["diverged"])
-    assert "random is best; its lead over dense" in report.headline(CASES["diverged"])
+    assert "gate reached no finite accuracy" in comparison.headline(CASES["diverged"])
+    assert "random is best; its lead over dense" in comparison.headline(CASES["diverged"])
 
 
 def test_an_unknown_deviation_makes_no_lead_clear():
     result = make_result()
     for arm in result["arms"].values():
         arm["summary"]["accuracy_std"] = None
-    assert "is not larger than the deviation" in report.verdict(result)
+    assert "is not larger than the deviation" in comparison.verdict(result)
 
 
 def test_a_missed_rate_is_said():
-    assert "target of 10 % was met" in " ".join(report.findings(RESULT))
+    assert "target of 10 % was met" in " ".join(comparison.findings(RESULT))
     missed = make_result()
     missed["arms"]["gate"]["summary"]["rate_mean"] = 0.13
-    assert "13.0 % of the rows" in " ".join(report.findings(missed))
-    assert "missed by more than 1 point" in " ".join(report.findings(missed))
+    assert "13.0 % of the rows" in " ".join(comparison.findings(missed))
+    assert "missed by more than 1 point" in " ".join(comparison.findings(missed))
 
 
 # --- table --------------------------------------------------------------------------------------
@@ -336,7 +344,7 @@ def test_same_warning_of_several_seeds_is_one_line():
     result = make_result()
     for run in result["arms"]["gate"]["runs"]:
         run["warnings"] = ["slow"]
-    assert report.warnings(result) == ["gate, seed 0, 1, 2: slow"]
+    assert comparison.warnings(result) == ["gate, seed 0, 1, 2: slow"]
 
 
 # --- figure -------------------------------------------------------------------------------------
@@ -388,7 +396,7 @@ def test_page_fetches_nothing_and_lets_no_input_through(written):
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in parsed.fetched)
     assert "<script" not in text
     assert parsed.tags.count("svg") == len(plots.PANELS)
-    assert report.headline(result) in parsed.text
+    assert comparison.headline(result) in parsed.text
     assert not re.search(r"\b(nan|inf|None)\b", parsed.text)
 
 
@@ -396,7 +404,7 @@ def test_page_holds_table_gallery_and_circumstances(written):
     result, (_, _, path) = written
     parsed = Page(path.read_text("utf-8"))
     words = ["calibrated clock", "measured", "counted", "620,362"]
-    words += [cell for row in report.table_rows(result) for cell in row]
+    words += [cell for row in comparison.table_rows(result) for cell in row]
     if result is RESULT:
         words += ["3.400", "3.19×", "over 40 rounds", "56 of 61", "class 3", "cpp (avx2)"]
     assert [word for word in words if word not in parsed.text] == []
@@ -405,7 +413,7 @@ def test_page_holds_table_gallery_and_circumstances(written):
 
 
 def test_the_mass_is_drawn_where_it_is_known():
-    assert report._titles(RESULT)["mass"].startswith("Gate's rows carry 3")
+    assert comparison.titles(RESULT)["mass"].startswith("Gate's rows carry 3")
     (line, *_) = lines = plots.Figure().add_subplot(), plots.Figure().add_subplot()
     older = make_result()
     for run in older["arms"]["gate"]["runs"]:
@@ -416,27 +424,27 @@ def test_the_mass_is_drawn_where_it_is_known():
     assert [len(ax.get_lines()) for ax in lines] == [3, 0]
     trace = RESULT["arms"]["gate"]["runs"][0]["trace"]
     assert list(line.get_lines()[0].get_ydata()) == pytest.approx([100 * point["mass"] for point in trace])
-    assert "carry" not in report._titles(older)["threshold"]
+    assert "carry" not in comparison.titles(older)["threshold"]
 
 
 def test_energy_is_shown_where_it_was_measured_and_else_its_lack_is_said(undrawn):
     none = "No energy was measured, and a skipped row is not counted as energy."
     result = make_result()
-    assert none in Page(report._html(result)).text
+    assert none in Page(pages.comparison_page(result)).text
     for name, arm in result["arms"].items():
         for run in arm["runs"]:
             run["flops"] = {"counted": 2e9 + 1e9 * run["seed"]}
             run["joules"] = {"measured": 40.0 + run["seed"] if name == "gate" else None, "by": "a meter"}
-    text = Page(report._html(result)).text
+    text = Page(pages.comparison_page(result)).text
     assert none not in text
     assert "Joules are measured (a meter), without evaluation" in text
-    assert report.energy_rows({name: arm["runs"] for name, arm in result["arms"].items()}) == (
+    assert energy.energy_rows({name: arm["runs"] for name, arm in result["arms"].items()}) == (
         [("dense", "–", "3"), ("random", "–", "3"), ("gate", "41", "3")],
-        [("arm", ""), ("joules", "measured"), ("FLOPs", "counted, 10⁹")],
+        [("method", ""), ("joules", "measured"), ("FLOPs", "counted, 10⁹")],
     )
     for run in result["arms"]["gate"]["runs"]:
         run["joules"]["measured"] = None
-    text = Page(report._html(result)).text
+    text = Page(pages.comparison_page(result)).text
     assert none in text
     assert "FLOPs" in text
 
@@ -446,8 +454,8 @@ def test_energy_is_shown_where_it_was_measured_and_else_its_lack_is_said(undrawn
 
 def test_report_is_three_files_that_read_back(written):
     result, paths = written
-    assert sorted(path.name for path in paths[0].parent.iterdir()) == sorted(report.FILES)
-    loaded = report.load_result(paths[0])
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == sorted(pages.COMPARISON_FILES)
+    loaded = read_comparison(paths[0])
     assert table(loaded) == table(result)
     assert result is not RESULT or loaded == result
 
@@ -467,9 +475,10 @@ def undrawn(monkeypatch):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_png_and_page_can_be_written_alone(tmp_path):
-    assert report.write_png(RESULT, tmp_path / "a.png").read_bytes() == b"image"
-    assert report.write_html(RESULT, tmp_path / "a.html").read_text().startswith("<!doctype html>")
+def test_png_and_page_are_written_whole(tmp_path):
+    _, image, page = pages.write_comparison(RESULT, tmp_path)
+    assert image.read_bytes() == b"image"
+    assert page.read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -477,12 +486,12 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    old = dict.fromkeys(report.FILES, "old")
+    old = dict.fromkeys(pages.COMPARISON_FILES, "old")
     for name, text in old.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(report.os, "replace", fail)
-    with pytest.raises(UserError, match=r"cannot write the report to .*: No space left on device"):
-        report.write_report(RESULT, tmp_path)
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device"):
+        pages.write_comparison(RESULT, tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == old
 
 
@@ -495,7 +504,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
         (b"[" * 100_000, "is not JSON"),
         (b"[1, 2]", "is not the result of a comparison"),
         (b'{"format": "other"}', "is not the result of a comparison"),
-        (b'{"format": "sparse-training-compare", "version": 9}', "has version 9; wanted 1"),
+        (b'{"format": "sparse-training-compare", "version": 9}', "has version 9; this program reads version 1"),
         (b'{"format": "sparse-training-compare", "version": 1}', "lacks 'created'"),
     ],
 )
@@ -503,7 +512,7 @@ def test_foreign_or_corrupt_files_are_refused_in_one_line(content, words, tmp_pa
     path = tmp_path / "compare.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
-        report.load_result(path)
+        read_comparison(path)
     assert "\n" not in str(caught.value)
     assert "compare.json" in str(caught.value)
 
@@ -525,9 +534,22 @@ def test_damaged_results_are_refused(damage, words, tmp_path):
     path = tmp_path / "compare.json"
     path.write_text(json.dumps(result))
     with pytest.raises(UserError, match=words):
-        report.load_result(path)
+        read_comparison(path)
+
+
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fashion-mnist-2026-11-22.json", COMPARISON), ("study-fashion-mnist-2026-11-26.json", STUDY)]
+)
+def test_recorded_results_are_read(name, kind, tmp_path):
+    recorded = result_files.read_result(RECORDS / name, kind)
+    (tmp_path / kind.file).write_bytes(result_files.to_json(recorded))
+    assert result_files.find_result(tmp_path) == (kind, recorded)
+    assert json.loads((RECORDS / name).read_text()) == recorded
 
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*none.json.*No such file"):
-        report.load_result(tmp_path / "none.json")
+        read_comparison(tmp_path / "none.json")

@@ -47,9 +47,9 @@ def loader_of(sampler, workers=0, rows=ROWS):
     return DataLoader(Indexed(dataset(rows)), batch_sampler=sampler, num_workers=workers)
 
 
-@pytest.mark.parametrize("law", METHODS)
-def test_the_first_epoch_is_a_plain_one_in_random_order(law):
-    sampler = HistorySampler(dataset(), 16, method=law)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_epoch_is_a_plain_one_in_random_order(method):
+    sampler = HistorySampler(dataset(), 16, method=method)
     found = train(sampler, loader_of(sampler), 0)
     assert len(found) == len(sampler) == 13
     rows = [row for index, _ in found for row in index]
@@ -119,14 +119,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("law", METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("workers", "stop"), [(0, 5), (0, 13), (2, 5), (2, 12)])
 @pytest.mark.parametrize("place", [{}, {"rank": 1, "num_replicas": 2}], ids=["alone", "of two"])
-def test_a_state_goes_on_bit_for_bit(law, workers, stop, place):
+def test_a_state_goes_on_bit_for_bit(method, workers, stop, place):
     """With workers, batches are drawn ahead: the state holds them, and they are not drawn again."""
-    if place and law == "infobatch":
+    if place and method == "infobatch":
         pytest.skip("its processes agree on the batches of an epoch")
-    options = {"method": law, "seed": 3, **OPTIONS[law], **place}
+    options = {"method": method, "seed": 3, **OPTIONS[method], **place}
 
     def epochs(sampler, first, last):
         loader = loader_of(sampler, workers)
@@ -149,10 +149,10 @@ def test_a_state_goes_on_bit_for_bit(law, workers, stop, place):
         assert rest[0] == []
     assert head + rest[0] == expected[1]
     assert rest[1:] == expected[2:]
-    if law == "adaptive":
-        assert resumed.law.balanced
-        for name, value in whole.law.state_dict().items():
-            assert torch.equal(torch.as_tensor(resumed.law.state_dict()[name]), torch.as_tensor(value)), name
+    if method == "adaptive":
+        assert resumed.sampler.balanced
+        for name, value in whole.sampler.state_dict().items():
+            assert torch.equal(torch.as_tensor(resumed.sampler.state_dict()[name]), torch.as_tensor(value)), name
     else:
         assert torch.equal(resumed.table.scores, whole.table.scores)
 
@@ -237,19 +237,21 @@ def test_adaptive_processes_draw_their_own_rows_by_their_own_classes_and_copies(
     ]
     for rank, sampler in enumerate(samplers):
         own = torch.arange(rank, ROWS, 2)
-        law = SamplingWeights(len(own), targets[own], copies[own], seed=2 * 7 + rank)
+        own_weights = SamplingWeights(len(own), targets[own], copies[own], seed=2 * 7 + rank)
         for epoch in range(4):  # balanced from the midst of the third on
             sampler.set_epoch(epoch)
             batches = 0
             for index, _ in loader_of(sampler):
-                rows = own[law.draw(min(8, 102 - 8 * batches), (epoch + batches / 13) / 4)]  # both have 102 an epoch
+                rows = own[
+                    own_weights.draw(min(8, 102 - 8 * batches), (epoch + batches / 13) / 4)
+                ]  # both have 102 an epoch
                 assert index.tolist() == rows.tolist()
                 assert torch.equal(sampler.weights(index), torch.ones(len(index)))
                 sampler.update(index, score(index, epoch), logits_of(index, epoch))
-                law.update(index // 2, score(index, epoch), logits_of(index, epoch))
+                own_weights.update(index // 2, score(index, epoch), logits_of(index, epoch))
                 batches += 1
             assert batches == len(sampler) == 13
-        assert law.balanced
+        assert own_weights.balanced
     with pytest.raises(UserError, match="rows of another process"):
         samplers[0].update(torch.tensor([1]), torch.ones(1))
 
@@ -332,24 +334,24 @@ class Stream(IterableDataset):
 def test_an_iterable_data_set_is_refused_with_the_reason(make):
     with pytest.raises(UserError, match=r"Stream is an IterableDataset: its rows .* cannot be asked for by number"):
         make(Stream())
-    with pytest.raises(UserError, match="wanted a map-style data set"):
+    with pytest.raises(UserError, match="use a map-style data set"):
         make(iter([1, 2]))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"batch_size": 0}, "batch size 0"),
-        ({"method": "best"}, "wanted one of importance, infobatch, adaptive"),
-        ({"epochs": 0}, "epochs 0"),
-        ({"method": "adaptive", "targets": [0] * 9}, "targets of 9 rows: wanted one for each of the data set's 10"),
-        ({"method": "adaptive", "duplicate_counts": torch.ones(11)}, "duplicate_counts of 11 rows"),
-        ({"targets": [0] * 10}, "targets or duplicate_counts with the method importance"),
-        ({"rate": 0.0}, "rate 0.0"),
-        ({"uniform": 0.0}, "uniform 0.0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"method": "best"}, "must be one of importance, infobatch, adaptive"),
+        ({"epochs": 0}, "`epochs` must be .*, got 0"),
+        ({"method": "adaptive", "targets": [0] * 9}, "`targets` must have one entry for each of 10 rows, got 9"),
+        ({"method": "adaptive", "duplicate_counts": torch.ones(11)}, "`duplicate_counts` must have .*, got 11"),
+        ({"targets": [0] * 10}, "`targets` and `duplicate_counts` need .*, got method='importance'"),
+        ({"rate": 0.0}, "`rate` must be .*, got 0.0"),
+        ({"uniform": 0.0}, "`uniform` must be .*, got 0.0"),
         ({"rank": 2, "num_replicas": 2}, "rank 2 of 2"),
-        ({"dataset": 1, "rank": 0, "num_replicas": 2}, "wanted a row a process"),
-        ({"method": "infobatch", "rank": 0, "num_replicas": 2}, r"wanted torch\.distributed"),
+        ({"dataset": 1, "rank": 0, "num_replicas": 2}, "each process must have a row"),
+        ({"method": "infobatch", "rank": 0, "num_replicas": 2}, r"needs torch\.distributed"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, words):
@@ -357,14 +359,14 @@ def test_settings_out_of_range_are_refused(options, words):
         HistorySampler(**{"dataset": 10, "batch_size": 4, **options})
 
 
-def test_what_an_adaptive_law_is_told_must_fit():
+def test_what_an_adaptive_sampler_is_given_must_fit():
     sampler = HistorySampler(10, 4, method="adaptive", targets=torch.arange(10) % 2)
     with pytest.raises(UserError, match="3 scores for 4 rows"):
         sampler.update(torch.arange(4), torch.ones(3))
-    with pytest.raises(UserError, match="logits of 5 rows for 4"):
+    with pytest.raises(UserError, match="one row for each of 4 rows, got 5"):
         sampler.update(torch.arange(4), torch.ones(4), torch.zeros(5, 2))
     for row in (-1, 10):
-        with pytest.raises(IndexError, match="wanted 0 to 9"):
+        with pytest.raises(IndexError, match="must be in 0 to 9"):
             sampler.update(torch.tensor([row]), torch.ones(1))
     with pytest.raises(UserError, match="has no table"):
         _ = sampler.table

@@ -204,15 +204,15 @@ def test_the_head_learns_too_where_hooks_do_not_run():
     trainer = trainer_of("early:2")
     batch = first_step(trainer)
     trainer.scorer._seen = []
-    before = weights(trainer.scorer.trained().net)
+    before = weights(trainer.scorer.require_auxiliary().net)
     trainer.scorer.learn(trainer.head(batch, 4))
-    after = weights(trainer.scorer.trained().net)
+    after = weights(trainer.scorer.require_auxiliary().net)
     assert not torch.equal(before["1.weight"], after["1.weight"])
 
 
 @pytest.mark.parametrize(
     ("layer", "words"),
-    [("other", r"no layer 'other': wanted one of pair, spare"), ("spare", "'spare' is not run"), ("pair", "a tuple")],
+    [("other", r"no layer 'other'; use one of pair, spare"), ("spare", "'spare' is not run"), ("pair", "got a tuple")],
 )
 def test_layers_that_do_not_do_are_refused(layer, words):
     with pytest.raises(UserError, match=words):
@@ -251,9 +251,9 @@ def test_what_cannot_be_scored_at_a_lower_resolution_is_refused():
     with pytest.raises(UserError, match=r"resolution 0.5: the model takes no images of \[4, 4\] pixels"):
         first_step(SparseTrainer(flat, policy="topk", scorer="self:0.5", dense_start=0))
     vectors = SparseTrainer(nn.Linear(3, CLASSES), policy="topk", scorer="self:0.5", dense_start=0)
-    with pytest.raises(UserError, match=r"inputs of shape \[4, 3\]: wanted images, float \[B, C, H, W\]"):
+    with pytest.raises(UserError, match=r"needs images, float \[B, C, H, W\], got inputs of shape \[4, 3\]"):
         vectors.check(Batch(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), None, 4))
-    with pytest.raises(UserError, match=r"resolution 1\.5: wanted a scale"):
+    with pytest.raises(UserError, match=r"`resolution` must be .*, got 1\.5"):
         SelfScorer(resolution=1.5)
 
 
@@ -262,7 +262,7 @@ def test_the_proxy_alone_sees_the_rows_that_are_scored():
     trainer = trainer_of(ProxyScorer(proxy, lr=1e-2))
     before = weights(proxy)
     batch = first_step(trainer)
-    net = trainer.scorer.trained().net
+    net = trainer.scorer.require_auxiliary().net
     same(weights(proxy), before)  # a copy is trained
     assert not torch.equal(net[1].weight, proxy[1].weight)
     seen = []
@@ -270,7 +270,7 @@ def test_the_proxy_alone_sees_the_rows_that_are_scored():
     scores = trainer.scorer(batch)
     assert not seen
     same(scores.logits, net(batch.inputs).detach())
-    with pytest.raises(UserError, match=r"the proxy 'cnn-tiny' is for images, \[B, C, H, W\]"):
+    with pytest.raises(UserError, match=r"the proxy cnn-tiny is for images, \[B, C, H, W\]"):
         SparseTrainer(nn.Linear(3, 2), policy="topk", scorer="proxy").check(
             Batch(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), None, 4)
         )
@@ -307,7 +307,7 @@ def test_a_reference_counts_in_a_significance_as_the_loss_does():
     wanted = 0.5 * (loss + scores.offset) - 0.5 * (p * p.log()).sum(1)
     torch.testing.assert_close(gate.last.significance, wanted)
     trainer = trainer_of(ReferenceScorer(network(seed=3)), Gate(grad_norm_fraction=0.9))
-    with pytest.raises(UserError, match="wanted a significance with it"):
+    with pytest.raises(UserError, match="use a significance with a term of the loss"):
         first_step(trainer)
 
 
@@ -345,12 +345,23 @@ def test_by_history_rows_that_were_never_trained_on_come_first_and_losses_withou
     assert scorer.recall(torch.tensor([0, 1, 2, 5])).losses.tolist() == [3.0, 1.0, 2.0, 3.0]
     loaded = HistoryScorer()
     loaded.load_state_dict(scorer.state_dict())
-    with pytest.raises(UserError, match="a table of 6 rows: wanted one of 7"):
+    with pytest.raises(UserError, match="a table of 6 rows, got 7"):
         loaded.prepare(7)
     scorer.prepare(7)  # another run
-    assert scorer.table.isnan().all()
+    assert scorer.table.scores.isnan().all()
     with pytest.raises(UserError, match="asks for rows by their number"):
         HistoryScorer().prepare(None)
+
+
+def test_a_state_of_the_history_scorer_is_its_losses():
+    """As saved before the table had a type of its own."""
+    scorer = HistoryScorer()
+    scorer.attach(network(), F.cross_entropy, device=torch.device("cpu"))
+    scorer.set_extra_state({"table": torch.tensor([1.0, torch.nan, -2.0])})
+    scorer.prepare(3)
+    assert scorer.recall(torch.arange(3)).losses.tolist() == [1.0, 1.0, -2.0]
+    assert list(scorer.get_extra_state()) == ["table"]
+    assert scorer.get_extra_state()["table"].nan_to_num(9.0).tolist() == [1.0, 9.0, -2.0]
 
 
 def test_rows_drawn_by_history_estimate_the_mean_of_those_offered():
@@ -377,7 +388,7 @@ def test_rows_drawn_by_history_estimate_the_mean_of_those_offered():
     "wrong", ["best", "self:", "early", "early:", "reference", "history:3", "self:big", "", "self:0", "proxy:"]
 )
 def test_names_that_there_are_not_are_refused(wrong):
-    with pytest.raises(UserError, match=r"(scorer|resolution) .* wanted"):
+    with pytest.raises(UserError, match=r"(`scorer`|`resolution`) .*must"):
         make_scorer(wrong)
 
 
@@ -391,7 +402,7 @@ def test_names_and_their_arguments():
 
 def test_a_scorer_for_who_asks_none_is_refused():
     for name in ("dense", "random", "masked"):
-        with pytest.raises(UserError, match=f"for the policy {name}, which asks none"):
+        with pytest.raises(UserError, match=f"for the policy {name}, which takes none"):
             make_policy(name, rate=0.1, seed=0, scorer="early:2")
-    with pytest.raises(UserError, match="wanted one scorer"):
+    with pytest.raises(UserError, match="give one scorer"):
         make_policy("gate@self", rate=0.1, seed=0, scorer="early:2")

@@ -7,9 +7,12 @@ import torch
 
 from sparse_training.data.splits import ImageData, Split
 from sparse_training.errors import UserError
-from sparse_training.experiments import study as studies
+from sparse_training.experiments import gallery, runner, study
+from sparse_training.experiments.design import Cell
+from sparse_training.experiments.runner import Interrupted
 from sparse_training.experiments.store import file_name
-from sparse_training.experiments.study import Cell, Interrupted, Study, verdicts
+from sparse_training.experiments.study import study_design, study_result, study_runner
+from sparse_training.experiments.verdicts import verdicts
 from sparse_training.training.clock import Costs
 
 FREE = {"score": ((1,), (0.0,)), "select": ((1,), (0.0,))}
@@ -18,7 +21,7 @@ COSTS = Costs(
     {"dense": FREE, "random": FREE, "infobatch": FREE, "gate": {**FREE, "score": ((1, 100), (0.03, 3.0))}},
     5,
 )
-ARMS = ("dense", "random", "random-again", "infobatch", "gate")
+METHODS = ("dense", "random", "random-again", "infobatch", "gate")
 
 
 def model(shape, classes):
@@ -43,7 +46,7 @@ def calibrated(monkeypatch):
         asked.append((policies, loaders))
         return COSTS
 
-    monkeypatch.setattr(studies, "calibrate", calibrate)
+    monkeypatch.setattr(runner, "calibrate", calibrate)
     return asked
 
 
@@ -51,7 +54,7 @@ def make(folder, **options):
     settings = {
         "model": f"{__name__}:model",
         "tasks": ("clean", "noise"),
-        "arms": ARMS,
+        "methods": METHODS,
         "seeds": (0, 1),
         "rate": 0.25,
         "batch_size": 16,
@@ -60,7 +63,8 @@ def make(folder, **options):
         "amp": "float32",
         "evaluations": 4,
     }
-    return Study(data(), folder=folder, **{**settings, **options})
+    resume = options.pop("resume", False)
+    return study_runner(data(), study_design(**{**settings, **options}), folder=folder, resume=resume)
 
 
 def read(folder):
@@ -72,8 +76,8 @@ def without_time(run):
 
 
 def test_every_arm_trains_on_equally_many_rows_a_step_and_spends_equal_time(tmp_path):
-    study = make(tmp_path)
-    study.run()
+    made = make(tmp_path)
+    made.run()
     for run in read(tmp_path).values():
         assert 60.0 <= run["seconds"] < 66.0
         phases = run["phases"]
@@ -101,25 +105,25 @@ def test_calibration_offers_each_arm_its_own_rows_and_is_made_once(tmp_path, cal
         "gate": 64,
         "whole": 64,  # a dense step on what the others are offered
     }
-    with pytest.raises(UserError, match="was calibrated for dense, random, infobatch, gate: wanted no importance"):
-        make(tmp_path, resume=True, arms=("importance",)).costs()
+    with pytest.raises(UserError, match="was calibrated for dense, random, infobatch, gate, not for importance"):
+        make(tmp_path, resume=True, methods=("importance",)).costs()
 
 
-def test_the_arm_of_other_draws_differs_in_its_draws_alone(tmp_path):
-    study = make(tmp_path, arms=("random-again",), tasks=("clean",), seeds=(0,))
-    (one, loader), (other, its) = (study._make(study.data, arm, 0) for arm in ("random", "random-again"))
+def test_the_method_of_other_draws_differs_in_its_draws_alone(tmp_path):
+    made = make(tmp_path, methods=("random-again",), tasks=("clean",), seeds=(0,))
+    (one, loader), (other, its) = (made.make(made.data, arm, 0) for arm in ("random", "random-again"))
     assert torch.equal(loader.order(0), its.order(0))
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
     offer = loader.offer(next(loader.probe()))
     drawn, again = one.policy.choose(offer).index, other.policy.choose(offer).index
     assert len(drawn) == len(again) == 16
     assert not torch.equal(drawn.sort().values, again.sort().values)
-    assert study.arms == ("random", "random-again")
+    assert made.design.methods == ("random", "random-again")
 
 
 def test_half_a_run_is_a_whole_schedule(tmp_path):
-    study = make(tmp_path, tasks=("clean",), arms=("random",), seeds=(0,), fractions=(1.0, 0.5))
-    study.run()
+    made = make(tmp_path, tasks=("clean",), methods=("random",), seeds=(0,), fractions=(1.0, 0.5))
+    made.run()
     half, whole = read(tmp_path).values()
     assert (half["fraction"], whole["fraction"]) == (0.5, 1.0)
     assert 30.0 <= half["seconds"] < 33.0
@@ -129,8 +133,8 @@ def test_half_a_run_is_a_whole_schedule(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 20, 60])
 def test_a_study_stopped_anywhere_goes_on_to_the_same_runs(tmp_path, monkeypatch, steps):
-    options = {"tasks": ("finetune",), "arms": ("gate",), "seeds": (0,)}
-    monkeypatch.setattr(studies, "CHECKPOINT_STEPS", 7)
+    options = {"tasks": ("finetune",), "methods": ("gate",), "seeds": (0,)}
+    monkeypatch.setattr(study, "CHECKPOINT_STEPS", 7)
     make(tmp_path / "whole", **options).run()
     taken = []
     with pytest.raises(Interrupted):
@@ -150,9 +154,9 @@ def test_an_arm_may_be_named_by_a_file(tmp_path, monkeypatch):
         torch.save(model((1, 8, 8), 3).state_dict(), path)
     arms = [f"gate@reference:{path}" for path in others]
     costs = Costs(COSTS.shared, {**COSTS.own, **dict.fromkeys(arms, COSTS.own["gate"])}, 5)
-    monkeypatch.setattr(studies, "calibrate", lambda *arguments, **options: costs)
-    monkeypatch.setattr(studies, "CHECKPOINT_STEPS", 7)
-    options = {"tasks": ("clean",), "arms": arms, "seeds": (0,)}
+    monkeypatch.setattr(runner, "calibrate", lambda *arguments, **options: costs)
+    monkeypatch.setattr(study, "CHECKPOINT_STEPS", 7)
+    options = {"tasks": ("clean",), "methods": arms, "seeds": (0,)}
     make(tmp_path / "whole", **options).run()
     with pytest.raises(Interrupted):
         make(tmp_path / "part", **options).run(
@@ -164,7 +168,10 @@ def test_an_arm_may_be_named_by_a_file(tmp_path, monkeypatch):
     assert [without_time(run) for run in whole.values()] == [without_time(run) for run in part.values()]
     for folder in (tmp_path / "whole", tmp_path / "part"):
         assert not [path for path in (folder / "runs").iterdir() if path.is_dir()]
-        assert set(make(folder, resume=True, **options).result()["tasks"]["clean"]["galleries"]) == {*arms, "random"}
+        assert set(study_result(make(folder, resume=True, **options))["tasks"]["clean"]["galleries"]) == {
+            *arms,
+            "random",
+        }
 
 
 def test_names_of_files_are_those_of_runs_where_they_can_be():
@@ -180,24 +187,28 @@ def test_names_of_files_are_those_of_runs_where_they_can_be():
 
 def test_finetuning_starts_from_one_checkpoint_of_the_first_half(tmp_path, monkeypatch):
     seen = []
-    fit = studies.SparseTrainer.fit
+    fit = runner.SparseTrainer.fit
 
     def watched(self, loader, **options):
         seen.append((len(loader.labels), next(self.model.parameters()).detach().clone()))
         return fit(self, loader, **options)
 
-    monkeypatch.setattr(studies.SparseTrainer, "fit", watched)
-    make(tmp_path, tasks=("finetune",), arms=("dense",), seeds=(3, 4)).run()
+    monkeypatch.setattr(runner.SparseTrainer, "fit", watched)
+    make(tmp_path, tasks=("finetune",), methods=("dense",), seeds=(3, 4)).run()
     assert [rows for rows, _ in seen] == [100, 200, 200, 200, 200]
     assert all(torch.equal(seen[1][1], weights) for _, weights in seen[2:])
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
 def test_a_study_may_grow_but_not_change(tmp_path):
-    make(tmp_path, tasks=("clean",), arms=("random",), seeds=(0,)).run()
+    make(tmp_path, tasks=("clean",), methods=("random",), seeds=(0,)).run()
     before = (tmp_path / "runs" / "clean-random-1-0.json").read_bytes()
-    grown = make(tmp_path, tasks=("clean",), arms=("random", "gate"), seeds=(0, 1), resume=True)
-    assert [cell.name for cell in grown.missing()] == ["clean-gate-1-0", "clean-random-1-1", "clean-gate-1-1"]
+    grown = make(tmp_path, tasks=("clean",), methods=("random", "gate"), seeds=(0, 1), resume=True)
+    assert [grown.design.name(cell) for cell in grown.missing()] == [
+        "clean-gate-1-0",
+        "clean-random-1-1",
+        "clean-gate-1-1",
+    ]
     grown.run()
     assert (tmp_path / "runs" / "clean-random-1-0.json").read_bytes() == before
     with pytest.raises(UserError, match=r"other settings: lr 0\.01 is now 0\.02"):
@@ -207,23 +218,23 @@ def test_a_study_may_grow_but_not_change(tmp_path):
 
 
 def test_a_speed_up_over_a_step_that_was_not_timed_is_not_told(tmp_path, monkeypatch):
-    study = make(tmp_path, tasks=("clean",), arms=("gate",), seeds=(0,))
-    study._run(Cell("clean", "random", 1.0, 0), COSTS, None, None)
-    ceilings = study.result()["calibration"]["ceilings"]
+    made = make(tmp_path, tasks=("clean",), methods=("gate",), seeds=(0,))
+    made.run_cell(Cell("clean", "random", 1.0, 0), COSTS)
+    ceilings = study_result(made)["calibration"]["ceilings"]
     assert ceilings["gate"]["speedup"] == pytest.approx((0.64 + 6.4) / (0.64 + 1.92 + 1.6))
     shorter = Costs({**COSTS.shared, "train": ((1, 63), (0.1, 6.3))}, COSTS.own, 5)
-    monkeypatch.setattr(study, "costs", lambda: shorter)
-    assert study.result()["calibration"]["ceilings"] == {}
+    monkeypatch.setattr(made, "costs", lambda: shorter)
+    assert study_result(made)["calibration"]["ceilings"] == {}
 
 
 def test_an_unfinished_study_is_read_as_far_as_it_goes(tmp_path):
-    study = make(tmp_path, tasks=("clean",), arms=("gate",))
+    made = make(tmp_path, tasks=("clean",), methods=("gate",))
     with pytest.raises(UserError, match="no finished run of random yet"):
-        study.result()
-    study._run(Cell("clean", "random", 1.0, 0), COSTS, None, None)
-    study._run(Cell("clean", "random", 1.0, 1), COSTS, None, None)
-    study._run(Cell("clean", "gate", 1.0, 1), COSTS, None, None)
-    result = study.result()
+        study_result(made)
+    made.run_cell(Cell("clean", "random", 1.0, 0), COSTS)
+    made.run_cell(Cell("clean", "random", 1.0, 1), COSTS)
+    made.run_cell(Cell("clean", "gate", 1.0, 1), COSTS)
+    result = study_result(made)
     assert result["missing"] == 1
     rows = {row["arm"]: row for row in result["table"]}
     assert (rows["random"]["n"], rows["gate"]["n"]) == (2, 1)
@@ -232,17 +243,17 @@ def test_an_unfinished_study_is_read_as_far_as_it_goes(tmp_path):
 
 
 def test_the_gate_finds_planted_noise_and_the_gallery_shows_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "TOP", 20)
-    study = make(tmp_path, tasks=("noise",), seeds=(0,))
-    study.run()
-    result = json.loads(json.dumps(study.result()))
+    monkeypatch.setattr(gallery, "TOP", 20)
+    made = make(tmp_path, tasks=("noise",), seeds=(0,))
+    made.run()
+    result = json.loads(json.dumps(study_result(made)))
     noise = result["tasks"]["noise"]
     assert noise["planted_share"] == pytest.approx(0.2)
     (gate,) = noise["arms"]["gate"]["1"]
     assert gate["planted"]["selected most"] > 0.3 > gate["planted"]["selected least"]
     shown = noise["galleries"]["gate"]["selected most"]
-    assert len(shown) == studies.GALLERY_ROWS
-    task = study.task("noise")
+    assert len(shown) == gallery.STUDY_ROWS
+    task = made.task("noise")
     for row in shown:
         assert row["planted"] == bool(task.planted[row["index"]])
         assert row["label"] == task.data.train.labels[row["index"]]
@@ -333,11 +344,11 @@ def test_random_against_random_must_not_differ():
 
 def test_what_is_wrong_is_refused_before_the_folder_is_made(tmp_path):
     for options, words in (
-        ({"tasks": ("hard",)}, "task 'hard': wanted some of clean"),
-        ({"arms": ("best",)}, "policy 'best'"),
-        ({"fractions": (1.0, 2.0)}, "fraction 2.0"),
-        ({"seconds": 0.0}, "seconds 0.0"),
-        ({"seeds": ()}, "no seed"),
+        ({"tasks": ("hard",)}, "`tasks` must be some of clean, .*, got 'hard'"),
+        ({"methods": ("best",)}, "`policy` must be .*'best'"),
+        ({"fractions": (1.0, 2.0)}, r"`fractions` must be in \(0, 1\], got 2.0"),
+        ({"seconds": 0.0}, "`seconds` must be finite and above 0, got 0.0"),
+        ({"seeds": ()}, "`seeds` must name at least one"),
     ):
         with pytest.raises(UserError, match=words):
             make(tmp_path / "new", **options)

@@ -9,10 +9,14 @@ import pytest
 from rich.console import Console
 from test_study import COSTS, make
 
-from sparse_training.experiments import study as studies
-from sparse_training.reporting import plots, study_plots, study_report
+from sparse_training.experiments import runner
+from sparse_training.experiments.formats import STUDY
+from sparse_training.experiments.study import study_result
+from sparse_training.reporting import pages, plots, study_plots, tables
+from sparse_training.reporting import study as study_words
+from sparse_training.reporting.result import read_result
 
-ARMS = ("random", "random-again", "infobatch", "gate")
+METHODS = ("random", "random-again", "infobatch", "gate")
 
 
 class Page(HTMLParser):
@@ -62,11 +66,11 @@ class Page(HTMLParser):
 def finished(tmp_path_factory):
     """A study of two tasks as it is read from its file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, "calibrate", lambda *_, **__: COSTS)
-        study = make(tmp_path_factory.mktemp("study") / "one", tasks=("clean", "noise"), arms=ARMS)
+        patch.setattr(runner, "calibrate", lambda *_, **__: COSTS)
+        study = make(tmp_path_factory.mktemp("study") / "one", tasks=("clean", "noise"), methods=METHODS)
         study.run()
-        study_report.write_study(study.result(), study.folder)
-    return study_report.load_study(study.folder / studies.RESULT)
+        pages.write_study(study_result(study), study.folder)
+    return read_result(study.folder / STUDY.file, STUDY)
 
 
 @pytest.fixture
@@ -84,14 +88,14 @@ NO_ENERGY = "No energy was measured, and a skipped row is not counted as energy.
 
 
 def test_no_energy_is_said_where_none_was_measured_though_operations_were_counted(result):
-    page = Page(study_report.page(result))
+    page = Page(pages.study_page(result))
     assert NO_ENERGY in page.text
     assert "joules" not in page.text
     flops = [run["flops"]["counted"] for arm, run in whole_runs(result) if arm == "gate"]
     assert page.row("gate", columns=2)[1] == f"{1e-9 * sum(flops) / len(flops):,.4g}"
     for _, run in whole_runs(result):
         del run["joules"], run["flops"]  # as before either was recorded
-    page = Page(study_report.page(result))
+    page = Page(pages.study_page(result))
     assert NO_ENERGY in page.text
     assert "Energy and work" not in page.text
 
@@ -100,39 +104,39 @@ def test_joules_are_shown_with_their_meter(result):
     for arm, run in whole_runs(result):
         if arm != "random":
             run["joules"] = {"measured": 1000.0 + 10.0 * run["seed"] + len(arm), "by": "a meter of package 0"}
-    page = Page(study_report.page(result))
+    page = Page(pages.study_page(result))
     assert page.row("gate", columns=3)[1] == "1,009"
     assert page.row("random", columns=3)[1] == "–"
-    assert ["arm", "joulesmeasured", "FLOPscounted, 10⁹"] in page.rows
+    assert ["method", "joulesmeasured", "FLOPscounted, 10⁹"] in page.rows
     assert "Joules are measured (a meter of package 0), without evaluation" in page.text
     assert "No energy" not in page.text
 
 
 def test_ceilings_are_those_of_a_step_on_all_rows_offered(result):
-    page = Page(study_report.page(result))
+    page = Page(pages.study_page(result))
     # By COSTS: 64 rows offered, 16 kept; dense 0.64 + 6.4 s, gate 0.64 + 1.92 + 1.6.
     assert page.row("gate", columns=11)[7:] == ["1.69×", "0.90", "1.82×", "93 %"]
     assert page.row("random", columns=11)[7:] == ["4.00×", "0.00", "4.00×", "100 %"]
     assert page.row("infobatch", columns=11)[7:] == ["–"] * 4
     assert "no speed-up is known" not in page.text
     result["calibration"]["ceilings"] = {}
-    assert "no speed-up is known" in Page(study_report.page(result)).text
+    assert "no speed-up is known" in Page(pages.study_page(result)).text
 
 
 def test_rate_threshold_and_mass_are_drawn_and_old_results_lack_the_mass(result):
-    page = Page(study_report.page(result))
+    page = Page(pages.study_page(result))
     assert page.figures.count("Gradient norm of the rows kept") == 1
     assert {"rate", "threshold", "mass"} <= set(study_plots.figures(result))
     for _, run in whole_runs(result):
         for point in run["trace"]:
             del point["mass"]
-    page = Page(study_report.page(result))
+    page = Page(pages.study_page(result))
     assert {"Rows kept", "Threshold"} <= set(page.figures)
     assert "Gradient norm of the rows kept" not in page.figures
-    assert "recorded no mass" in page.text
+    assert "recorded no gradient-norm share" in page.text
     for _, run in whole_runs(result):
         run["trace"] = []
-    assert "The controller" not in Page(study_report.page(result)).text
+    assert "The controller" not in Page(pages.study_page(result)).text
 
 
 def test_each_traced_value_is_drawn_where_it_was(result):
@@ -145,7 +149,7 @@ def test_each_traced_value_is_drawn_where_it_was(result):
 
 
 def test_precision_at_100_stands_beside_chance(result):
-    page = Page(study_report.page(result))
+    page = Page(pages.study_page(result))
     gate = [run["planted"]["selected most"] for run in result["tasks"]["noise"]["arms"]["gate"]["1"]]
     assert "Precision at 100: how many of the first hundred rows are wrong labels" in page.text
     assert page.row("gate", columns=4)[1] == f"{50 * sum(gate):.0f} %"
@@ -160,16 +164,16 @@ def test_the_gallery_with_most_planted_rows_is_open_and_random_ones_are_last(res
                 row["planted"] = False
     for row in galleries["infobatch"]["highest loss"][:7]:
         row["planted"] = True
-    noise = Page(study_report.page(result)).open[-len([1 for found in galleries.values() for _ in found]) :]
+    noise = Page(pages.study_page(result)).open[-len([1 for found in galleries.values() for _ in found]) :]
     assert [said for opened, said in noise if opened] == ["infobatch: highest loss (7 of 12 wrong labels)"]
     assert ["random" in said for _, said in noise] == sorted("random" in said for _, said in noise)
 
 
 def test_the_table_of_the_terminal_is_whole(result):
     console = Console(width=60, record=True, file=io.StringIO())
-    study_report.print_study(result, console)
+    tables.print_study(result, console)
     words = " ".join(console.export_text().split())
-    for row in study_report.study_rows(result):
+    for row in study_words.study_rows(result):
         assert " ".join(cell for cell in row[1:] if cell) in words
 
 

@@ -68,7 +68,9 @@ def test_finetune_starts_from_the_first_half_and_clean_from_nothing():
 
 
 def test_an_unknown_task_or_too_little_data_is_refused():
-    with pytest.raises(UserError, match="task 'hard': wanted one of clean, noise, longtail, duplicated, finetune"):
+    with pytest.raises(
+        UserError, match="task 'hard' is unknown; use one of clean, noise, longtail, duplicated, finetune"
+    ):
         make_task("hard", load_data("digits"))
-    with pytest.raises(UserError, match="99 rows to train on: wanted at least 100"):
+    with pytest.raises(UserError, match="at least 100 rows to train on, got 99"):
         make_task("clean", numbered(99))

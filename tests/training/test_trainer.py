@@ -493,7 +493,7 @@ def test_a_checkpoint_in_the_way_or_of_another_run_is_refused(tmp_path):
     ],
 )
 def test_a_loss_that_reduces_is_refused_when_the_trainer_is_made(loss):
-    with pytest.raises(UserError, match=r'reduction="(mean|sum)": wanted one loss a row, reduction="none"'):
+    with pytest.raises(UserError, match=r'got reduction="(mean|sum)"; use reduction="none"'):
         SparseTrainer(network(), loss=loss)
 
 
@@ -509,7 +509,7 @@ def test_a_loss_of_the_wrong_shape_is_refused_before_anything_changes(policy):
     model = network()
     trainer = SparseTrainer(model, loss=lambda z, y: F.cross_entropy(z, y), policy=policy, dense_start=0)
     before, rng = weights(model), torch.get_rng_state()
-    with pytest.raises(UserError, match=r"the loss gives \[\] for 16 rows: wanted one value a row, \[B\]"):
+    with pytest.raises(UserError, match=r"the loss must return one value per row, \[16\], got \[\]"):
         trainer.fit(resident(), steps=3)
     same(weights(model), before)
     assert torch.equal(torch.get_rng_state(), rng)
@@ -524,12 +524,12 @@ def test_inputs_and_targets_that_disagree_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 0.0}, "rate 0.0: wanted"),
-        ({"policy": "best"}, "policy 'best'"),
+        ({"rate": 0.0}, r"`rate` must be in \(0, 1\], got 0.0"),
+        ({"policy": "best"}, "`policy` must be .*'best'"),
         ({"lr": 0.0}, "`lr` must be above 0, got 0.0"),
         ({"clip_norm": -1.0}, "`clip_norm` must be .*, got -1.0"),
         ({"amp": "int8"}, "`amp` must be .*, got 'int8'"),
-        ({"scoring_precision": "int8"}, "precision 'int8'"),
+        ({"scoring_precision": "int8"}, "precision must be .*, got 'int8'"),
         ({"dense_start": 0.6, "dense_end": 0.6}, "add up to more than 1"),
         ({"dense_start": -0.1}, "`dense_start` must be .*, got -0.1"),
         ({"schedule": "linear"}, "`schedule` must be .*, got 'linear'"),

@@ -286,7 +286,7 @@ def scored(rank: int, ranks: int, group: Any, scorer: str) -> Any:
     trained = made.of if scorer == "reference" else made
     same = [(x.float(), y) for x, y in parts_of(2, 1)[0]]
     scores = [trained(trainer.loader([]).load(batch)).losses.tolist() for batch in same]
-    state = trained.trained().net.state_dict()
+    state = trained.require_auxiliary().net.state_dict()
     # How many batches BatchNorm saw is each rank's own, and counts for nothing.
     return [value.tolist() for value in state.values() if value.is_floating_point()], scores, seen
 

@@ -172,7 +172,7 @@ def test_a_token_classifier_learns_from_dict_batches(rows):
 
 def test_what_shapes_leave_open_is_asked_for():
     logits, targets = torch.randn(2, 5, 5), torch.randint(0, 5, (2, 5))
-    with pytest.raises(UserError, match=r"wanted class_dim=1 or class_dim=-1"):
+    with pytest.raises(UserError, match=r"give class_dim=1 or class_dim=-1"):
         Criterion()(logits, targets)
     for dim in (1, -1):
         wanted = F.cross_entropy(logits.movedim(dim, 1), targets, reduction="none").mean(1)
@@ -185,7 +185,7 @@ def test_what_shapes_leave_open_is_asked_for():
     ("options", "message"),
     [
         ({"granularity": "pixels"}, "`granularity` must be one of sample, token, got 'pixels'"),
-        ({"loss": {"class_dim": 2}}, "class_dim 2"),
+        ({"loss": {"class_dim": 2}}, "`class_dim` must be .*, got 2"),
         ({"granularity": "token", "scorer": "proxy"}, 'scorer proxy cannot be used with granularity="token"'),
         ({"accumulate": 0}, "`accumulate` must be .*, got 0"),
         ({"ema": 1.0}, "`ema` must be .*, got 1.0"),

@@ -1,4 +1,4 @@
-"""The worth of rows: what sets them apart, what does not, and that draws follow it."""
+"""Sampling weights of rows: what changes them, what does not, and that draws follow them."""
 
 from types import SimpleNamespace
 
@@ -25,21 +25,21 @@ def logits_for(targets, probability):
     return others.scatter(1, targets[:, None], p[:, :1]).log()
 
 
-def told(law, logits, targets):
+def updated(weights, logits, targets):
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    law.update(torch.arange(law.rows), losses, logits)
-    return law
+    weights.update(torch.arange(weights.rows), losses, logits)
+    return weights
 
 
-def one_pass(law, progress=0.1):
+def one_pass(weights, progress=0.1):
     """How often each row comes in the next pass."""
-    parts = [law.draw(1, progress)]
-    parts.append(law.draw(len(law.order), progress))
-    return torch.bincount(torch.cat(parts), minlength=law.rows)
+    parts = [weights.draw(1, progress)]
+    parts.append(weights.draw(len(weights.order), progress))
+    return torch.bincount(torch.cat(parts), minlength=weights.rows)
 
 
 def noisy(rate, rows=20_000):
-    """A law, the rows whose labels were replaced, and a model that knows the right ones but for an honest confusion."""
+    """Sampling weights and the rows whose labels were replaced; the model confuses two classes."""
     right = labels(rows)
     generator = torch.Generator().manual_seed(1)
     wrong = torch.rand(rows, generator=generator) < rate
@@ -47,14 +47,14 @@ def noisy(rate, rows=20_000):
     believed = right.clone()
     confused = (right == 6) & (torch.rand(rows, generator=generator) < 0.3)
     believed[confused] = 0
-    law = SamplingWeights(rows, given)
-    one_pass(law)
-    return told(law, logits_for(believed, torch.full((rows,), min(0.95, 1.0 - rate))), given), wrong, confused
+    weights = SamplingWeights(rows, given)
+    one_pass(weights)
+    return updated(weights, logits_for(believed, torch.full((rows,), min(0.95, 1.0 - rate))), given), wrong, confused
 
 
 def test_the_first_pass_has_every_row_once_in_an_order_of_its_seed():
-    law, same, other = (SamplingWeights(1000, labels(1000), seed=seed) for seed in (3, 3, 4))
-    first = torch.cat([law.draw(7, 0.0) for _ in range(142)])
+    weights, same, other = (SamplingWeights(1000, labels(1000), seed=seed) for seed in (3, 3, 4))
+    first = torch.cat([weights.draw(7, 0.0) for _ in range(142)])
     assert torch.equal(first.sort().values.unique(), first.sort().values)
     assert torch.equal(first, same.draw(994, 0.0))
     assert not torch.equal(first, other.draw(994, 0.0))
@@ -63,20 +63,20 @@ def test_the_first_pass_has_every_row_once_in_an_order_of_its_seed():
 @pytest.mark.parametrize("progress", [0.1, 0.9])
 def test_nothing_that_sets_rows_apart_makes_passes_epochs(progress):
     targets = torch.arange(2000) % CLASSES
-    law = SamplingWeights(2000, targets)
-    one_pass(law)
-    told(law, logits_for(targets, torch.full((2000,), 0.5)), targets)
+    weights = SamplingWeights(2000, targets)
+    one_pass(weights)
+    updated(weights, logits_for(targets, torch.full((2000,), 0.5)), targets)
     for _ in range(3):
-        assert (one_pass(law, progress) == 1).all()
+        assert (one_pass(weights, progress) == 1).all()
 
 
 def test_well_learned_rows_come_a_third_as_often_over_the_passes():
     rows = 6000
-    law = SamplingWeights(rows, learned=1.0 / 3.0)
-    one_pass(law)
+    weights = SamplingWeights(rows, learned=1.0 / 3.0)
+    one_pass(weights)
     sure = torch.arange(rows) < rows // 2
-    law.update(torch.arange(rows), torch.where(sure, 0.0, 1.0))
-    counts = sum(one_pass(law) for _ in range(10))
+    weights.update(torch.arange(rows), torch.where(sure, 0.0, 1.0))
+    counts = sum(one_pass(weights) for _ in range(10))
     assert int(counts.sum()) == pytest.approx(10 * rows, rel=0.01)
     assert float(counts[~sure].float().mean() / counts[sure].float().mean()) == pytest.approx(3.0, rel=0.02)
     assert counts[sure].max() - counts[sure].min() <= 1  # to within one: what is left over is not lost
@@ -85,8 +85,8 @@ def test_well_learned_rows_come_a_third_as_often_over_the_passes():
 @pytest.mark.parametrize("targets", [None, torch.arange(3000) % CLASSES])
 def test_copies_share_the_draws_of_one_row_from_the_first_pass_on(targets):
     copies = torch.where(torch.arange(3000) < 2000, 10, 1)
-    law = SamplingWeights(3000, targets, copies)
-    counts = sum(one_pass(law) for _ in range(10)).float()
+    weights = SamplingWeights(3000, targets, copies)
+    counts = sum(one_pass(weights) for _ in range(10)).float()
     assert float(counts.sum()) == pytest.approx(30_000, rel=0.01)
     assert float(counts[2000:].mean() / counts[:2000].mean()) == pytest.approx(10.0, rel=0.03)
     assert counts[2000:].max() - counts[2000:].min() <= 1
@@ -94,10 +94,10 @@ def test_copies_share_the_draws_of_one_row_from_the_first_pass_on(targets):
 
 def test_every_batch_has_its_share_of_each_class():
     targets = torch.cat((torch.zeros(3000), torch.ones(600), torch.full((37,), 2.0))).long()
-    law = SamplingWeights(len(targets), targets)
+    weights = SamplingWeights(len(targets), targets)
     orders = []
     for _ in range(2):
-        orders.append(law.draw(len(targets), 0.1))
+        orders.append(weights.draw(len(targets), 0.1))
         for batch in orders[-1].split(100)[:-1]:
             found = torch.bincount(targets[batch], minlength=3)
             assert (found - 100 * torch.bincount(targets) / len(targets)).abs().max() < 2
@@ -117,46 +117,46 @@ def test_the_loader_finds_copies():
 
 def test_no_class_gains_by_being_hard():
     targets = labels(5000)
-    law = SamplingWeights(5000, targets, learned=1.0 / 3.0)
-    one_pass(law)
-    told(law, logits_for(targets, torch.where(targets < 3, 0.3, 0.999)), targets)
-    counts = torch.bincount(targets, weights=one_pass(law).double())
+    weights = SamplingWeights(5000, targets, learned=1.0 / 3.0)
+    one_pass(weights)
+    updated(weights, logits_for(targets, torch.where(targets < 3, 0.3, 0.999)), targets)
+    counts = torch.bincount(targets, weights=one_pass(weights).double())
     torch.testing.assert_close(counts, torch.bincount(targets).double(), rtol=0.05, atol=5.0)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.4])
 def test_wrong_labels_are_counted_and_seldom_drawn(rate):
-    law, wrong, confused = noisy(rate)
-    counts = one_pass(law).float()
-    assert law.noise == pytest.approx(rate, abs=0.03)
+    weights, wrong, confused = noisy(rate)
+    counts = one_pass(weights).float()
+    assert weights.noise == pytest.approx(rate, abs=0.03)
     assert counts[wrong & ~confused].mean() < 0.02
     assert counts[~wrong & ~confused].mean() > 0.9
 
 
-def test_honest_confusion_between_two_classes_is_not_noise():
-    law, _, confused = noisy(0.0)
-    counts = one_pass(law).float()
-    assert law.noise < NOISE
+def test_genuine_confusion_between_two_classes_is_not_noise():
+    weights, _, confused = noisy(0.0)
+    counts = one_pass(weights).float()
+    assert weights.noise < NOISE
     assert counts[confused].mean() > 0.9
 
 
 def test_a_model_that_is_not_sure_rejects_nothing():
-    law, wrong, _ = noisy(0.2)
-    targets = law.targets.long()
-    told(law, torch.randn(law.rows, CLASSES, generator=torch.Generator().manual_seed(0)) * 0.1, targets)
-    assert law.estimate_noise() == 0.0
-    law.noise = 0.2
-    assert law.worth()[wrong].mean() == pytest.approx(1.0, abs=0.01)
+    weights, wrong, _ = noisy(0.2)
+    targets = weights.targets.long()
+    updated(weights, torch.randn(weights.rows, CLASSES, generator=torch.Generator().manual_seed(0)) * 0.1, targets)
+    assert weights.estimate_noise() == 0.0
+    weights.noise = 0.2
+    assert weights.weights()[wrong].mean() == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize("balance_from", [0.6, None])
 def test_classes_are_balanced_late_in_the_run_and_the_pass_is_cut_for_it(balance_from):
     targets = torch.cat((torch.zeros(4000), torch.ones(400), torch.full((40,), 2.0))).long()
-    law = SamplingWeights(len(targets), targets, balance_from=balance_from)
-    told(law, torch.zeros(len(targets), 3), targets)
-    before = law.draw(1000, 0.59)
+    weights = SamplingWeights(len(targets), targets, balance_from=balance_from)
+    updated(weights, torch.zeros(len(targets), 3), targets)
+    before = weights.draw(1000, 0.59)
     assert torch.bincount(targets[before]).tolist() == pytest.approx([900, 90, 9], abs=40)
-    after = torch.bincount(targets[law.draw(9000, 0.6)], minlength=3)
+    after = torch.bincount(targets[weights.draw(9000, 0.6)], minlength=3)
     if balance_from is None:
         assert after[0] > 7000
     else:
@@ -164,8 +164,8 @@ def test_classes_are_balanced_late_in_the_run_and_the_pass_is_cut_for_it(balance
 
 
 def test_a_balanced_set_is_not_cut_short():
-    law = SamplingWeights(100, torch.arange(100) % CLASSES)
-    first = torch.cat((law.draw(50, 0.5), law.draw(50, 0.7)))
+    weights = SamplingWeights(100, torch.arange(100) % CLASSES)
+    first = torch.cat((weights.draw(50, 0.5), weights.draw(50, 0.7)))
     assert len(first.unique()) == 100
 
 
@@ -182,44 +182,44 @@ def test_a_balanced_set_is_not_cut_short():
     ids=["none", "soft", "regression", "pixels", "ignored", "one class"],
 )
 def test_targets_of_any_kind(targets):
-    law = SamplingWeights(50, targets)
+    weights = SamplingWeights(50, targets)
     for progress in (0.0, 0.3, 0.7, 0.9):
-        index = law.draw(32, progress)
+        index = weights.draw(32, progress)
         assert len(index) == 32
-        law.update(index, torch.rand(32), torch.zeros(32, 3))
-    assert law.noise == 0.0
+        weights.update(index, torch.rand(32), torch.zeros(32, 3))
+    assert weights.noise == 0.0
 
 
 def test_a_model_may_have_classes_that_no_row_is_of():
     """As where the data are a part of what it can tell apart."""
     given = noisy(0.2)[0].targets.long()
-    law, wider = (SamplingWeights(len(given), given) for _ in range(2))
+    weights, wider = (SamplingWeights(len(given), given) for _ in range(2))
     logits = logits_for(given, torch.full(given.shape, 0.9))
     elsewhere = torch.arange(len(given)) % 50 == 0
     believed = torch.where(elsewhere, CLASSES + 3, (given + 1) % CLASSES)
-    told(law, logits, given)
-    told(wider, torch.nn.functional.pad(logits, (0, 5), value=-30.0), given)
-    assert wider.estimate_noise() == law.estimate_noise()
-    told(wider, 9.0 * torch.nn.functional.one_hot(believed, CLASSES + 5).float(), given)
+    updated(weights, logits, given)
+    updated(wider, torch.nn.functional.pad(logits, (0, 5), value=-30.0), given)
+    assert wider.estimate_noise() == weights.estimate_noise()
+    updated(wider, 9.0 * torch.nn.functional.one_hot(believed, CLASSES + 5).float(), given)
     assert 0.0 <= wider.estimate_noise() < 1.0
     assert len(wider.draw(100, 0.9)) == 100
 
 
 def test_what_is_not_finite_is_counted_and_a_repeated_row_keeps_its_last():
-    law = SamplingWeights(4)
-    law.update(torch.tensor([0, 1, 1, 2]), torch.tensor([torch.nan, 1.0, 2.0, torch.inf]))
-    assert law.invalid == 2
+    weights = SamplingWeights(4)
+    weights.update(torch.tensor([0, 1, 1, 2]), torch.tensor([torch.nan, 1.0, 2.0, torch.inf]))
+    assert weights.invalid == 2
     expected = torch.tensor([torch.nan, torch.nan, torch.nan, torch.nan])
     expected[1] = torch.exp(torch.tensor(-2.0))
-    torch.testing.assert_close(law.probability, expected, equal_nan=True)
+    torch.testing.assert_close(weights.probability, expected, equal_nan=True)
 
 
 def test_arguments_and_states_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="learned 0: wanted more than 0"):
+    with pytest.raises(UserError, match=r"`learned` must be in \(0, 1\], got 0;"):
         SamplingWeights(5, learned=0)
-    with pytest.raises(UserError, match="0 rows to draw from"):
+    with pytest.raises(UserError, match="`rows` must be at least 1, got 0"):
         SamplingWeights(0)
-    with pytest.raises(UserError, match="a state of 5 rows: wanted one of 6"):
+    with pytest.raises(UserError, match="must be of 6 rows, got 5"):
         SamplingWeights(6).load_state_dict(SamplingWeights(5).state_dict())
 
 
@@ -245,17 +245,17 @@ def test_the_policy_goes_on_from_its_state_bit_for_bit():
     later.prepare(300, targets)
     assert torch.equal(steps(later, 17, 30), expected)
     later.prepare(299, targets[:299])  # another run
-    assert later.law.rows == 299
-    assert later.law.probability.isnan().all()
+    assert later.sampler.rows == 299
+    assert later.sampler.probability.isnan().all()
 
 
 def test_the_policy_says_what_it_assumed():
-    law = noisy(0.2)[0]
+    weights = noisy(0.2)[0]
     policy = AdaptivePolicy()
-    policy.prepare(law.rows, law.targets)
+    policy.prepare(weights.rows, weights.targets)
     assert "20000 of 20000 rows were never trained on" in policy.warnings(None)[0]
-    law.draw(law.rows, 0.1)
-    policy.law = law
+    weights.draw(weights.rows, 0.1)
+    policy.sampler = weights
     assert any("of the labels seem wrong" in text for text in policy.warnings(None))
     stream = AdaptivePolicy()
     stream.prepare(None)

@@ -1,1 +1,1 @@
-"""Comparisons of policies at equal cost."""
+"""Experiments: methods compared at equal cost, over tasks, budgets and seeds."""

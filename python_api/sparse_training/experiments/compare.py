@@ -1,242 +1,156 @@
-"""Policies side by side: the same weights, the same order of data, the same seconds of one clock."""
+"""Comparison: methods side by side on one data set, with equal weights, order of data and seconds of one clock."""
 
 from __future__ import annotations
 
-import base64
-import datetime
-import io
-import os
-import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-import sparse_kernels
-from sparse_training.data.resident import ResidentLoader
 from sparse_training.data.splits import ImageData
-from sparse_training.errors import UserError
-from sparse_training.experiments.store import Store
-from sparse_training.models.build import build_model
-from sparse_training.profiling.calibration import CALIBRATION_SECONDS, calibrate
+from sparse_training.experiments.design import Design
+from sparse_training.experiments.formats import COMPARISON
+from sparse_training.experiments.gallery import most_and_least
+from sparse_training.experiments.runner import Progress, Runner, Stop, step_costs
+from sparse_training.precision import scoring_dtype
 from sparse_training.profiling.speedup import speedup_bound
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import make_policy, uses_rate
-from sparse_training.trainer import SparseTrainer
-from sparse_training.training.clock import Clock, Costs
-from sparse_training.training.log import Status, TrainingLog
-from sparse_training.training.settings import TrainerSettings
+from sparse_training.training.clock import Costs
 
-FORMAT, VERSION = "sparse-training-compare", 1
-RESULT = "compare.json"
-GALLERY_ROWS = 16
-EVALUATION_BATCH = 1000
-CALIBRATION_SHARE = 0.1
-
-Progress = Callable[[str, int, Status], None]  # arm, seed, where its run is
+METHODS = ("dense", "random", "adaptive", "gate")
+GALLERY_METHOD = "gate"
+_OF_THE_RUNNER = ("task", "arm", "fraction", "planted")  # entries of a run that this format does not have
 
 
-class Interrupted(Exception):
-    """A comparison was stopped; the runs it had finished are in its folder."""
+def comparison_design(methods: Sequence[str] = METHODS, **options: Any) -> Design:
+    """Design of a comparison: every method is offered ``batch_size`` rows a step of the data as they are.
+
+    Args:
+        methods: policies by name or policy@scorer, each once.
+        options: further fields of ``Design``.
+    """
+    return Design(tuple(methods), **options)
 
 
 def compare(
     data: ImageData,
+    design: Design,
     *,
-    model: str = "cnn-620k",
-    policies: Sequence[str] = ("dense", "random", "gate"),
-    rate: float = 0.1,
-    seeds: Sequence[int] = (0, 1, 2),
-    seconds: float = 20.0,
-    batch_size: int = 128,
-    lr: float = 1e-3,
-    dense_start: float = 0.05,
-    dense_end: float = 0.125,
-    precision: str = "auto",
     device: torch.device | str = "cpu",
-    evaluations: int = 20,
     folder: str | Path | None = None,
     resume: bool = False,
     command: str = "",
     progress: Progress | None = None,
-    stop: Callable[[], bool] | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Train every policy with every seed for equal seconds of one calibrated clock.
+    """Train every method with every seed for equal seconds of one calibrated clock.
+
+    Example:
+        >>> result = compare(load_data("digits"), comparison_design(("dense", "adaptive"), seconds=5.0))
 
     Args:
-        data: what to train and test on.
-        model: as for ``build_model``.
-        policies: names in POLICIES, the arms.
-        rate: fraction of rows that arms other than dense aim for.
-        seconds: of the clock, for each run; evaluation is not charged.
-        folder: where each finished run is kept, so that with ``resume`` an interrupted comparison
-            goes on with what is missing, by the same calibration.
-        command: what to record as having made the result.
-        progress: called after every step of every run.
-        stop: asked after every step.
+        data: data set to train and test on.
+        design: methods, seeds and settings; see ``comparison_design``.
+        device: PyTorch device to train on. Default: the processor.
+        folder: folder that finished runs are kept in. Default: none; an interrupted comparison is lost.
+        resume: True to go on with what is missing in ``folder``, by the same calibration.
+        command: command line to record in the result.
+        progress: called after every step of every run with its cell and status. Default: none.
+        stop: asked after every step; true ends the comparison. Default: none.
 
     Returns:
         The result as it is written to compare.json; every time in seconds, every rate a fraction.
 
     Raises:
-        UserError: an argument out of range, or a folder made with other settings.
-        Interrupted: ``stop`` said so.
+        UserError: a method that cannot run, or a folder made with other settings.
+        Interrupted: ``stop`` returned true.
     """
-    if not policies or len(set(policies)) != len(policies):
-        raise UserError(f"policies {', '.join(policies) or 'none'}: wanted each name once, at least one")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"seeds {', '.join(map(str, seeds)) or 'none'}: wanted each once, at least one")
-    if not 0.0 < seconds < float("inf"):
-        raise UserError(f"seconds {seconds}: wanted more than 0")
-    device = torch.device(device)
-    test = ResidentLoader(
-        data.test,
-        batch_size=min(EVALUATION_BATCH, len(data.test)),
-        mean=data.mean,
-        std=data.std,
+    runner = comparison_runner(data, design, folder=folder, device=device, resume=resume, command=command)
+    runner.run(progress, stop)
+    return comparison_result(runner)
+
+
+def comparison_runner(
+    data: ImageData,
+    design: Design,
+    *,
+    folder: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    command: str = "",
+) -> Runner:
+    """Make the runner of a comparison.
+
+    Args:
+        data: data set to train and test on.
+        design: methods, seeds and settings.
+        folder: folder that finished runs are kept in. Default: none.
+        device: PyTorch device to train on. Default: the processor.
+        resume: True to go on with what is missing in ``folder``.
+        command: command line to record in the result.
+
+    Raises:
+        UserError: a method that cannot run, or a folder made with other settings.
+    """
+    return Runner(
+        design,
+        data,
+        settings=comparison_settings(design, data, torch.device(device)),
+        kind=COMPARISON.kind,
+        folder=folder,
+        resume=resume,
         device=device,
-        shuffle=False,
+        command=command,
     )
 
-    def make(policy: str, seed: int) -> tuple[SparseTrainer, ResidentLoader]:
-        """Equal for equal seeds but for the policy."""
-        torch.manual_seed(seed)
-        network = build_model(model, shape=data.shape, classes=len(data.classes))
-        trainer = SparseTrainer(
-            network,
-            policy=policy,
-            rate=rate if uses_rate(policy) else None,
-            dense_start=dense_start,
-            dense_end=dense_end,
-            lr=lr,
-            device=device,
-            seed=seed,
-            settings=TrainerSettings(scoring_precision=precision),
-        )
-        loader = ResidentLoader(
-            data.train,
-            batch_size=batch_size,
-            seed=seed,
-            mean=data.mean,
-            std=data.std,
-            device=device,
-        )
-        return trainer, loader
 
-    arms = {name: make_policy(name, rate=rate, seed=seeds[0]) for name in policies}
-    trainer, loader = make(policies[0], seeds[0])
-    settings = {
+def comparison_settings(design: Design, data: ImageData, device: torch.device) -> dict[str, Any]:
+    """Settings of a comparison, under the names that results have."""
+    return {
         "data": data.name,
         "source": data.source,
-        "model": model,
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "policies": list(policies),
-        "rate": rate,
-        "batch_size": batch_size,
-        "seconds": seconds,
-        "seeds": list(seeds),
-        "lr": lr,
-        "warmup": dense_start,
-        "anneal": dense_end,
-        "precision": str(trainer.scorer.dtype or torch.get_default_dtype()).removeprefix("torch."),
+        "model": design.model,
+        "policies": list(design.methods),
+        "rate": design.rate,
+        "batch_size": design.batch_size,
+        "seconds": design.seconds,
+        "seeds": list(design.seeds),
+        "lr": design.lr,
+        "warmup": design.dense_start,
+        "anneal": design.dense_end,
+        "precision": str(scoring_dtype(design.precision, device) or torch.get_default_dtype()).removeprefix("torch."),
         "train_rows": len(data.train),
         "test_rows": len(data.test),
     }
-    store = Store(None if folder is None else Path(folder), settings, resume)
-    costs = store.costs()
-    if costs is None:
-        # A machine's mood may last seconds: the clock that all runs go by is worth a tenth of their time.
-        share = CALIBRATION_SHARE * seconds * len(seeds) * len(policies)
-        costs = store.keep_costs(calibrate(trainer, loader, arms, seconds=max(CALIBRATION_SECONDS, share)))
 
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in policies}
-    counts = torch.zeros(2, len(data.train), dtype=torch.int64)  # times selected, times seen
-    for seed in seeds:
-        for name in policies:
-            found = store.run(f"{name}-{seed}")
-            if found is None:
-                trainer, loader = make(name, seed)
-                history = trainer.fit(
-                    loader,
-                    seconds=seconds,
-                    evaluate=test,
-                    evaluations=evaluations,
-                    clock=Clock(costs),
-                    progress=None if progress is None else _about(progress, name, seed),
-                    stop=stop,
-                )
-                if history.interrupted:
-                    raise Interrupted
-                run = _run(history, seed, trainer.policy.target)
-                found = store.keep_run(f"{name}-{seed}", run, {"selected": history.selected, "seen": history.seen})
-            run, by_row = found
-            runs[name].append(run)
-            if name == "gate" and by_row:
-                counts += torch.stack((by_row["selected"], by_row["seen"])).cpu()
-    summaries = {name: _summary(found) for name, found in runs.items()}
-    shares = {name: arm.target or summaries[name]["rate_mean"] or 1.0 for name, arm in arms.items()}
-    steps = stage_costs(costs, arms, shares, batch_size)
+
+def comparison_result(runner: Runner) -> dict[str, Any]:
+    """The result of a runner whose runs are all finished."""
+    design, costs, finished = runner.design, runner.costs(), runner.finished()
+    policies = {method: runner.policy(method, design.seeds[0]) for method in design.methods}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in design.methods}
+    counts = torch.zeros(2, len(runner.data.train), dtype=torch.int64)  # times selected, times seen
+    for cell, (run, by_row) in finished.items():
+        runs[cell.method].append({name: value for name, value in run.items() if name not in _OF_THE_RUNNER})
+        if cell.method == GALLERY_METHOD and by_row:
+            counts += torch.stack((by_row["selected"], by_row["seen"])).cpu()
+    summaries = {method: _summary(some) for method, some in runs.items()}
+    shares = {method: policy.target or summaries[method]["rate_mean"] or 1.0 for method, policy in policies.items()}
     return {
-        "format": FORMAT,
-        "version": VERSION,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "environment": environment(device),
-        "settings": settings,
-        "calibration": {
-            "rounds": costs.rounds,
-            "arms": steps,
-        },
-        "speedup": _speedup(costs, arms, shares, batch_size),
-        "arms": {name: {"runs": found, "summary": summaries[name]} for name, found in runs.items()},
-        "gallery": _gallery(data, *counts),
-    }
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """The versions, the machine and the backends that serve the kernels."""
-    backends = {
-        op: f"{found['active']} ({found['detail']})" if found.get("detail") else str(found["active"])
-        for op, found in sparse_kernels.backend_info().items()
-    }
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sparse_kernels": sparse_kernels.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "backends": backends,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(named, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
-
-
-def _about(progress: Progress, arm: str, seed: int) -> Callable[[Status], None]:
-    return lambda status: progress(arm, seed, status)
-
-
-def _run(history: TrainingLog, seed: int, target: float | None) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "accuracy": history.evals[-1]["accuracy"],
-        **history.to_dict(),
-        "target": target,
+        **COMPARISON.header(command=runner.command, device=runner.device),
+        "settings": runner.settings,
+        "calibration": {"rounds": costs.rounds, "arms": _stages(costs, policies, shares, design.batch_size)},
+        "speedup": _speedups(costs, policies, shares, design.batch_size),
+        "arms": {method: {"runs": some, "summary": summaries[method]} for method, some in runs.items()},
+        "gallery": {"arm": GALLERY_METHOD, **most_and_least(runner.data, *counts)},
     }
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Means over a method's runs, and the standard deviation of the accuracy."""
+
     def mean(name: str) -> float | None:
         values = [run[name] for run in runs if run[name] is not None]
         return statistics.fmean(values) if values else None
@@ -252,73 +166,38 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def stage_costs(
-    costs: Costs, arms: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
+def _stages(
+    costs: Costs, policies: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each stage of a step, dense and of each arm, that keeps exactly the arm's share of the batch.
+    """Seconds of each stage of a dense step, and of each method's that keeps exactly its share of the batch.
 
-    A policy that lets some batches go by and takes whole ones in between is charged the average.
+    A policy that skips some batches and takes whole ones in between is charged the average.
     """
     steps = {"dense": costs.step("dense", batch_size, batch_size)}
-    for name, arm in arms.items():
-        kept = batch_size if arm.masks else max(1, round(shares[name] * batch_size))
-        steps[name] = costs.step(name, kept if arm.before_loading else batch_size, kept, batch_size)
+    for method, policy in policies.items():
+        steps[method] = step_costs(costs, method, policy, batch_size, max(1, round(shares[method] * batch_size)))
     return steps
 
 
-def _speedup(
-    costs: Costs, arms: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
+def _speedups(
+    costs: Costs, policies: Mapping[str, Policy], shares: Mapping[str, float], batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Measured speed-up of a step beside its ceiling.
+    """Measured speed-up of each method's step beside its bound, under the names that results have.
 
-    A policy that chooses before loading could at best be 1/r times as fast. A dense step is taken as three
-    forward passes, so one that scores with the model's own forward cannot exceed 3/(1+3r); with its
-    scoring at s forward passes, 3/(s+3r) is its own ceiling.
+    A policy that chooses before loading could at best be 1/r times as fast. A dense step counts as three forward
+    passes, so a policy that scores with the model's own forward cannot exceed 3/(1+3r); with scoring that costs s
+    forward passes, its own bound is 3/(s+3r).
     """
-    found = {}
-    for name, arm in arms.items():
-        if name == "dense":
+    speedups = {}
+    for method, policy in policies.items():
+        if method == "dense":
             continue
-        reached = speedup_bound(costs, arm, batch_size=batch_size, rate=shares[name])
-        found[name] = {"measured": reached.speedup, "ceiling": 1.0 / shares[name]}
-        if not arm.before_loading:
-            found[name] |= {
-                "ceiling": 3.0 / (1.0 + 3.0 * (1.0 if arm.masks else shares[name])),
-                "scorer_cost": reached.scorer_cost,
-                "own_ceiling": reached.ceiling,
+        bound = speedup_bound(costs, policy, batch_size=batch_size, rate=shares[method])
+        speedups[method] = {"measured": bound.speedup, "ceiling": 1.0 / shares[method]}
+        if not policy.before_loading:
+            speedups[method] |= {
+                "ceiling": 3.0 / (1.0 + 3.0 * (1.0 if policy.masks else shares[method])),
+                "scorer_cost": bound.scorer_cost,
+                "own_ceiling": bound.ceiling,
             }
-    return found
-
-
-def _gallery(data: ImageData, selected: Tensor, seen: Tensor) -> dict[str, Any]:
-    """The training rows that the gate kept the largest and the smallest share of the times it saw them.
-
-    Among equals those come first that it saw more often, then those with the lower row number.
-    """
-    known = seen.nonzero().squeeze(1).tolist()
-    share = {row: selected[row].item() / seen[row].item() for row in known}
-
-    def counted(row: int) -> dict[str, Any]:
-        return {**picture(data, row), "selected": int(selected[row]), "seen": int(seen[row])}
-
-    most = sorted(known, key=lambda row: (-share[row], -int(seen[row]), row))[:GALLERY_ROWS]
-    least = sorted(known, key=lambda row: (share[row], -int(seen[row]), row))[:GALLERY_ROWS]
-    return {
-        "arm": "gate",
-        "most": [counted(row) for row in most],
-        "least": [counted(row) for row in least],
-    }
-
-
-def picture(data: ImageData, row: int) -> dict[str, Any]:
-    """A training row for a gallery: its number, label, class and image."""
-    label = int(data.train.labels[row])
-    return {"index": row, "label": label, "class": data.classes[label], "png": _png(data.train.images[row])}
-
-
-def _png(image: Tensor) -> str:
-    """An image uint8 [1 or 3, H, W] as a PNG file in base64."""
-    pixels = image.permute(1, 2, 0).squeeze(2).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return speedups

@@ -1,4 +1,4 @@
-"""What the original system claimed."""
+"""Published claims of the original system."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ class Claim(NamedTuple):
     """One published figure."""
 
     setting: str
-    rate: float | None  # fraction of rows said to be trained on; None where none was given
-    speedups: tuple[float, ...]  # over dense training, as claimed
-    accuracy: float | None  # fraction, the best it claimed
-    basis: str  # what the speed-up was made of
+    rate: float | None  # claimed fraction of rows trained on; None where none was given
+    speedups: tuple[float, ...]  # claimed, over dense training
+    accuracy: float | None  # best accuracy claimed, a fraction
+    basis: str  # how the speed-up was computed
 
 
 CLAIMS = (
@@ -30,6 +30,14 @@ CLAIMS = (
 
 
 def claim_at(rate: float, tolerance: float = 0.01) -> Claim | None:
-    """The claim at the rate nearest to ``rate``, None where none is within ``tolerance`` of it."""
+    """Find the claim at the rate nearest to ``rate``.
+
+    Args:
+        rate: fraction of rows kept, in (0, 1].
+        tolerance: largest distance of the claim's rate. Default 0.01.
+
+    Returns:
+        The claim, or None where none is near enough.
+    """
     near = [claim for claim in CLAIMS if claim.rate is not None and abs(claim.rate - rate) <= tolerance]
     return min(near, key=lambda claim: abs((claim.rate or 0.0) - rate), default=None)

@@ -1,4 +1,4 @@
-"""Differences over pairs of runs that share a seed, and the moment a curve reaches a value."""
+"""Paired tests over runs that share a seed, mean curves, and the time at which a curve reaches a value."""
 
 from __future__ import annotations
 
@@ -14,48 +14,58 @@ Curve = tuple[np.ndarray, np.ndarray]  # time ascending, values
 
 
 class Paired(NamedTuple):
-    """Student's t-test of the mean of n differences against 0, two-sided.
+    """Two-sided Student's t-test of the mean of n differences against 0.
 
-    With 3 pairs it rests on 2 degrees of freedom and on differences being normal: a small p says something,
-    a large one says nothing. (A rank test cannot go below p = 0.25 for 3 pairs.)
+    With 3 pairs it has 2 degrees of freedom and assumes normal differences: a small p is evidence, a large one is
+    none. (A rank test cannot go below p = 0.25 for 3 pairs.)
     """
 
     n: int
     mean: float
-    deviation: float | None  # of one difference; None for fewer than 2 pairs
+    deviation: float | None  # standard deviation of a difference; None for fewer than 2 pairs
     low: float | None  # 95% confidence interval of the mean
     high: float | None
     p: float | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
         return self._asdict()
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
-    """The test of ours - theirs, pair by pair.
+    """Test the differences ours - theirs, pair by pair.
+
+    Args:
+        ours: values of one method, at least one.
+        theirs: values of the other, as many.
+
+    Returns:
+        The test; its deviation, interval and p are None for one pair.
 
     Raises:
         ValueError: not the same number of values, or none.
     """
     if len(ours) != len(theirs) or not len(ours):
-        raise ValueError(f"{len(ours)} values beside {len(theirs)}: wanted pairs, at least one")
-    found = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
-    n, mean = len(found), float(found.mean())
+        raise ValueError(
+            f"`ours` and `theirs` must be pairs, at least one, got {len(ours)} values beside {len(theirs)}"
+        )
+    differences = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+    n, mean = len(differences), float(differences.mean())
     if n < 2:
         return Paired(n, mean, None, None, None, None)
-    deviation = float(found.std(ddof=1))
+    deviation = float(differences.std(ddof=1))
     if deviation == 0.0 and mean == 0.0:
         return Paired(n, 0.0, 0.0, 0.0, 0.0, 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # equal differences have no spread to divide by
-        test = stats.ttest_1samp(found, 0.0)
+        test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(0.95)
     p = float(test.pvalue)
     return Paired(n, mean, deviation, float(low), float(high), None if math.isnan(p) else p)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjustment of p-values for having made so many tests; None stays None and does not count."""
+    """Adjust p-values for the number of tests, by Holm's method; None stays None and does not count."""
     known = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     adjusted: list[float | None] = [None] * len(ps)
     largest = 0.0
@@ -66,14 +76,17 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def common_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and deviation over runs evaluated at different moments.
+    """Mean and standard deviation over runs that were evaluated at different times.
 
-    The grid is the union of the moments, cut to the span that every run covers: nothing is
-    extrapolated, and no run drops out half way.
+    The grid is the union of the times, cut to the span that every run covers: nothing is extrapolated, and no run
+    drops out half way.
+
+    Args:
+        curves: (times ascending, values) of each run; runs without a point are left out.
 
     Returns:
-        (seconds, mean, deviation), float64, of one length, which is 0 if no span is shared.
-        The deviation (n - 1) is 0 for one run.
+        (times, mean, deviation), float64 arrays of one length, which is 0 if no span is shared. The deviation (n - 1)
+        is 0 for one run.
     """
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
@@ -87,9 +100,14 @@ def common_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def time_to_reach(curves: Sequence[Curve], value: float) -> float | None:
-    """When the mean of the curves first is at the value, linear between evaluations; None for never.
+    """Time at which the mean of the curves first reaches a value, linear between evaluations.
 
-    Before the first common evaluation nothing is known: a curve that starts above the value gives that moment.
+    Args:
+        curves: (times ascending, values) of each run.
+        value: value to reach.
+
+    Returns:
+        The time; None for never. A mean that starts above the value gives the first common evaluation.
     """
     seconds, mean, _ = common_curve(curves)
     above = np.flatnonzero(mean >= value)

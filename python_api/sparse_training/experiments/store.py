@@ -1,4 +1,4 @@
-"""The folder of a comparison or a study: its settings, its calibration, and a file for each finished run."""
+"""Folder of an experiment: its settings, its calibration, and a file for each finished run."""
 
 from __future__ import annotations
 
@@ -7,37 +7,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_training import files
 from sparse_training.errors import UserError
 from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
 from sparse_training.training.clock import Costs
+from sparse_training.training.state import CHECKPOINT
 
 SETTINGS, CALIBRATION, RUNS = "settings.json", "calibration.json", "runs"
 
-LONGEST = 240  # bytes of a name: file systems take 255, suffixes among them
+LONGEST = 240  # bytes of a file name without suffixes: file systems take 255
 
-Counts = dict[str, Tensor]  # a number for each training row, by name
+Counts = dict[str, Tensor]  # a number for each training row, by kind
 
 
 class Store:
-    """What is kept between interruptions; without a folder nothing is.
+    """Finished runs and calibration, kept in a folder between interruptions, or in memory.
+
+    Args:
+        folder: folder to keep everything in, made here; None for memory.
+        settings: what must agree with the settings that the folder was made with, by name.
+        resume: True to continue what the folder holds.
+        kind: kind of experiment, in messages.
 
     Raises:
-        UserError: the folder holds something made with other settings, or anything without ``resume``.
+        UserError: the folder was made with other settings, or holds an experiment and ``resume`` is False.
     """
 
     def __init__(
         self, folder: Path | None, settings: Mapping[str, Any], resume: bool, kind: str = "comparison"
     ) -> None:
         self.folder = folder
+        self._costs: Costs | None = None
+        self._runs: dict[str, tuple[dict[str, Any], Counts]] = {}
+        self._weights: dict[str, dict[str, Any]] = {}
         if folder is None:
             return
         path = folder / SETTINGS
         if path.exists():
             if not resume:
-                raise UserError(f"{folder} holds a {kind} already: resume it, or choose another folder")
+                raise UserError(f"{folder} holds a {kind} already; resume it, or choose another folder")
             made = files.read_json(path)
             if differing := [name for name in settings if made.get(name) != settings[name]]:
                 said = ", ".join(f"{name} {made.get(name)} is now {settings[name]}" for name in differing)
@@ -47,46 +58,82 @@ class Store:
             files.write_json(path, settings)
 
     def costs(self) -> Costs | None:
+        """The clock's costs; None before they are measured."""
         if self.folder is None or not (self.folder / CALIBRATION).exists():
-            return None
+            return self._costs
         return Costs.from_dict(files.read_json(self.folder / CALIBRATION))
 
     def keep_costs(self, costs: Costs) -> Costs:
+        """Keep the clock's costs and return them."""
+        self._costs = costs
         if self.folder is not None:
             files.write_json(self.folder / CALIBRATION, costs.to_dict())
         return costs
 
+    def has_run(self, name: str) -> bool:
+        """True where the run of that name is finished."""
+        return name in self._runs if self.folder is None else self.path(name).exists()
+
     def run(self, name: str) -> tuple[dict[str, Any], Counts] | None:
         """A finished run and its counts by row; None if it is still to be done."""
-        if self.folder is None or not (path := self.path(name)).exists():
+        if self.folder is None:
+            return self._runs.get(name)
+        path = self.path(name)
+        if not path.exists():
             return None
         counts = path.with_suffix(".counts")
         return files.read_json(path), load_checkpoint(counts) if counts.exists() else {}
 
-    def keep_run(
-        self, name: str, run: dict[str, Any], counts: Mapping[str, Tensor | None]
-    ) -> tuple[dict[str, Any], Counts]:
-        """File a run; its JSON comes last, for that is what says that it is finished."""
-        known = {kind: count for kind, count in counts.items() if count is not None}
-        if self.folder is not None:
-            path = self.path(name)
-            if known:
-                save_checkpoint(path.with_suffix(".counts"), known)
-            files.write_json(path, run)
-        return run, known
+    def keep_run(self, name: str, run: dict[str, Any], counts: Counts) -> None:
+        """Keep a finished run."""
+        if self.folder is None:
+            self._runs[name] = run, counts
+            return
+        path = self.path(name)
+        if counts:
+            save_checkpoint(path.with_suffix(".counts"), counts)
+        files.write_json(path, run)  # last: it marks the run as finished
+
+    def weights(self, name: str, device: torch.device) -> dict[str, Any] | None:
+        """Weights kept under a name; None for none."""
+        if self.folder is None:
+            return self._weights.get(name)
+        path = self.folder / RUNS / f"{name}.pt"
+        return load_checkpoint(path, device) if path.exists() else None
+
+    def keep_weights(self, name: str, weights: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Keep weights under a name, and return them as they are read back."""
+        if self.folder is None:
+            self._weights[name] = weights
+            return weights
+        path = self.folder / RUNS / f"{name}.pt"
+        save_checkpoint(path, weights)
+        return load_checkpoint(path, device)
 
     def path(self, name: str) -> Path:
+        """File of a run."""
         assert self.folder is not None
         return self.folder / RUNS / f"{file_name(name)}.json"
 
-    def checkpoints(self, name: str) -> Path:
-        """The folder of a run's checkpoints, while it is in progress."""
-        return self.path(name).with_suffix("")
+    def checkpoints(self, name: str) -> Path | None:
+        """Folder of a run's checkpoints while it is in progress; None in memory."""
+        return None if self.folder is None else self.path(name).with_suffix("")
+
+    def clear_checkpoints(self, name: str) -> None:
+        """Remove the checkpoints of a finished run."""
+        folder = self.checkpoints(name)
+        if folder is None or not folder.is_dir():
+            return
+        for path in folder.glob(f"{CHECKPOINT}*"):
+            path.unlink()
+        folder.rmdir()
 
 
 def file_name(name: str) -> str:
-    """What a run's files are called: its name; or where no file can be, as with the slashes of a scorer's file, what
-    can be read of it and a digest."""
+    """File name of a run: its own name, or a readable part and a digest where that cannot be a file's name.
+
+    Slashes (of a scorer's file) and names that are too long cannot.
+    """
     readable = name.replace("/", "_")
     if readable == name and len(name.encode()) <= LONGEST:
         return name

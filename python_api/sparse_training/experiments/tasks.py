@@ -1,7 +1,8 @@
-"""The tasks of a study: what is done to a data set before every arm trains on it.
+"""Tasks of a study: changes to a data set's training split that every method then trains on.
 
-Each is data in, data out; the test split stays as it is. What was planted is kept, so that a report can say
-whether a policy found it. To add one, write a function of (data, generator) and enter it in TASKS.
+Each task maps data to data and leaves the test split alone. Rows that were tampered with, or are rare, are remembered,
+so that a report can tell whether a policy found them. To add a task, write a function of (data, generator) and enter
+it in ``TASKS``.
 """
 
 from __future__ import annotations
@@ -15,19 +16,25 @@ from torch import Tensor
 from sparse_training.data.splits import ImageData, Split
 from sparse_training.errors import UserError
 
-NOISE, IMBALANCE, COPIES, RARE = 0.2, 100.0, 10, 0.1
-SEED = 20_240  # of what is planted: the same in every run of every arm
+NOISE = 0.2  # fraction of labels that are replaced
+IMBALANCE = 100.0  # rows of the largest class over those of the smallest
+COPIES = 10  # times that a duplicated image occurs
+RARE = 0.1  # fraction of rows that occur once beside them
+MIN_ROWS = 10 * COPIES
+SEED = 20_240  # seed of the tasks' draws: the same in every run of every method
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A data set to train on, and what is known of it.
+    """A data set to train on, with a description.
 
     Attributes:
-        says: one sentence on what is special about it.
+        name: key in ``TASKS``.
+        says: description in one sentence.
+        data: the data set; its test split is untouched.
         planted: bool [N], the training rows that were tampered with or are rare; None for none.
-        planted_name: what those rows are, in the plural.
-        start_rows: rows at the front of ``data.train`` on which a checkpoint is trained that every run
+        planted_name: name of those rows, in the plural, such as "wrong labels".
+        start_rows: number of rows at the front of ``data.train`` on which the weights are trained that every run
             starts from; 0 for fresh weights.
     """
 
@@ -39,26 +46,34 @@ class Task:
     start_rows: int = 0
 
 
-def make_task(name: str, data: ImageData) -> Task:
-    """A task by its name in TASKS; the same rows every time.
+def make_task(name: str, data: ImageData, *, min_rows: int = MIN_ROWS) -> Task:
+    """Make a task from a data set; the same rows every time.
+
+    Args:
+        name: key in ``TASKS``.
+        data: data set to change.
+        min_rows: smallest number of training rows to accept. Default 100.
+
+    Returns:
+        The task, with data of its own where it differs.
 
     Raises:
-        UserError: an unknown name, or too few rows for it.
+        UserError: an unknown name, or too few rows.
     """
     if name not in TASKS:
-        raise UserError(f"task {name!r}: wanted one of {', '.join(TASKS)}")
-    if len(data.train) < 10 * COPIES:
-        raise UserError(f"{len(data.train)} rows to train on: wanted at least {10 * COPIES} for a study's tasks")
+        raise UserError(f"task {name!r} is unknown; use one of {', '.join(TASKS)}")
+    if len(data.train) < min_rows:
+        raise UserError(f"a study's tasks need at least {min_rows} rows to train on, got {len(data.train)}")
     return TASKS[name](data, torch.Generator().manual_seed(SEED))
 
 
 def clean(data: ImageData, generator: torch.Generator) -> Task:
-    """As published."""
+    """Leave the data as published."""
     return Task("clean", "the data as published", data)
 
 
 def noise(data: ImageData, generator: torch.Generator) -> Task:
-    """A fifth of the training labels replaced by another class, each as likely."""
+    """Replace a fifth of the training labels by another class, each as likely."""
     rows, classes = len(data.train), len(data.classes)
     planted = torch.zeros(rows, dtype=torch.bool)
     planted[torch.randperm(rows, generator=generator)[: round(NOISE * rows)]] = True
@@ -69,7 +84,7 @@ def noise(data: ImageData, generator: torch.Generator) -> Task:
 
 
 def longtail(data: ImageData, generator: torch.Generator) -> Task:
-    """Rows of a class falling exponentially with its number, a hundredfold from the first to the last."""
+    """Thin the classes exponentially by their number: the first keeps a hundred times as many rows as the last."""
     last = len(data.classes) - 1
     parts = []
     for label in range(len(data.classes)):
@@ -82,7 +97,7 @@ def longtail(data: ImageData, generator: torch.Generator) -> Task:
 
 
 def duplicated(data: ImageData, generator: torch.Generator) -> Task:
-    """Nine tenths of the rows are few images, ten times each; the rest are images seen once, the planted ones."""
+    """Make nine tenths of the rows of few images, ten times each; the others, the planted ones, occur once."""
     rows = len(data.train)
     once = round(RARE * rows)
     repeated = (rows - once) // COPIES
@@ -95,7 +110,7 @@ def duplicated(data: ImageData, generator: torch.Generator) -> Task:
 
 
 def finetune(data: ImageData, generator: torch.Generator) -> Task:
-    """From a checkpoint of the first half of the rows, on all of them."""
+    """Start every run from weights trained on the first half of the rows."""
     says = "every run starts from one checkpoint, trained densely on the first half of the rows"
     return Task("finetune", says, data, start_rows=len(data.train) // 2)
 

@@ -1,4 +1,4 @@
-"""The gate: rows above a threshold, which a PI controller moves so that a target rate is kept."""
+"""The gate: it keeps rows above a threshold, which a PI controller moves so that a target rate is met."""
 
 from sparse_training.gate.budget import Budget
 from sparse_training.gate.controller import PIController

@@ -1,4 +1,4 @@
-"""The controller as a module: ``sparse_kernels.control``'s state in buffers, and what it steers to."""
+"""The PI controller of a gate's threshold as a module: the state of ``sparse_kernels.control`` in buffers."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from torch import Tensor, nn
 from sparse_kernels import ControlState, control
 from sparse_kernels.control_law import initial_state
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES
-from sparse_training.errors import UserError
+from sparse_training.gate.checks import check_fraction, check_number
 
 
 class PIController(nn.Module):
     """Moves a threshold so that the fraction of rows above it meets a target rate.
 
     The state is two buffers, ``values`` (float32) and ``counters`` (int64), with the fields that
-    ``sparse_kernels.types`` names: they move with the module, are saved with it, and nothing here waits
-    for a device. Casting the module leaves their dtypes. States saved by version 1, one buffer a field,
-    load exactly.
+    ``sparse_kernels.types`` names. They move with the module and are saved with it, and nothing here waits for a
+    device. Casting the module leaves their dtypes. States saved by version 1, with one buffer for each field, load
+    exactly.
 
     Args:
-        target: the rate wanted, in (0, 1]; 1 fixes the threshold at -inf.
-        threshold: where to start; None selects the whole first batch and starts from what it holds.
-        temperature, p_min: of the gate that uses the threshold, as in ``sparse_kernels.gate_rows``.
+        target: target rate, in (0, 1]; 1 fixes the threshold at -inf.
+        threshold: initial threshold, finite; None (the default) keeps the whole first batch and starts from its rows.
+        temperature: temperature of the gate that uses the threshold, at least 0. Default 0.
+        p_min: least probability of keeping a row, of the same gate, in [0, 1). Default 0.
 
     Attributes:
-        target: float32 buffer, one element, not saved: what is wanted comes from who makes the controller.
+        target: float32 buffer of one element, not saved: the setting comes from the constructor.
 
     Raises:
-        UserError: a rate out of range, a threshold that is not a finite number.
+        UserError: the rate is out of range, or the threshold is not a finite number.
     """
 
     _version = 2
@@ -44,10 +45,12 @@ class PIController(nn.Module):
         self, target: float, *, threshold: float | None = None, temperature: float = 0.0, p_min: float = 0.0
     ) -> None:
         super().__init__()
-        if threshold is not None and not (_is_number(threshold) and math.isfinite(threshold)):
-            raise UserError(f"threshold={threshold!r}; wanted None (automatic) or a finite number")
+        if threshold is not None:
+            check_number("threshold", threshold, "None (automatic) or a finite number", math.isfinite)
         self.temperature, self.p_min = temperature, p_min
-        self.register_buffer("target", torch.tensor(_checked(target), dtype=torch.float32), persistent=False)
+        self.register_buffer(
+            "target", torch.tensor(check_fraction("rate", target), dtype=torch.float32), persistent=False
+        )
         automatic = threshold is None or target == 1.0
         state = initial_state(torch.tensor(-math.inf if automatic else threshold, dtype=torch.float32))
         self.register_buffer("values", state.values)
@@ -59,27 +62,34 @@ class PIController(nn.Module):
 
     @property
     def threshold(self) -> Tensor:
-        """float32, one element: a view of the state."""
+        """Threshold: float32, one element, a view of the state."""
         return self.values[0]
 
     @property
     def rate(self) -> Tensor:
-        """float32, one element: the smoothed rate observed; NaN before the first batch."""
+        """Smoothed rate of the batches: float32, one element; NaN before the first."""
         return self.state().value("rate")
 
     @property
     def steps(self) -> Tensor:
-        """int64, one element: batches seen."""
+        """Number of batches: int64, one element."""
         return self.counters[0]
 
     @property
     def saturated(self) -> Tensor:
-        """int64, one element: batches in which the target was out of reach."""
+        """Number of batches in which the target was out of reach: int64, one element."""
         return self.state().counter("saturated")
 
     def set_target(self, target: float) -> None:
-        """Another rate from the next update on; written to the device, without waiting for it."""
-        self.target.fill_(_checked(target))
+        """Set the target rate from the next update on; nothing waits for the device.
+
+        Args:
+            target: target rate, in (0, 1].
+
+        Raises:
+            UserError: the rate is out of range.
+        """
+        self.target.fill_(check_fraction("rate", target))
 
     def update(
         self,
@@ -90,13 +100,19 @@ class PIController(nn.Module):
         mass: Tensor | None = None,
         overflow: Tensor | None = None,
     ) -> None:
-        """Moves the threshold by one batch: ``sparse_kernels.control``'s arguments.
+        """Move the threshold by one batch; a batch without a valid row counts as a step and moves nothing.
 
         Args:
-            significance: floating [rows].
-            labels: optional [rows], bool for the rows that are valid, or integers and their ``ignore_index``.
+            significance: significance of the rows, floating [rows], at least 0; NaN is not valid.
+            labels: bool [rows], True for the rows that are valid, or integers [rows]; None (the default) for all.
+            ignore_index: label of the rows that are not valid, for integer labels. Default 0.
+            mass: gradient norm of each row, floating [rows], for a target that is a fraction of their sum; None (the
+                default) for a rate.
+            overflow: number of rows beyond the capacity, to be counted, integer of one element; None (the default) for
+                0.
 
-        A batch of no row, or of NaN alone, counts as a step and moves nothing.
+        Raises:
+            ValueError: the tensors do not fit one another, as in ``sparse_kernels.control``.
         """
         control(
             ControlState(self.values, self.counters), significance, self.target,
@@ -105,9 +121,9 @@ class PIController(nn.Module):
         )  # fmt: skip
 
     def saturation(self) -> Tensor:
-        """Share of the batches in which the target was out of reach: float32, 0 to 1, on the device.
+        """Fraction of the batches in which the target was out of reach: float32, 0 to 1, on the device.
 
-        Far above 0, the rate is not the controller's but the significance's: most rows are equal, say.
+        Far above 0, the significance determines the rate, not the controller: most rows are equal, for example.
         """
         return self.saturated / self.steps.clamp(min=1)
 
@@ -140,13 +156,3 @@ class PIController(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-
-def _checked(target: float) -> float:
-    if not _is_number(target) or not 0.0 < target <= 1.0:
-        raise UserError(f"rate={target!r}; wanted a fraction above 0 and at most 1")
-    return target
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,8 +1,8 @@
-"""Several processes: one gate over all of them, and what a trainer says to its like.
+"""One gate over several processes.
 
-Of a gate's batch what each rank's rows add up to is gathered, and all advance the same state: 15 float64 numbers a
-rank, gathered without waiting. Every rank merges them in the order of the ranks and applies the law to the same
-sums, so the states stay equal bit for bit and nothing is ever broadcast.
+The sums over each rank's rows, 15 float64 numbers a rank, are gathered without waiting, and all ranks advance the same
+state. Every rank merges them in the order of the ranks and applies the control law to the same sums, so the states
+stay equal bit for bit and nothing is ever broadcast.
 """
 
 from __future__ import annotations
@@ -18,42 +18,48 @@ from sparse_kernels.control_law import Sums, advance, means, single, sums
 
 
 class Exchange:
-    """A batch's sums on their way between the ranks, and what is to be done when they are there.
+    """Gathers the sums of a batch from all ranks, and moves the controller's state once they are there.
 
     Args:
-        state: moved by ``finish``, not before.
-        significance: floating [rows], 0 or more. valid: bool [rows]. mass: optional floating [rows].
-        setpoint: float32, one element; copied, for it may change meanwhile.
-        kept, overflow: integers, one element, of this rank's selection.
-        temperature, p_min: the gate's.
+        group: process group of the ranks.
+        state: state of the controller; ``finish`` moves it.
+        significance: significance of this rank's rows, floating [rows], at least 0.
+        valid: the rows that count, bool [rows].
+        norms: gradient norm of each row, floating [rows], for a grad-norm fraction; None for a rate.
+        set_point: set-point of the controller, float32, one element; copied, for it may change meanwhile.
+        kept: number of rows kept by this rank, integer of one element.
+        overflow: number of rows beyond this rank's capacity, integer of one element.
+        temperature: temperature of the gate.
+        p_min: least probability of keeping a row.
     """
 
     def __init__(
-        self, group: Any, state: ControlState, significance: Tensor, valid: Tensor, mass: Tensor | None,
-        setpoint: Tensor, kept: Tensor, overflow: Tensor, temperature: float, p_min: float,
+        self, group: Any, state: ControlState, significance: Tensor, valid: Tensor, norms: Tensor | None,
+        set_point: Tensor, kept: Tensor, overflow: Tensor, temperature: float, p_min: float,
     ) -> None:  # fmt: skip
         with torch.no_grad():
-            self.state, self.setpoint = state, setpoint.clone()
+            self.state, self.set_point = state, set_point.clone()
             self.ranks = dist.get_world_size(group)
             rows = valid.sum() - (valid & significance.isnan()).sum()
-            if not significance.shape[0]:  # the least of nothing is not defined: a row that does not count is
+            if not significance.shape[0]:  # a minimum over no row is undefined: use one that does not count
                 significance, valid = significance.new_zeros(1), valid.new_zeros(1)
-                mass = None if mass is None else mass.new_zeros(1)
-            found = sums(
-                significance.double(), valid, None if mass is None else mass.double(), state.values[0],
+                norms = None if norms is None else norms.new_zeros(1)
+            own_sums = sums(
+                significance.double(), valid, None if norms is None else norms.double(), state.values[0],
                 temperature, p_min,
             )  # fmt: skip
-            # Behind the sums three counts of rows: kept, valid, beyond the capacity.
-            own = torch.stack([x.double() for x in (*found, kept, rows, overflow)])
+            # The sums, then three counts of rows: kept, valid, beyond the capacity.
+            own = torch.stack([x.double() for x in (*own_sums, kept, rows, overflow)])
             self.gathered = [torch.empty_like(own) for _ in range(self.ranks)]
-            # A compiler knows no collective but those that wait.
+            # torch.compile supports only collectives that wait.
             self.work = dist.all_gather(self.gathered, own, group=group, async_op=not torch.compiler.is_compiling())
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Waits (on CUDA, its stream does) and moves the state.
+        """Wait for the other ranks (on CUDA, the stream waits) and move the state.
 
         Returns:
-            Rows kept and valid rows, over all ranks and divided by their number: float32, one element each.
+            Numbers of kept rows and of valid rows, summed over the ranks and divided by their number: float32, one
+            element each.
         """
         if self.work is not None:
             self.work.wait()
@@ -61,9 +67,9 @@ class Exchange:
             of_ranks = torch.stack(self.gathered)
             *added, kept, valid, overflow = of_ranks.sum(0).unbind()
             low, high = (of_ranks[:, Sums._fields.index(name)] for name in ("low", "high"))
-            found = Sums(*added)._replace(low=low.amin(), high=high.amax(), invalid=added[-1].long())
-            batch = single(means(found))
-            after = advance(self.state, batch, self.setpoint.reshape(()), overflow.long())
+            merged = Sums(*added)._replace(low=low.amin(), high=high.amax(), invalid=added[-1].long())
+            batch = single(means(merged))
+            after = advance(self.state, batch, self.set_point.reshape(()), overflow.long())
             self.state.values.copy_(after.values)
             self.state.counters.copy_(after.counters)
             return (kept / self.ranks).float(), (valid / self.ranks).float()

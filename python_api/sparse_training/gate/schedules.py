@@ -10,14 +10,22 @@ from sparse_training.errors import UserError
 
 @dataclass(frozen=True)
 class Ramp:
-    """A gate's set-point over a run: ``start`` until ``begin`` of it, then to ``end``, reached at ``finish``.
+    """A set-point that moves from ``start`` to ``end`` over a part of the run.
 
     Args:
-        start, end: rates, or shares of mass, in (0, 1].
-        shape: "linear", or "cosine": level at both ends.
+        start: set-point until ``begin``: a rate or a grad-norm fraction, in (0, 1].
+        end: set-point from ``finish`` on, in (0, 1].
+        begin: fraction of the run at which it starts to move, in [0, 1). Default 0.
+        finish: fraction of the run at which it arrives, in (0, 1], above ``begin``. Default 1.
+        shape: "linear" (the default), or "cosine", which is level at both ends.
 
     Raises:
-        UserError: a value out of range, begin not before finish, an unknown shape.
+        UserError: a value is out of range, or the shape is unknown.
+
+    Example:
+        >>> gate = Gate(Ramp(1.0, 0.1, finish=0.5))
+        >>> for step in range(steps):
+        ...     gate.set_progress(step / steps)
     """
 
     start: float
@@ -29,14 +37,16 @@ class Ramp:
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             if not 0.0 < getattr(self, name) <= 1.0:
-                raise UserError(f"{name}={getattr(self, name)}; wanted more than 0 and at most 1")
+                raise UserError(f"`{name}` must be in (0, 1], got {getattr(self, name)}")
         if not 0.0 <= self.begin < self.finish <= 1.0:
-            raise UserError(f"begin={self.begin}, finish={self.finish}; wanted 0 <= begin < finish <= 1")
+            raise UserError(
+                f"`begin` and `finish` must satisfy 0 <= begin < finish <= 1, got {self.begin} and {self.finish}"
+            )
         if self.shape not in ("linear", "cosine"):
-            raise UserError(f"shape={self.shape!r}; wanted linear or cosine")
+            raise UserError(f"`shape` must be linear or cosine, got {self.shape!r}")
 
     def __call__(self, progress: float) -> float:
-        """The set-point at ``progress``, 0 to 1."""
+        """Set-point at a fraction ``progress`` of the run, 0 to 1."""
         x = min(1.0, max(0.0, (progress - self.begin) / (self.finish - self.begin)))
         if self.shape == "cosine":
             x = 0.5 * (1.0 - math.cos(math.pi * x))

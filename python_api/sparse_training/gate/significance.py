@@ -1,4 +1,4 @@
-"""What makes a row worth training on: a weighted sum of its statistics."""
+"""The significance of a row: a weighted sum of its statistics."""
 
 from __future__ import annotations
 
@@ -10,31 +10,42 @@ from sparse_training.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Significance:
-    """Weights of the row statistics whose sum is a row's significance, one keyword a term.
+    """Weights of the row statistics whose sum is a row's significance, one keyword for each term.
 
-    ``Significance(loss=0.7, entropy=0.3)`` ranks rows by 0.7 * loss + 0.3 * entropy. A negative
-    weight ranks rows down; only ratios matter, for the gate's threshold finds its own scale.
+    A negative weight ranks rows down. Only ratios matter, because the gate's threshold finds its own scale.
+
+    Args:
+        loss: weight of -log p[target], in nats. Default 0.
+        entropy: weight of the entropy, in nats. Default 0.
+        grad_norm: weight of the norm of the loss's gradient in the logits (EL2N). Default 0.
+        sum_squares: weight of the sum of the squared probabilities. Default 0.
+        max_prob: weight of the largest probability. Default 0.
+        margin: weight of the largest probability minus the second largest. Default 0.
+        logsumexp: weight of the log-sum-exp of the logits. Default 0.
 
     Raises:
-        UserError: a weight that is not a finite number, or no weight other than zero.
+        UserError: a weight is not a finite number, or every weight is 0.
+
+    Example:
+        >>> gate = Gate(rate=0.1, significance=Significance(loss=0.7, entropy=0.3))
     """
 
-    loss: float = 0.0  # -log p[target], nats
-    entropy: float = 0.0  # nats
-    grad_norm: float = 0.0  # norm of the loss's gradient in the logits (EL2N)
-    sum_squares: float = 0.0  # sum of p^2
-    max_prob: float = 0.0  # largest probability
-    margin: float = 0.0  # largest probability less the second largest
+    loss: float = 0.0
+    entropy: float = 0.0
+    grad_norm: float = 0.0
+    sum_squares: float = 0.0
+    max_prob: float = 0.0
+    margin: float = 0.0
     logsumexp: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in asdict(self).items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise UserError(f"significance: {name}={weight!r}; wanted a finite number")
+                raise UserError(f"the weight `{name}` of a significance must be a finite number, got {weight!r}")
         if not self.weights:
-            raise UserError("significance: every weight is 0; wanted at least one term, such as loss=1.0")
+            raise UserError("a significance must have at least one term, got weights of 0; use loss=1.0, for example")
 
     @property
     def weights(self) -> dict[str, float]:
-        """Statistic name -> weight, of the terms that count."""
+        """Weights other than 0, by the statistic's name."""
         return {name: float(weight) for name, weight in asdict(self).items() if weight != 0.0}

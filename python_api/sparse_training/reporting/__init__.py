@@ -1,1 +1,1 @@
-"""Results as tables, figures and pages."""
+"""Reports: results read from files, and shown as tables, figures and pages."""

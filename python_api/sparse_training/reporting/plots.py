@@ -1,4 +1,4 @@
-"""The figures of a comparison: each panel as an SVG for the page, all of them as one PNG.
+"""Figures of a comparison: each panel as an SVG for the page, all of them as one PNG.
 
 Only matplotlib's object API is used, so the caller's pyplot state and style are left alone.
 """
@@ -26,8 +26,8 @@ from sparse_training.experiments.statistics import common_curve
 Result = Mapping[str, Any]
 
 INK = "#1c2733"  # becomes `currentColor` in the SVGs, which so follow the page's light or dark mode
-# Okabe and Ito's palette: told apart by colour-blind readers, and legible on white and on black.
-_ARMS = {
+# Okabe and Ito's palette: colour-blind readers can tell it apart, and it is legible on white and on black.
+_METHODS = {
     "dense": ("#7f7f7f", "s"),
     "random": ("#D55E00", "^"),
     "random-again": ("#E69F00", "P"),
@@ -61,11 +61,19 @@ _RC = {
     "legend.fontsize": 9,
 }
 
-FAR = 10.0  # points of accuracy away from the others: such an arm does not set the scale
+FAR = 10.0  # points of accuracy: a method that is further from the others does not set the scale
 
 
 def png(result: Result, titles: Mapping[str, str]) -> bytes:
-    """Every panel, under its title of `titles`, in one figure of 1800 x 1152 pixels."""
+    """Draw every panel in one figure of 1800 x 1152 pixels.
+
+    Args:
+        result: a comparison.
+        titles: title of each panel and, under "figure", of the whole.
+
+    Returns:
+        The PNG file's content.
+    """
     with figure_style():
         figure = Figure(figsize=(12.5, 8), dpi=144, layout=ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.12))
         FigureCanvasAgg(figure)
@@ -82,12 +90,18 @@ def png(result: Result, titles: Mapping[str, str]) -> bytes:
 
 
 def svgs(result: Result) -> dict[str, str]:
-    """Each panel as an `<svg>` element to be put inside HTML: no title, no background, no URL."""
+    """Draw each panel as an `<svg>` element for an HTML page, without title, background or URL."""
     return {name: svg(draw, result) for name, draw in PANELS.items()}
 
 
 def svg(draw: Callable[[Axes, Result], None], result: Result, height: float = 3.1) -> str:
-    """What is drawn, 4.6 by ``height`` inches, as an `<svg>` element."""
+    """Draw one panel as an `<svg>` element.
+
+    Args:
+        draw: function that draws a result on axes.
+        result: a comparison, or those parts of one that the panel shows.
+        height: height in inches; the width is 4.6. Default 3.1.
+    """
     with figure_style():
         figure = Figure(figsize=(4.6, height), layout="constrained")
         FigureCanvasSVG(figure)
@@ -101,18 +115,19 @@ def svg(draw: Callable[[Axes, Result], None], result: Result, height: float = 3.
 
 
 def figure_style() -> AbstractContextManager[None]:
+    """Context in which figures have the report's style."""
     return style.context(["default", _RC])
 
 
 def looks(result: Result) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each arm; the known arms always have the same."""
-    others = [arm for arm in result["arms"] if arm not in _ARMS]
-    spare = {arm: _OTHERS[i % len(_OTHERS)] for i, arm in enumerate(others)}
-    return {arm: _ARMS.get(arm) or spare[arm] for arm in result["arms"]}
+    """Colour and marker of each method; known methods always have the same."""
+    others = [method for method in result["arms"] if method not in _METHODS]
+    spare = {method: _OTHERS[i % len(_OTHERS)] for i, method in enumerate(others)}
+    return {method: _METHODS.get(method) or spare[method] for method in result["arms"]}
 
 
-def _short(arm: str) -> str:
-    return arm if len(arm) <= 16 else f"{arm[:15]}…"
+def _short(method: str) -> str:
+    return method if len(method) <= 16 else f"{method[:15]}…"
 
 
 def _finite(values: Any) -> np.ndarray:
@@ -139,8 +154,8 @@ def _curve(run: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _accuracy(ax: Axes, result: Result) -> None:
     ends: list[tuple[float, float, str, str]] = []  # seconds, percent, label, colour
-    for arm, (color, marker) in looks(result).items():
-        curves = [_curve(run) for run in result["arms"][arm]["runs"]]
+    for method, (color, marker) in looks(result).items():
+        curves = [_curve(run) for run in result["arms"][method]["runs"]]
         seconds, mean, deviation = common_curve(curves)
         ax.plot(seconds, mean, color=color, lw=1.8)
         ax.fill_between(seconds, mean - deviation, mean + deviation, color=color, alpha=0.16, lw=0)
@@ -151,14 +166,14 @@ def _accuracy(ax: Axes, result: Result) -> None:
         if final:
             x, y = map(float, np.mean(final, axis=0))
             ax.plot(x, y, marker, color=color, ms=6)
-            ends.append((x, y, f"{_short(arm)} {y:.1f} %", color))
+            ends.append((x, y, f"{_short(method)} {y:.1f} %", color))
     if not ends:
         return _empty(ax, "no finite accuracy")
     ax.margins(y=0.1)
     low, high = ax.get_ylim()
     last = max(end[0] for end in ends)
     if (late := result.get("late")) is not None:
-        # Neither the first of a run nor an arm that failed may press the others into one line.
+        # Neither a run's beginning nor a method that failed may squeeze the others into one line.
         bottom = float(np.median([end[1] for end in ends])) - FAR
         lines = [np.asarray(line.get_data(), np.float64) for line in ax.get_lines()]
         kept = [y.item() for x, line in lines if len(x) and line[-1] >= bottom for y in line[x >= late * last]]
@@ -187,7 +202,7 @@ def _accuracy(ax: Axes, result: Result) -> None:
 
 
 def _spread(places: list[float], gap: float) -> list[float]:
-    """Push ascending places apart, each neighbour by as much, until they are `gap` apart."""
+    """Move ascending places apart, both neighbours equally, until they are `gap` apart."""
     places = list(places)
     for _ in range(50):
         for i in range(1, len(places)):
@@ -198,10 +213,10 @@ def _spread(places: list[float], gap: float) -> list[float]:
 
 
 def _seeds(ax: Axes, result: Result) -> None:
-    arms = looks(result)
+    methods = looks(result)
     drawn = False
-    for row, (arm, (color, marker)) in enumerate(arms.items()):
-        values = 100 * _finite([run["accuracy"] for run in result["arms"][arm]["runs"]])
+    for row, (method, (color, marker)) in enumerate(methods.items()):
+        values = 100 * _finite([run["accuracy"] for run in result["arms"][method]["runs"]])
         values = values[np.isfinite(values)]
         if not len(values):
             continue
@@ -214,18 +229,19 @@ def _seeds(ax: Axes, result: Result) -> None:
         ax.plot(values, np.full(len(values), row), marker, color=color, ms=5, alpha=0.75, mew=0)
     if not drawn:
         return _empty(ax, "no finite accuracy")
-    arm_rows(ax, list(arms))
+    method_rows(ax, list(methods))
     ax.use_sticky_edges = False
     ax.margins(x=0.1)
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.set_xlabel("test accuracy at the end, %")
 
 
-def arm_rows(ax: Axes, arms: list[str]) -> None:
-    ax.set_yticks(range(len(arms)), [_short(arm) for arm in arms])
+def method_rows(ax: Axes, methods: list[str]) -> None:
+    """Make the vertical axis one row for each method, from the top."""
+    ax.set_yticks(range(len(methods)), [_short(method) for method in methods])
     for label in ax.get_yticklabels():
         label.set_parse_math(False)
-    ax.set_ylim(len(arms) - 0.4, -0.6)
+    ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
@@ -235,10 +251,10 @@ def arm_rows(ax: Axes, arms: list[str]) -> None:
 
 
 def _traces(ax: Axes, result: Result, field: str, scale: float) -> list[np.ndarray]:
-    """Draw `field` of every run's trace over steps, one thin line a seed; the values drawn."""
+    """Draw an entry of every run's trace over steps, one thin line for each seed, and return the values drawn."""
     drawn = []
-    for arm, (color, _) in looks(result).items():
-        for run in result["arms"][arm]["runs"]:
+    for method, (color, _) in looks(result).items():
+        for run in result["arms"][method]["runs"]:
             values = scale * _finite([point.get(field) for point in run["trace"]])
             if np.isfinite(values).any():
                 drawn.append(values)
@@ -247,18 +263,18 @@ def _traces(ax: Axes, result: Result, field: str, scale: float) -> list[np.ndarr
                 ax.plot(steps, values, marker=marker, color=color, lw=1.1, alpha=0.75)
     if drawn:
         _phases(ax, result)
-        ax.set_xlabel("optimiser step")
+        ax.set_xlabel("optimizer step")
     return drawn
 
 
 def _phases(ax: Axes, result: Result) -> None:
-    """Shade the dense phases of the arms that have a trace (their mean over the seeds)."""
-    runs = [run for arm in result["arms"].values() for run in arm["runs"] if run["trace"]]
+    """Shade the dense phases of the methods that have a trace (their mean over the seeds)."""
+    runs = [run for method in result["arms"].values() for run in method["runs"] if run["trace"]]
     warmup, sparse, anneal = (
         float(np.mean([run["phases"].get(name, 0) for run in runs])) for name in ("warmup", "sparse", "anneal")
     )
     end = warmup + sparse
-    for name, start, stop in (("warm-up", 0.0, warmup), ("anneal", end, end + anneal)):
+    for name, start, stop in (("start", 0.0, warmup), ("end", end, end + anneal)):
         if stop > start:
             ax.axvspan(start, stop, color=INK, alpha=0.07, lw=0)
             # Above the shade, which may be too narrow for it, and towards the middle.
@@ -274,8 +290,8 @@ def _rate(ax: Axes, result: Result) -> None:
         return _empty(ax, "no rate was recorded")
     targets = {
         100 * run["target"]
-        for arm in result["arms"].values()
-        for run in arm["runs"]
+        for method in result["arms"].values()
+        for run in method["runs"]
         if run["trace"] and run["target"] is not None
     }
     for target in targets:
@@ -300,7 +316,7 @@ def _threshold(ax: Axes, result: Result) -> None:
 def _mass(ax: Axes, result: Result) -> None:
     drawn = _traces(ax, result, "mass", 100)
     if not drawn:
-        return _empty(ax, "no mass was recorded")
+        return _empty(ax, "no gradient-norm share was recorded")
     ax.set_ylim(0, 1.15 * max(np.nanmax(values) for values in drawn))
     ax.set_ylabel("gradient norm that they carry, %")
 
@@ -309,24 +325,24 @@ def _mass(ax: Axes, result: Result) -> None:
 
 
 def _step(ax: Axes, result: Result) -> None:
-    arms = {name: parts for name, parts in result["calibration"]["arms"].items() if parts["total"]}
-    if not arms:
+    methods = {name: parts for name, parts in result["calibration"]["arms"].items() if parts["total"]}
+    if not methods:
         return _empty(ax, "no step was timed")
-    longest = max(parts["total"] for parts in arms.values())
+    longest = max(parts["total"] for parts in methods.values())
     unit, scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
-    left = np.zeros(len(arms))
+    left = np.zeros(len(methods))
     for part, color in _PARTS.items():
-        width = scale * _finite([parts.get(part) or 0.0 for parts in arms.values()])
-        ax.barh(range(len(arms)), width, 0.42, left=left, color=color, label=part)
+        width = scale * _finite([parts.get(part) or 0.0 for parts in methods.values()])
+        ax.barh(range(len(methods)), width, 0.42, left=left, color=color, label=part)
         left += width
-    dense = scale * arms["dense"]["total"] if "dense" in arms else None
-    for row, (arm, parts) in enumerate(arms.items()):
-        speed = result["speedup"].get(arm, {})
+    dense = scale * methods["dense"]["total"] if "dense" in methods else None
+    for row, (method, parts) in enumerate(methods.items()):
+        speed = result["speedup"].get(method, {})
         label = f"{scale * parts['total']:.3g} {unit}"
         if speed.get("measured"):
             label += f"\n{speed['measured']:.2f}×"
         end = left[row]
-        for key, name, side in (("ceiling", "ceiling", -1), ("own_ceiling", "own ceiling", 1)):
+        for key, name, side in (("ceiling", "bound", -1), ("own_ceiling", "own bound", 1)):
             if dense and speed.get(key):
                 x = dense / speed[key]
                 end = max(end, x)
@@ -340,7 +356,7 @@ def _step(ax: Axes, result: Result) -> None:
                     fontsize=8,
                 )
         ax.text(end + 0.02 * left.max(), row, label, va="center", fontsize=9)
-    arm_rows(ax, list(arms))
+    method_rows(ax, list(methods))
     ax.set_xlim(0, 1.22 * left.max())
     ax.set_xlabel(f"one step, {unit} (median, measured interleaved)")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=0.9, columnspacing=1.1)

@@ -1,4 +1,4 @@
-"""The figures of a study's page, each an SVG."""
+"""Figures of a study's page, each an SVG."""
 
 from __future__ import annotations
 
@@ -9,40 +9,47 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from sparse_training.experiments.study import BASE
+from sparse_training.experiments.design import BASELINE
 from sparse_training.reporting import plots
 
 Result = Mapping[str, Any]
-LATE = 0.3  # of a run: accuracies before it do not set the scale
+LATE = 0.3  # fraction of a run: accuracies before it do not set the scale
 
 
 def figures(result: Result) -> dict[str, str]:
-    """By name: each task's "accuracy TASK" and "differences TASK", "step", and a gate's "rate", "threshold", "mass"."""
-    found = {}
+    """Draw the figures of a study.
+
+    Returns:
+        SVGs by name: "accuracy TASK" and "differences TASK" of each task, "step", and "rate", "threshold" and "mass"
+        of methods with a controller.
+    """
+    drawn = {}
     for name, task in result["tasks"].items():
         runs = _runs(task)
-        if runs.get(BASE):
-            whole = {"arms": {arm: {"runs": some} for arm, some in runs.items() if some}, "late": LATE}
-            found[f"accuracy {name}"] = plots.svg(plots.PANELS["accuracy"], whole, 3.4)
-            found[f"differences {name}"] = plots.svg(partial(_differences, again=result["again"]), whole, 3.4)
+        if runs.get(BASELINE):
+            whole = {"arms": {method: {"runs": some} for method, some in runs.items() if some}, "late": LATE}
+            drawn[f"accuracy {name}"] = plots.svg(plots.PANELS["accuracy"], whole, 3.4)
+            drawn[f"differences {name}"] = plots.svg(partial(_differences, again=result["again"]), whole, 3.4)
     timed = {"calibration": result["calibration"], "speedup": {}, "arms": dict.fromkeys(result["settings"]["arms"])}
-    found["step"] = plots.svg(plots.PANELS["step"], timed, 0.9 + 0.36 * len(timed["arms"]))
+    drawn["step"] = plots.svg(plots.PANELS["step"], timed, 0.9 + 0.36 * len(timed["arms"]))
     traced = traced_task(result)
     if traced is not None:
-        gates = {arm: {"runs": some} for arm, some in _runs(result["tasks"][traced]).items() if any(_traces(some))}
-        known = any("mass" in point for arm in gates.values() for run in arm["runs"] for point in run["trace"])
+        gates = {
+            method: {"runs": some} for method, some in _runs(result["tasks"][traced]).items() if any(_traces(some))
+        }
+        known = any("mass" in point for method in gates.values() for run in method["runs"] for point in run["trace"])
         for panel in ("rate", "threshold", *(["mass"] if known else [])):
-            found[panel] = plots.svg(plots.PANELS[panel], {"arms": gates})
-    return found
+            drawn[panel] = plots.svg(plots.PANELS[panel], {"arms": gates})
+    return drawn
 
 
 def traced_task(result: Result) -> str | None:
-    """The first task with a run that has a controller to watch."""
+    """First task with a run whose controller was recorded; None for none."""
     return next((name for name, task in result["tasks"].items() if any(map(_traced, _runs(task).values()))), None)
 
 
 def _runs(task: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {arm: by_fraction["1"] for arm, by_fraction in task["arms"].items()}
+    return {method: by_fraction["1"] for method, by_fraction in task["arms"].items()}
 
 
 def _traces(runs: list[Any]) -> list[bool]:
@@ -54,16 +61,18 @@ def _traced(runs: list[Any]) -> bool:
 
 
 def _differences(ax: Axes, result: Result, again: Mapping[str, Any] | None) -> None:
-    """Each seed's difference from random, in points, and their mean; the band is what chance alone makes of a mean."""
+    """Each seed's difference from random, in points, and their mean; the band is the range of a mean by chance."""
     looks = plots.looks(result)
-    base = {run["seed"]: run["accuracy"] for run in result["arms"][BASE]["runs"]}
-    arms = [arm for arm in looks if arm != BASE]
+    base = {run["seed"]: run["accuracy"] for run in result["arms"][BASELINE]["runs"]}
+    methods = [method for method in looks if method != BASELINE]
     if again is not None and again["noise"] is not None:
         ax.axvspan(-100 * again["noise"], 100 * again["noise"], color=plots.INK, alpha=0.07, lw=0)
     ax.axvline(0, color=plots.INK, lw=1)
-    for row, arm in enumerate(arms):
-        color, marker = looks[arm]
-        values = np.array([r["accuracy"] - base[r["seed"]] for r in result["arms"][arm]["runs"] if r["seed"] in base])
+    for row, method in enumerate(methods):
+        color, marker = looks[method]
+        values = np.array(
+            [r["accuracy"] - base[r["seed"]] for r in result["arms"][method]["runs"] if r["seed"] in base]
+        )
         values = 100 * values[np.isfinite(values)]
         if not len(values):
             continue
@@ -74,6 +83,6 @@ def _differences(ax: Axes, result: Result, again: Mapping[str, Any] | None) -> N
             continue
         ax.plot(values, np.full(len(values), row), marker, color=color, ms=5, alpha=0.6, mew=0)
         ax.plot([values.mean()] * 2, [row - 0.28, row + 0.28], color=color, lw=2.4)
-    plots.arm_rows(ax, arms)
+    plots.method_rows(ax, methods)
     ax.margins(x=0.12)
-    ax.set_xlabel(f"points of accuracy beside {BASE}, seed by seed")
+    ax.set_xlabel(f"points of accuracy above {BASELINE}, seed by seed")

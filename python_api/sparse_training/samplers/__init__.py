@@ -1,1 +1,1 @@
-"""Draws of rows by what training made of them before, for loops with a plain ``DataLoader``."""
+"""Samplers: rows of a data set drawn by what training last observed of them, before they are loaded."""

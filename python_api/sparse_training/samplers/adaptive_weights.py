@@ -1,26 +1,26 @@
-"""How much each row of a data set is worth training on, by what the model made of it, and draws by that.
+"""Sampling weights of the rows of a data set, by what the model made of each, and draws by them.
 
-A run is a row of passes. Before each of them every row gets a worth, the product of
+A run is a sequence of passes. Before each of them every row is given a weight, the product of four factors:
 
-``honest``   the probability that its label is right. Labels replaced at random spread evenly over all pairs of
-    classes, whereas a model's honest confusions sit in few of them; so the median over the pairs, of how many
-    of the rows predicted as one class are labelled as the other, is what noise puts into each of them, and
-    times the number of the others it is the fraction e of wrong labels. (A median in place of the matrix that
-    Northcutt et al., "Confident Learning", JAIR 2021, take whole.) A model trained on such labels gives a
-    right one at least r = e / (classes - 1), which is what the noise alone gives; a row whose label it gives
-    probability q, and another class most of it, is honest with probability (1 - e) (q - r) / (q (1 - e - r)).
-    Below ``NOISE`` the estimate counts as none.
-``single``   one by the number of rows that have the same inputs: copies share the draws of one row.
-``new``      from 1 for a row whose label had a probability of at most 0.9 down to ``learned`` for one that the
-    model was sure of. It is 1 for all by default: nothing was found to gain by less.
-``share``    of its class. From ``balance_from`` of the run on, every class is drawn equally often; before it,
-    as often as it comes: balancing from the start teaches the rare rows by heart (deferred re-weighting: Cao
-    et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019; Kang et al.,
-    "Decoupling Representation and Classifier", ICLR 2020). It assumes that all classes matter alike.
+- ``p_clean``: the probability that its label is right. Labels replaced at random spread evenly over all pairs of
+  classes, whereas a model's genuine confusions concentrate in few of them. So the median over the pairs, of the
+  fraction of the rows predicted as one class that are labelled as the other, is the share of noise in each pair. Times
+  the number of other classes it is the fraction e of wrong labels. (A median in place of the matrix that Northcutt et
+  al., "Confident Learning", JAIR 2021, use.) A model trained on such labels gives a right one at least
+  r = e / (classes - 1), which the noise alone gives. A row whose label the model gives probability q, and another
+  class most of it, is clean with probability (1 - e) (q - r) / (q (1 - e - r)). Below ``NOISE`` the estimate counts as
+  no noise.
+- ``duplicate_weight``: 1 / (number of rows that have the same inputs), so that duplicates share the draws of one row.
+- ``novelty``: from 1 for a row whose label had a probability of at most 0.9 down to ``learned`` for one that the model
+  was sure of. It is 1 for all rows by default: no gain was found from less.
+- the class's share: from ``balance_from`` of the run on, every class is drawn equally often; before it, as often as it
+  occurs, because balancing from the start memorises the rare rows (deferred re-weighting: Cao et al., "Learning
+  Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019; Kang et al., "Decoupling Representation
+  and Classifier", ICLR 2020). It assumes that all classes matter alike.
 
-A row comes in a pass as often as its worth, the mean of all worths being 1, to within one, and what is left of it
-counts in the next pass. Where nothing sets rows apart, passes are epochs. There are no weights: what is drawn more
-often counts more, on purpose. The rows of a class lie evenly apart in a pass, so that every batch has its share of each
+With weights scaled to a mean of 1, a pass draws a row floor(w) or ceil(w) times, and the remainder carries over to the
+next pass. Where nothing distinguishes rows, passes are epochs. There are no importance weights: rows drawn more often
+count more, on purpose. The rows of a class are spaced evenly in a pass, so that every batch has its share of each
 (Zhao and Zhang, "Accelerating Minibatch Stochastic Gradient Descent using Stratified Sampling", 2014).
 """
 
@@ -43,22 +43,32 @@ KNOWN = 0.1  # a row is wholly new down to this distance of its label's probabil
 
 
 class SamplingWeights:
-    """What the model made of each of ``rows`` rows when it was last trained on, and draws by that.
+    """Sampling weights of the rows of a data set, from the model's last output for each, and draws by them.
 
-    Twelve bytes a row, four more for its class where it has one, four where there are copies, and eight for each row
-    still to come in a pass.
+    It takes twelve bytes a row, four more for its class where it has one, four where there are duplicates, and eight
+    for each row still to come in a pass.
 
     Args:
-        rows: of the data set.
-        targets: int64 [rows], their classes; None, or any other shape or dtype or a negative number, where rows
-            are not of one class each: then only ``new`` is told apart.
-        duplicate_counts: int64 [rows], how many rows have the same inputs as each, itself included; None for 1.
-        learned: worth of a row that the model was sure of, in (0, 1].
-        balance_from: progress from which every class is drawn equally often; None for never.
-        seed: with the number of a pass it determines its order.
+        rows: number of rows of the data set, at least 1.
+        targets: classes of the rows, int64 [rows]. None (the default), or any other shape or dtype or a negative
+            number, where rows are not of one class each; then only novelty and duplicates count.
+        duplicate_counts: number of rows that have the same inputs as each, itself included, int64 [rows]; None (the
+            default) for 1.
+        learned: weight of a row that the model was sure of, in (0, 1]. Default 1.
+        balance_from: fraction of the run from which every class is drawn equally often, in [0, 1]; None for never.
+            Default 0.6.
+        seed: seed of the passes' orders. Default 0.
+
+    Attributes:
+        probability: float32 [rows], the model's probability of the label; NaN before a row's first time.
+        predicted: int32 [rows], the predicted class if its probability was above ``SURE``, otherwise -1.
+        noise: estimated fraction of wrong labels, as of the current pass's start.
+        invalid: number of losses that were not finite.
+        passes: number of passes begun.
+        balanced: True once classes are drawn equally often.
 
     Raises:
-        UserError: an argument out of range.
+        UserError: an argument is out of range.
     """
 
     def __init__(
@@ -72,20 +82,20 @@ class SamplingWeights:
         seed: int = 0,
     ) -> None:
         if rows < 1:
-            raise UserError(f"{rows} rows to draw from: wanted at least 1")
+            raise UserError(f"`rows` must be at least 1, got {rows}")
         if not 0.0 < learned <= 1.0:
-            raise UserError(f"learned {learned}: wanted more than 0, or rows are never seen again, and at most 1")
+            raise UserError(f"`learned` must be in (0, 1], got {learned}; at 0 learned rows would never be seen again")
         self.rows, self.learned, self.balance_from, self.seed = rows, learned, balance_from, seed
-        self.single = (
-            None if duplicate_counts is None or int(duplicate_counts.max()) == 1 else 1.0 / duplicate_counts.float()
-        )  # float32 [rows]
+        self.duplicate_weight: Tensor | None = None  # float32 [rows]; None for 1
+        if duplicate_counts is not None and int(duplicate_counts.max()) != 1:
+            self.duplicate_weight = 1.0 / duplicate_counts.float()
         self.targets = _classes(targets, rows)
         self.classes = 0 if self.targets is None else int(self.targets.max()) + 1
-        self.probability = torch.full((rows,), torch.nan)  # float32 [rows], of the label; NaN before a row's first time
-        self.predicted = torch.full((rows,), -1, dtype=torch.int32)  # [rows], the class if the model was SURE, or -1
-        self.due = torch.rand(rows, generator=self._generator(-1))  # float32 [rows], in [0, 1): left from passes before
-        self.noise = 0.0  # fraction of wrong labels, as estimated when the pass began
-        self.invalid = 0  # losses that were not finite
+        self.probability = torch.full((rows,), torch.nan)
+        self.predicted = torch.full((rows,), -1, dtype=torch.int32)
+        self.due = torch.rand(rows, generator=self._generator(-1))  # float32 [rows], in [0, 1): carried over
+        self.noise = 0.0
+        self.invalid = 0
         self.passes = 0
         self.balanced = False
         self.order = torch.empty(0, dtype=torch.int64)  # rows still to come in this pass
@@ -93,20 +103,22 @@ class SamplingWeights:
     # --- what is known of rows ------------------------------------------------------------------
 
     def update(self, index: Tensor, losses: Tensor, logits: Any = None) -> None:
-        """Enter what the model made of the rows in ``index``, before it learned from them.
+        """Enter the model's output for the rows in ``index``, from before it learned from them.
 
         Args:
-            index: int64 [n]; of a row that is there twice, the last counts.
-            losses: [n]. One that is not finite is counted, and its row stays what it was.
-            logits: [n, classes]; of any other shape, the label's probability is exp(-loss).
+            index: row numbers, int64 [n]; if a row occurs twice, its last output counts.
+            losses: losses of the rows, [n]. One that is not finite is counted, and its row keeps what it had.
+            logits: class logits, [n, classes]. None (the default), or any other shape: the label's probability is
+                then exp(-loss), and no class is predicted.
 
         Raises:
-            UserError: tensors that do not fit one another; IndexError: a row that there is not.
+            UserError: the tensors do not fit one another.
+            IndexError: there is no such row.
         """
         rows, losses = one_per_row(index, losses, self.rows)
         if self.targets is not None and isinstance(logits, Tensor) and _one_a_class(logits, self.classes):
             if len(logits) != len(rows):
-                raise UserError(f"logits of {len(logits)} rows for {len(rows)}: wanted one a row")
+                raise UserError(f"`logits` must have one row for each of {len(rows)} rows, got {len(logits)}")
             p = logits.detach().float().softmax(1).cpu()
             largest, at = p.max(1)
             predicted = torch.where(largest > SURE, at, -1)
@@ -122,7 +134,7 @@ class SamplingWeights:
         assign(self.predicted, rows, predicted)
 
     def estimate_noise(self) -> float:
-        """The fraction of labels that are wrong, replaced at random; 0 where there are too few rows to tell."""
+        """Estimate the fraction of labels that were replaced at random; 0 where there are too few rows to tell."""
         k = self.classes
         if self.targets is None or k < 3 or k * k > self.rows:
             return 0.0
@@ -131,30 +143,39 @@ class SamplingWeights:
         shares = pairs / pairs.sum(0).clamp(min=1)  # of the rows predicted as a class, by their labels
         return (k - 1) * float(shares[~torch.eye(k, dtype=torch.bool)].median())
 
-    def worth(self) -> Tensor:
-        """float32 [rows], at least 0, by the present estimate of the noise."""
+    def weights(self) -> Tensor:
+        """Weights of the rows by the present estimate of the noise, at least 0, not yet scaled: float32 [rows]."""
         q = self.probability
-        worth = self.learned + (1.0 - self.learned) * ((1.0 - q) / KNOWN).clamp(max=1.0)
+        novelty = self.learned + (1.0 - self.learned) * ((1.0 - q) / KNOWN).clamp(max=1.0)
+        weight = novelty
         if self.targets is not None and self.noise >= NOISE:
             r = self.noise / (self.classes - 1)
-            honest = (1.0 - self.noise) * (q - r) / (q * (1.0 - self.noise - r)).clamp(min=1e-12)
+            p_clean = (1.0 - self.noise) * (q - r) / (q * (1.0 - self.noise - r)).clamp(min=1e-12)
             doubted = (self.predicted >= 0) & (self.predicted != self.targets)
-            worth = torch.where(doubted, worth * honest.clamp(0.0, 1.0), worth)
-        worth = worth.nan_to_num(1.0)  # of rows not seen yet
-        single = torch.ones(self.rows) if self.single is None else self.single
-        worth = worth * single
+            weight = torch.where(doubted, weight * p_clean.clamp(0.0, 1.0), weight)
+        weight = weight.nan_to_num(1.0)  # of rows not seen yet
+        duplicate_weight = torch.ones(self.rows) if self.duplicate_weight is None else self.duplicate_weight
+        weight = weight * duplicate_weight
         if self.targets is None:
-            return worth
+            return weight
         # No class gains or loses by what is known of its rows; only by balance.
         targets = self.targets.long()
-        count, sums = (torch.bincount(targets, part.double(), self.classes) for part in (single, worth))
-        wanted = (count > 0).double() if self.balanced else count
-        return worth * (wanted / sums.clamp(min=1e-12)).float()[targets]
+        count, sums = (torch.bincount(targets, part.double(), self.classes) for part in (duplicate_weight, weight))
+        share = (count > 0).double() if self.balanced else count
+        return weight * (share / sums.clamp(min=1e-12)).float()[targets]
 
     # --- drawing --------------------------------------------------------------------------------
 
     def draw(self, count: int, progress: float) -> Tensor:
-        """int64 [count]: the next rows to train on, ``progress``, 0 to 1, being how far the run is."""
+        """Draw the next rows to train on.
+
+        Args:
+            count: number of rows.
+            progress: fraction of the run that is done, 0 to 1.
+
+        Returns:
+            Row numbers: int64 [count].
+        """
         if not self.balanced and self.balance_from is not None and progress >= self.balance_from:
             self.balanced = True
             if self.targets is not None:
@@ -171,12 +192,12 @@ class SamplingWeights:
         return torch.cat(parts)
 
     def _begin(self) -> None:
-        """A new pass."""
+        """Begin a new pass."""
         self.noise = self.estimate_noise()
-        worth = self.worth()
-        worth = worth * (self.rows / worth.sum(dtype=torch.float64)).float()
-        # Epochs stay epochs: a worth of 1 but for rounding is 1.
-        due = self.due + torch.where((worth - 1.0).abs() < 1e-4, 1.0, worth)
+        weight = self.weights()
+        weight = weight * (self.rows / weight.sum(dtype=torch.float64)).float()
+        # Epochs stay epochs: a weight of 1 but for rounding is 1.
+        due = self.due + torch.where((weight - 1.0).abs() < 1e-4, 1.0, weight)
         times = due.floor()
         self.due = due - times
         ids = torch.repeat_interleave(torch.arange(self.rows), times.long())
@@ -191,27 +212,35 @@ class SamplingWeights:
 
     # --- state ----------------------------------------------------------------------------------
 
-    _KEPT = ("probability", "predicted", "due", "order", "noise", "invalid", "passes", "balanced")
+    _STATE = ("probability", "predicted", "due", "order", "noise", "invalid", "passes", "balanced")
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors; the tensors are those in use, not copies."""
-        return {name: getattr(self, name) for name in self._KEPT}
+        return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state is of another number of rows."""
+        """Copy a state of ``state_dict``.
+
+        Raises:
+            UserError: the state has another number of rows.
+        """
         if len(state["probability"]) != self.rows:
-            raise UserError(f"a state of {len(state['probability'])} rows: wanted one of {self.rows}")
-        for name in self._KEPT:
+            raise UserError(f"the state must be of {self.rows} rows, got {len(state['probability'])}")
+        for name in self._STATE:
             value = state[name]
             setattr(self, name, value.cpu().clone() if isinstance(value, Tensor) else value)
 
 
 def spread(ids: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
-    """The ids, those of a group evenly apart: any n in a row are of each group as many as its share of n, to within 2.
+    """Space the ids of each group evenly: any n in a row hold each group's share of n, to within 2.
 
     Args:
         ids: int64 [n], in random order; those of a group stay in it.
-        groups: integers [n], at least 0, of each of ``ids``.
+        groups: group of each of ``ids``, integers [n], at least 0.
+        generator: generator of the groups' offsets.
+
+    Returns:
+        The ids in their new order: int64 [n].
     """
     order = groups.argsort(stable=True)
     count = torch.bincount(groups)
@@ -227,7 +256,7 @@ def _one_a_class(logits: Tensor, classes: int) -> bool:
 
 
 def _classes(targets: Tensor | None, rows: int) -> Tensor | None:
-    """int32 [rows], on the CPU, where the targets are one class a row."""
+    """Classes as int32 [rows], on the CPU, where the targets are one class a row; otherwise None."""
     if targets is None or targets.shape != (rows,) or targets.is_floating_point() or targets.is_complex():
         return None
     return None if int(targets.min()) < 0 else targets.detach().int().cpu()

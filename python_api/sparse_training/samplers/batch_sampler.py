@@ -1,15 +1,4 @@
-"""Draws by past scores for a plain ``DataLoader``: what is not drawn is neither read nor decoded.
-
-sampler = HistorySampler(len(dataset), batch_size=128, rate=0.3)
-loader = DataLoader(Indexed(dataset), batch_sampler=sampler, num_workers=2)
-for index, (inputs, targets) in loader:
-    losses = criterion(model(inputs), targets)  # one a row
-    (losses * sampler.weights(index)).mean().backward()
-    sampler.update(index, losses)
-
-With ``method="adaptive"`` rows are drawn as the trainer's default policy draws them, there are no weights, and
-``sampler.update(index, losses, logits)`` tells it what it wants to know.
-"""
+"""A batch sampler by past scores for a plain ``DataLoader``: rows that are not drawn are neither read nor decoded."""
 
 from __future__ import annotations
 
@@ -20,80 +9,71 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Sampler
 
 from sparse_training.errors import UserError
+from sparse_training.ranks import rank_and_world_size
 from sparse_training.samplers.adaptive_weights import SamplingWeights
 from sparse_training.samplers.importance import Importance
-from sparse_training.samplers.infobatch import InfoBatch
+from sparse_training.samplers.indexed import Indexed, rows_of
+from sparse_training.samplers.infobatch import InfoBatch, no_rows, whole_batch
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.samplers.shuffle import Shuffle
 from sparse_training.selection.types import WeightedIndices
+
+__all__ = ["METHODS", "HistorySampler", "Indexed"]
 
 METHODS = ("importance", "infobatch", "adaptive")
 _BLOCK = 1 << 20
 
 
-class Indexed(Dataset[tuple[int, Any]]):
-    """A data set whose items come with their row numbers: (index, item).
-
-    Raises:
-        UserError: an iterable data set, which has no rows to ask for by number.
-    """
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-        self.rows = rows_of(dataset)
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        """A batch at once, where the data set can (DataLoader asks for it)."""
-        fetch = getattr(self.dataset, "__getitems__", None)
-        items = fetch(indices) if callable(fetch) else [self.dataset[index] for index in indices]
-        return list(zip(indices, items, strict=True))
-
-
 class HistorySampler(Sampler[list[int]]):
-    """A batch sampler by what training last made of rows, for ``DataLoader(..., batch_sampler=sampler)``.
+    """Draws batches by the last scores of their rows, for ``DataLoader(..., batch_sampler=sampler)``.
 
-    Draws are made ahead of training by as many batches as the loader prefetches, from the scores known by
-    then. The weights are those of the draw. ``update`` says which batches were trained on; the state
-    holds those that were drawn and not yet trained on, and after ``load_state_dict`` an epoch goes on with
-    them, so that with the same number of workers every later batch is what it would have been.
+    Batches are drawn ahead of training, as many as the loader prefetches, from the scores known by then. The weights
+    are those of the draw. ``update`` says which batches were trained on. The state holds those that were drawn and
+    not yet trained on, and after ``load_state_dict`` an epoch continues with them: with the same number of workers
+    every later batch is what it would have been.
 
-    With several processes each has the rows rank, rank + num_replicas, ... and remembers them alone:
-    nothing is exchanged but, for ``infobatch``, the number of batches at the start of an epoch, which all
-    processes must reach together. All of them give the same number of batches. Gradients averaged
-    over the processes, as DistributedDataParallel does, are as unbiased as on one.
+    With several processes each has the rows rank, rank + num_replicas, ... and remembers them alone. Nothing is
+    exchanged but, for "infobatch", the number of batches at the start of an epoch, which all processes must reach
+    together. All of them give the same number of batches. Gradients averaged over the processes, as
+    DistributedDataParallel does, are as unbiased as on one.
 
     Args:
-        dataset: with a length, or that length.
-        batch_size: rows in a batch of this process.
-        method: "importance": an epoch is ``rate`` of the rows, drawn by their scores, after a first
-            pass over all of them; see ``history.Importance``. "infobatch": an epoch is every row that is
-            not dropped; see ``history.InfoBatch``. "adaptive": an epoch is ``rate`` of the rows, each as often as
-            it is worth; see ``worth.SamplingWeights``. All weights are 1.
-        rate: for importance and adaptive, rows of an epoch by rows of the data set, in (0, 1].
-        uniform, prune: of the first two laws.
-        epochs: how many there will be. For infobatch the last 1 - ``delta`` of them are dense, for adaptive every class
-            is drawn equally often in the last 40% of the run. None: none is, and with infobatch training should end
-            with some that are; classes are never balanced.
-        targets: for adaptive: int64 [rows], the class of every row of the data set, whatever this process's are; None,
-            or anything else that is one a row, where there are none: then labels that seem wrong and classes count
-            for nothing.
-        duplicate_counts: for adaptive: int64 [rows], how many rows of the data set have the same inputs as each, itself
-            included, so that they share one row's draws; None where that is unknown.
-        seed: with the epoch or the step it determines what is drawn. The same on every process.
-        rank, num_replicas: by default those of torch.distributed, where it is initialised.
-        drop_last: leave out an epoch's short last batch, on a single process.
+        dataset: data set with a length, or that length.
+        batch_size: number of rows in a batch of this process, at least 1.
+        method: "importance" (the default): an epoch is ``rate`` of the rows, drawn in proportion to their scores,
+            after a first pass over all of them; see ``Importance``. "infobatch": an epoch is every row that is not
+            pruned; see ``InfoBatch``. "adaptive": an epoch is ``rate`` of the rows, drawn as the trainer's default
+            policy draws them, all with weight 1; see ``SamplingWeights``.
+        rate: rows of an epoch by rows of the data set, for "importance" and "adaptive", in (0, 1]. Default 1.
+        uniform: share of draws that ignore the scores, for "importance", in (0, 1]. Default 0.1.
+        prune: probability of leaving out a well-learned row, for "infobatch", in [0, 1). Default 0.5.
+        epochs: number of epochs of the run. With it the last 1 - ``delta`` of them have every row for "infobatch", and
+            for "adaptive" classes are drawn equally often in the last 40% of the run. None (the default): neither
+            happens, and training with "infobatch" should end with epochs of every row.
+        delta: fraction of the epochs that are pruned, for "infobatch", in [0, 1]. Default 0.875.
+        targets: class of every row of the data set, whatever this process's rows are, for "adaptive": int64 [rows].
+            None (the default), or anything else that is one a row, where there are none; then neither label errors
+            nor classes count.
+        duplicate_counts: number of rows of the data set that have the same inputs as each, itself included, for
+            "adaptive": int64 [rows]. Duplicates share one row's draws. None (the default) where it is unknown.
+        seed: seed of the draws, the same on every process. Default 0.
+        rank: number of this process; None (the default) for the one of torch.distributed, or 0.
+        num_replicas: number of processes; None (the default) for the one of torch.distributed, or 1.
+        drop_last: leave out an epoch's short last batch, on a single process. Default False.
 
     Raises:
-        UserError: an iterable data set, or an argument out of range.
+        UserError: the data set is iterable, or an argument is out of range.
+
+    Example:
+        >>> sampler = HistorySampler(dataset, batch_size=128, rate=0.3)
+        >>> loader = DataLoader(Indexed(dataset), batch_sampler=sampler, num_workers=2)
+        >>> for index, (inputs, targets) in loader:
+        ...     losses = cross_entropy(model(inputs), targets, reduction="none")
+        ...     (losses * sampler.weights(index)).mean().backward()
+        ...     sampler.update(index, losses)
     """
 
     def __init__(
@@ -116,61 +96,72 @@ class HistorySampler(Sampler[list[int]]):
     ) -> None:
         self.size = dataset if isinstance(dataset, int) else rows_of(dataset)
         connected = dist.is_available() and dist.is_initialized()
-        self.replicas = num_replicas if num_replicas is not None else dist.get_world_size() if connected else 1
-        self.rank = rank if rank is not None else dist.get_rank() if connected else 0
+        own_rank, ranks = rank_and_world_size()
+        self.replicas = ranks if num_replicas is None else num_replicas
+        self.rank = own_rank if rank is None else rank
         if not 0 <= self.rank < self.replicas <= self.size:
-            raise UserError(f"rank {self.rank} of {self.replicas} over {self.size} rows: wanted a row a process")
+            raise UserError(
+                f"each process must have a row, got rank {self.rank} of {self.replicas} for {self.size} rows"
+            )
         if batch_size < 1:
-            raise UserError(f"batch size {batch_size}: wanted at least 1")
+            raise UserError(f"`batch_size` must be at least 1, got {batch_size}")
         if method not in METHODS:
-            raise UserError(f"method {method!r}: wanted one of {', '.join(METHODS)}")
+            raise UserError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "infobatch" and self.replicas > 1 and not connected:
-            raise UserError("infobatch on several processes: wanted torch.distributed, to agree on an epoch's batches")
+            raise UserError(
+                "infobatch on several processes needs torch.distributed to agree on an epoch's batches; "
+                "call torch.distributed.init_process_group first"
+            )
         if not 0.0 < rate <= 1.0:
-            raise UserError(f"rate {rate}: wanted more than 0 and at most 1")
+            raise UserError(f"`rate` must be in (0, 1], got {rate}")
         if epochs is not None and epochs < 1:
-            raise UserError(f"epochs {epochs}: wanted at least 1, or None")
-        self.batch_size, self.rate, self.seed, self.drop_last = batch_size, rate, seed, drop_last
+            raise UserError(f"`epochs` must be None or at least 1, got {epochs}")
+        if method != "adaptive" and (targets is not None or duplicate_counts is not None):
+            raise UserError(f'`targets` and `duplicate_counts` need method="adaptive", got method={method!r}')
+        self.method, self.batch_size, self.rate, self.seed, self.drop_last = method, batch_size, rate, seed, drop_last
         self.epochs, self.dense_from = epochs, None if epochs is None else round(delta * epochs)
         self.rows = -(-(self.size - self.rank) // self.replicas)  # of this process
         # The mean over processes of each one's mean is that over all rows once shards count by their size.
         self._share = 1.0 if method == "adaptive" else self.replicas * self.rows / self.size
         seed = seed * self.replicas + self.rank
-        self.law: Importance | InfoBatch | SamplingWeights
+        self.sampler: Importance | InfoBatch | SamplingWeights
         if method == "adaptive":
-            own, alike = self._own("targets", targets), self._own("duplicate_counts", duplicate_counts)
-            self.law = SamplingWeights(self.rows, own, alike, seed=seed)
-        elif targets is not None or duplicate_counts is not None:
-            raise UserError(f"targets or duplicate_counts with the method {method}: wanted them for adaptive alone")
+            classes, duplicates = self._own("targets", targets), self._own("duplicate_counts", duplicate_counts)
+            self.sampler = SamplingWeights(self.rows, classes, duplicates, seed=seed)
+        elif method == "importance":
+            self.sampler = Importance(ScoreTable(self.rows), seed=seed, uniform=uniform)
         else:
-            table = ScoreTable(self.rows)
-            self.law = (
-                Importance(table, seed=seed, uniform=uniform)
-                if method == "importance"
-                else InfoBatch(table, seed=seed, prune=prune)
-            )
+            self.sampler = InfoBatch(ScoreTable(self.rows), seed=seed, prune=prune)
         self._pending: deque[WeightedIndices] = deque()  # drawn, not yet trained on, oldest first
         self._begin(0)
 
-    def _own(self, name: str, given: Tensor | Sequence[Any] | None) -> Tensor | None:
-        """Of what is given for every row of the data set, this process's part."""
-        if given is None:
+    def _own(self, name: str, values: Tensor | Sequence[Any] | None) -> Tensor | None:
+        """This process's part of values given for every row of the data set."""
+        if values is None:
             return None
-        if len(given) != self.size:
-            raise UserError(f"{name} of {len(given)} rows: wanted one for each of the data set's {self.size}")
-        return torch.as_tensor(given)[self.rank :: self.replicas]
+        if len(values) != self.size:
+            raise UserError(f"`{name}` must have one entry for each of {self.size} rows, got {len(values)}")
+        return torch.as_tensor(values)[self.rank :: self.replicas]
 
     @property
     def table(self) -> ScoreTable:
-        """The scores of this process's rows: row i is number rank + i * num_replicas. Not of ``adaptive``."""
-        if isinstance(self.law, SamplingWeights):
-            raise UserError("the method adaptive has no table of scores; see law.probability")
-        return self.law.table
+        """Scores of this process's rows; row i has number rank + i * num_replicas.
+
+        Raises:
+            UserError: the method is "adaptive", which has no scores.
+        """
+        if isinstance(self.sampler, SamplingWeights):
+            raise UserError("the method adaptive has no table of scores; use sampler.probability")
+        return self.sampler.table
 
     # --- drawing --------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """The number of the epoch that the next iteration gives, as for DistributedSampler."""
+        """Set the number of the epoch that the next iteration gives, as for DistributedSampler.
+
+        Args:
+            epoch: number of the epoch, from 0.
+        """
         if epoch != self.epoch:
             self._begin(epoch)
 
@@ -178,14 +169,14 @@ class HistorySampler(Sampler[list[int]]):
         self.epoch = epoch
         self._drawn = 0  # batches of this epoch
         self._total: int | None = None  # batches that it has, once they are counted
-        self._order = Shuffle(self.rows, self.law.seed, epoch)  # of infobatch
+        self._order = Shuffle(self.rows, self.sampler.seed, epoch)  # of infobatch
         self._pending.clear()
         self._restored = False
 
     def __len__(self) -> int:
-        """Batches of the epoch, the same on every process.
+        """Number of batches of the epoch, the same on every process.
 
-        For infobatch this reads the whole table once an epoch, and waits for the other processes.
+        For "infobatch" this reads the whole table once an epoch, and waits for the other processes.
         """
         if self._total is None:
             self._total = self._count_batches()
@@ -207,41 +198,42 @@ class HistorySampler(Sampler[list[int]]):
             yield drawn.index.tolist()
 
     def _draw(self) -> WeightedIndices:
-        """The next batch, of rows of the table."""
-        if not isinstance(self.law, InfoBatch):
-            count = min(self.batch_size, self._epoch_rows() - self._drawn * self.batch_size)
-            if isinstance(self.law, Importance):
-                return self.law.draw(count)
-            # Without epochs nothing is known of the progress: never late enough to balance.
-            progress = 0.0 if self.epochs is None else (self.epoch + self._drawn / len(self)) / self.epochs
-            return WeightedIndices(self.law.draw(count, progress), torch.ones(count))
-        parts: list[WeightedIndices] = []
-        missing = self.batch_size
-        while missing:
-            ahead = self._order.peek()[:missing]
+        """Draw the next batch, of rows of this process."""
+        if isinstance(self.sampler, InfoBatch):
+            return self._draw_kept()
+        count = min(self.batch_size, self._epoch_rows() - self._drawn * self.batch_size)
+        if isinstance(self.sampler, Importance):
+            return self.sampler.draw(count)
+        # Without epochs the progress is unknown: never late enough to balance.
+        progress = 0.0 if self.epochs is None else (self.epoch + self._drawn / len(self)) / self.epochs
+        return WeightedIndices(self.sampler.draw(count, progress), torch.ones(count))
+
+    def _draw_kept(self) -> WeightedIndices:
+        """Draw the next batch of an InfoBatch epoch: no more rows are looked at than it needs."""
+        batch, waiting = no_rows(), no_rows()
+        while not len(batch.index):
+            ahead = self._order.peek()[: self.batch_size - len(waiting.index)]
             if not len(ahead):
                 if self.replicas == 1:
-                    break
+                    return waiting
                 self._order.position = 0  # rows again, as DistributedSampler: no process may end early
             self._order.position += len(ahead)
-            parts.append(self._kept(ahead))
-            missing -= len(parts[-1].index)
-        index, weight = (torch.cat(found) for found in zip(*parts, strict=True))
-        return WeightedIndices(index, weight)
+            batch, waiting = whole_batch(waiting, self._kept(ahead), self.batch_size)
+        return batch
 
     def _kept(self, rows: Tensor) -> WeightedIndices:
-        """Of an InfoBatch epoch."""
-        assert isinstance(self.law, InfoBatch)
+        """Rows that an InfoBatch epoch keeps."""
+        assert isinstance(self.sampler, InfoBatch)
         if self.dense_from is not None and self.epoch >= self.dense_from:
             return WeightedIndices(rows, torch.ones(len(rows)))
-        return self.law.prune(rows, self.epoch)
+        return self.sampler.prune(rows, self.epoch)
 
     def _epoch_rows(self) -> int:
-        """Rows in an epoch of importance or adaptive draws, equal on every process."""
+        """Number of rows in an epoch of importance or adaptive draws, equal on every process."""
         return max(1, round(self.rate * -(-self.size // self.replicas)))
 
     def _count_batches(self) -> int:
-        if not isinstance(self.law, InfoBatch):
+        if not isinstance(self.sampler, InfoBatch):
             rows = self._epoch_rows()
         else:
             begins = range(0, self.rows, _BLOCK)
@@ -249,7 +241,7 @@ class HistorySampler(Sampler[list[int]]):
             rows = sum(len(self._kept(block).index) for block in blocks)
         whole = self.drop_last and self.replicas == 1 and rows >= self.batch_size
         batches = rows // self.batch_size if whole else -(-rows // self.batch_size)
-        if isinstance(self.law, InfoBatch) and self.replicas > 1:
+        if isinstance(self.sampler, InfoBatch) and self.replicas > 1:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             most = torch.tensor(batches, device=device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -259,35 +251,47 @@ class HistorySampler(Sampler[list[int]]):
     # --- training -------------------------------------------------------------------------------
 
     def weights(self, index: Tensor) -> Tensor:
-        """float32 [n], where ``index`` is: what each row of a drawn batch counts, on average 1.
+        """Importance weights (1/p) of the rows of a drawn batch, on average 1.
+
+        Args:
+            index: row numbers of the batch, int64 [n], as the loader gave them.
+
+        Returns:
+            float32 [n], on the device of ``index``.
 
         Raises:
-            UserError: it is not a batch that was drawn in this epoch and not yet given to ``update``.
+            UserError: the batch was not drawn in this epoch, or was given to ``update`` already.
         """
         rows = index.cpu()
         for drawn in self._pending:
             if torch.equal(drawn.index, rows):
                 return drawn.weights().to(index.device)
-        raise UserError("weights of a batch that is not under way: wanted the index of one, before its update")
+        raise UserError(
+            "weights() of a batch that is not under way; call it with a drawn batch's index, before update()"
+        )
 
     def update(self, index: Tensor, scores: Tensor, logits: Tensor | None = None) -> None:
-        """Enter the scores of rows, such as their losses; of a drawn batch, which then counts as trained on.
+        """Enter the scores of rows, such as their losses. If they are a drawn batch, it counts as trained on.
 
         Args:
-            index: int64 [n], rows of the data set that are this process's.
-            scores: [n]; see ``ScoreTable.update``. For adaptive the losses, cross-entropies where there are no logits.
-            logits: [n, classes], the model's, for adaptive: without them no label seems wrong.
+            index: row numbers in the data set, int64 [n], all of this process.
+            scores: scores of the rows, [n]; see ``ScoreTable.update``. For "adaptive" the losses, which must be
+                cross-entropies where there are no logits.
+            logits: the model's class logits, [n, classes], for "adaptive". None (the default): label errors are not
+                detected.
 
         Raises:
-            UserError: rows of another process, or tensors that do not fit one another; IndexError: a row that there
-                is not.
+            UserError: rows of another process, or tensors that do not fit one another.
+            IndexError: there is no such row.
         """
         rows = index.cpu()
         if ((rows - self.rank) % self.replicas).any():
-            raise UserError(f"rows of another process: wanted those that are {self.rank} modulo {self.replicas}")
+            raise UserError(
+                f"rows of another process: `index` must hold numbers that are {self.rank} modulo {self.replicas}"
+            )
         own = (rows - self.rank) // self.replicas
-        if isinstance(self.law, SamplingWeights):
-            self.law.update(own, scores, logits)
+        if isinstance(self.sampler, SamplingWeights):
+            self.sampler.update(own, scores, logits)
         else:
             self.table.update(own, scores)
         for place, drawn in enumerate(self._pending):
@@ -298,23 +302,23 @@ class HistorySampler(Sampler[list[int]]):
     # --- state ----------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        """What must agree for one state to be the continuation of another."""
+        """Settings that must agree for one state to be the continuation of another, under their names on disk."""
         return {
             "rows": self.size,
             "processes": self.replicas,
             "rank": self.rank,
             "batch size": self.batch_size,
-            "law": "adaptive" if isinstance(self.law, SamplingWeights) else type(self.law).__name__.lower(),
+            "law": self.method,
             "rate": self.rate,
             "seed": self.seed,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors; what is known of rows is what is in use, not a copy. One for each process."""
+        """Plain containers and tensors, of this process alone; the tensors are those in use, not copies."""
         return {
             "settings": self._settings(),
-            "table": None if isinstance(self.law, SamplingWeights) else self.table.state_dict(),
-            "law": self.law.state_dict(),
+            "table": None if isinstance(self.sampler, SamplingWeights) else self.table.state_dict(),
+            "law": self.sampler.state_dict(),
             "epoch": self.epoch,
             "drawn": self._drawn,
             "total": self._total,
@@ -323,35 +327,25 @@ class HistorySampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on with the epoch in ``state``, of the number ``epoch``.
+        """Continue from a state: the next iteration goes on with its epoch, of the number ``epoch``.
+
+        Args:
+            state: a state of ``state_dict``.
 
         Raises:
-            UserError: a state of other data, another rank or other settings.
+            UserError: the state is of other data, another rank or other settings.
         """
         settings = self._settings()
         if differing := [name for name, value in settings.items() if state["settings"].get(name) != value]:
-            said = ", ".join(f"{name} {state['settings'].get(name)} is now {settings[name]}" for name in differing)
-            raise UserError(f"the sampler's state was made with other settings: {said}")
+            changes = ", ".join(
+                f"{'method' if name == 'law' else name} {state['settings'].get(name)} is now {settings[name]}"
+                for name in differing
+            )
+            raise UserError(f"the sampler's state was made with other settings: {changes}")
         self._begin(int(state["epoch"]))
         if state["table"] is not None:
             self.table.load_state_dict(state["table"])
-        self.law.load_state_dict(state["law"])
+        self.sampler.load_state_dict(state["law"])
         self._drawn, self._total, self._order.position = state["drawn"], state["total"], state["position"]
         self._pending.extend(WeightedIndices(index, weight) for index, weight in state["pending"])
         self._restored = True
-
-
-def rows_of(dataset: Any) -> int:
-    """The length of a data set whose rows can be asked for by number.
-
-    Raises:
-        UserError: it is iterable, or has no length.
-    """
-    if isinstance(dataset, IterableDataset):
-        raise UserError(
-            f"{type(dataset).__name__} is an IterableDataset: its rows come in its own order and cannot be asked for "
-            "by number, so none can be left unread; wanted a map-style data set"
-        )
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-        raise UserError(f"{type(dataset).__name__} has no length or no rows by number: wanted a map-style data set")
-    return len(dataset)

@@ -13,48 +13,68 @@ from sparse_training.errors import UserError
 
 
 class ScoreTable:
-    """The last score of each of ``rows`` rows: four bytes a row, and an eighth of one for drawing.
+    """The last score of each row: four bytes a row, and an eighth of a byte once rows are drawn by it.
 
     Args:
-        rows: of the data set, or of this process's shard of it.
-        cpp: see ``sparse_kernels.sum_tree``.
+        rows: number of rows of the data set, or of this process's shard of it, at least 1.
+        signed: keep negative scores. False (the default) enters them as 0; a signed table has no ``total``, ``mean``
+            or ``find``.
+        cpp: whether the C++ sum tree is used, see ``sparse_kernels.sum_tree``; None (the default) for where it was
+            built.
+
+    Attributes:
+        scores: float32 [rows], on the CPU; NaN before a row's first score.
+        seen: number of rows that have a score.
+        invalid: number of scores that were not finite, and so were not entered.
+
+    Raises:
+        UserError: ``rows`` is below 1.
     """
 
-    def __init__(self, rows: int, *, cpp: bool | None = None) -> None:
+    def __init__(self, rows: int, *, signed: bool = False, cpp: bool | None = None) -> None:
         if rows < 1:
-            raise UserError(f"a table of {rows} rows: wanted at least 1")
-        self.scores = torch.full((rows,), torch.nan)  # float32 [rows], NaN before a row's first score
-        self.seen = 0  # rows that have a score
-        self.invalid = 0  # scores that were refused
-        self._tree = SumTree(self.scores, cpp=cpp)
+            raise UserError(f"a score table must have at least 1 row, got {rows}")
+        self.scores = torch.full((rows,), torch.nan)
+        self.seen = 0
+        self.invalid = 0
+        self._tree = None if signed else SumTree(self.scores, cpp=cpp)
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return len(self.scores)
 
     @property
+    def tree(self) -> SumTree:
+        """Partial sums of the scores."""
+        assert self._tree is not None, "a signed table has no sums"
+        return self._tree
+
+    @property
     def total(self) -> float:
-        return self._tree.total
+        """Sum of the scores."""
+        return self.tree.total
 
     @property
     def mean(self) -> float:
-        """Of the rows that have a score; 0 before there is one."""
-        return self._tree.total / self.seen if self.seen else 0.0
+        """Mean score of the rows that have one; 0 before there is one."""
+        return self.total / self.seen if self.seen else 0.0
 
     def update(self, index: Tensor, scores: Tensor) -> None:
         """Enter the scores of the rows in ``index``.
 
         Args:
-            index: int64 [n]; of a row that is there twice, the last score counts.
-            scores: [n], any floating dtype and device; reading them from an accelerator waits for it. A
-                negative score counts as 0. One that is not finite is counted in ``invalid``, and its row
-                keeps the score that it had.
+            index: row numbers, int64 [n]; if a row occurs twice, its last score counts.
+            scores: scores, [n], of any floating dtype and device; reading them from an accelerator waits for it. One
+                that is not finite is counted in ``invalid``, and its row keeps the score that it had.
 
         Raises:
-            UserError: tensors that do not fit one another; IndexError: a row that the table has not.
+            UserError: the tensors do not fit one another.
+            IndexError: the table has no such row.
         """
         index, scores = one_per_row(index, scores, self.rows)
-        scores = scores.clamp(min=0.0)
+        if self._tree is not None:
+            scores = scores.clamp(min=0.0)
         finite = scores.isfinite()
         if not finite.all():
             self.invalid += int((~finite).sum())
@@ -63,46 +83,68 @@ class ScoreTable:
         if new.any():
             self.seen += len(torch.unique(index[new]))
         assign(self.scores, index, scores)
-        self._tree.update(index)
+        if self._tree is not None:
+            self._tree.update(index)
 
     def find(self, points: Tensor) -> Tensor:
-        """int64: the rows at points, float64 in [0, 1), of the scores laid end to end."""
-        return self._tree.find(points * self._tree.total)
+        """Row numbers (int64) at points, float64 in [0, 1), of the scores laid end to end."""
+        return self.tree.find(points * self.total)
 
     def age(self, keep: float) -> None:
-        """Move every score towards the mean: score = mean + keep * (score - mean), with ``keep`` in [0, 1].
+        """Move every score towards the mean, for the longer ago a score was taken, the less it says of its row.
 
-        A score says less of its row the longer ago it was taken. Reads and writes the whole table.
+        Reads and writes the whole table.
+
+        Args:
+            keep: factor of each score's distance from the mean, in [0, 1].
+
+        Raises:
+            UserError: ``keep`` is out of range.
         """
         if not 0.0 <= keep <= 1.0:
-            raise UserError(f"keep {keep}: wanted a fraction from 0 to 1")
+            raise UserError(f"`keep` must be in [0, 1], got {keep}")
         self.scores.mul_(keep).add_((1.0 - keep) * self.mean)
-        self._tree.build()
+        self.tree.build()
 
     def state_dict(self) -> dict[str, Any]:
+        """The scores in use, not a copy, and the number of invalid ones."""
         return {"scores": self.scores, "invalid": self.invalid}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies; the sums are made again, bit for bit what they were."""
+        """Copy a state of ``state_dict``; the sums are recomputed, bit for bit what they were.
+
+        Raises:
+            UserError: the state has another number of rows.
+        """
         if state["scores"].shape != self.scores.shape:
-            raise UserError(f"a table of {len(state['scores'])} rows: wanted one of {self.rows}")
+            raise UserError(f"the state must be of a table of {self.rows} rows, got {len(state['scores'])}")
         self.scores.copy_(state["scores"])
         self.seen = self.rows - int(self.scores.isnan().count_nonzero())
         self.invalid = int(state["invalid"])
-        self._tree.build()
+        if self._tree is not None:
+            self._tree.build()
 
 
 def one_per_row(index: Tensor, scores: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """int64 [n] and float32 [n], both on the CPU, of scores of rows.
+    """Row numbers and scores, checked, flattened and brought to the CPU.
+
+    Args:
+        index: row numbers, [n].
+        scores: one score for each of them, [n].
+        rows: number of rows that there are.
+
+    Returns:
+        int64 [n] and float32 [n].
 
     Raises:
-        UserError: not one score a row; IndexError: a row outside 0 to ``rows`` - 1.
+        UserError: not one score a row.
+        IndexError: a row outside 0 to ``rows`` - 1.
     """
     index, scores = index.detach().reshape(-1).cpu(), scores.detach().reshape(-1).float().cpu()
     if index.shape != scores.shape:
-        raise UserError(f"{len(scores)} scores for {len(index)} rows: wanted one a row")
+        raise UserError(f"`scores` must hold one score for each row, got {len(scores)} scores for {len(index)} rows")
     if len(index):
         low, high = index.aminmax()
         if low < 0 or high >= rows:
-            raise IndexError(f"rows {int(low)} to {int(high)}: wanted 0 to {rows - 1}")
+            raise IndexError(f"row numbers must be in 0 to {rows - 1}, got {int(low)} to {int(high)}")
     return index, scores

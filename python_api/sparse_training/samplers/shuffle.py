@@ -1,4 +1,4 @@
-"""A random order of rows that takes no memory."""
+"""A random order of rows that needs no memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ _BLOCK = 1 << 14
 
 
 class Shuffle:
-    """The rows in a random order that takes no memory: a pass over them, from ``position`` on.
+    """A pass over the rows in a random order that needs no memory.
 
-    The row at a place is the place enciphered (a Feistel network on pairs; Black and Rogaway, "Ciphers
-    with Arbitrary Finite Domains", 2002), so any part of the order can be had at once: ``torch.randperm``
-    of 100 million rows takes 800 MB and seconds.
+    The row at a place is the place enciphered (a Feistel network on pairs; Black and Rogaway, "Ciphers with Arbitrary
+    Finite Domains", 2002), so any part of the order is available at once. ``torch.randperm`` of 100 million rows takes
+    800 MB and seconds.
+
+    Args:
+        rows: number of rows, at least 1.
+        seed: seed of the order.
+        epoch: number of the pass; each has an order of its own. Default 0.
+
+    Attributes:
+        position: place of the next row, 0 to ``rows``; the whole state.
     """
 
     ROUNDS = 6
@@ -31,7 +39,7 @@ class Shuffle:
         self._begin = 0
 
     def peek(self) -> Tensor:
-        """The next rows, at most a block of them and at least one; empty at the end."""
+        """Next rows, at least one and at most a block of them; empty at the end."""
         if self.position >= self.rows:
             return self._block[:0]
         if not self._begin <= self.position < self._begin + len(self._block):
@@ -40,7 +48,7 @@ class Shuffle:
         return self._block[self.position - self._begin :]
 
     def at(self, places: Tensor) -> Tensor:
-        """int64: the rows at places in [0, rows)."""
+        """Rows (int64) at places in [0, rows)."""
         found = self._encipher(places)
         while (outside := found >= self.rows).any():  # walk on until back inside: still one to one
             found = torch.where(outside, self._encipher(found), found)
@@ -58,7 +66,7 @@ class Shuffle:
 
 
 def _mix(values: Tensor, key: int) -> Tensor:
-    """32 bits that all depend on all of the key's and the values' (the finaliser of MurmurHash3)."""
+    """Hash to 32 bits that all depend on every bit of key and values (the finaliser of MurmurHash3)."""
     x = values ^ key
     x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF

@@ -1,1 +1,1 @@
-"""Which rows are trained on: policies choose, scorers judge, ``registry`` makes both from names."""
+"""Selection of the rows to train on: policies select, scorers score, ``registry`` makes both from names."""

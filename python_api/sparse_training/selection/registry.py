@@ -10,11 +10,13 @@ from sparse_training.models.build import ModelFactory
 from sparse_training.ranks import rank_and_world_size, rank_seed
 from sparse_training.selection.policies.adaptive import AdaptivePolicy
 from sparse_training.selection.policies.base import Policy, check_rate
-from sparse_training.selection.policies.by_loss import BatchImportancePolicy, BatchInfoBatchPolicy, TopKPolicy
 from sparse_training.selection.policies.gate import GatePolicy
+from sparse_training.selection.policies.history import HistoryPolicy
+from sparse_training.selection.policies.importance import BatchImportancePolicy, ImportancePolicy
+from sparse_training.selection.policies.infobatch import BatchInfoBatchPolicy, InfoBatchPolicy
 from sparse_training.selection.policies.masked import MaskedPolicy
-from sparse_training.selection.policies.past import HistoryPolicy, ImportancePolicy, InfoBatchPolicy
 from sparse_training.selection.policies.random import RandomPolicy
+from sparse_training.selection.policies.topk import TopKPolicy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.early import EarlyScorer
 from sparse_training.selection.scorers.history import HistoryScorer
@@ -35,21 +37,37 @@ POLICIES: dict[str, type[Policy]] = {
         MaskedPolicy,
     )
 }
-# The same laws within a batch, where a scorer is named that scores batches.
+# The same methods within a batch, for a scorer that scores batches.
 BY_SCORES: dict[str, type[Policy]] = {kind.name: kind for kind in (BatchImportancePolicy, BatchInfoBatchPolicy)}
+
+SCORERS: dict[str, type[Scorer]] = {
+    kind.name: kind for kind in (SelfScorer, EarlyScorer, ProxyScorer, ReferenceScorer, HistoryScorer)
+}
+FORMS = "self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE, history"
 
 
 DEFAULT_RATE = 0.1
 
 
 def uses_rate(policy: str | Policy | Gate) -> bool:
-    """Tell whether a policy of this name is made with a rate; one that is already made has its own."""
+    """Tell whether a rate is of use to make a policy.
+
+    Args:
+        policy: as for ``make_policy``; one that is already made has its own.
+
+    Returns:
+        True for a name, with or without a scorer, whose policy keeps a fraction of the rows that is given.
+    """
     kind = POLICIES.get(policy.partition("@")[0]) if isinstance(policy, str) else None
     return kind is not None and kind.target is not Policy.target
 
 
 def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
     """Refuse a rate that would change nothing.
+
+    Args:
+        policy: as for ``make_policy``.
+        rate: the rate given for it; None for none.
 
     Raises:
         UserError: a rate out of range, or one given to a policy that does not use it.
@@ -67,25 +85,31 @@ def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
 def make_policy(
     policy: str | Policy | Gate, *, rate: float | None, seed: int, loss: Any = None, scorer: str | Scorer | None = None
 ) -> Policy:
-    """A policy from its name, from a gate, or as it is.
+    """Make a policy from its name or from a gate.
 
-    A gate made here sees the loss the model is trained on: its ignore_index and label smoothing; of several
-    processes of torch.distributed all share its threshold. Other policies made here draw by a seed of each process.
+    A gate made here uses the ``ignore_index`` and label smoothing of the loss, and the processes of torch.distributed
+    share its threshold. Other policies made here draw by a seed of each process.
 
     Args:
-        policy: a name in POLICIES, or policy@scorer, such as "gate@early:3", which is then its name; a Policy, or a
-            Gate.
-        scorer: as for ``make_scorer``; None for the policy's own.
+        policy: a name in ``POLICIES``, or policy@scorer, such as "gate@early:3", which is then its name; a Gate; or a
+            Policy, which is returned as it is.
+        rate: fraction of the rows to keep, in (0, 1]; None for ``DEFAULT_RATE``.
+        seed: seed of the policy's draws.
+        loss: the loss that the model is trained on; None (the default) where it is unknown.
+        scorer: a scorer or its name, see ``make_scorer``; None (the default) for the policy's own.
+
+    Returns:
+        The policy, with its scorer.
 
     Raises:
-        UserError: an unknown name, a rate outside (0, 1], a scorer for a policy that asks none or has its own, or two.
+        UserError: the name is unknown, the rate is out of range, two scorers are named, or the policy uses none.
     """
     rate = DEFAULT_RATE if rate is None else check_rate(rate)
     rank, ranks = rank_and_world_size()
-    said = policy
+    given = policy
     if isinstance(policy, str) and "@" in policy:
         if scorer is not None:
-            raise UserError(f"policy {policy!r} and scorer {scorer!r}: wanted one scorer")
+            raise UserError(f"`policy` {policy!r} names a scorer, and `scorer` is {scorer!r}; give one scorer")
         policy, _, scorer = policy.partition("@")
     scorer = None if scorer is None else make_scorer(scorer)
     if isinstance(policy, Policy):
@@ -93,7 +117,7 @@ def make_policy(
     elif isinstance(policy, Gate):
         made = GatePolicy(seed=seed, gate=policy)
     elif policy not in POLICIES:
-        raise UserError(f"policy {policy!r}: wanted one of {', '.join(POLICIES)}")
+        raise UserError(f"`policy` must be one of {', '.join(POLICIES)}, got {policy!r}")
     elif policy == "gate":
         known = ("ignore_index", "label_smoothing")
         shared = {name: getattr(loss, name) for name in known if hasattr(loss, name)}
@@ -103,38 +127,39 @@ def make_policy(
         made = kinds[policy](rate, rank_seed(seed, rank))
     if scorer is not None and not (scorer.before_loading and isinstance(made, HistoryPolicy)):
         if not made.uses_scores or isinstance(made, MaskedPolicy):
-            raise UserError(f"scorer {scorer.name} for the policy {made.name}, which asks none: wanted no scorer")
+            raise UserError(f"scorer {scorer.name} for the policy {made.name}, which takes none; leave the scorer out")
         made.scorer = scorer
-    if isinstance(said, str):
-        made.name = said
+    if isinstance(given, str):
+        made.name = given
     return made
 
 
-SCORERS: dict[str, type[Scorer]] = {
-    kind.name: kind for kind in (SelfScorer, EarlyScorer, ProxyScorer, ReferenceScorer, HistoryScorer)
-}
-FORMS = "self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE, history"
-
-
 def make_scorer(scorer: str | Scorer) -> Scorer:
-    """A scorer from its name, or as it is. What follows a colon is the scale of the images that the model itself
-    scores, the layer, the proxy's name, or the file of the reference.
+    """Make a scorer from its name.
+
+    Args:
+        scorer: a name, with an argument behind a colon where it takes one: "self", "self:0.5" (scale of the images to
+            score), "early:LAYER", "proxy", "proxy:MODEL", "reference:FILE" or "history"; or a Scorer, which is
+            returned as it is.
+
+    Returns:
+        The scorer.
 
     Raises:
-        UserError: an unknown name, or an argument that is missing or wrong.
+        UserError: the name is unknown, or its argument is missing or wrong.
     """
     if isinstance(scorer, Scorer):
         return scorer
     name, colon, argument = scorer.partition(":")
     if name not in SCORERS or bool(argument) != bool(colon):
-        raise UserError(f"scorer {scorer!r}: wanted one of {FORMS}")
+        raise UserError(f"`scorer` must be one of {FORMS}, got {scorer!r}")
     if name == "self" and argument:
         try:
             return SelfScorer(resolution=float(argument))
         except ValueError:
-            raise UserError(f"scorer {scorer!r}: wanted a scale, such as self:0.5") from None
+            raise UserError(f"`scorer` self must have a scale in (0, 1), such as self:0.5, got {scorer!r}") from None
     if (name in ("early", "reference")) != bool(argument) and name != "proxy":
-        raise UserError(f"scorer {scorer!r}: wanted one of {FORMS}")
+        raise UserError(f"`scorer` must be one of {FORMS}, got {scorer!r}")
     if name == "proxy":
         return ProxyScorer(ModelFactory(argument or "cnn-tiny"))
     return SCORERS[name](*[argument] if argument else [])

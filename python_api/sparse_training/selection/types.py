@@ -1,4 +1,4 @@
-"""What loaders, policies, scorers, samplers and the trainer hand to one another.
+"""Types that loaders, policies, scorers, samplers and the trainer hand to one another.
 
 Nothing of this package is imported here: these types lie below all that use them.
 """
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LossFunction = Callable[[Any, Any], Tensor]  # logits, targets -> one loss a row, [B]
+LossFunction = Callable[[Any, Any], Tensor]  # logits, targets -> one loss per row, [B]
 
 
 class CandidateIndices(NamedTuple):
-    """The rows of a loader's item, before they are loaded, for a policy to choose from.
+    """Rows that a loader offers before it loads them, for a policy to choose from.
 
     Attributes:
-        ids: int64 [B], on the CPU: row numbers in the data set; of a stream, positions in the batch.
-        epoch: the epoch that the item belongs to, from 0.
+        ids: int64 [B], on the CPU: row numbers in the data set; for a stream, positions in the batch.
+        epoch: number of the epoch, from 0.
     """
 
     ids: Tensor
@@ -38,20 +38,20 @@ class WeightedIndices(NamedTuple):
     weight: Tensor | None = None
 
     def weights(self) -> Tensor:
-        """Importance weights as a tensor, ones where there are none: float32 [n]."""
+        """Importance weights as a tensor, float32 [n]: ones where ``weight`` is None."""
         return torch.ones(len(self.index), device=self.index.device) if self.weight is None else self.weight
 
 
 class Batch(NamedTuple):
-    """One batch on the training device; dim 0 of every tensor counts its rows.
+    """One batch on the training device; dim 0 of every tensor indexes its rows.
 
     Attributes:
         inputs: a tensor, or a tuple or mapping of tensors.
         targets: tensor [B, ...].
         ids: int64 [B], row numbers in the data set; None where the loader does not know them.
         offered: number of rows before the policy chose which to load.
-        weight: float32 [B], importance weights of the rows; 0 for rows that do not count. None for 1.
-        counted: number of rows that count, where that is not all of them.
+        weight: float32 [B], importance weights (1/p) of the rows; 0 for rows that do not count. None for 1.
+        counted: number of rows that count, an integer tensor of one element; None for all of them.
     """
 
     inputs: Any
@@ -68,12 +68,12 @@ class Batch(NamedTuple):
 
     @property
     def divisor(self) -> int | Tensor:
-        """Number that a sum over the counting rows is divided by, at least 1."""
+        """Number to divide a sum over the rows that count by, at least 1."""
         return self.rows if self.counted is None else self.counted.clamp(min=1)
 
 
 class SelectedBatch(NamedTuple):
-    """The rows to train on. The loss is their mean, or with ``weight`` sum(weight * loss) / divisor.
+    """Rows to train on. The loss is their mean or, with ``weight``, sum(weight * loss) / divisor.
 
     Attributes:
         inputs: the selected rows of the batch's inputs.
@@ -81,7 +81,7 @@ class SelectedBatch(NamedTuple):
         rows: number of rows; a device tensor where padding hides the number from the host.
         positions: int64 [n], positions in the batch; None for all of it.
         weight: float32 [n], importance weights, 0 on padding; None for 1.
-        divisor: number that the weighted sum of losses is divided by.
+        divisor: number to divide the weighted sum of losses by.
     """
 
     inputs: Any
@@ -93,13 +93,21 @@ class SelectedBatch(NamedTuple):
 
 
 class Scores:
-    """What a scorer says of a batch's rows.
+    """A scorer's output for the rows of a batch: logits or losses.
+
+    Args:
+        targets: targets of the batch, [B, ...]; None before the batch is loaded.
+        criterion: maps logits and targets to one loss per row.
+        logits: the scorer's logits, without gradient, as ``criterion`` takes them; None (the default) where it gives
+            losses alone.
+        losses: the scorer's losses, float32 [B]; None (the default) to compute them from the logits when needed.
+        offset: number added to each row's loss, float32 [B]; None (the default) for 0.
 
     Attributes:
-        targets: [B, ...], the batch's; None before the batch is loaded.
-        criterion: maps logits and targets to one loss a row.
-        logits: the scorer's, without gradient, as ``criterion`` takes them; None where it has losses alone.
-        offset: float32 [B], added to each row's loss; None for 0.
+        targets: as given.
+        criterion: as given.
+        logits: as given.
+        offset: as given; a scorer may set it later.
     """
 
     def __init__(
@@ -116,7 +124,7 @@ class Scores:
 
     @property
     def losses(self) -> Tensor:
-        """Loss of each row, with the offset: float32 [B]."""
+        """Losses of the rows, offset included: float32 [B]."""
         if self._losses is None:
             with torch.no_grad():
                 logits = self.logits.float() if isinstance(self.logits, Tensor) else self.logits

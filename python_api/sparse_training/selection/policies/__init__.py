@@ -1,1 +1,1 @@
-"""Policies: which rows of a batch are trained on, one file each."""
+"""Policies: how the rows of a batch to train on are selected, one file each."""

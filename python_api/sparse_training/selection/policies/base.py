@@ -15,18 +15,40 @@ from sparse_training.selection.types import Batch, CandidateIndices, Scores, Sel
 
 
 class Policy(nn.Module):
-    """Every row; the base of the others. State belongs in buffers or in the extra state.
+    """Trains on every row (``dense``), and is the base of the other policies.
+
+    To add a policy, subclass it and override ``decide``, for one that ranks or draws by scores, or ``choose``, for one
+    that needs none. State belongs in buffers or in the extra state.
+
+    Args:
+        rate: fraction of the rows to keep, in (0, 1]. Default 1.
+        seed: seed of the policy's draws. Default 0.
 
     Attributes:
-        uses_scores: True where it asks its scorer; otherwise ``decide`` is never called.
-        scorer: the scorer it asks, the model itself by default.
+        name: name under which costs and results are filed; by default the class's, in lower case.
+        uses_scores: True if the policy asks its scorer; otherwise ``decide`` is never called.
+        scorer: the scorer it asks; the model itself by default.
+        masks: True if rows left out are masked out of the loss, and cost as much as the others.
+        watched: True if ``trace`` is called after the step under way, which may then compute more than a step needs.
+        phased: True if a run's dense start and end train on every row; False if the policy selects in them too.
+
+    Raises:
+        UserError: the rate is out of range.
+
+    Example:
+        >>> class HardHalf(Policy):
+        ...     uses_scores = True
+        ...
+        ...     def decide(self, scores):
+        ...         return WeightedIndices(scores.losses.topk(len(scores.losses) // 2).indices)
+        >>> trainer = SparseTrainer(model, policy=HardHalf())
     """
 
     name: str = "dense"
     uses_scores = False
-    masks = False  # whether the rows left out are masked out of the loss, and cost as much as the others
-    watched = False  # whether ``trace`` is asked for after the step under way: it may find out more than a step needs
-    phased = True  # whether a run's warm-up and anneal train on every row; if not, it chooses in them too
+    masks = False
+    watched = False
+    phased = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -41,12 +63,12 @@ class Policy(nn.Module):
 
     @property
     def before_loading(self) -> bool:
-        """Whether what it leaves out is never loaded."""
+        """True if rows left out are never loaded."""
         return self.uses_scores and self.scorer.before_loading
 
     @property
     def target(self) -> float | None:
-        """The fraction of rows that it aims to keep; None where it aims at none."""
+        """Fraction of rows that the policy aims to keep; None where it has no such aim."""
         return None
 
     def prepare(
@@ -55,38 +77,61 @@ class Policy(nn.Module):
         targets: Tensor | None = None,
         duplicate_counts: Callable[[], Tensor | None] | None = None,
     ) -> None:
-        """Told before a run what it is about.
+        """Called before each run, to allocate what depends on the data set.
 
         Args:
-            rows: of the data set; None where none can be had by its number.
-            targets: [rows, ...], of all of them, where the loader holds them.
-            duplicate_counts: asks the loader for int64 [rows], how many rows have the same inputs; see
+            rows: number of rows of the data set; None where they have no numbers.
+            targets: targets of all rows, [rows, ...]; None where the loader does not hold them.
+            duplicate_counts: returns how many rows have the same inputs as each, int64 [rows], or None; see
                 ``Loader.duplicate_counts``.
         """
         self.scorer.prepare(rows)
 
     def decide(self, scores: Scores) -> WeightedIndices:
-        """The rows to train on, by what the scorer says of them."""
+        """Select the rows to train on by their scores.
+
+        Args:
+            scores: the scorer's output for the rows.
+
+        Returns:
+            Positions of the selected rows, with their importance weights.
+        """
         raise NotImplementedError
 
-    def choose(self, offer: CandidateIndices) -> WeightedIndices | None:
-        """The rows to load in place of those offered; None for just these."""
+    def choose(self, candidates: CandidateIndices) -> WeightedIndices | None:
+        """Choose the rows to load before any of them is loaded.
+
+        Args:
+            candidates: the rows that the loader offers.
+
+        Returns:
+            Row numbers to load in place of the candidates, with their importance weights; None for the candidates
+            themselves.
+        """
         if not self.before_loading:
             return None
-        index, weight = self.decide(self.scorer.recall(offer.ids))
-        if weight is not None:  # the loss is divided by the rows loaded, and estimates the mean of those offered
-            weight = weight * (len(index) / len(offer.ids))
-        return WeightedIndices(offer.ids[index], weight)
+        index, weight = self.decide(self.scorer.recall(candidates.ids))
+        if weight is not None:  # the loss is divided by the rows loaded, and estimates the mean of the candidates
+            weight = weight * (len(index) / len(candidates.ids))
+        return WeightedIndices(candidates.ids[index], weight)
 
     def score(self, batch: Batch) -> Scores | None:
-        """What ``select`` needs to know of the batch, None for nothing."""
+        """Score a loaded batch; None if ``select`` needs no scores of it."""
         if not self.uses_scores or self.before_loading:
             return None
-        found: Scores = self.scorer(batch)
-        return found
+        scores: Scores = self.scorer(batch)
+        return scores
 
     def select(self, scores: Scores | None, batch: Batch) -> SelectedBatch:
-        """The rows of a loaded batch to train on."""
+        """Select the rows of a loaded batch to train on.
+
+        Args:
+            scores: what ``score`` returned for the batch.
+            batch: the batch.
+
+        Returns:
+            The selected rows, packed.
+        """
         if scores is None:
             rows = batch.rows if batch.counted is None else batch.counted
             return SelectedBatch(batch.inputs, batch.targets, rows, None, batch.weight, batch.divisor)
@@ -96,40 +141,68 @@ class Policy(nn.Module):
         return SelectedBatch(inputs, targets, len(index), index, weight, batch.divisor)
 
     def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
-        """What the model made of the rows just trained on, before it learned from them; where rows have numbers.
+        """Called with the model's outputs for the rows just trained on, from before it learned from them.
+
+        It is called in the dense phases too, where rows have numbers.
 
         Args:
-            ids: int64 [n]; of the dense phases too.
-            losses: [n].
-            logits: what the model gave, [n, classes] for a classifier.
+            ids: row numbers in the data set, int64 [n].
+            losses: losses of the rows, [n].
+            logits: the model's output for the rows, [n, classes] for a classifier.
         """
         self.scorer.observe(ids, losses)
 
     def set_progress(self, progress: float) -> None:
-        """Told before each gated step how far the run is, 0 to 1, for what follows a schedule."""
+        """Called before each sparse step, for policies that follow a schedule.
+
+        Args:
+            progress: fraction of the run that is done, 0 to 1.
+        """
 
     def set_target_rate(self, rate: float) -> None:
-        """Another rate from the next step on."""
+        """Set the rate from the next step on.
+
+        Args:
+            rate: fraction of the rows to keep, in (0, 1].
+
+        Raises:
+            UserError: the rate is out of range.
+        """
         self.rate = check_rate(rate)
 
     def likely_rows(self, rows: int) -> range:
-        """How many of a loaded batch's rows this policy may well train on, for the clock to time."""
+        """Numbers of rows that are likely to be kept of a loaded batch, for the calibration to time.
+
+        Args:
+            rows: number of rows of the loaded batch.
+        """
         all_of_them = self.target is None or self.before_loading or self.masks
         count = rows if all_of_them else max(1, round((self.target or 1.0) * rows))
         return range(count, count + 1)
 
     def trace(self) -> tuple[Tensor, ...] | None:
-        """Rate and threshold, on the device, where there is a controller to watch; and, where it is known, the mass of
-        the last step that was ``watched``: the share of the sum of its rows' gradient norms that the rows kept have."""
+        """Rate, threshold and, for the last step that was ``watched``, grad-norm fraction, on the device.
+
+        The grad-norm fraction is the share of the sum of the batch's gradient norms that the kept rows hold. None
+        where there is no controller.
+        """
         return None
 
     def warnings(self, rate: float | None) -> list[str]:
-        """What a reader of the run must know, given the rate it reached."""
+        """Warnings for a reader of the run's results.
+
+        Args:
+            rate: the rate that the run reached; None where it is unknown.
+        """
         return []
 
 
 def check_rate(rate: float) -> float:
-    """The rate, if it is in (0, 1]; otherwise a UserError."""
+    """Return the rate, if it is in (0, 1].
+
+    Raises:
+        UserError: it is not.
+    """
     if not 0.0 < rate <= 1.0:
-        raise UserError(f"rate {rate}: wanted more than 0 and at most 1")
+        raise UserError(f"`rate` must be in (0, 1], got {rate}")
     return rate

@@ -1,4 +1,4 @@
-"""Rows above a threshold, or drawn around it."""
+"""Rows above the gate's threshold, or drawn around it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,40 @@ from sparse_training.selection.types import Batch, Scores, SelectedBatch, Weight
 
 
 class GatePolicy(Policy):
-    """The rows whose significance is above the gate's threshold.
+    """Keeps the rows whose significance is above the gate's threshold.
 
-    With a gate temperature rows are drawn and weighted 1/p, and the gradient estimates the whole
-    batch's without bias. Without one the loss is the mean over the kept rows: that is biased towards
-    them, on purpose, and changes the gradient's scale with the rate.
+    With a gate temperature rows are drawn and weighted 1/p, and the gradient estimates the whole batch's without bias.
+    Without one the loss is the mean over the kept rows. That is biased towards them, on purpose, and changes the
+    gradient's scale with the rate.
+
+    Args:
+        rate: fraction of the rows to keep, in (0, 1]. Default 0.1. Not used with ``gate``.
+        seed: seed of the gate's draws. Default 0. Not used with ``gate``.
+        gate: the gate; None (the default) makes one from the rate, the seed and the options.
+        options: further arguments of ``Gate``, for a gate that is made here.
+
+    Attributes:
+        gate: the gate.
+        retargeted: True once the rate was set to another one than the policy was made with.
     """
 
     name = "gate"
     uses_scores = True
-    aimed = False  # at other rates than the one it was made with
-
-    @property
-    def target(self) -> float:
-        return self.rate
+    retargeted = False
 
     def __init__(self, rate: float = 0.1, seed: int = 0, gate: Gate | None = None, **options: Any) -> None:
         super().__init__(gate.rate if gate is not None else rate, seed)
         self.gate = gate if gate is not None else Gate(rate, seed=seed, **options)
-        self._seen: tuple[Tensor, Tensor] | None = None  # shares of rows and of mass kept of the batch last watched
+        # Rate and grad-norm fraction of the batch last watched.
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def target(self) -> float:
+        """Fraction of rows to keep."""
+        return self.rate
 
     def decide(self, scores: Scores) -> WeightedIndices:
+        """Select rows by their scores; with a capacity this waits for an accelerator."""
         selection = self.gated(scores)
         if self.gate.capacity is None:
             return WeightedIndices(selection.index, selection.weight if self.gate.temperature > 0.0 else None)
@@ -48,6 +61,7 @@ class GatePolicy(Policy):
         )
 
     def select(self, scores: Scores | None, batch: Batch) -> SelectedBatch:
+        """Select the rows of a loaded batch; with a capacity nothing waits for the device."""
         if scores is None:
             return super().select(scores, batch)
         if self.gate.capacity is None and batch.targets.device.type == "xla":  # a program for each number of rows kept
@@ -68,17 +82,29 @@ class GatePolicy(Policy):
         return SelectedBatch(inputs, targets, count, selection.index)
 
     def gated(self, scores: Scores) -> Selection:
-        """The gate's selection by logits of classes; where there are none, by the losses themselves.
+        """Run the gate on the class logits or, where there are none, on the losses.
 
-        Of targets of several classes a sample, as of tokens or pixels, the mean significance is the sample's. An
-        offset is one of the loss: it counts as much as the loss does in the significance.
+        Where a sample has several targets, as tokens or pixels, its significance is the mean over them. An offset of
+        the loss counts in the significance with the loss's weight.
+
+        Args:
+            scores: the scorer's output for the rows.
+
+        Returns:
+            The gate's selection.
+
+        Raises:
+            UserError: the scorer has an offset of the loss, and the significance has no term of the loss.
         """
         logits, targets, offset = scores.logits, scores.targets, scores.offset
         self._seen = None
         if isinstance(logits, Tensor) and targets is not None and targets_are_classes(logits, targets):
             if offset is not None:
                 if "loss" not in self.gate.significance.weights:
-                    raise UserError(f"the scorer {self.scorer.name} changes the loss: wanted a significance with it")
+                    raise UserError(
+                        f"the scorer {self.scorer.name} changes the loss; use a significance with a term of the loss, "
+                        "such as Significance(loss=1.0)"
+                    )
                 offset = offset * self.gate.significance.loss
             if targets.ndim == 1:
                 selection: Selection = self.gate(logits, targets, offset=offset)
@@ -92,7 +118,7 @@ class GatePolicy(Policy):
 
     @torch.no_grad()
     def _watch(self, logits: Tensor, targets: Tensor, kept: Selection) -> None:
-        """Finds out what share of a batch's rows and of their gradient norms was kept; waits for no device."""
+        """Compute the rate and the grad-norm fraction of a batch, on the device."""
         gate = self.gate
         norms = None if gate.last is None else gate.last.stats.grad_norm
         if norms is None:
@@ -106,41 +132,54 @@ class GatePolicy(Policy):
         self._seen = rows, (norms.index_select(0, kept.index) * taken).sum() / norms.sum()
 
     def set_progress(self, progress: float) -> None:
+        """Follow the gate's schedule; ``progress`` is the fraction of the run that is done, 0 to 1."""
         self.gate.set_progress(progress)
         self.rate = self.gate.rate
 
     def set_target_rate(self, rate: float) -> None:
+        """Set the gate's rate from the next step on.
+
+        Args:
+            rate: fraction of the rows to keep, in (0, 1].
+
+        Raises:
+            UserError: the rate is out of range, or the gate has a grad-norm fraction in place of a rate.
+        """
         if self.gate.by_grad_norm:
-            raise UserError(f"a rate of {rate:g} for a gate with a mass: wanted a gate with a rate")
+            raise UserError(f"a rate of {rate:g} cannot be set with `grad_norm_fraction`; use a gate with a rate")
         self.gate.set_target_rate(rate)
-        self.rate, self.aimed = rate, True
+        self.rate, self.retargeted = rate, True
 
     def likely_rows(self, rows: int) -> range:
-        if self.before_loading:  # these are the rows that it chose this time
+        """Numbers of rows that are likely to be kept of a loaded batch of ``rows``."""
+        if self.before_loading:  # all of them were chosen
             return range(min(rows, max(1, rows // 2)), rows + 1)
         if self.gate.capacity is not None:
             slots = min(self.gate.capacity, rows)
             return range(slots, slots + 1)
-        aim = max(1, round(self.rate * rows))
-        return range(max(1, aim // 2), min(rows, 2 * aim) + 1)
+        count = max(1, round(self.rate * rows))
+        return range(max(1, count // 2), min(rows, 2 * count) + 1)
 
     def trace(self) -> tuple[Tensor, ...]:
-        """The rate is the controller's, smoothed; of a gate with a mass the last batch's, NaN if it was not watched."""
+        """Rate, threshold and, if the last batch was watched, its grad-norm fraction.
+
+        The rate is the controller's smoothed one; with ``grad_norm_fraction`` it is the last batch's, NaN if that was
+        not watched.
+        """
         observed, threshold = self.gate.rate_observed.detach().clone(), self.gate.threshold.detach().clone()
-        rows, *mass = self._seen or (torch.full_like(observed, torch.nan),)
-        return rows if self.gate.by_grad_norm else observed, threshold, *mass
+        rows, *fraction = self._seen or (torch.full_like(observed, torch.nan),)
+        return rows if self.gate.by_grad_norm else observed, threshold, *fraction
 
     def warnings(self, rate: float | None) -> list[str]:
+        """Warn of a target that was not met, and of rows left out for another reason than their significance."""
         found = []
         steps, saturated = int(self.gate.step), int(self.gate.saturated)
         if saturated > 0.1 * steps:
             found.append(
-                f"the gate's controller was saturated in {saturated} of {steps} steps: its rate is not the target's"
+                f"the gate's controller was saturated in {saturated} of {steps} steps: the target was out of reach"
             )
-        steered = (
-            self.gate.schedule is None and not self.gate.by_grad_norm and not self.aimed
-        )  # to one rate, all the time
-        if steered and rate is not None and abs(rate - self.rate) > max(0.02, 0.2 * self.rate):
+        fixed = self.gate.schedule is None and not self.gate.by_grad_norm and not self.retargeted
+        if fixed and rate is not None and abs(rate - self.rate) > max(0.02, 0.2 * self.rate):
             found.append(f"the gate kept {rate:.1%} of the rows it was offered; the target was {self.rate:.1%}")
         if invalid := int(self.gate.invalid):
             found.append(f"{invalid} rows were not finite and left out")

@@ -1,4 +1,4 @@
-"""Rows at random."""
+"""Rows drawn uniformly at random."""
 
 from __future__ import annotations
 
@@ -10,36 +10,45 @@ from sparse_training.selection.types import CandidateIndices, WeightedIndices
 
 
 class RandomPolicy(Policy):
-    """round(rate * B) rows of each batch, drawn before loading by a generator of its own.
+    """Draws round(rate * B) rows of each batch uniformly, before they are loaded.
 
-    Where that rounds to 0, one row with probability rate * B.
+    Where that rounds to 0, one row is drawn with probability rate * B.
+
+    Args:
+        rate: fraction of the rows to keep, in (0, 1]. Default 0.1.
+        seed: seed of the draws. Default 0.
     """
 
     name = "random"
-
-    @property
-    def before_loading(self) -> bool:
-        return True
 
     def __init__(self, rate: float = 0.1, seed: int = 0) -> None:
         super().__init__(rate, seed)
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
+    def before_loading(self) -> bool:
+        """True: rows left out are never loaded."""
+        return True
+
+    @property
     def target(self) -> float:
+        """Fraction of rows to keep."""
         return self.rate
 
-    def choose(self, offer: CandidateIndices) -> WeightedIndices:
-        rows = len(offer.ids)
-        return WeightedIndices(offer.ids[torch.randperm(rows, generator=self.generator)[: self.count(rows)]])
+    def choose(self, candidates: CandidateIndices) -> WeightedIndices:
+        """Draw some of the candidates."""
+        rows = len(candidates.ids)
+        return WeightedIndices(candidates.ids[torch.randperm(rows, generator=self.generator)[: self.count(rows)]])
 
     def count(self, rows: int) -> int:
-        """How many of so many rows to keep this time."""
+        """Number of rows to keep this time of ``rows``."""
         count = round(self.rate * rows)
         return count or int(torch.rand((), generator=self.generator).item() < self.rate * rows)
 
     def get_extra_state(self) -> Tensor:
+        """State of the generator."""
         return self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Continue from a state of ``get_extra_state``."""
         self.generator.set_state(state.cpu())

@@ -1,1 +1,1 @@
-"""Scorers: what rows are judged by, one file each."""
+"""Scorers: how the rows of a batch are scored for a policy, one file each."""

@@ -1,4 +1,4 @@
-"""An early layer of the model with a linear head."""
+"""Scores by an early layer of the model with a linear head."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from sparse_training.evaluation import evaluation_statistics, forward, unwrap
 from sparse_training.selection.scorers.auxiliary import AuxiliaryScorer
 from sparse_training.selection.types import Batch, LossFunction, SelectedBatch
 
-GRID = 4  # features of an image are means over a grid of so many cells a side
+GRID = 4  # cells per side of the grid over which an image's features are averaged
 
 
 class EarlyScorer(AuxiliaryScorer):
-    """A linear head on a layer of the model: the layers behind it run on the kept rows alone.
+    """Scores by a linear head on a layer of the model: the layers behind it run on the kept rows alone.
 
     Scoring runs the model up to the layer on every row, without gradient, with evaluation statistics and in reduced
-    precision; the kept rows then go through the whole model. s is the early layers' share of the forward. To keep the
-    early pass and its graph instead would save running the kept rows through those layers again, r s, but its backward
-    would go through the early layers with every row, 2 s: dearer at any rate below two thirds. So BatchNorm, early or
-    late, sees the kept rows alone in training, and scoring leaves its statistics as they were.
+    precision. The kept rows then go through the whole model. Its cost s is the early layers' share of the forward
+    pass. Keeping the early pass and its graph would save r s, the kept rows' second pass through those layers; but its
+    backward pass would run through them with every row, 2 s, which costs more at any rate r below two thirds. So
+    BatchNorm, early or late, sees the kept rows alone in training, and scoring leaves its statistics as they were.
 
-    The head learns from the features of the rows that are trained on, read in passing as they are trained on; nothing
-    flows back from it into the model.
+    The head learns from the features of the rows that are trained on, read during their forward pass. No gradient
+    flows from it into the model.
 
     Args:
         layer: name of a submodule, as in ``model.get_submodule``, whose output is one tensor.
-        pool: from the output [B, ...] to features [B, F]; by default images are averaged over a grid of 4 x 4 cells,
-            tokens [B, T, D] over all tokens.
-        lr, seed: of the head. precision: of the early pass.
+        pool: maps the output [B, ...] to features [B, F]; None (the default) for ``pooled``.
+        lr: learning rate of the head, above 0; it follows the model's schedule. Default 1e-3.
+        seed: seed of the head's initial weights. Default 0.
+        precision: precision of the early pass; None (the default) for the trainer's ``scoring_precision``.
 
     Raises:
-        UserError: with ``attach`` no such layer; with ``build`` one that is not run, or gives no tensor.
+        UserError: a setting is out of range; in ``attach``, there is no such layer; in ``build``, it is not run or does
+            not return a tensor.
     """
 
     name = "early"
@@ -58,24 +60,27 @@ class EarlyScorer(AuxiliaryScorer):
     def attach(
         self, model: nn.Module, criterion: LossFunction, *, device: torch.device, precision: str = "auto"
     ) -> None:
+        """Attach the scorer to the model that is trained; see ``Scorer.attach``."""
         super().attach(model, criterion, device=device, precision=precision)
         names = [name for name, _ in unwrap(model).named_modules() if name]
         if self.layer not in names:
-            raise UserError(f"the model has no layer {self.layer!r}: wanted one of {', '.join(names)}")
+            raise UserError(f"the model has no layer {self.layer!r}; use one of {', '.join(names)}")
 
     def build(self, batch: Batch, logits: Any) -> None:
+        """Make the head for the features and classes of the first batch."""
         if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise UserError(f"the scorer {self.name} has a head of classes: wanted a model with logits [B, classes]")
+            raise UserError(f"the scorer {self.name} needs a model with logits [B, classes]; use another scorer")
         with torch.no_grad():
             self.start(self.features(batch.inputs).shape[1], logits.shape[1])
 
     def make(self, features: int, classes: int) -> nn.Module:
+        """Make the head."""
         head = nn.Linear(features, classes)
-        nn.init.zeros_(head.weight)  # to start as no opinion at all
+        nn.init.zeros_(head.weight)  # starts with equal logits for all classes
         return nn.Sequential(nn.BatchNorm1d(features, affine=False), head)  # layers differ in scale
 
     def features(self, inputs: Any) -> Tensor:
-        """float32 [B, F], with evaluation statistics; the model stops behind the layer."""
+        """Features float32 [B, F], with evaluation statistics; the model stops behind the layer."""
         found = []
 
         def stop(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -95,17 +100,21 @@ class EarlyScorer(AuxiliaryScorer):
 
     def _pool(self, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
-            raise UserError(f"the layer {self.layer!r} gives a {type(output).__name__}: wanted one tensor")
+            raise UserError(
+                f"the layer {self.layer!r} must return one tensor, got a {type(output).__name__}; use another layer"
+            )
         return self.pool(output).float()
 
     def logits(self, inputs: Any) -> Tensor:
-        features, head = self.features(inputs), self.trained().net
+        """The head's logits."""
+        features, head = self.features(inputs), self.require_auxiliary().net
         with evaluation_statistics(head), torch.autocast(self.device.type, enabled=False):
             logits: Tensor = head(features)
         return logits
 
     @contextmanager
     def watch(self) -> Iterator[None]:
+        """Read the layer's features during the training forward pass."""
         self._seen = []
 
         def read(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -118,15 +127,17 @@ class EarlyScorer(AuxiliaryScorer):
             handle.remove()
 
     def learn(self, kept: SelectedBatch) -> None:
+        """Train the head on the features of the kept rows."""
         rows = kept.targets.shape[0]
-        # A compiled forward runs no hooks, and one of no row was of another in its place.
+        # A compiled forward pass runs no hooks, and that of an empty batch was of a zero row in its place.
         if rows and sum(map(len, self._seen)) != rows:
             with torch.no_grad():
                 self._seen = [self.features(kept.inputs)]
-        self.trained().learn(torch.cat(self._seen) if rows else None, kept, self.criterion)
+        self.require_auxiliary().learn(torch.cat(self._seen) if rows else None, kept, self.criterion)
         self._seen = []
 
     def extra_repr(self) -> str:
+        """Settings that a resumed run must share."""
         return f"layer={self.layer}"
 
 
@@ -135,7 +146,15 @@ class _Reached(Exception):
 
 
 def pooled(output: Tensor) -> Tensor:
-    """[B, F]: of images [B, C, H, W] the means over a grid of cells, of tokens [B, T, D] the mean; else flattened."""
+    """Pool a layer's output to features.
+
+    Args:
+        output: images [B, C, H, W], averaged over a grid of 4 x 4 cells; tokens [B, T, D], averaged over all tokens;
+            or anything else [B, ...], flattened.
+
+    Returns:
+        Features, [B, F].
+    """
     if output.ndim == 4:
         cells = [-(-side // GRID) for side in output.shape[2:]]
         return F.avg_pool2d(output, cells, ceil_mode=True, count_include_pad=False).flatten(1)

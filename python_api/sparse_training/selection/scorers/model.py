@@ -1,4 +1,4 @@
-"""The trained model as its own scorer."""
+"""Scores by the trained model itself."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sparse_training.selection.types import Batch
 
 
 class SelfScorer(Scorer):
-    """The model itself: no gradient, evaluation statistics, every buffer and generator untouched.
+    """Scores by the model that is trained: no gradient, evaluation statistics, buffers and generators untouched.
 
     Args:
-        precision: of the pass; None for the trainer's.
-        resolution: scale of the images that are scored, in (0, 1): pooled by area, for a model that takes images of
-            any size. None for the images as they are.
+        precision: precision of the scoring pass; None (the default) for the trainer's ``scoring_precision``.
+        resolution: scale of the images to score, in (0, 1), pooled by area, for a model that takes images of any size.
+            None (the default) for the images as they are.
 
     Raises:
-        UserError: a setting out of range; with ``build``, inputs that are not images, or too small for the model.
+        UserError: a setting is out of range; in ``build``, the inputs are no images, or too small for the model.
     """
 
     name = "self"
@@ -30,16 +30,18 @@ class SelfScorer(Scorer):
     def __init__(self, *, precision: str | None = None, resolution: float | None = None) -> None:
         super().__init__(precision=precision)
         if resolution is not None and not 0.0 < resolution < 1.0:
-            raise UserError(f"resolution {resolution}: wanted a scale above 0 and below 1, or None")
+            raise UserError(f"`resolution` must be None or in (0, 1), got {resolution}")
         self.resolution = resolution
 
     def logits(self, inputs: Any) -> Any:
+        """The model's output with evaluation statistics."""
         if self.resolution is not None:
             inputs = self._reduced(inputs)
         with evaluation_statistics(self.model):
             return forward(self.model, inputs)
 
     def build(self, batch: Batch, logits: Any) -> None:
+        """Check that the model takes images of the lower resolution."""
         if self.resolution is None:
             return
         reduced = self._reduced(batch.inputs)
@@ -54,10 +56,11 @@ class SelfScorer(Scorer):
     def _reduced(self, inputs: Any) -> Tensor:
         if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
             shape = f"shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else f"type {type(inputs).__name__}"
-            raise UserError(f"resolution {self.resolution} with inputs of {shape}: wanted images, float [B, C, H, W]")
+            raise UserError(f"`resolution` needs images, float [B, C, H, W], got inputs of {shape}")
         assert self.resolution is not None
         size = [max(1, round(self.resolution * side)) for side in inputs.shape[2:]]
         return F.interpolate(inputs, size=size, mode="area")
 
     def extra_repr(self) -> str:
+        """Settings that a resumed run must share."""
         return super().extra_repr() if self.resolution is None else f"resolution={self.resolution}"

@@ -1,4 +1,4 @@
-"""The loss minus that of a fixed model."""
+"""Scores by the loss minus a fixed reference model's loss."""
 
 from __future__ import annotations
 
@@ -19,17 +19,25 @@ from sparse_training.selection.types import Batch, LossFunction, Scores, Selecte
 
 
 class ReferenceScorer(Scorer):
-    """The loss minus that of a fixed model, trained on other data: what can be learned and is not yet.
+    """Scores by the loss minus the loss of a fixed model trained on other data: learnable and not yet learned.
 
     (RHO-loss; Mindermann et al., "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet
-    Learnt", ICML 2022.) Noise is hard for both models, and what both know is easy for both.
+    Learnt", ICML 2022.) Label noise is hard for both models, and what both know is easy for both.
+
+    Where rows have numbers the reference runs once on each row, and its losses are kept: the cost is then the one of
+    the scorer ``of``.
 
     Args:
-        reference: the fixed model; or a file with the state of one built as the trained model is, or with such a
+        reference: the fixed model; or a file with the state of a model built as the trained one is, or with such a
             state under "model".
-        of: scorer of the model that is trained; None for the model itself.
+        of: scorer of the model that is trained; None (the default) for the model itself.
 
-    Where rows have numbers the reference runs once on each row, and its losses are kept: s is then that of ``of``.
+    Attributes:
+        table: the reference's losses, float32 [rows of the data set], NaN where it has not run yet; None where rows
+            have no numbers.
+
+    Raises:
+        UserError: ``of`` does not score batches; in ``attach``, the file cannot be read.
     """
 
     name = "reference"
@@ -38,14 +46,15 @@ class ReferenceScorer(Scorer):
         super().__init__()
         self.of = of if of is not None else SelfScorer()
         if self.of.before_loading:
-            raise UserError(f"a reference for the scorer {self.of.name}: wanted one that scores batches")
+            raise UserError(f"`of` must be a scorer that scores batches, got {self.of.name}")
         self._reference: nn.Module | str | Path
-        self.__dict__["_reference"] = reference  # not a part of the state
-        self.table: Tensor | None = None  # float32 [rows of the data set], NaN where not yet run
+        self.__dict__["_reference"] = reference  # not part of the state
+        self.table: Tensor | None = None
 
     def attach(
         self, model: nn.Module, criterion: LossFunction, *, device: torch.device, precision: str = "auto"
     ) -> None:
+        """Attach the scorer to the model that is trained, and load the reference; see ``Scorer.attach``."""
         super().attach(model, criterion, device=device, precision=precision)
         self.of.attach(model, criterion, device=device, precision=precision)
         self.dtype = self.of.dtype
@@ -54,25 +63,28 @@ class ReferenceScorer(Scorer):
         self._reference.to(device).requires_grad_(False).eval()  # type: ignore[union-attr]
 
     def prepare(self, rows: int | None) -> None:
+        """Allocate the table of the reference's losses."""
         self.of.prepare(rows)
         if rows is not None and self.table is None:
             self.table = torch.full((rows,), torch.nan, device=self.device)
 
     def build(self, batch: Batch, logits: Any) -> None:
+        """Build the scorer ``of``."""
         self.of.build(batch, logits)
 
     def forward(self, batch: Batch) -> Scores:
+        """Score the rows of a batch: the reference's loss is the offset."""
         scores: Scores = self.of(batch)
         scores.offset = -self.losses(batch)
         return scores
 
     def losses(self, batch: Batch) -> Tensor:
-        """float32 [B]: the reference's."""
+        """Losses of the reference: float32 [B]."""
         if self.table is None or batch.ids is None:
             return self._run(batch.inputs, batch.targets)
         found = self.table[batch.ids]
         new = found.isnan()
-        if new.any():  # waits for an accelerator, which once every row was met it need not
+        if new.any():  # waits for an accelerator
             index = new.nonzero().squeeze(1)
             parts = pytree.tree_map_only(Tensor, lambda tensor: tensor[index], (batch.inputs, batch.targets))
             found[index] = self._run(*parts)
@@ -82,31 +94,43 @@ class ReferenceScorer(Scorer):
     @torch.no_grad()
     def _run(self, inputs: Any, targets: Tensor) -> Tensor:
         assert isinstance(self._reference, nn.Module)
-        # A loss that is not finite would be asked for again and again.
+        # A loss that is not finite would be computed again each time.
         return self.criterion(forward(self._reference, inputs), targets).float().nan_to_num(0.0, 0.0, 0.0)
 
     def watch(self) -> Any:
+        """Context of the training forward pass of the scorer ``of``."""
         return self.of.watch()
 
     def learn(self, kept: SelectedBatch) -> None:
+        """Train the scorer ``of``."""
         self.of.learn(kept)
 
     def set_learning_rate(self, factor: float) -> None:
+        """Set the learning rate of the scorer ``of``."""
         self.of.set_learning_rate(factor)
 
     def get_extra_state(self) -> dict[str, Any]:
+        """The reference's losses; empty until ``prepare`` is called."""
         return {} if self.table is None else {"table": self.table}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of ``get_extra_state``."""
         if state:
             self.table = state["table"].to(self.device)
 
 
 def load_reference(path: str | Path, model: nn.Module) -> nn.Module:
-    """A copy of the model with the state in a file.
+    """Copy a model and load its state from a file.
+
+    Args:
+        path: file with the state, or with a mapping that holds it under "model".
+        model: model to copy.
+
+    Returns:
+        The copy.
 
     Raises:
-        UserError: no such file, or not a state of such a model.
+        UserError: the file is missing or cannot be read, or does not hold a state of such a model.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

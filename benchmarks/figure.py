@@ -1,0 +1,179 @@
+"""Draws the figure of README and the documentation from the recorded results: a light and a dark SVG.
+
+    python benchmarks/figure.py [--check]
+
+Left: accuracy of each method minus that of a random subset at equal time, with 95% intervals, over five tasks.
+Right: the measured speed-up of a training step over a dense one by rate and scorer, beside its bound 3/(s + 3r).
+With --check nothing is drawn, and the exit code is 1 where a figure was drawn from other numbers than the records hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+STUDY = "benchmarks/results/study-fashion-mnist-2026-11-26.json"
+STEPS = "benchmarks/results/cpu-2026-11-26.json"
+FOLDER = ROOT / "docs" / "_static"
+
+TASKS = {
+    "clean": "clean",
+    "noise": "wrong labels",
+    "longtail": "long tail",
+    "duplicated": "duplicates",
+    "finetune": "fine-tuning",
+}
+METHODS = {  # light colour, dark colour, marker
+    "adaptive": ("#0b6e4f", "#4fd1a5", "o"),
+    "infobatch": ("#1f5fb4", "#7ab8ff", "s"),
+    "dense": ("#6b7280", "#b0b7c3", "D"),
+    "importance": ("#9a6700", "#e3b341", "^"),
+    "gate": ("#c0392b", "#ff8a7a", "v"),
+}
+SCORERS = {
+    "history": ("past losses", "#0b6e4f", "#4fd1a5", "o"),
+    "proxy": ("small model", "#1f5fb4", "#7ab8ff", "s"),
+    "early": ("early layer", "#9a6700", "#e3b341", "^"),
+    "self": ("model itself", "#c0392b", "#ff8a7a", "v"),
+}
+THEMES = {  # ink, grid, background of the labels' halos; the figures themselves are transparent
+    "light": ("#1f2328", "#d0d7de", "#ffffff"),
+    "dark": ("#e6edf3", "#3d444d", "#0d1117"),
+}
+LOWEST, HIGHEST = -2.6, 1.6  # points shown; what lies below is written beside an arrow
+
+
+def plotted() -> dict[str, Any]:
+    """The numbers of both panels, from the records."""
+    study = json.loads((ROOT / STUDY).read_text())
+    differences = {
+        f"{row['task']} {row['arm']}": [100 * row["difference"][name] for name in ("mean", "low", "high")]
+        for row in study["table"]
+        if row["task"] in TASKS and row["arm"] in METHODS
+    }
+    steps = {}
+    for row in json.loads((ROOT / STEPS).read_text())["rows"]:
+        if not (match := re.fullmatch(r"step-cnn-620k-(\w+)", row["case"])):
+            continue
+        costs, found = [], []
+        for rate in ("1.2%", "6%", "10%", "30%"):
+            cost, kept = re.match(r"s ([\d.]+), ceiling [\d.]+, kept ([\d.]+)%", row["notes"][rate]).groups()
+            costs.append(float(cost))
+            found.append([float(kept) / 100, row["ratios"][f"dense at {rate}"]])
+        steps[match[1]] = {"s": statistics.median(costs), "points": found}
+    return {"differences": differences, "steps": steps}
+
+
+def digest(numbers: dict[str, Any]) -> str:
+    """What a figure carries, to tell whether it was drawn from these numbers."""
+    rounded = json.dumps(numbers, sort_keys=True)
+    return f"numbers {hashlib.sha256(rounded.encode()).hexdigest()[:16]}"
+
+
+def draw_differences(axes: Any, numbers: dict[str, Any], theme: str) -> None:
+    """Left panel: a dot and its interval for each task and method."""
+    ink, grid, halo = THEMES[theme]
+    which = 0 if theme == "light" else 1
+    axes.axvline(0, color=ink, linewidth=1.2, zorder=1)
+    for place, task in enumerate(TASKS):
+        if place % 2:
+            axes.axhspan(place - 0.5, place + 0.5, color=grid, alpha=0.28, linewidth=0, zorder=0)
+        for order, (method, style) in enumerate(METHODS.items()):
+            mean, low, high = numbers["differences"][f"{task} {method}"]
+            y, colour = place + 0.15 * (order - 2), style[which]
+            if mean < LOWEST:
+                axes.annotate(
+                    f"{mean:.1f}".replace("-", "−"), (LOWEST, y), (LOWEST + 0.5, y), color=colour, va="center",
+                    fontsize=9, fontweight="bold", arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6},
+                )  # fmt: skip
+                continue
+            axes.plot([max(low, LOWEST), high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round", zorder=2)
+            name = {"gate": "gate 10%"}.get(method, method)
+            axes.plot(mean, y, style[2], color=colour, markersize=6.5, markeredgecolor=halo, zorder=3,
+                      label=name if place == 0 else None)  # fmt: skip
+    axes.set_xlim(LOWEST, HIGHEST)
+    axes.set_ylim(len(TASKS) - 0.5, -0.5)
+    axes.set_yticks(range(len(TASKS)), TASKS.values())
+    axes.set_xlabel("points of accuracy above a random subset, at equal time")
+    axes.set_title("What is learned in the same time", loc="left", fontsize=11, fontweight="bold", color=ink, pad=24)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 0.995), ncol=5, frameon=False, handletextpad=0.1, columnspacing=0.9,
+        fontsize=8.4, labelcolor=ink, borderaxespad=0.2,
+    )  # fmt: skip
+
+
+def draw_steps(axes: Any, numbers: dict[str, Any], theme: str) -> None:
+    """Right panel: measured points on the curves of their bounds."""
+    ink, _, halo = THEMES[theme]
+    for scorer, (words, *colours, marker) in SCORERS.items():
+        colour = colours[0 if theme == "light" else 1]
+        steps = numbers["steps"][scorer]
+        rates = [0.0078 * (0.42 / 0.0078) ** (index / 60) for index in range(61)]
+        bound = [3 / (steps["s"] + 3 * rate) for rate in rates]
+        axes.plot(rates, bound, color=colour, linewidth=1.4, alpha=0.75, zorder=1)
+        axes.plot(*zip(*steps["points"], strict=True), marker, color=colour, markersize=6.5, markeredgecolor=halo,
+                  linestyle="none", zorder=2)  # fmt: skip
+        at = {"history": 0.022, "proxy": 0.0094, "early": 0.0094, "self": 0.0094}[scorer]
+        y = 3 / (steps["s"] + 3 * at)
+        text = f"{words}, s = {steps['s']:.1g}" if scorer != "history" else f"{words}: 1/r"
+        axes.annotate(text, (at, y), (4, 7), textcoords="offset points", color=colour, fontsize=9, fontweight="bold")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(0.0078, 0.42)
+    axes.set_ylim(1.2, 62)
+    axes.minorticks_off()
+    axes.set_xticks([0.01, 0.03, 0.1, 0.3], ["1%", "3%", "10%", "30%"])
+    axes.set_yticks([2, 5, 10, 20, 50], ["2×", "5×", "10×", "20×", "50×"])
+    axes.set_xlabel("rows kept")
+    axes.set_title("How fast a step gets, by who scores", loc="left", fontsize=11, fontweight="bold", color=ink, pad=24)
+    axes.text(0, 1.03, "lines: bound 3/(s + 3r); marks: measured against a dense step", transform=axes.transAxes,
+              fontsize=8.6, color=ink)  # fmt: skip
+
+
+def draw(theme: str, numbers: dict[str, Any], path: Path) -> None:
+    """One figure, transparent, its text as paths so that it looks the same everywhere."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    ink, grid, _ = THEMES[theme]
+    style = {
+        "svg.fonttype": "path", "svg.hashsalt": "sparse-kernels", "font.family": "DejaVu Sans", "font.size": 9.5,
+        "text.color": ink, "axes.edgecolor": grid, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": grid,
+        "grid.linewidth": 0.6, "axes.axisbelow": True, "savefig.transparent": True,
+    }  # fmt: skip
+    with plt.rc_context(style):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.5), width_ratios=(1.15, 1), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.08)
+        draw_differences(left, numbers, theme)
+        left.grid(axis="y", visible=False)
+        left.tick_params(axis="y", length=0)
+        draw_steps(right, numbers, theme)
+        figure.savefig(path, metadata={"Date": None, "Description": digest(numbers)})
+        plt.close(figure)
+
+
+def main() -> int:
+    """Draw both figures, or check what they were drawn from."""
+    numbers = plotted()
+    wrong = 0
+    for theme in THEMES:
+        path = FOLDER / f"overview-{theme}.svg"
+        if "--check" not in sys.argv[1:]:
+            draw(theme, numbers, path)
+        elif not path.exists() or digest(numbers) not in path.read_text():
+            print(f"{path.relative_to(ROOT)} was drawn from other numbers", file=sys.stderr)
+            wrong = 1
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+// Functions of one block of a row: up to kBlock + kLanes consecutive classes, in whole vectors.
+#pragma once
+
+#include "row_stats_plan.h"
+#include "row_stats_sums.h"
+#include "scalar_types.h"
+#include "vec_math.h"
+
+namespace sparse_kernels {
+
+// -inf in the first half: min() with kLanes of these removes the lanes before the second half.
+template <class Vec>
+struct TailMask {
+  typename Vec::Real value[2 * Vec::kLanes] = {};
+  constexpr TailMask() {
+    for (int i = 0; i < 2 * Vec::kLanes; ++i)
+      value[i] = i < Vec::kLanes ? -kInfinity<Vec> : kInfinity<Vec>;
+  }
+};
+// Hazard: it must be constant. An initialiser would run when the library is loaded, on processors
+// without these instructions too.
+template <class Vec>
+constexpr TailMask<Vec> kTailMask;
+
+template <class Vec>
+inline int vectors_of(int columns) {
+  return (columns + Vec::kLanes - 1) / Vec::kLanes;
+}
+
+// Copies a block, capped where there is a softcap, in whole vectors; the copy may be changed. Where
+// columns are left over, the last vector ends with the last column and begins with -inf. (Padded at
+// its end, it would be stored in two parts, and its load would wait for both.) There must be at
+// least kLanes columns. Returns the largest in the copy, as max_block does.
+template <class Vec, class T, class Real = typename Vec::Real>
+inline Real copy_block(const T* x, int columns, Real softcap, Real* copy) {
+  constexpr int kLanes = Vec::kLanes;
+  const auto capped = [&](int i) {
+    const Vec v = Vec::load(x + i);
+    return softcap != 0 ? vec_cap(v, softcap) : v;
+  };
+  const int tail = columns % kLanes, whole = columns - tail;
+  Vec largest = Vec::splat(-kInfinity<Vec>), other = largest;
+  const auto put = [&](int i, Vec v, Vec& m) {
+    store(copy + i, v);
+    m = max(m, v);
+  };
+  int i = 0;
+  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+    put(i, capped(i), largest);
+    put(i + kLanes, capped(i + kLanes), other);
+  }
+  if (i < whole) put(i, capped(i), largest);
+  if (tail)
+    put(whole, min(Vec::load(kTailMask<Vec>.value + tail), capped(columns - kLanes)), other);
+  return reduce_max(max(largest, other));
+}
+
+// The position of a column in the copy, and the column at a position.
+template <class Vec>
+inline int position_in_copy(int column, int columns) {
+  const int tail = columns % Vec::kLanes;
+  return tail && column >= columns - tail ? column + Vec::kLanes - tail : column;
+}
+template <class Vec>
+inline int column_at(int position, int columns) {
+  const int tail = columns % Vec::kLanes;
+  return tail && position >= columns - tail ? position - (Vec::kLanes - tail) : position;
+}
+
+static inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
+#else
+  (void)p;
+#endif
+}
+
+struct BlockSums {
+  double rest, rest_d, rest_sq;
+};
+
+// The target must be -inf here, so that the loop needs no exception: where a row is short,
+// mispredicted branches would cost as much as its sums.
+template <class Vec, bool kSquares, class T>
+inline BlockSums sum_block(const T* x, int vectors, typename Vec::Real maximum,
+                           const Exponential<Vec>& in_memory) {
+  constexpr int kLanes = Vec::kLanes;
+  const Exponential<Vec> exponential = in_memory;
+  const Vec m = Vec::splat(maximum);
+  // Prefetches the next block while the arithmetic on this one takes its time: otherwise the next
+  // block's first read, for its maximum, would wait for memory. To prefetch past the end of memory
+  // is harmless.
+  const auto ahead = [&](int i) {
+    for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(x + i * kLanes + kBlock + j);
+  };
+  const auto d = [&](int i) { return Vec::load(x + i * kLanes) - m; };
+  const Sums<Vec> sums = sum_of<kSquares>(vectors, exponential, d, ahead);
+  return {reduce_add(sums.rest), reduce_add(sums.rest_d), kSquares ? reduce_add(sums.rest_sq) : 0};
+}
+
+// The largest of a block. NaN may be lost here: the sums, which meet every element, keep it.
+template <class Vec, class T>
+inline typename Vec::Real max_block(const T* x, int vectors) {
+  constexpr int kLanes = Vec::kLanes, kUnroll = 4;
+  Vec m[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) m[u] = Vec::splat(-kInfinity<Vec>);
+  int i = 0;
+  for (; i + kUnroll <= vectors; i += kUnroll)
+    for (int u = 0; u < kUnroll; ++u) m[u] = max(m[u], Vec::load(x + (i + u) * kLanes));
+  for (; i < vectors; ++i) m[0] = max(m[0], Vec::load(x + i * kLanes));
+  return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+template <class Vec, class T>
+inline bool has_nan(const T* x, int vectors) {
+  bool any = false;
+  for (int j = 0; j < vectors * Vec::kLanes; ++j) any |= widen(x[j]) != widen(x[j]);
+  return any;
+}
+
+template <class Vec>
+struct TwoLargest {
+  using Real = typename Vec::Real;
+  Real largest = -kInfinity<Vec>, second = -kInfinity<Vec>;
+
+  void add(Real x) {
+    if (x > largest) {
+      second = largest;
+      largest = x;
+    } else if (x > second) {
+      second = x;
+    }
+  }
+};
+
+template <class Vec, class T>
+inline TwoLargest<Vec> two_largest(const T* x, int vectors) {
+  constexpr int kLanes = Vec::kLanes;
+  Vec largest = Vec::splat(-kInfinity<Vec>), second = largest;
+  const auto add = [&](Vec v) {
+    second = max(second, min(largest, v));
+    largest = max(largest, v);
+  };
+  for (int i = 0; i < vectors; ++i) add(Vec::load(x + i * kLanes));
+  alignas(64) typename Vec::Real a[kLanes], b[kLanes];
+  store(a, largest);
+  store(b, second);
+  TwoLargest<Vec> result;
+  for (int i = 0; i < kLanes; ++i) {
+    result.add(a[i]);
+    result.add(b[i]);
+  }
+  return result;
+}
+
+// Sum of x - shift.
+template <class Vec, class T>
+inline double sum_differences(const T* x, int columns, typename Vec::Real shift) {
+  constexpr int kLanes = Vec::kLanes;
+  Vec sum = Vec::splat(0);
+  const int vectors = columns / kLanes;
+  for (int i = 0; i < vectors; ++i) sum = sum + (Vec::load(x + i * kLanes) - Vec::splat(shift));
+  double total = reduce_add(sum);
+  for (int j = vectors * kLanes; j < columns; ++j)
+    total += widen(x[position_in_copy<Vec>(j, columns)]) - shift;
+  return total;
+}
+
+}  // namespace sparse_kernels

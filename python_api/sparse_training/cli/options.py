@@ -1,0 +1,167 @@
+"""Options that several commands share, and the checks of their values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from sparse_training.data.load import DATASETS
+from sparse_training.errors import UserError
+from sparse_training.experiments.design import AGAIN
+from sparse_training.experiments.tasks import TASKS
+from sparse_training.models.build import MODELS
+from sparse_training.precision import PRECISIONS
+from sparse_training.selection.registry import FORMS as SCORER_FORMS
+from sparse_training.selection.registry import POLICIES, make_policy, make_scorer
+
+Decorator = Callable[..., Any]
+
+
+class _Positive(click.FloatRange):
+    """A finite number above 0; click's own range lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite", param, ctx)
+        return number
+
+
+POSITIVE = _Positive(min=0, min_open=True)
+FRACTION = click.FloatRange(0, 1)
+COUNT = click.IntRange(min=1)
+
+# --- values -----------------------------------------------------------------------------------------
+
+
+def seeds(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
+    """Read seeds: "3" stands for 0, 1, 2; "4,7" and "4," for themselves."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if "," not in text and numbers:
+        numbers = list(range(numbers[0]))
+    if not numbers or min(numbers) < 0 or len(set(numbers)) != len(numbers):
+        raise click.BadParameter(f"{text!r} must say how many seeds, such as 3, or which, such as 0,1,2")
+    return numbers
+
+
+def fractions(context: click.Context, parameter: click.Parameter, text: str) -> list[float]:
+    """Read fractions in (0, 1], separated by commas."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0.0 < value <= 1.0 for value in values):
+        raise click.BadParameter(f"{text!r} must be fractions above 0 and at most 1, such as 1,0.5")
+    return list(dict.fromkeys(values))
+
+
+def policy(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Check a policy's name, or policy@scorer."""
+    try:
+        if text is not None:
+            make_policy(text, rate=1.0, seed=0)
+    except UserError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
+
+
+def scorer(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Check a scorer's name."""
+    try:
+        if text is not None:
+            make_scorer(text)
+    except UserError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
+
+
+def methods(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    """Read methods: policies or policy@scorer, separated by commas."""
+    names = _each_once(text, "method")
+    for name in names:
+        policy(context, parameter, name)
+    return names
+
+
+def study_methods(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    """Read methods, random-again among them."""
+    names = _each_once(text, "method")
+    for name in names:
+        if name != AGAIN:
+            policy(context, parameter, name)
+    return names
+
+
+def scorers(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    """Read scorers, separated by commas."""
+    names = _each_once(text, "scorer")
+    for name in names:
+        scorer(context, parameter, name)
+    return names
+
+
+def tasks(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    """Read tasks, separated by commas."""
+    names = _each_once(text, "task")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise click.BadParameter(f"{unknown[0]!r} is unknown; use some of {', '.join(TASKS)}")
+    return names
+
+
+def _each_once(text: str, kind: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if len(set(names)) != len(names):
+        raise click.BadParameter(f"{text!r} must name each {kind} once")
+    return names
+
+
+# --- options ----------------------------------------------------------------------------------------
+
+DATA_AND_MODEL: tuple[Decorator, ...] = (
+    click.option("--data", type=click.Choice(DATASETS), default="digits", help="Data set."),
+    click.option("--root", type=click.Path(), help="Folder of the data set."),
+    click.option("--model", default="cnn-620k", help=f"Model: {', '.join(MODELS)}, or module:factory."),
+    click.option("--batch-size", type=COUNT, default=128, help="Rows in a batch."),
+    click.option("--device", default="cpu", help="PyTorch device, such as cuda:0."),
+    click.option("--threads", type=COUNT, help="CPU threads.  [default: PyTorch's choice]"),
+)
+RUN: tuple[Decorator, ...] = (
+    *DATA_AND_MODEL,
+    click.option("--rate", type=click.FloatRange(0, 1, min_open=True), default=0.1, help="Fraction of rows to keep."),
+    click.option("--lr", type=POSITIVE, default=1e-3, help="Learning rate."),
+    click.option(
+        "--dense-start", type=FRACTION, default=0.05, help="Fraction of the run that trains on every row at the start."
+    ),
+    click.option(
+        "--dense-end", type=FRACTION, default=0.125, help="Fraction of the run that trains on every row at the end."
+    ),
+    click.option("--out", type=click.Path(), help="Folder of the run, new or empty.  [default: runs/<time>-<command>]"),
+)
+PRECISION: Decorator = click.option(
+    "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", help="Precision of the scoring pass."
+)
+SEEDS: Decorator = click.option(
+    "--seeds", default="3", callback=seeds, help="Number of seeds (3), or which seeds (0,1,2)."
+)
+RUN_SECONDS: Decorator = click.option(
+    "--seconds", type=POSITIVE, default=20.0, help="Budget of each run, in seconds of the calibrated clock."
+)
+POLICY_NAMES = f"{', '.join(POLICIES)}, or policy@scorer, such as gate@early:3"
+SCORER_NAMES = SCORER_FORMS
+
+
+def with_options(*options: Decorator) -> Decorator:
+    """Decorator that gives a command several options, in this order."""
+
+    def decorate(command: Decorator) -> Decorator:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate

@@ -1,0 +1,116 @@
+"""Design of an experiment: which methods run on which tasks, with which budgets and seeds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sparse_training.errors import UserError
+from sparse_training.experiments.tasks import TASKS
+
+BASELINE = "random"  # the method that all others are compared with
+AGAIN = "random-again"  # the same with other draws: differences from BASELINE are chance
+
+
+class Cell(NamedTuple):
+    """One run of an experiment."""
+
+    task: str
+    method: str
+    fraction: float  # of the design's seconds; the whole schedule is shortened with it
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Entries of the run's file; the method is under "arm", as in results of version 0.1.0."""
+        return {"task": self.task, "arm": self.method, "fraction": self.fraction, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Design:
+    """Methods x tasks x fractions x seeds, and the settings that all runs share.
+
+    Attributes:
+        methods: policies by name or policy@scorer, and ``AGAIN``; each once.
+        tasks: names in ``TASKS``. Default: the data as they are.
+        fractions: budgets of a run, as fractions of ``seconds``, in (0, 1]. Default: whole runs only.
+        seeds: seeds of the weights, the order of the data and the draws. Default: 0, 1, 2.
+        model: name or module:factory, as for ``build_model``.
+        rate: fraction of the offered rows to keep, in (0, 1], for methods that have a target.
+        batch_size: rows in a step, counted as ``batch_size_counts`` says, at least 1.
+        batch_size_counts: "offered": every method is offered ``batch_size`` rows a step. "trained": every method
+            trains on about ``batch_size`` rows a step, so one that keeps the fraction r is offered
+            ``batch_size / r`` rows.
+        seconds: budget of a whole run, in seconds of the calibrated clock; evaluation is not charged.
+        lr: learning rate, above 0.
+        schedule: shape of the learning rate, "cosine" or "constant".
+        dense_start: fraction of a run that trains on every row at the start.
+        dense_end: fraction of a run that trains on every row at the end.
+        precision: precision of the scoring pass: "auto", "float32", "bfloat16" or "float16".
+        amp: autocast type of training; None for the model's own.
+        evaluations: number of evaluations of a whole run.
+        checkpoint_interval: steps between checkpoints of a run in progress; None for none.
+        trace_points: points kept of a run's trace, with six digits a number; None for all of it.
+        calibration_limit: longest time that the clock's calibration may take, in seconds.
+        run_name: template of a run's file name, of the fields of ``Cell``.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...] = ("clean",)
+    fractions: tuple[float, ...] = (1.0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    model: str = "cnn-620k"
+    rate: float = 0.1
+    batch_size: int = 128
+    batch_size_counts: str = "offered"
+    seconds: float = 20.0
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    dense_start: float = 0.05
+    dense_end: float = 0.125
+    precision: str = "auto"
+    amp: str | None = None
+    evaluations: int = 20
+    checkpoint_interval: int | None = None
+    trace_points: int | None = None
+    calibration_limit: float = math.inf
+    run_name: str = "{method}-{seed}"
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "tasks", "fractions", "seeds"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if not values or len(set(values)) != len(values):
+                listed = ", ".join(map(str, values)) or "none"
+                raise UserError(f"`{name}` must name at least one, each once, got {listed}")
+        if unknown := [name for name in self.tasks if name not in TASKS]:
+            raise UserError(f"`tasks` must be some of {', '.join(TASKS)}, got {unknown[0]!r}")
+        if bad := [fraction for fraction in self.fractions if not 0.0 < fraction <= 1.0]:
+            raise UserError(f"`fractions` must be in (0, 1], got {bad[0]}")
+        if not 0.0 < self.seconds < math.inf:
+            raise UserError(f"`seconds` must be finite and above 0, got {self.seconds}")
+        if self.batch_size_counts not in ("offered", "trained"):
+            raise UserError(f"`batch_size_counts` must be offered or trained, got {self.batch_size_counts!r}")
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every run, in order: all tasks and methods of one seed before the next seed, so that a part is complete."""
+        return [
+            Cell(task, method, fraction, seed)
+            for seed in self.seeds
+            for fraction in self.fractions
+            for task in self.tasks
+            for method in self.methods
+        ]
+
+    def name(self, cell: Cell) -> str:
+        """Name of a run, which its files have."""
+        return self.run_name.format(**cell._asdict())
+
+
+def policy_of(method: str) -> str:
+    """Name of the policy that a method runs."""
+    return BASELINE if method == AGAIN else method

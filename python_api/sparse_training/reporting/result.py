@@ -1,0 +1,144 @@
+"""Result files: read and validated by a shape for each format, and written as JSON.
+
+Keys are those of version 0.1.0, where a method is an "arm" and a speed-up bound a "ceiling", so that recorded results
+are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from sparse_training.errors import UserError
+from sparse_training.experiments.formats import COMPARISON, STUDY, ResultFormat
+
+Result = Mapping[str, Any]
+
+# A shape is a type or types; {key: shape}, where ... stands for every key; or [shape of every item].
+_NUMBER = (int, float)
+_MAYBE = (int, float, NoneType)
+_FACTS = {
+    "created": str,
+    "command": str,
+    "environment": {},
+    "settings": {"data": str, "model": str},
+}
+_RUN = {
+    "seed": int,
+    "accuracy": _MAYBE,
+    "seconds": _NUMBER,
+    "steps": int,
+    "target": _MAYBE,
+    "phases": {...: int},
+    "evals": [{"seconds": _NUMBER, "accuracy": _MAYBE}],
+    "trace": [{"step": int, "rate": _MAYBE, "threshold": _MAYBE}],
+    "warnings": [str],
+}
+_SUMMARY = {
+    "accuracy_mean": _MAYBE,
+    "accuracy_std": _MAYBE,
+    "seconds_mean": _NUMBER,
+    "raw_seconds_mean": _NUMBER,
+    "rows_trained_mean": _NUMBER,
+    "rate_mean": _MAYBE,
+}
+_VERDICT = {"task": str, "arm": str, "n": int, "accuracy": _NUMBER, "reached": _MAYBE, "parts": {}}
+SHAPES: dict[ResultFormat, dict[str, Any]] = {
+    COMPARISON: {
+        **_FACTS,
+        "calibration": {"arms": {...: {"total": _NUMBER}}},
+        "speedup": {...: {...: _MAYBE}},
+        "arms": {...: {"runs": [_RUN], "summary": _SUMMARY}},
+    },
+    STUDY: {
+        **_FACTS,
+        "missing": int,
+        "calibration": {"arms": {...: {"total": _NUMBER}}, "offered": {...: int}, "ceilings": {}},
+        "score": {...: {"tasks": int}},
+        "table": [_VERDICT],
+        "tasks": {...: {"says": str, "rows": int, "arms": {...: {...: [_RUN]}}, "galleries": {}}},
+    },
+}
+
+
+def read_result(path: str | Path, kind: ResultFormat) -> dict[str, Any]:
+    """Read a result file.
+
+    Args:
+        path: file to read.
+        kind: format that it must have: ``COMPARISON`` or ``STUDY``.
+
+    Returns:
+        The result, with every entry that a report needs.
+
+    Raises:
+        UserError: a file that cannot be read, is of another format or version, or is damaged.
+    """
+    name = str(path)
+    try:
+        result = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {name!r}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name!r} is not JSON, so it is no {kind.file}: {error}") from error
+    if not isinstance(result, dict) or result.get("format") != kind.name:
+        raise UserError(f"{name!r} is not the result of a {kind.kind} (format {kind.name!r})")
+    if result.get("version") != kind.version:
+        raise UserError(f"{name!r} has version {result.get('version')!r}; this program reads version {kind.version}")
+    fault = _fault(result, SHAPES[kind], "")
+    if fault is None and kind == COMPARISON and not all(arm["runs"] for arm in (result["arms"] or _NONE).values()):
+        fault = "arms have no runs"
+    if fault:
+        raise UserError(f"{name!r} is a damaged result of a {kind.kind}: {fault}")
+    return result
+
+
+_NONE: dict[str, Any] = {"": {"runs": []}}
+
+
+def find_result(folder: str | Path) -> tuple[ResultFormat, dict[str, Any]]:
+    """Read the result in a run's folder, of a study or of a comparison.
+
+    Raises:
+        UserError: no result there, or one that cannot be read.
+    """
+    kind = STUDY if Path(folder, STUDY.file).exists() else COMPARISON
+    return kind, read_result(Path(folder, kind.file), kind)
+
+
+def to_json(result: Result, indent: int | None = None) -> bytes:
+    """Write a result as JSON; NaN and infinities, which JSON does not have, become null."""
+    return (json.dumps(_finite(result), indent=indent, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _fault(value: Any, shape: Any, where: str) -> str | None:
+    """Describe the first fault of a value's shape; None for none."""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{where} is not a list"
+        faults = (_fault(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value))
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{where} is not an object"
+        keys = value if ... in shape else shape
+        missing = [key for key in keys if key not in value]
+        if missing:
+            return f"{where} lacks {missing[0]!r}"
+        faults = (_fault(value[key], shape.get(..., shape.get(key)), f"{where}/{key}") for key in keys)
+    else:
+        return None if isinstance(value, shape) else f"{where} is {str(value)[:40]!r}"
+    return next(filter(None, faults), None)

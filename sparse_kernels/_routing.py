@@ -1,0 +1,154 @@
+"""Ways from a checked call to a backend.
+
+The reference is called as it is: plain PyTorch, which everything sees through. A kernel is called directly if nobody
+but the caller looks, since the dispatcher would cost a small call more than the kernel. It is called through
+``torch_library`` if a gradient is needed, or if a compiler, a tracer or a dispatch mode must see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_kernels import _dispatch, torch_library
+from sparse_kernels._arguments import (
+    CompactCall,
+    ControlCall,
+    GateCall,
+    GateStepCall,
+    SelectCall,
+    StatsCall,
+    Tree,
+    TreeCall,
+    check_inplace_backward,
+)
+from sparse_kernels._dispatch import choose, serve_fused
+from sparse_kernels._tracing import observed, unwatched
+from sparse_kernels.backends import cpp_direct
+from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selected, Selection
+
+
+def _differentiable(outputs: Collection[str]) -> bool:
+    # Not of a set: PyTorch before 2.9 fails to compile set.isdisjoint.
+    for name in DIFFERENTIABLE:  # noqa: SIM110  a generator costs as much as the rest
+        if name in outputs:
+            return True
+    return False
+
+
+def may_be_direct(backend: str | None) -> bool:
+    """Return True if a call that asks for this backend may be tried on ``cpp_direct``."""
+    name = backend or _dispatch._forced
+    return cpp_direct.AVAILABLE and (name is None or name == "cpp") and unwatched()
+
+
+def row_stats(call: StatsCall, backend: str | None, inplace_backward: bool) -> RowStats:
+    """Serve a ``row_stats`` call."""
+    logits = call.logits
+    gradient = logits.requires_grad and torch.is_grad_enabled() and _differentiable(call.outputs)
+    if inplace_backward and gradient:
+        check_inplace_backward(logits)
+    name, serve = choose("row_stats", call, backend)
+    if name == "torch" or not (gradient or observed(logits)):
+        stats: RowStats = serve(call)
+        return stats
+    return torch_library.row_stats(call, name, gradient=gradient, inplace_backward=inplace_backward)
+
+
+def gate_rows(call: GateCall, backend: str | None) -> GatedRows:
+    """Serve a ``gate_rows`` call."""
+    name, serve = choose("gate_rows", call, backend)
+    if name == "torch" or not observed(call.logits):
+        gated: GatedRows = serve(call)
+        return gated
+    return torch_library.gate_rows(call, name)
+
+
+def compact(call: CompactCall, backend: str | None) -> Selection:
+    """Serve a ``compact`` call."""
+    name, serve = choose("compact", call, backend)
+    if name == "torch" or not observed(call.mask):
+        selection: Selection = serve(call)
+        return selection
+    return torch_library.compact(call, name)
+
+
+def control(call: ControlCall, backend: str | None) -> None:
+    """Serve a ``control`` call."""
+    name, serve = choose("control", call, backend)
+    if name == "torch" or not observed(call.significance):
+        serve(call)
+    else:
+        torch_library.control(call, name)
+
+
+def gather_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
+    """Check and serve a ``gather_rows`` call."""
+    if may_be_direct(backend):
+        packed = cpp_direct.gather_rows(tree, selection)
+        if packed is not None:
+            return packed
+    call = TreeCall(tree, selection, selection.size)
+    name, serve = choose("gather_rows", call, backend)
+    if name == "torch" or not _move_is_seen(call, selection.index):
+        return serve(call)
+    return torch_library.gather_rows(call, name)
+
+
+def scatter_rows(call: TreeCall, backend: str | None) -> Any:
+    """Serve a ``scatter_rows`` call."""
+    name, serve = choose("scatter_rows", call, backend)
+    if name == "torch" or not _move_is_seen(call, call.selection.index):
+        return serve(call)
+    return torch_library.scatter_rows(call, name)
+
+
+def _move_is_seen(tree: Tree, *others: Tensor) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tree.tensors:
+            if tensor.requires_grad:
+                return True
+    return observed(*others, *tree.tensors)
+
+
+def select(call: SelectCall, backend: str | None) -> Selected:
+    """Serve a ``select`` call, composed of its three operations unless a backend has it as one."""
+    if not (observed(call.logits) or (call.packing is not None and _move_is_seen(call.packing))):
+        served: Selected | None = serve_fused("select", call, backend)
+        if served is not None:
+            return served
+    gated = gate_rows(call, backend)
+    weight = None if gated.weight is None else gated.weight.flatten()
+    selection = compact(CompactCall(gated.mask.flatten(), weight, call.capacity), backend)
+    packed = None if call.tree is None else gather_rows(call.tree, selection, backend)
+    return Selected(gated, selection, packed)
+
+
+def gate_step(call: GateStepCall) -> Selected:
+    """Serve a ``gate_step`` call, composed of ``select`` and ``control`` unless a backend has it as one."""
+    if not observed(call.logits):
+        served: Selected | None = serve_fused("gate_step", call, None)
+        if served is not None:
+            return served
+    state = call.state
+    threshold = state.values[0]
+    selected = select(
+        SelectCall(
+            call.logits, call.targets, call.outputs, call.dim, call.settings, threshold, call.weights, call.offset,
+            None, call.capacity,
+        ),
+        None,
+    )  # fmt: skip
+    gated, selection, _ = selected
+    mass = gated.stats.grad_norm
+    control(
+        ControlCall(
+            state, gated.significance.flatten(), call.setpoint, call.targets.flatten(),
+            None if mass is None else mass.flatten(), selection.overflow, call.settings,
+        ),
+        None,
+    )  # fmt: skip
+    return selected

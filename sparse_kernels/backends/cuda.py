@@ -1,0 +1,298 @@
+"""Backend ``cuda``: the compiled CUDA kernels on tensors of one device, which are passed as addresses.
+
+Scores come from the Triton kernels. ``select`` and ``gate_step`` are one Triton launch and one of ours, and a third
+that gathers: the last block of the compaction counts the rows of NaN and updates the controller.
+
+Everything is enqueued on PyTorch's current stream of the tensors' device, and nothing waits for the device except
+``compact`` without a capacity. No tensor needs ``record_stream``: outputs and temporary storage are allocated for the
+stream on which the kernels run, so the allocator's own order is enough. Inputs made on another stream are the
+caller's to order, as for any PyTorch operation.
+
+A bad index cannot be raised without waiting: gathered, it gives a row of zeros; scattered, it is skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_kernels import _arguments, _tracing
+from sparse_kernels._arguments import (
+    CompactCall,
+    ControlCall,
+    GateCall,
+    GateStepCall,
+    SelectCall,
+    Settings,
+    StatsCall,
+    Tree,
+    TreeCall,
+    first_unsupported_reason,
+)
+from sparse_kernels._row_layout import empty_rows, rows_are_packed
+from sparse_kernels.backends.triton import backend as triton
+from sparse_kernels.types import ControlState, GatedRows, Selected, Selection
+
+MAX_ROWS = 2**31 - 1  # of a mask: counts are int32
+
+_missing: str | None = None
+try:
+    from sparse_kernels import _cuda  # type: ignore[attr-defined,unused-ignore]
+except ImportError as error:
+    try:
+        from sparse_kernels._build_info import CUDA_MISSING
+
+        _missing = f"not built: {CUDA_MISSING}" if CUDA_MISSING else f"does not load: {error}"
+    except ImportError:
+        _missing = "not built (SPARSE_KERNELS_BUILD=none)"
+
+
+def unavailable_reason() -> str | None:
+    """Return why this backend cannot be used at all, or None."""
+    if _missing is not None:
+        return _missing
+    if torch.version.cuda is None:  # ROCm's tensors are on "cuda", too
+        return "this PyTorch is built without CUDA"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def detail() -> str:
+    """Return the architectures that the kernels were compiled for, and the device's."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"compiled for {_cuda.architectures}; the device is {major}.{minor}"
+
+
+def _tensor_unsupported_reason(tensor: Tensor) -> str | None:
+    if _missing is not None:
+        return _missing
+    if not tensor.is_cuda:
+        return f"tensors are on {tensor.device}, it serves cuda"
+    return _tracing.tensor_unsupported_reason(tensor) or unavailable_reason()
+
+
+def row_stats_unsupported_reason(call: StatsCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _tensor_unsupported_reason(call.logits) or triton.row_stats_unsupported_reason(call)
+
+
+gate_rows_unsupported_reason = row_stats_unsupported_reason
+row_stats, gate_rows = triton.row_stats, triton.gate_rows
+row_stats_saving, row_stats_backward = triton.row_stats_saving, triton.row_stats_backward
+
+
+def _rows_unsupported_reason(rows: int) -> str | None:
+    return None if rows <= MAX_ROWS else f"the mask has {rows} rows; it serves up to {MAX_ROWS}"
+
+
+def compact_unsupported_reason(call: CompactCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _rows_unsupported_reason(call.mask.shape[0]) or _tensor_unsupported_reason(call.mask)
+
+
+def control_unsupported_reason(call: ControlCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return _arguments.control_unsupported_reason(call, _tensor_unsupported_reason)
+
+
+def gather_rows_unsupported_reason(call: TreeCall) -> str | None:
+    """Return why this call is not served, or None."""
+    return first_unsupported_reason([call.selection.index, *call.tensors], _tensor_unsupported_reason)
+
+
+scatter_rows_unsupported_reason = gather_rows_unsupported_reason
+
+
+def _step_unsupported_reason(call: GateCall) -> str | None:
+    reason = gate_rows_unsupported_reason(call) or _rows_unsupported_reason(call.targets.numel())
+    if reason is None and call.logits.dtype is torch.float64:
+        reason = "the rows of NaN are counted in float32"
+    return reason
+
+
+def select_unsupported_reason(call: SelectCall) -> str | None:
+    """Return why this call is not served as one, or None."""
+    tensors = [] if call.packing is None else call.packing.tensors
+    return _step_unsupported_reason(call) or first_unsupported_reason(tensors, _tensor_unsupported_reason)
+
+
+def gate_step_unsupported_reason(call: GateStepCall) -> str | None:
+    """Return why this call is not served as one, or None."""
+    return _step_unsupported_reason(call) or _arguments.state_unsupported_reason(call.state)
+
+
+def _enqueue(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
+    """Call the extension with ``device`` as PyTorch's current device, on its current stream there."""
+    with torch.cuda.device(device):  # the extension leaves the device current; this puts the caller's back
+        return function(*arguments, device.index, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=64)  # a host query of some microseconds; batches come in few sizes
+def _storage_bytes(rows: int, with_control: bool, device: torch.device) -> int:
+    return int(_enqueue(_cuda.compact_storage_bytes, device, rows, with_control))
+
+
+def _storage(rows: int, with_control: bool, device: torch.device) -> Tensor:
+    """Allocate int32 storage; with control, a kernel before the compaction must set its first element to 0."""
+    return torch.empty(_storage_bytes(rows, with_control, device) // 4, dtype=torch.int32, device=device)
+
+
+def compact(call: CompactCall) -> Selection:
+    """Serve ``sparse_kernels.compact``. Without a capacity the count is read first: the one synchronisation."""
+    weight = None if call.weight is None else call.weight.detach().contiguous()
+    storage = _storage(call.mask.shape[0], False, call.mask.device)
+    return _compact(call.mask.contiguous(), weight, call.capacity, None, storage)
+
+
+def _compact(
+    mask: Tensor, weight_in: Tensor | None, capacity: int | None, control: tuple[Any, ...] | None, storage: Tensor
+) -> Selection:
+    """Pack the flattened rows of contiguous tensors; ``control`` is the result of ``_control``."""
+    rows, device = mask.numel(), mask.device
+    slots = int(torch.count_nonzero(mask)) if capacity is None else capacity
+    index = torch.empty(slots, dtype=torch.int64, device=device)
+    weight = torch.empty(slots, dtype=torch.float32, device=device)
+    count = torch.empty((), dtype=torch.int32, device=device)
+    overflow = torch.empty_like(count)
+    _enqueue(
+        _cuda.compact,
+        device,
+        mask.data_ptr(),
+        0 if weight_in is None else weight_in.data_ptr(),
+        rows,
+        slots,
+        index.data_ptr(),
+        weight.data_ptr(),
+        count.data_ptr(),
+        overflow.data_ptr(),
+        control,
+        storage.data_ptr(),
+        storage.nbytes,
+    )
+    return Selection(index, weight, count, overflow, rows)
+
+
+def _control(
+    significance: Tensor,
+    settings: Settings,
+    labels: Tensor | None = None,
+    mass: Tensor | None = None,
+    state: ControlState | None = None,
+    setpoint: Tensor | None = None,
+    invalid: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """Return the extension's Control, from contiguous tensors: ControlArgs of cuda/control.h."""
+    return (
+        significance.data_ptr(),
+        0 if labels is None else labels.data_ptr(),
+        0 if labels is None else labels.element_size(),
+        0 if mass is None else mass.data_ptr(),
+        0 if state is None else state.values.data_ptr(),
+        0 if state is None else state.counters.data_ptr(),
+        0 if setpoint is None else setpoint.data_ptr(),
+        0 if invalid is None else invalid.data_ptr(),
+        settings,
+    )
+
+
+def control(call: ControlCall) -> None:
+    """Serve ``sparse_kernels.control``: one launch, of a block for each state."""
+    significance, setpoint = call.significance.detach().contiguous(), call.setpoint.contiguous()
+    labels = None if call.labels is None else call.labels.contiguous()
+    mass = None if call.mass is None else call.mass.detach().float().contiguous()
+    overflow = None if call.overflow is None else call.overflow.contiguous()
+    _enqueue(
+        _cuda.control,
+        significance.device,
+        _control(significance, call.settings, labels, mass, call.state, setpoint),
+        0 if overflow is None else overflow.data_ptr(),
+        setpoint.numel(),
+        significance.shape[-1],
+    )
+
+
+def _score(call: GateCall) -> tuple[GatedRows, Tensor]:
+    """Return the scores, and the storage of the compaction that must follow and count their rows of NaN."""
+    call.targets = call.targets.contiguous()
+    storage = _storage(call.targets.numel(), True, call.logits.device)
+    return triton.gate_rows_uncounted(call, storage), storage
+
+
+def select(call: SelectCall) -> Selected:
+    """Serve ``sparse_kernels.select``: three launches, two if nothing is packed."""
+    gated, storage = _score(call)
+    control = _control(gated.significance, call.settings, invalid=gated.invalid)
+    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage)
+    packed = None if call.packing is None else _gather(call.packing, selection)
+    return Selected(gated, selection, packed)
+
+
+def gate_step(call: GateStepCall) -> Selected:
+    """Serve ``sparse_kernels.ops.gate_step``: two launches."""
+    gated, storage = _score(call)
+    control = _control(
+        gated.significance, call.settings, call.targets, gated.stats.grad_norm, call.state, call.setpoint,
+        gated.invalid,
+    )  # fmt: skip
+    return Selected(gated, _compact(gated.mask, gated.weight, call.capacity, control, storage), None)
+
+
+def gather_rows(call: TreeCall) -> Any:
+    """Serve ``sparse_kernels.gather_rows``, without gradient, which ``torch_library`` adds.
+
+    One launch moves 32 tensors. Tensors whose rows have gaps (columns cut out) are gathered by PyTorch.
+    """
+    return _gather(call, call.selection)
+
+
+def _gather(call: Tree, selection: Selection) -> Any:
+    index, slots, rows = _index(selection), selection.index.shape[0], selection.size
+    if rows == 0:  # nothing to read, not even for padding
+        return call.rebuild([empty_rows(tensor, slots).zero_() for tensor in call.tensors])
+    outputs: list[Tensor] = []
+    moves: list[tuple[int, int, int, int]] = []
+    read: list[Tensor] = []  # alive until the kernel is enqueued
+    for operand in call.tensors:
+        tensor = _materialised(operand)
+        if not rows_are_packed(tensor):
+            outputs.append(tensor.index_select(0, index))
+            continue
+        out = empty_rows(tensor, slots)
+        outputs.append(out)
+        moves.append(_move(tensor, out))
+        read.append(tensor)
+    if moves:
+        _enqueue(_cuda.gather_rows, index.device, moves, index.data_ptr(), slots, rows)
+    return call.rebuild(outputs)
+
+
+def scatter_rows(call: TreeCall) -> Any:
+    """Serve ``sparse_kernels.scatter_rows``; not differentiable. One launch for 32 tensors, after their zeros."""
+    index, slots, rows = _index(call.selection), call.selection.index.shape[0], call.selection.size
+    count = call.selection.count.to(index.device, torch.int32)
+    operands = [_materialised(tensor) for tensor in call.tensors]
+    packed = [tensor if rows_are_packed(tensor) else tensor.contiguous() for tensor in operands]
+    outputs = [empty_rows(tensor, rows).zero_() for tensor in packed]
+    moves = [_move(tensor, out) for tensor, out in zip(packed, outputs, strict=True)]
+    if moves:
+        _enqueue(_cuda.scatter_rows, index.device, moves, index.data_ptr(), slots, count.data_ptr(), rows)
+    return call.rebuild(outputs)
+
+
+def _index(selection: Selection) -> Tensor:
+    """Return the index as the extension reads it, int64 [slots]; a selection need not come from ``compact``."""
+    return selection.index.to(torch.int64).contiguous()
+
+
+def _materialised(tensor: Tensor) -> Tensor:
+    """Return the tensor detached, its bytes equal to its values: a conjugated or negated view only has a flag."""
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _move(tensor: Tensor, out: Tensor) -> tuple[int, int, int, int]:
+    """Return RowsToMove of cuda/gather.h: two addresses, the input's row stride in bytes, and bytes of a row."""
+    row_bytes = tensor.element_size() * tensor.shape[1:].numel()
+    return tensor.data_ptr(), out.data_ptr(), tensor.element_size() * tensor.stride(0), row_bytes

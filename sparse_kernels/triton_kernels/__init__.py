@@ -1,1 +1,0 @@
-"""The kernels that Triton compiles. Nothing here is imported before a call needs it."""

@@ -1,0 +1,268 @@
+"""The CUDA kernels as they are built and launched: launches of a step, the extension, sanitizers, and a GPU."""
+
+import importlib.util
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cuda import FLAGS, ROOT, SANITIZE, assert_same, gate_step_call, gather, masks, on_gpu, scatter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparse_kernels as sk
+from sparse_kernels import control_law, reference
+from sparse_kernels._arguments import CompactCall, TreeCall
+from sparse_kernels.backends import cuda as cuda_backend
+from sparse_kernels.backends.triton import backend as triton_backend
+
+
+class Dispatched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [512, 4096, 70_000])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_the_whole_gate_is_three_launches(monkeypatch, rows, temperature):
+    """Launches of a step, recorded without a device: PyTorch allocates memory and views, nothing more."""
+    torch.use_deterministic_algorithms(False)  # or PyTorch fills what it makes
+    launched = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            return name
+
+        @staticmethod
+        def compact_storage_bytes(*_):
+            return 4096
+
+    def enqueue(function, device, *arguments):
+        return function(*arguments) if callable(function) else launched.append(function)
+
+    monkeypatch.setattr(triton_backend._Plan, "launch", lambda *_: launched.append("scores"))
+    monkeypatch.setattr(triton_backend, "_kernels", lambda: Recorder())
+    monkeypatch.setattr(triton_backend.reference, "check_targets", lambda call: None)  # on a CPU alone
+    monkeypatch.setattr(triton_backend, "merged", lambda *_: None)  # few classes
+    monkeypatch.setattr(cuda_backend, "_cuda", Recorder(), raising=False)
+    monkeypatch.setattr(cuda_backend, "_enqueue", enqueue)
+    cuda_backend._storage_bytes.cache_clear()
+    state = control_law.initial_state(torch.tensor(1.5))
+    call, tree = gate_step_call(rows, "cpu", 50, state, temperature), (torch.ones(rows, 3), torch.ones(rows))
+    with Dispatched() as seen:
+        selection = cuda_backend.gate_step(call).selection
+        cuda_backend.gather_rows(TreeCall(tree, selection, rows))
+    assert launched == ["scores", "compact", "gather_rows"]
+    memory = {"aten.empty.memory_format", "aten.empty_like.default", "aten.detach.default", "aten.view.dtype"}
+    assert set(seen.names) <= memory | {"aten.empty_strided.default"}, set(seen.names) - memory
+    cuda_backend._storage_bytes.cache_clear()
+
+
+# What is compiled.
+
+
+def built():
+    if not hasattr(cuda_backend, "_cuda"):
+        pytest.skip(str(cuda_backend._missing))
+    return cuda_backend._cuda.__file__
+
+
+def test_nvcc_at_hand_means_that_the_extension_is_there():
+    nvcc = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin") if "CUDA_HOME" in os.environ else None)
+    if nvcc is None or "SPARSE_KERNELS_BUILD" in str(cuda_backend._missing):
+        pytest.skip("no nvcc, or a build without CUDA was asked for")
+    assert cuda_backend._missing is None
+
+
+def test_extension_imports_alone_without_a_driver():
+    script = (
+        "import importlib.util, sys; "
+        f"spec = importlib.util.spec_from_file_location('sparse_kernels._cuda', {built()!r}); "
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
+        "assert 'torch' not in sys.modules; print(module.architectures)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == cuda_backend._cuda.architectures
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_runtime_within_is_not_exported():
+    """Exported, it would be bound to PyTorch's own, of another version; and nothing links to a driver."""
+    symbols = subprocess.run(["nm", "-D", built()], capture_output=True, text=True, check=True).stdout
+    assert "PyInit__cuda" in symbols
+    assert not [line for line in symbols.splitlines() if line.split()[-1].lstrip("_").startswith(("cuda", "cu"))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_every_call_by_name_says_why():
+    mask, reason = masks(9, 0.5), cuda_backend.unavailable_reason()
+    assert reason is not None
+    with pytest.raises(sk.BackendUnavailable, match="cannot serve this compact"):
+        sk.compact(mask, backend="cuda")
+    for op in (sk.gather_rows, sk.scatter_rows):
+        with pytest.raises(sk.BackendUnavailable, match="'cuda' cannot serve"):
+            op(torch.ones(9), sk.compact(torch.ones(9, dtype=torch.bool)), backend="cuda")
+    assert sk.backend_info()["compact"]["others"]["cuda"] == reason
+    if cuda_backend._missing is None:
+        with pytest.raises(RuntimeError, match="CUDA: cudaDeviceGetAttribute"):
+            cuda_backend._cuda.compact_storage_bytes(100_000, False, 0, 0)
+
+
+def cuobjdump(*arguments):
+    tool = shutil.which("cuobjdump")
+    found = importlib.util.find_spec("triton")
+    if tool is None and found is not None:
+        tool = str(Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    if tool is None or not Path(tool).exists():
+        pytest.skip("no cuobjdump")
+    return subprocess.run([tool, *arguments, built()], capture_output=True, text=True, check=True).stdout
+
+
+OWN_KERNELS = ("move_rows", "compact_tiles", "compact_shares", "control_states")
+
+
+def test_own_kernels_spill_nothing():
+    lines = cuobjdump("-res-usage").splitlines()
+    found = 0
+    for name, usage in itertools.pairwise(lines):
+        if "Function" in name and any(own in name for own in OWN_KERNELS):
+            assert " STACK:0 " in usage, (name, usage)
+            assert " LOCAL:0 " in usage, (name, usage)
+            found += 1
+    assert found >= len(OWN_KERNELS)
+
+
+def test_rows_move_16_bytes_at_a_time():
+    """Eight loads under way before the first store, in the gather and in the scatter."""
+    built()
+    architecture = cuda_backend._cuda.architectures.split()[0].removesuffix("+PTX").replace(".", "")
+    code = cuobjdump("-sass", "-arch", f"sm_{architecture}")
+    kernels = [part for part in code.split("Function : ") if part.split("\n", 1)[0].find("move_rows") >= 0]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        accesses = [word for word in kernel.split() if word.startswith(("LDG", "STG"))]
+        wide = [word[:3] for word in accesses if ".128" in word]
+        assert "LDG " * 8 in " ".join(wide) + " "
+        assert wide.count("STG") >= 8
+
+
+@pytest.mark.skipif("sanitize" in FLAGS, reason="running under them")
+@pytest.mark.timeout(900)
+def test_under_sanitizers():
+    """The tests of test_cuda.py on a CPU, with every access to memory checked."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("no sanitizers")
+    environment = {
+        **os.environ,
+        "CUDA_ON_CPU_FLAGS": SANITIZE,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONMALLOC": "malloc",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qxs",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "cpu",
+        str(Path(__file__).with_name("test_cuda.py")),
+    ]  # -s: their report
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout
+
+
+# What only a GPU can tell.
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    def test_public_calls_by_name(self):
+        mask, tree = masks(5000, 0.2).cuda(), (torch.randn(5000, 7).cuda(), torch.arange(5000).cuda())
+        selection = sk.compact(mask, capacity=1500, backend="cuda")
+        assert_same(selection, sk.compact(mask, capacity=1500, backend="torch"))
+        taken = sk.gather_rows(tree, selection, backend="cuda")
+        assert_same(taken, sk.gather_rows(tree, selection, backend="torch"))
+        assert_same(
+            sk.scatter_rows(taken, selection, backend="cuda"), sk.scatter_rows(taken, selection, backend="torch")
+        )
+
+    @pytest.mark.parametrize("rows", [10_000, 16_000_000])
+    def test_captured_in_a_graph(self, rows):
+        mask, tensor = masks(rows, 0.1).cuda(), torch.randn(rows, 3).cuda()
+
+        def step():
+            selection = cuda_backend.compact(CompactCall(mask, None, rows // 5))
+            taken = gather(tensor, selection)
+            return selection, taken, scatter(taken, selection)
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            selection, taken, placed = step()
+        for seed in (1, 2):
+            mask.copy_(masks(rows, 0.15, seed))
+            tensor.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            wanted = reference.compact(CompactCall(mask, None, rows // 5))
+            assert_same(selection, wanted)
+            assert torch.equal(taken, tensor[wanted.index])
+            assert torch.equal(placed, torch.where(mask[:, None], tensor, 0.0))
+
+    def test_runs_on_the_current_stream_without_waiting(self):
+        mask, tensor = masks(100_000, 0.1).cuda(), torch.randn(100_000, 64).cuda()
+        gather(tensor, cuda_backend.compact(CompactCall(mask, None, 20_000)))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()) as stream:
+                stream = torch.cuda.current_stream()
+                torch.cuda._sleep(200_000_000)  # what does not wait for this stream reads the old values
+                tensor.fill_(3.0)
+                taken = gather(tensor, cuda_backend.compact(CompactCall(mask, None, 20_000)))
+                assert not stream.query()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert (taken == 3.0).all()
+
+    def test_on_another_device(self):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one GPU")
+        mask, tensor = masks(100_000, 0.1).to("cuda:1"), torch.randn(100_000, 3, device="cuda:1")
+        assert torch.cuda.current_device() == 0
+        selection = cuda_backend.compact(CompactCall(mask, None, 20_000))
+        taken = gather(tensor, selection)
+        assert torch.cuda.current_device() == 0
+        assert torch.ones(3, device="cuda").sum() == 3
+        assert selection.index.device == taken.device == mask.device
+        assert torch.equal(taken, tensor[selection.index])
+
+    def test_the_same_run_after_run(self):
+        mask = masks(3_000_000, 0.3).cuda()
+        first = cuda_backend.compact(CompactCall(mask, None, 1_000_000))
+        for _ in range(10):
+            assert_same(cuda_backend.compact(CompactCall(mask, None, 1_000_000)), first)

@@ -1,0 +1,214 @@
+"""The Triton kernels compiled for GPUs that are not here: registers, spills, width of loads, and recompilations.
+
+A process that interprets cannot compile, so what compiles ahead of time runs in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+pytest.importorskip("triton")
+
+from sparse_kernels.backends.triton import launch
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("class_stride", [1, 100])
+def test_launches_fit_triton_and_slices_cover_a_row(itemsize, class_stride):
+    for classes in (1, 2, 10, 17, 33, 1000, 2049, 50_257, 200_000):
+        for tensors in (1, 2):
+            tile = launch.choose(classes, class_stride, itemsize, tensors)
+            for size in (tile.rows, tile.chunks, tile.lanes, tile.width, tile.warps):
+                assert size & (size - 1) == 0
+                assert size > 0
+            assert tile.rows * tile.columns <= 4096
+            for programs in (1, 20, 10_000):
+                count, columns = launch.slices(tile, programs, classes, 132)
+                assert (count - 1) * columns < classes <= count * columns
+                assert count == 1 or (columns % tile.columns == 0 and count <= launch.MOST_SLICES)
+                assert count == 1 or programs < 10_000
+    assert launch.slices(launch.choose(151_936, 1, 2), 8, 151_936, 132)[0] > 30
+    assert launch.merged(launch.choose(1000, 1, 2), 1, 4096) is None  # a gate of three launches
+
+
+# Runs without the interpreter, through the same host code as a call on a GPU, up to where it would launch.
+AHEAD_OF_TIME = """
+import json, multiprocessing, os, re, subprocess, tempfile
+import torch, triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+from sparse_kernels.backends.triton import backend as triton_backend
+from sparse_kernels._arguments import GateCall, Settings, StatsCall
+from sparse_kernels.types import STATISTICS
+
+class Caught:
+    # In a kernel's place: hands what it would be launched with to `take`.
+    def __init__(self, kernel, take):
+        self.kernel, self.take = kernel, take
+    def __getitem__(self, grid):
+        return lambda **arguments: self.take(self.kernel, grid, arguments)
+
+class Kernels:
+    def __init__(self, module, take):
+        self.module, self.take = module, take
+    def __getattr__(self, name):
+        found = getattr(self.module, name)
+        return Caught(found, self.take) if name.endswith("_kernel") else found
+
+def catch(take):
+    forward, backward = triton_backend._kernels(), triton_backend._backward_kernels()
+    triton_backend._kernels = lambda: Kernels(forward, take)
+    triton_backend._backward_kernels = lambda: Kernels(backward, take)
+
+def gate(rows, classes, dtype, outputs=(), serve=triton_backend.gate_rows, **changed):
+    options = dict(temperature=1.0, softcap=0.0, smoothing=0.0, ignore=-100, weight=0.7, gate=0.0, p_min=0.0, seed=0,
+                   step=0) | changed
+    settings = Settings(options["temperature"], options["softcap"], options["smoothing"], options["ignore"],
+                        options["gate"], options["p_min"], options["seed"], options["step"])
+    serve(GateCall(
+        torch.empty((rows, classes), dtype=dtype), torch.zeros(rows, dtype=torch.int64), outputs, -1, settings,
+        torch.zeros(()), {"loss": options["weight"], "entropy": 0.3}, None))
+
+def uncounted(call):
+    return triton_backend.gate_rows_uncounted(call, torch.empty(64, dtype=torch.int32))
+
+def stats(shape, dtype, dim=-1):
+    targets = torch.zeros(shape[:1] + shape[2:] if dim == 1 else shape[:-1], dtype=torch.int64)
+    triton_backend.row_stats(StatsCall(torch.empty(shape, dtype=dtype), targets, ("loss", "entropy"), dim, Settings()))
+
+def backward(rows, classes, dtype):
+    targets = torch.zeros(rows, dtype=torch.int64)
+    saved = torch.zeros(rows, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    logits = torch.empty((rows, classes), dtype=dtype)
+    call = StatsCall(logits, targets, ("loss", "entropy"), -1, Settings())
+    triton_backend.row_stats_backward(call, saved, saved, saved, {"loss": saved, "entropy": saved},
+                                      torch.empty_like(logits))
+
+CASES = {
+    "long": lambda: gate(4096, 151_936, torch.bfloat16),
+    "gate's step": lambda: gate(4096, 1000, torch.float32, serve=uncounted),
+    "gate 10": lambda: gate(512, 10, torch.float16, gate=0.5),
+    "backward": lambda: backward(4096, 151_936, torch.bfloat16),
+    "apart": lambda: gate(65536, 1000, torch.bfloat16),
+    "all eight": lambda: gate(4096, 151_936, torch.bfloat16, STATISTICS),
+    "unaligned": lambda: gate(4096, 50_257, torch.bfloat16),
+    "slices": lambda: gate(8, 151_936, torch.bfloat16),
+    "float64": lambda: gate(4096, 3000, torch.float64, STATISTICS),
+    "float64 backward": lambda: backward(4096, 3000, torch.float64),
+    "nchw": lambda: stats((4, 21, 512, 512), torch.float32, 1),
+}
+
+SOME = ("long", "gate 10", "backward")  # the rest on one GPU alone: it differs little from one to the next
+
+def wide(access, built):
+    return len(re.findall(access + r".global[.\\w]*.v(?:4.b32|2.b64)", built.asm["ptx"]))
+
+def compile_all(arch, names):
+    target, found = GPUTarget("cuda", arch, 32), []
+    triton_backend.processors = lambda device: 132
+    def take(kernel, grid, arguments):
+        backend = make_backend(target)
+        bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+            **arguments)
+        options, signature, constants, attributes = kernel._pack_args(
+            backend, arguments, bound, specialization, options)
+        source = ASTSource(kernel, signature, constants, attributes)
+        built = triton.compile(source, target=target, options=options.__dict__)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True,
+                                   text=True, check=True).stdout
+        registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
+        found.append({"case": name, "grid": grid, "registers": int(registers), "stack": int(stack),
+                      "warps": arguments["num_warps"], "wide": wide("ld", built), "wide stores": wide("st", built)})
+    catch(take)
+    for name in names or CASES:
+        CASES[name]()
+    return found
+
+def keys():
+    # What Triton would look a compilation up by, for calls that differ in values alone.
+    found = set()
+    triton_backend.processors = lambda device: 0  # few rows are not cut into slices
+    def take(kernel, grid, arguments):
+        bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+        found.add(str(bind(**arguments)[1:]))
+    catch(take)
+    for changed in ({}, {"rows": 1}, {"rows": 33}, {"classes": 1008}, {"temperature": 0.7}, {"softcap": 30},
+                    {"smoothing": 1}, {"ignore": 1}, {"ignore": -2**40}, {"weight": 2}, {"gate": 3}, {"p_min": 0.25},
+                    {"seed": 1}, {"seed": 2**64 - 1}, {"step": 16}, {"step": 2**40}):
+        gate(**({"rows": 48, "classes": 1000, "dtype": torch.float32, "gate": 1.0} | changed))
+    return sorted(found)
+
+def run(job):
+    return compile_all(*job) if job else keys()
+
+jobs = [(90, ()), (75, SOME), (80, SOME), (100, SOME), None]
+with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+    print(json.dumps(pool.map(run, jobs, chunksize=1)))
+"""
+
+
+@pytest.fixture(scope="session")
+def ahead_of_time(request, tmp_path_factory):
+    """Compiled kernels for each GPU, and the keys by which calls with other values look up their compilation.
+
+    Compilations are kept from run to run: Triton finds them by the kernel's source, the GPU and its own version.
+    """
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 6):
+        pytest.skip(f"Triton before 3.6: {version('triton')} compiles ahead of time through another interface")
+    cache = getattr(request.config, "cache", None)
+    directory = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(directory), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=environment, stdout=subprocess.PIPE, check=True)
+    *found, keys = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip((90, 75, 80, 100), found, strict=True)), keys
+
+
+@pytest.fixture(scope="session")
+def compiled(ahead_of_time):
+    return ahead_of_time[0]
+
+
+# Threads of a processor (2,048; 1,024 for sm_75) that are not resident cost latency, which needs 512 here.
+REGISTERS = {"long": 128, "all eight": 128, "unaligned": 128, "slices": 128, "backward": 128, "float64": 255}
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90, 100])
+def test_compiles_for_gpus_and_fits_registers(arch, compiled):
+    assert len(compiled[arch]) == (13 if arch == 90 else 3)  # "apart" and "slices" are two launches
+    for kernel in compiled[arch]:
+        assert kernel["registers"] <= REGISTERS.get(kernel["case"], 128), kernel
+        # All eight spill a little, outside of the loop over whole blocks; nothing else does.
+        assert kernel["stack"] <= (32 if kernel["case"] == "all eight" else 0), kernel
+
+
+def test_rows_are_loaded_16_bytes_at_a_time(compiled):
+    """For any number of classes if a row is a program's; for whole rows if it is a multiple of 16 bytes."""
+    loads = {}
+    for kernel in compiled[90]:
+        loads[kernel["case"]] = max(kernel["wide"], loads.get(kernel["case"], 0))
+        if kernel["case"] == "backward":
+            assert kernel["wide stores"] >= 2, kernel
+    for case in ("long", "all eight", "unaligned", "slices", "apart", "float64"):
+        assert loads[case] >= launch.CHUNKS, (case, loads[case])
+    assert loads["backward"] >= launch.CHUNKS // 2
+
+
+def test_few_rows_fill_a_gpu(compiled):
+    (first, second) = (kernel for kernel in compiled[90] if kernel["case"] == "slices")
+    assert first["grid"][0] * first["grid"][1] * first["warps"] >= 132 * 8
+    assert second["grid"][1] == 1
+
+
+def test_values_do_not_compile_anew(ahead_of_time):
+    found = ahead_of_time[1]
+    assert len(found) == 1, "\n".join(found)
