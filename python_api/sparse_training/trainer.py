@@ -51,7 +51,9 @@ class SparseTrainer(TrainingStep):
             it; evaluation and checkpoints are of the model itself. A sharded one has no checkpoints here and no
             average of weights.
         loss: maps (logits, targets) to one loss per row, such as ``nn.CrossEntropyLoss(reduction="none")``; or a
-            ``Criterion``, which says more. Default: cross-entropy.
+            ``Criterion``, which says more: what targets mean, and which of them do not count. Integer targets are
+            taken for classes where the loss is PyTorch's own for classes, or a ``Criterion`` says so. Default:
+            cross-entropy.
         granularity: "sample": the policy selects samples, by the mean over a sample's tokens or pixels where it has
             several; rows left out are in neither the forward nor the backward of the step. "token": it selects tokens
             or pixels of the training forward's own logits, by one threshold for all samples; the loss and its
@@ -111,7 +113,7 @@ class SparseTrainer(TrainingStep):
         super().__init__(
             model,
             criterion=loss,
-            policy=make_policy(policy, rate=rate, seed=seed, loss=loss.loss, scorer=scorer),
+            policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer),
             optimizer=optimizer,
             lr=lr,
             settings=settings or TrainerSettings(),
@@ -211,7 +213,8 @@ class SparseTrainer(TrainingStep):
         if self.criterion.granularity == "token":
             self.policy.prepare(None)
         else:
-            self.policy.prepare(loader.size, loader.labels, loader.duplicate_counts)
+            labels = loader.labels if self.criterion.classes else None
+            self.policy.prepare(loader.size, labels, loader.duplicate_counts)
         settings = run_settings(
             self, self.schedule, loader,
             seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparse_training.criterion import loss_setting
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.models.build import ModelFactory
@@ -95,7 +96,7 @@ def make_policy(
             Policy, which is returned as it is.
         rate: fraction of the rows to keep, in (0, 1]; None for ``DEFAULT_RATE``.
         seed: seed of the policy's draws.
-        loss: the loss that the model is trained on; None (the default) where it is unknown.
+        loss: the loss that the model is trained on, or its ``Criterion``; None (the default) where it is unknown.
         scorer: a scorer or its name, see ``make_scorer``; None (the default) for the policy's own.
 
     Returns:
@@ -120,7 +121,8 @@ def make_policy(
         raise UserError(f"`policy` must be one of {', '.join(POLICIES)}, got {policy!r}")
     elif policy == "gate":
         known = ("ignore_index", "label_smoothing")
-        shared = {name: getattr(loss, name) for name in known if hasattr(loss, name)}
+        settings = {} if loss is None else {name: loss_setting(loss, name) for name in known}
+        shared = {name: value for name, value in settings.items() if value is not None}
         made = GatePolicy(rate, seed, process_group="world" if ranks > 1 else None, **shared)
     else:
         kinds = POLICIES if scorer is None or scorer.before_loading else {**POLICIES, **BY_SCORES}
