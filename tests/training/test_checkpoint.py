@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_training import files
+from sparse_training import files, generators
 from sparse_training.errors import UserError
-from sparse_training.training import generators
 from sparse_training.training.checkpoint import MAGIC, load_checkpoint, save_checkpoint
 
 STATE = {"step": 3, "weights": torch.arange(2000.0), "nested": [1.5, None, {"text": (1, True)}]}

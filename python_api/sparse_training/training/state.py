@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
+from sparse_training.generators import rng_state, set_rng_state
 from sparse_training.training.callbacks import EnergyRecord, RateControl
 from sparse_training.training.checkpoint import load_checkpoint, locked, one_line, previous_of, save_checkpoint
 from sparse_training.training.clock import Clock
 from sparse_training.training.distributed import Ranks, is_sharded
-from sparse_training.training.generators import rng_state, set_rng_state
 from sparse_training.training.log import TrainingLog
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.step import TrainingStep
@@ -60,6 +60,8 @@ class RunState:
             raise UserError(
                 "`checkpoint` cannot be written of a model that FSDP shards; save it by torch.distributed.checkpoint"
             )
+        if folder is not None:
+            loader.check_resumable()
         self.trainer, self.loader, self.settings = trainer, loader, settings
         self.log, self.clock, self.energy = TrainingLog(), clock, energy
         self.rate_control: RateControl | None = None
