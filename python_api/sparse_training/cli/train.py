@@ -35,6 +35,7 @@ from sparse_training.experiments.runner import evaluation_loader
 from sparse_training.models.build import build_model
 from sparse_training.precision import PRECISIONS
 from sparse_training.ranks import connect, rank_seed
+from sparse_training.selection.policies.base import check_rate
 from sparse_training.selection.registry import uses_rate
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.log import Status, TrainingLog
@@ -149,7 +150,7 @@ def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> 
     )
     given = {name: options[name] for name in names if name in options}
     if not uses_rate(options.get("policy") or ("gate" if options.get("scorer") else "adaptive")):
-        given.pop("rate", None)  # the command's default is for the methods that have one
+        check_rate(given.pop("rate", 1.0))  # the command's default is for the methods that have one
     return SparseTrainer(model, device=device, settings=settings, **given)
 
 
