@@ -14,6 +14,7 @@ from sparse_training import Gate, ResidentLoader, SparseTrainer, TrainerSettings
 from sparse_training.data.splits import Split
 from sparse_training.errors import UserError
 from sparse_training.selection.policies.base import Policy
+from sparse_training.training.optimizer_step import OptimizerStep
 
 PLAIN = {"policy": "dense", "dense_start": 0, "dense_end": 0}
 
@@ -262,6 +263,19 @@ def test_a_batch_whose_loss_is_not_finite_is_skipped_counted_and_said(settings, 
     if "accumulate" not in settings:
         SparseTrainer(good, **options).fit([poisoned([])[number] for number in (0, 2, 4)], steps=6)
         same(weights(bad), weights(good))
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_norm": 1.0}, {"ema": 0.9}])
+def test_a_device_skips_an_invalid_batch_without_telling_the_host(monkeypatch, settings):
+    """As on a GPU, where the fused optimizer is told by a tensor: here by the same one on the CPU."""
+    monkeypatch.setattr(OptimizerStep, "skips_on_device", lambda self: True)
+    options = {"lr": 0.1, "schedule": lambda progress: 1.0, "settings": TrainerSettings(**settings), **PLAIN}
+    bad, good = normed(), normed()
+    log = SparseTrainer(bad, **options).fit(poisoned([1, 3]), steps=10)
+    assert isinstance(log.invalid, torch.Tensor)
+    assert int(log.invalid) == 4
+    SparseTrainer(good, **options).fit([poisoned([])[number] for number in (0, 2, 4)], steps=6)
+    same(weights(bad), weights(good))
 
 
 @pytest.mark.parametrize("scorer", ["proxy:cnn-tiny", "early:1"])
