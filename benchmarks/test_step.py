@@ -23,6 +23,7 @@ from sparse_training.errors import UserError
 from sparse_training.models.build import build_model
 from sparse_training.precision import scoring_dtype
 from sparse_training.samplers.batch_sampler import HistorySampler, Indexed
+from sparse_training.selection.registry import uses_rate
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.settings import TrainerSettings
 
@@ -67,7 +68,8 @@ def test_step(benchmark, request, small, data, model, batch, layer):
     loader = ResidentLoader(data.train, batch_size=batch, mean=data.mean, std=data.std, drop_last=True)
 
     def make(policy, rate):
-        return SparseTrainer(copy.deepcopy(network), policy=policy, rate=rate, settings=TrainerSettings(amp=amp))
+        used = rate if uses_rate(policy) else None
+        return SparseTrainer(copy.deepcopy(network), policy=policy, rate=used, settings=TrainerSettings(amp=amp))
 
     scorers = ("self", f"early:{layer}", "proxy", "history")
     rounds = 1 if small else 7

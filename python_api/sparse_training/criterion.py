@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_kernels import gate_rows
 from sparse_training.errors import UserError
 
 GRANULARITIES = ("sample", "token")
+TARGETS = ("classes", "values")
 IGNORED = -100  # PyTorch's own ignore_index
+CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+CLASS_FUNCTIONS = (F.cross_entropy, F.nll_loss)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,33 +27,56 @@ class Criterion:
     """Per-row losses of a batch, with its class dimension, its tokens and its correct predictions.
 
     Args:
-        loss: maps (logits, targets) to losses without reduction; None (the default) for cross-entropy. Its
-            ``ignore_index``, where it has one, marks the tokens or pixels that do not count.
+        loss: maps (logits, targets) to losses without reduction; None (the default) for cross-entropy.
         granularity: "sample" (the default): a batch of B samples has B rows. Where the loss has several values per
             sample, one for each token or pixel, the sample's loss is the mean of those that count. "token": each token
             or pixel is a row, and the loss is called with logits [N, classes] and targets [N].
         class_dim: class dimension of the logits, 1 or -1; None (the default) for the one that fits the targets' shape.
+        targets: "classes" where integer targets are the classes of the logits, so that accuracy, balance and the
+            statistics of the logits have a meaning; "values" for counts, ranks, sequences and all else. None (the
+            default) for "classes" where the loss is PyTorch's cross-entropy or negative log-likelihood, as a module, a
+            function or a ``functools.partial`` of it, and "values" otherwise.
+        ignore_index: integer target of the tokens or pixels that do not count. None (the default) for the loss's own,
+            as an attribute, in a ``functools.partial`` or as a parameter's default, or else -100.
 
     Attributes:
+        classes: True where integer targets are classes.
         ignore_index: target of the tokens or pixels that do not count.
+        label_smoothing: label smoothing of the loss; 0 where it has none.
 
     Raises:
-        UserError: a setting is out of range, or the loss reduces over the rows.
+        UserError: a setting is out of range or contradicts the loss, or the loss reduces over the rows.
 
     Example:
         >>> criterion = Criterion(nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1))
         >>> losses = criterion(model(inputs), targets)  # [B]
     """
 
-    def __init__(self, loss: Loss | None = None, *, granularity: str = "sample", class_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        loss: Loss | None = None,
+        *,
+        granularity: str = "sample",
+        class_dim: int | None = None,
+        targets: str | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
         self.loss = nn.CrossEntropyLoss(reduction="none") if loss is None else loss
         check_reduction(self.loss)
         if granularity not in GRANULARITIES:
             raise UserError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if class_dim not in (None, 1, -1):
             raise UserError(f"`class_dim` must be 1, -1 or None (the one that fits), got {class_dim}")
+        if targets is not None and targets not in TARGETS:
+            raise UserError(f"`targets` must be one of {', '.join(TARGETS)}, or None, got {targets!r}")
+        own = loss_setting(self.loss, "ignore_index")
+        if ignore_index is not None and own not in (None, ignore_index):
+            raise UserError(f"`ignore_index` must be the loss's own, {own}, got {ignore_index}; give it to one of them")
         self.granularity, self.class_dim = granularity, class_dim
-        self.ignore_index = int(getattr(self.loss, "ignore_index", IGNORED))
+        self.is_known = isinstance(self.loss, CLASS_LOSSES) or _function_of(self.loss) in CLASS_FUNCTIONS
+        self.classes = self.is_known if targets is None else targets == "classes"
+        self.ignore_index = int(IGNORED if own is None else own) if ignore_index is None else ignore_index
+        self.label_smoothing = float(loss_setting(self.loss, "label_smoothing") or 0.0)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Compute one loss per row of a batch.
@@ -63,7 +91,7 @@ class Criterion:
         Raises:
             UserError: the loss's first dimension is not B, or the class dimension is ambiguous.
         """
-        if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and targets_are_classes(logits, targets):
+        if self.is_known and targets_are_classes(logits, targets):
             logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch expects them
         losses = self.loss(logits, targets)
         rows = targets.shape[0]
@@ -72,6 +100,11 @@ class Criterion:
             raise UserError(f'the loss must return one value per row, [{rows}], got {shape}; use reduction="none"')
         if losses.ndim == 1:
             return losses
+        if rows > 1 and losses.shape == (rows, rows) and (logits.shape, targets.shape) == ((rows, 1), (rows,)):
+            raise UserError(
+                f"the loss compares each of {rows} outputs with each of {rows} targets, as outputs are {[rows, 1]} and "
+                f"targets {[rows]}; give them one shape, such as by squeeze(1) in the model"
+            )
         counts = self.counting(targets) if losses.shape == targets.shape else None
         return mean_over_tokens(losses, counts)
 
@@ -139,7 +172,7 @@ class Criterion:
         values = gate_rows(
             logits, targets, threshold,
             weights=weights, dim=self.classes_in(logits, targets), ignore_index=self.ignore_index,
-            label_smoothing=float(getattr(self.loss, "label_smoothing", 0.0)),
+            label_smoothing=self.label_smoothing,
         ).significance  # fmt: skip
         return mean_over_tokens(values, self.counting(targets))
 
@@ -156,9 +189,11 @@ class Criterion:
             The number of correct predictions and the number of those that count, integers of one element; None where
             the targets are not classes.
         """
+        if not self.classes:
+            return None
         if targets_are_classes(logits, targets):
             dim = self.classes_in(logits, targets)
-        elif isinstance(self.loss, nn.CrossEntropyLoss) and logits.shape == targets.shape and logits.ndim > 1:
+        elif self.is_known and targets.is_floating_point() and logits.shape == targets.shape and logits.ndim > 1:
             dim = 1
             targets = targets.argmax(1)
         else:
@@ -194,16 +229,38 @@ def check_reduction(loss: Callable[..., Any]) -> None:
     Raises:
         UserError: its ``reduction``, as an attribute or a parameter's default, is not "none".
     """
-    reduction = getattr(loss, "reduction", None)
-    if reduction is None and not isinstance(loss, nn.Module):
-        try:
-            parameter = inspect.signature(loss).parameters.get("reduction")
-        except (TypeError, ValueError):  # a builtin without a signature
-            parameter = None
-        reduction = None if parameter is None else parameter.default
+    reduction = loss_setting(loss, "reduction")
     if isinstance(reduction, str) and reduction != "none":
         name = getattr(loss, "__name__", type(loss).__name__)
         raise UserError(f'the loss {name} must not reduce over rows, got reduction="{reduction}"; use reduction="none"')
+
+
+def loss_setting(loss: Callable[..., Any], name: str) -> Any:
+    """Find the value of a loss's setting.
+
+    Args:
+        loss: the loss.
+        name: name of the setting, such as "ignore_index".
+
+    Returns:
+        The loss's attribute of this name, or its parameter's default, which is that of a ``functools.partial`` where it
+        has one; None where there is neither.
+    """
+    value = getattr(loss, name, None)
+    if value is None and not isinstance(loss, nn.Module):
+        try:
+            parameter = inspect.signature(loss).parameters.get(name)
+        except (TypeError, ValueError):  # a builtin without a signature
+            parameter = None
+        value = None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+    return value
+
+
+def _function_of(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function under partials."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss
 
 
 def targets_are_classes(logits: Tensor, targets: Tensor) -> bool:

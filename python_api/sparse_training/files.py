@@ -28,13 +28,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     _write(path, lambda file: file.write(data))
 
 
-def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+def _write(path: Path, fill: Callable[[BinaryIO], Any], before: Callable[[Path], None] = lambda written: None) -> None:
+    """Fill a file beside ``path``, call ``before`` with it once it is on the disk, and give it the name."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
+        before(temporary)
         os.replace(temporary, path)
     except OSError as error:  # a full disk or a limit: the old file stays, and the partial one is removed
         with contextlib.suppress(OSError):

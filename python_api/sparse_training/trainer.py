@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.data.loader import Loader
@@ -17,16 +18,17 @@ from sparse_training.profiling.budget_controller import BudgetController
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.profiling.energy import Energy, Meter, find_meter
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import make_policy
+from sparse_training.selection.registry import check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.training.callbacks import Callbacks, Evaluation
 from sparse_training.training.clock import Clock
 from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
+from sparse_training.training.modes import training_mode
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.settings import TrainerSettings
-from sparse_training.training.state import CHECKPOINT, RunState, has_checkpoint, run_settings
+from sparse_training.training.state import CheckpointFolder, RunState, run_settings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
 
@@ -45,10 +47,13 @@ class SparseTrainer(TrainingStep):
 
     Args:
         model: any module. A tuple or list of inputs is unpacked into it, a mapping is passed by keyword. With several
-            processes it is wrapped in DistributedDataParallel, if it is not already; evaluation and checkpoints are
-            of the model itself.
+            processes it is wrapped in DistributedDataParallel, unless it is already or ``fully_shard`` was applied to
+            it; evaluation and checkpoints are of the model itself. A sharded one has no checkpoints here and no
+            average of weights.
         loss: maps (logits, targets) to one loss per row, such as ``nn.CrossEntropyLoss(reduction="none")``; or a
-            ``Criterion``, which says more. Default: cross-entropy.
+            ``Criterion``, which says more: what targets mean, and which of them do not count. Integer targets are
+            taken for classes where the loss is PyTorch's own for classes, or a ``Criterion`` says so. Default:
+            cross-entropy.
         granularity: "sample": the policy selects samples, by the mean over a sample's tokens or pixels where it has
             several; rows left out are in neither the forward nor the backward of the step. "token": it selects tokens
             or pixels of the training forward's own logits, by one threshold for all samples; the loss and its
@@ -57,7 +62,8 @@ class SparseTrainer(TrainingStep):
         optimizer: an optimizer, or a factory called with (parameters, lr=lr). Default: AdamW.
         lr: learning rate of an optimizer made here, above 0. Default 1e-3.
         schedule: learning rate by progress through the budget: "cosine", "constant", or a callable that maps progress
-            in [0, 1] to a factor of ``lr``. Default "cosine".
+            in [0, 1] to a factor of ``lr``. Or a scheduler of ``torch.optim.lr_scheduler`` over ``optimizer``, which
+            is stepped after every optimizer step and saved in checkpoints. Default "cosine".
         dense_start: fraction of the run that trains on every row at the start. Default 0.05.
         dense_end: fraction of the run that trains on every row at the end. Default 0.125.
         policy: a name in ``POLICIES``, a ``Policy``, or a ``Gate``; "gate@early:3" names a policy and its scorer. A
@@ -66,14 +72,15 @@ class SparseTrainer(TrainingStep):
         scorer: source of the scores that the policy selects by: "self", "self:SCALE", "early:LAYER", "proxy",
             "proxy:MODEL", "reference:FILE", "history", or a ``Scorer``. Default: the policy's own, the model itself
             for a gate.
-        rate: fraction of rows to keep in the sparse phase, in (0, 1]. Default 0.1.
+        rate: fraction of rows to keep in the sparse phase, in (0, 1], for a policy that is named and has one. Default
+            0.1.
         seed: seed of the policy's own generators, mixed with the process's rank; global generators are left to the
             caller. Default 0.
         device: PyTorch device to train on, such as "cuda:0". Default: the model's.
         settings: precision, accumulation and other settings of the step. Default: ``TrainerSettings()``.
 
     Raises:
-        UserError: an argument out of range, or a loss that reduces over rows.
+        UserError: an argument out of range or without effect, or a loss that reduces over rows.
     """
 
     def __init__(
@@ -84,12 +91,12 @@ class SparseTrainer(TrainingStep):
         granularity: str | None = None,
         optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
         lr: float = 1e-3,
-        schedule: str | Callable[[float], float] = "cosine",
+        schedule: str | Callable[[float], float] | LRScheduler = "cosine",
         dense_start: float = 0.05,
         dense_end: float = 0.125,
         policy: str | Policy | Gate | None = None,
         scorer: str | Scorer | None = None,
-        rate: float = 0.1,
+        rate: float | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
         settings: TrainerSettings | None = None,
@@ -100,17 +107,19 @@ class SparseTrainer(TrainingStep):
             raise UserError(f"`granularity` is {granularity!r} and the criterion's is {loss.granularity!r}; give one")
         if policy is None:
             policy = "adaptive" if scorer is None else "gate"
+        check_rate_is_used(policy, rate)
         self.schedule = Schedule(dense_start, dense_end, schedule)
         self.seed = seed
         super().__init__(
             model,
             criterion=loss,
-            policy=make_policy(policy, rate=rate, seed=seed, loss=loss.loss, scorer=scorer),
+            policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer),
             optimizer=optimizer,
             lr=lr,
             settings=settings or TrainerSettings(),
             device=device,
         )
+        self._set_scheduler(self.schedule.scheduler)
 
     def fit(
         self,
@@ -163,22 +172,29 @@ class SparseTrainer(TrainingStep):
             The run's log, its counts over all processes.
 
         Raises:
-            UserError: no budget or several, a checkpoint in the folder without ``resume``, a checkpoint made with
-                other settings, or a batch or loss of the wrong shape.
+            UserError: no budget or several, a checkpoint in the folder without ``resume``, a folder that another run
+                is using, a checkpoint made with other settings, or a batch or loss of the wrong shape.
         """
         loader = self.loader(train)
         length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
-        resumes = has_checkpoint(checkpoint)
-        if resumes and not resume:
-            path = Path(checkpoint or "") / CHECKPOINT
-            raise UserError(f"{path} exists already; resume it, or choose another folder")
-        state = self._run_state(
-            loader, length, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint, resumes=resumes
-        )
-        if state.path is not None:
-            state.path.parent.mkdir(parents=True, exist_ok=True)
         callbacks = Callbacks(evaluate, evaluations, progress, stop)
-        return TrainingLoop(state, length, self.schedule, callbacks, checkpoint_interval=checkpoint_interval).run()
+        held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
+        with training_mode(self.model, self.parallel), held as folder:
+            state = self._run_state(
+                loader, length, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
+                resumes=folder.resumes,
+            )  # fmt: skip
+            folder.make()
+            loop = TrainingLoop(state, length, self.schedule, callbacks, checkpoint_interval=checkpoint_interval)
+            return loop.run()
+
+    def _set_scheduler(self, scheduler: LRScheduler | None) -> None:
+        if scheduler is None:
+            if hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
+                raise UserError("the optimizer has a learning-rate scheduler; give it as `schedule`, which is stepped")
+        elif scheduler.optimizer is not self.optimizer:
+            raise UserError("`schedule` must be a scheduler of the trainer's own optimizer; give that as `optimizer`")
+        self.update.scheduler = scheduler
 
     def _run_state(
         self,
@@ -193,10 +209,12 @@ class SparseTrainer(TrainingStep):
     ) -> RunState:
         """Make the state of a new run, or restore that of the checkpoint in the folder."""
         self.operations = Operations()
+        self.update.reset()
         if self.criterion.granularity == "token":
             self.policy.prepare(None)
         else:
-            self.policy.prepare(loader.size, loader.labels, loader.duplicate_counts)
+            labels = loader.labels if self.criterion.classes else None
+            self.policy.prepare(loader.size, labels, loader.duplicate_counts)
         settings = run_settings(
             self, self.schedule, loader,
             seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
-from sparse_training import files
+from sparse_training import ResidentLoader, SparseTrainer, files, load_data
 from sparse_training.__main__ import main
 from sparse_training.errors import UserError
 from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
@@ -117,6 +117,74 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path, start):
     assert len(set(steps)) > 3  # they did get on between kills
 
 
+def train_until(folder, message, release):
+    """A run in a process of its own, which says that it has begun and goes on until it is told, or refused."""
+    data = load_data("digits")
+    trainer = SparseTrainer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), policy="dense")
+    unsaid = ["running"]
+
+    def stop():
+        while unsaid:
+            message.send(unsaid.pop())
+        return release.wait(0.01)
+
+    try:
+        trainer.fit(ResidentLoader(data.train, batch_size=64), steps=10**6, checkpoint=folder, resume=True, stop=stop)
+    except UserError as error:
+        message.send(str(error))
+
+
+@pytest.fixture
+def run_elsewhere(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    started = []
+
+    def starter():
+        mine, theirs = context.Pipe(duplex=False)
+        release = context.Event()
+        process = context.Process(target=train_until, args=(tmp_path / "run", theirs, release))
+        process.start()
+        started.append(process)
+        assert mine.poll(60)
+        return process, mine.recv(), release
+
+    yield starter
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_two_runs_on_one_folder(tmp_path, run_elsewhere):
+    first, said, release = run_elsewhere()
+    assert said == "running"
+    in_use = f"{tmp_path / 'run'} is in use by another run; wait for its end, or choose another folder"
+    assert run_elsewhere()[1] == in_use
+    release.set()  # it ends, with a checkpoint
+    first.join(60)
+    second, said, _ = run_elsewhere()
+    assert said == "running"
+    assert run_elsewhere()[1] == in_use
+    second.kill()  # its lock goes with it
+    second.join()
+    assert run_elsewhere()[1] == "running"
+
+
+def test_the_folder_is_free_after_a_run_and_after_a_refusal(tmp_path):
+    data = load_data("digits")
+    loader = ResidentLoader(data.train, batch_size=64)
+
+    def fit(**options):
+        trainer = SparseTrainer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), policy="dense")
+        return trainer.fit(loader, steps=2, checkpoint=tmp_path, **options)
+
+    fit()
+    for _ in range(2):
+        with pytest.raises(UserError, match="exists already"):
+            fit()
+    assert fit(resume=True).steps == 2
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "checkpoint.pt.prev"]
+
+
 @contextmanager
 def full_disk(more):
     """No file of this process may grow beyond so many bytes, which is how a full disk shows."""
@@ -135,8 +203,7 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path, limit):
     with full_disk(limit), pytest.raises(UserError, match=r"checkpoint\.pt cannot be written: File too large"):
         save_checkpoint(path, {"step": 2, "weights": torch.ones(20000)})
     assert not any(name.endswith(".tmp") for name in os.listdir(tmp_path))
-    with pytest.warns(UserWarning, match="is used"):
-        assert load_checkpoint(path)["step"] == 1
+    assert load_checkpoint(path)["step"] == 1
     save_checkpoint(path, {"step": 3})
     assert load_checkpoint(path)["step"] == 3
     with full_disk(0), pytest.raises(UserError, match=r"a\.json cannot be written: File too large"):

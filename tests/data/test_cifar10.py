@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_files import Raw, call, check_consistent, peak_bytes, py2, refuses, write
+from data_files import Raw, call, check_consistent, peak_bytes, py2, refused_by_a_child, refuses, write
 
 from sparse_training.data import cifar10
 from sparse_training.data.load import load_data
@@ -289,3 +290,58 @@ def test_links_in_the_archive_are_not_followed(tmp_path: Path) -> None:
             member.type, member.linkname = tarfile.SYMTYPE, "/etc/hostname"
             archive.addfile(member)
     assert "data_batch_1 is missing" in refuses(load_data, "cifar10", path)
+
+
+def nested(levels: int) -> Raw:
+    """Tuples in one another, whose hash overflows the stack of C; 0x85 puts the last value into a tuple."""
+    return Raw(b"K\x01" + b"\x85" * levels)
+
+
+@pytest.mark.parametrize("place", ["dict", "items", "item", "set", "frozenset"])
+def test_a_key_of_nested_tuples_is_refused(tmp_path: Path, place: str) -> None:
+    deep = nested(200_000).code
+    hostile = {
+        "dict": b"(" + deep + b"Nd",
+        "items": b"}(" + deep + b"Nu",
+        "item": b"}" + deep + b"Ns",
+        "set": b"\x8f(" + deep + b"\x90",
+        "frozenset": b"(" + deep + b"\x91",
+    }
+    folder = write(tmp_path / "set", cifar_files())
+    (folder / "data_batch_2").write_bytes(b"\x80\x04" + hostile[place] + b".")
+    assert "data_batch_2: not one of CIFAR-10's pickles" in refused_by_a_child("cifar10", folder)
+
+
+def test_a_number_of_rows_with_a_million_digits_is_refused() -> None:
+    huge = Raw(b"\x8b" + struct.pack("<i", 5000) + b"\x01" * 5000)
+    assert "not a uint8 array" in refuses(decode, file_of(batch(data=py2_array(PIXELS, shape=(huge, 3072)))))
+
+
+def tar_member(kind: bytes, size: int) -> bytes:
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_name_of_four_gigabytes_is_not_read(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "a.tar.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(tar_member(kind, 4 << 30))
+        for _ in range(128):
+            file.write(bytes(1 << 20))
+    assert peak_bytes(lambda: refuses(load_data, "cifar10", path)) < 8 << 20
+
+
+def test_an_archive_that_goes_on_and_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "MAX_ARCHIVE_BYTES", 1 << 20, raising=False)
+    path = tmp_path / "a.tar.gz"
+    for content in (tar_member(tarfile.REGTYPE, 2 << 20) + bytes(2 << 20), bytes(4 << 20)):
+        path.write_bytes(gzip.compress(content))
+        assert "at most 1048576 bytes unpacked" in refuses(load_data, "cifar10", path)
+
+
+def test_names_of_names_of_names_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress((tar_member(tarfile.GNUTYPE_LONGNAME, 1) + bytes(512)) * 20_000))
+    assert "corrupt or not a tar.gz file" in refuses(load_data, "cifar10", path)

@@ -177,6 +177,25 @@ def test_gzip_that_goes_on_and_on(tmp_path: Path) -> None:
     assert peak_bytes(lambda: refuses(idx.read_idx, path, ())) < 8 << 20
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_more_pixels_than_memory_are_refused_by_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
+) -> None:
+    """The file may well hold what its header promises: a gzip file of zeros, or one with a hole in it."""
+    monkeypatch.setattr(idx, "MAX_BYTES", 1 << 20, raising=False)
+    files = fashion_files()
+    files[IMAGES] = pack(idx_bytes(np.zeros((20_000, 28, 28))))
+    message = ""
+
+    def load() -> None:
+        nonlocal message
+        message = refuses(load_data, "fashion-mnist", tmp_path)
+
+    write(tmp_path, files)
+    assert peak_bytes(load) < 4 << 20
+    assert "[20000, 28, 28] needs 15680000 bytes" in message
+
+
 @pytest.mark.skipif(not (idx.DEBIAN / f"{IMAGES}.gz").exists(), reason="Debian's dataset-fashion-mnist is absent")
 def test_debians_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import check_consistent, fashion_files, refuses, save_image, write
+from data_files import check_consistent, fashion_files, refused_by_a_child, refuses, save_image, write
 
 from sparse_training.data.load import load_data
 
@@ -53,6 +53,39 @@ def test_unreadable_image(folder: Path) -> None:
         path.write_bytes(damaged)
         for size in (None, 8):
             assert str(path) in refuses(load_data, "imagefolder", folder, size=size)
+
+
+def test_only_the_formats_of_the_suffixes_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow goes by content: PostScript named .png would run an interpreter."""
+    plugin = pytest.importorskip("PIL.EpsImagePlugin")
+    ran = []
+    monkeypatch.setattr(plugin, "Ghostscript", lambda *arguments, **options: ran.append(arguments))
+    path = folder / "train/cat/z.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 10\n%%EndComments\nshowpage\n%%EOF\n")
+    assert f"{path}: not an image" in refuses(load_data, "imagefolder", folder)
+    path.unlink()
+    save_image(folder / "train/cat/z.pcx", 3, mode="L")
+    (folder / "train/cat/z.pcx").rename(path)
+    assert f"{path}: not an image" in refuses(load_data, "imagefolder", folder)
+    assert not ran
+
+
+def test_an_image_of_another_accepted_format_is_read(folder: Path) -> None:
+    save_image(folder / "train/cat/z.jpg", (0, 0, 0))
+    (folder / "train/cat/z.jpg").rename(folder / "train/cat/z.png")
+    assert len(load_data("imagefolder", folder).train) == 4
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "link to nothing", "link to a fifo"])
+def test_what_is_no_file_is_refused_and_never_opened(folder: Path, kind: str) -> None:
+    path = folder / "train/cat/z.png"
+    if "fifo" in kind:
+        os.mkfifo(folder / "fifo" if "link" in kind else path)
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "fifo":
+        path.symlink_to({"device": "/dev/zero", "link to nothing": "nowhere"}.get(kind, folder / "fifo"))
+    assert f"{path}: an image must be a regular file" in refused_by_a_child("imagefolder", folder)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])

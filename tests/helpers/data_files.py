@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import struct
+import traceback
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_training.data.load import load_data
 from sparse_training.data.splits import ImageData
 from sparse_training.errors import UserError
 
@@ -21,6 +24,33 @@ def refuses(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
     with pytest.raises(UserError) as caught:
         call(*arguments, **keywords)
     message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def refused_by_a_child(*arguments: Any) -> str:
+    """The message with which ``load_data`` refuses, in a process that may crash or hang without harm."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+
+    def load() -> None:
+        try:
+            load_data(*arguments)
+            theirs.send("no error")
+        except UserError as error:
+            theirs.send(str(error))
+        except BaseException:
+            theirs.send(traceback.format_exc())
+
+    process = context.Process(target=load)
+    process.start()
+    process.join(20)
+    hangs = process.exitcode is None
+    process.kill()
+    process.join()
+    assert not hangs, "it never returns"
+    assert process.exitcode == 0, f"it died of {process.exitcode}"
+    message: str = mine.recv()
     assert "\n" not in message
     return message
 

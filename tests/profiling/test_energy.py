@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_parts import network, resident
+from trainers import make_trainer
 
 from sparse_training.profiling import energy
 from sparse_training.profiling.energy import Energy, ZeusMeter, find_meter
@@ -125,7 +126,7 @@ def test_operations_are_those_of_every_step_counted(policy):
     """Most steps are not counted, and the sum is that of a run all of whose steps are."""
     model = network()
     torch.manual_seed(0)
-    trainer = SparseTrainer(model, policy=policy, rate=0.4, dense_start=0.2, dense_end=0.2)
+    trainer = make_trainer(model, policy=policy, rate=0.4, dense_start=0.2, dense_end=0.2)
     counted = 0
     step = trainer.step
 

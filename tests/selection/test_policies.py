@@ -393,9 +393,11 @@ def test_policies_by_past_losses_want_rows_that_have_numbers(kind):
     with pytest.raises(UserError, match=rf"{policy.name} asks for rows by their number; use data held in memory"):
         policy.prepare(None)
     policy.prepare(10)
-    policy.prepare(10)
-    with pytest.raises(UserError, match="was prepared for 10 rows, got 11"):
-        policy.prepare(11)
+    state = policy.state_dict()
+    policy.prepare(11)  # another run
+    assert policy.table.rows == 11
+    with pytest.raises(UserError, match="was prepared for 11 rows, got 10"):
+        policy.load_state_dict(state)
 
 
 def test_names_gates_and_policies_are_taken():

@@ -311,8 +311,12 @@ def test_by_history_rows_that_were_never_trained_on_come_first_and_losses_withou
     scorer.observe(torch.tensor([0, 1]), torch.tensor([3.0, 1.0]))
     scorer.observe(torch.tensor([0, 2]), torch.tensor([torch.nan, 2.0]))
     assert scorer.recall(torch.tensor([0, 1, 2, 5])).losses.tolist() == [3.0, 1.0, 2.0, 3.0]
+    loaded = HistoryScorer()
+    loaded.load_state_dict(scorer.state_dict())
     with pytest.raises(UserError, match="a table of 6 rows, got 7"):
-        scorer.prepare(7)
+        loaded.prepare(7)
+    scorer.prepare(7)  # another run
+    assert scorer.table.scores.isnan().all()
     with pytest.raises(UserError, match="asks for rows by their number"):
         HistoryScorer().prepare(None)
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_training import files
+from sparse_training import files, generators
 from sparse_training.errors import UserError
-from sparse_training.training import generators
 from sparse_training.training.checkpoint import MAGIC, load_checkpoint, save_checkpoint
 
 STATE = {"step": 3, "weights": torch.arange(2000.0), "nested": [1.5, None, {"text": (1, True)}]}
@@ -77,8 +76,51 @@ def test_a_crash_while_writing_leaves_one_to_go_on_from(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(UserError, match=r"checkpoint\.pt cannot be written: disk full"):
         save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path) == {"step": 1}
+
+
+def test_a_damaged_one_never_takes_the_place_of_the_previous(path, monkeypatch):
+    """A bit flips, the run goes on from the one before, and is killed in the midst of its next checkpoint."""
+    save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 2})
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.warns(UserWarning, match="is used"):
         assert load_checkpoint(path) == {"step": 1}
+
+    class Killed(BaseException):
+        pass
+
+    def kill(descriptor):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", kill)
+        with pytest.raises(Killed):
+            save_checkpoint(path, {"step": 3})
+    with pytest.warns(UserWarning, match="is used"):
+        assert load_checkpoint(path) == {"step": 1}
+    save_checkpoint(path, {"step": 3})
+    assert load_checkpoint(path) == {"step": 3}
+    path.unlink()
+    with pytest.warns(UserWarning, match="is used"):
+        assert load_checkpoint(path) == {"step": 1}  # not the damaged one of step 2
+
+
+def test_a_checkpoint_that_reads_back_otherwise_replaces_nothing(path, monkeypatch):
+    save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 2})
+    fsync = os.fsync
+
+    def lose(descriptor):
+        os.pwrite(descriptor, b"?", 200)
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lose)
+        with pytest.raises(UserError, match="reads back otherwise"):
+            save_checkpoint(path, {"step": 3})
+    assert load_checkpoint(path) == {"step": 2}
+    assert sorted(os.listdir(path.parent)) == ["checkpoint.pt", "checkpoint.pt.prev"]
 
 
 class Harmful:

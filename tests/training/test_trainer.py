@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainer_parts import CLASSES, ROWS, Fixed, network, resident, same, shuffled_stream, weights
+from trainers import make_trainer
 
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
@@ -186,7 +187,7 @@ def test_one_row_trains_with_batchnorm_over_a_vector():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("rate", "batch_size"), [(1.0, 16), (0.1, 1), (0.3, 44), (0.5, 43)])
 def test_rates_and_batch_sizes_at_their_ends(policy, rate, batch_size):
-    trainer = SparseTrainer(network(), policy=policy, rate=rate, dense_start=0, dense_end=0)
+    trainer = make_trainer(network(), policy=policy, rate=rate, dense_start=0, dense_end=0)
     history = trainer.fit(resident(batch_size=batch_size), epochs=2)
     assert history.rows_seen == 2 * ROWS
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
@@ -301,7 +302,7 @@ def test_any_batch_structure():
 
     batches = [{"a": torch.randn(6, 3), "b": torch.ones(6, 1), "labels": torch.randint(0, 2, (6,))} for _ in range(3)]
     for policy in ("dense", "random", "gate"):
-        history = SparseTrainer(Model(), policy=policy, rate=0.5).fit(batches, epochs=3)
+        history = make_trainer(Model(), policy=policy, rate=0.5).fit(batches, epochs=3)
         assert history.steps == 9
     pairs = DataLoader(TensorDataset(torch.randn(10, 3), torch.randint(0, 2, (10,))), batch_size=4)
     assert SparseTrainer(nn.Linear(3, 2)).fit(pairs, epochs=2, evaluate=pairs).rows_seen == 20

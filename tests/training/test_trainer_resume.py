@@ -20,7 +20,7 @@ from sparse_training.training.clock import Clock, Costs
 def run(folder, policy, stop_at=None, resume=False, checkpoint_interval=None, data=resident, budget=None, clock=None):
     model = network(seed=0 if not resume else 7)
     torch.manual_seed(3 if not resume else 8)
-    trainer = SparseTrainer(model, policy=policy, rate=0.3, dense_start=0.2, dense_end=0.2, lr=1e-2)
+    trainer = make_trainer(model, policy=policy, rate=0.3, dense_start=0.2, dense_end=0.2, lr=1e-2)
     steps = 0
 
     def stop():

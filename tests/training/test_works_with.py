@@ -55,7 +55,7 @@ def segmenter():
 @pytest.mark.parametrize("policy", ["dense", "random", "gate", "topk"])
 def test_a_segmentation_network_learns(policy, rows):
     data = batches(*segmentation())
-    trainer = SparseTrainer(
+    trainer = make_trainer(
         segmenter(), policy=policy, granularity=rows, rate=0.4, lr=1e-2, dense_start=0.1, dense_end=0.1
     )
     before = trainer.evaluate(data)
@@ -189,7 +189,7 @@ def test_what_shapes_leave_open_is_asked_for():
         ({"granularity": "token", "scorer": "proxy"}, 'scorer proxy cannot be used with granularity="token"'),
         ({"accumulate": 0}, "`accumulate` must be .*, got 0"),
         ({"ema": 1.0}, "`ema` must be .*, got 1.0"),
-        ({"schedule": "linear"}, "must be a callable or one of cosine, constant, got 'linear'"),
+        ({"schedule": "linear"}, "must be a scheduler, a callable or one of cosine, constant, got 'linear'"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):
@@ -226,7 +226,7 @@ def test_soft_targets(policy):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     data = batches(images, soft)
-    trainer = SparseTrainer(model, policy=policy, rate=0.4, lr=1e-2)
+    trainer = make_trainer(model, policy=policy, rate=0.4, lr=1e-2)
     history = trainer.fit(data, epochs=8, evaluate=data, evaluations=1)
     assert history.evals[-1]["accuracy"] > 0.8
     if policy != "dense":
@@ -323,7 +323,6 @@ def test_a_run_stopped_within_a_step_goes_on_bit_for_bit(tmp_path, stop_at, rows
         trainer = SparseTrainer(
             segmenter(),
             granularity=rows,
-            rate=0.4,
             lr=1e-2,
             settings=TrainerSettings(accumulate=3, ema=0.9, clip_norm=1.0, amp="float16"),
         )
@@ -392,7 +391,7 @@ def test_a_compiled_model_trains_as_it_does_without(policy):
         torch.manual_seed(0)
         model = network()
         model[4].p = 0.0
-        trainer = SparseTrainer(model, policy=policy, rate=0.5, settings=TrainerSettings(compile=compiled, ema=0.9))
+        trainer = make_trainer(model, policy=policy, rate=0.5, compile=compiled, ema=0.9)
         trainer.fit(resident(), steps=6)
         assert set(trainer.model.state_dict()) == set(network().state_dict())  # no prefix of a compiler's
         found.append(weights(trainer.update.evaluated))

@@ -35,6 +35,8 @@ from sparse_training.experiments.runner import evaluation_loader
 from sparse_training.models.build import build_model
 from sparse_training.precision import PRECISIONS
 from sparse_training.ranks import connect, rank_seed
+from sparse_training.selection.policies.base import check_rate
+from sparse_training.selection.registry import uses_rate
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.schedule import SHAPES
@@ -147,6 +149,8 @@ def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> 
         compile=options.get("compile", False),
     )
     given = {name: options[name] for name in names if name in options}
+    if not uses_rate(options.get("policy") or ("gate" if options.get("scorer") else "adaptive")):
+        check_rate(given.pop("rate", 1.0))  # the command's default is for the methods that have one
     return SparseTrainer(model, device=device, settings=settings, **given)
 
 

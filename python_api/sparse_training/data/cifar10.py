@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import pickle
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +28,8 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
 MAX_BYTES = 64 << 20  # a published file has 31 MB
+MAX_ARCHIVE_BYTES = 1 << 30  # unpacked; the published archive has 186 MB
+KEY_TYPES = (bytes, str, int)
 
 
 def load(roots: Sequence[Path]) -> ImageData:
@@ -113,7 +114,13 @@ class _Record:
 # The unpickler in Python: the one in C allocates a memo as long as the largest index in the file, so that five bytes
 # can ask for 64 GB. These files are mostly one string, which costs little in either.
 class _InertUnpickler(pickle._Unpickler):
-    """Returns a ``_Record`` for the names that a pickled NumPy array needs and refuses all others."""
+    """Returns a ``_Record`` for the names that a pickled NumPy array needs and refuses all others.
+
+    Keys are numbers and strings, and there are no sets: the hash of a tuple in a tuple in a tuple, and so on, overflows
+    the interpreter's stack.
+    """
+
+    stack: list[Any]  # of the values since the last mark
 
     NAMES: ClassVar[dict[tuple[str, str], str]] = {
         ("numpy.core.multiarray", "_reconstruct"): "reconstruct",
@@ -126,6 +133,37 @@ class _InertUnpickler(pickle._Unpickler):
         if (module, name) not in self.NAMES:
             raise pickle.UnpicklingError(f"it refers to {f'{module}.{name}'!r}")
         return _Record(self.NAMES[module, name])
+
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()  # type: ignore[misc]  # not in the stubs
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_setitems()  # type: ignore[misc]  # not in the stubs
+
+    def load_dict(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_dict()  # type: ignore[misc]  # not in the stubs
+
+    def load_set(self) -> None:
+        raise pickle.UnpicklingError("it holds a set")
+
+    @staticmethod
+    def _check_keys(keys: Sequence[Any]) -> None:
+        for key in keys:
+            if not isinstance(key, KEY_TYPES):
+                raise pickle.UnpicklingError(f"a key must be a number or a string, got a {type(key).__name__}")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.EMPTY_SET[0]: load_set,
+        pickle.ADDITEMS[0]: load_set,
+        pickle.FROZENSET[0]: load_set,
+    }
 
 
 def _array_bytes(array: Any, where: str) -> tuple[int, torch.Tensor]:
@@ -143,7 +181,7 @@ def _array_bytes(array: Any, where: str) -> tuple[int, torch.Tensor]:
             _Record(name="dtype", arguments=(b"u1" | b"|u1" | "u1" | "|u1", *_)),
             bool(fortran),
             bytes(raw),
-        ) if rows > 0 and width == PIXELS:
+        ) if 0 < rows < 1 << 63 and width == PIXELS:
             pass
         case _:
             raise UserError(f"{where}: b'data' is not a uint8 array of shape [N, {PIXELS}]")
@@ -185,18 +223,45 @@ def _read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the batch files of the archive from memory; nothing is extracted to disk."""
     members = {f"{FOLDER}/{name}": name for name in (*TRAIN, TEST)}
     try:
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            for member in archive:
-                name = members.get(member.name)
-                if name is not None and member.isreg():
-                    _check_size(member.size, f"{path}: {member.name}")
-                    file = archive.extractfile(member)
-                    assert file is not None  # as it is a regular file
-                    yield name, file.read()
+        with gzip.open(path) as unpacked:
+            stream = _BoundedStream(unpacked, str(path))
+            with tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]  # it calls no more
+                for member in archive:
+                    name = members.get(member.name)
+                    if name is not None and member.isreg():
+                        _check_size(member.size, f"{path}: {member.name}")
+                        file = archive.extractfile(member)
+                        assert file is not None  # as it is a regular file
+                        yield name, file.read()
             while stream.read(1 << 20):  # gzip compares its checksum at the end
                 pass
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a malformed archive may raise nearly anything
         raise UserError(f"{path}: corrupt or not a tar.gz file: {error}") from error
+
+
+class _BoundedStream:
+    """An unpacked archive: a few bytes of it may ask ``tarfile`` to read gigabytes into memory, as for a long name."""
+
+    def __init__(self, stream: gzip.GzipFile, where: str) -> None:
+        self.stream, self.where = stream, where
+
+    def read(self, size: int) -> bytes:
+        _check_size(size, f"{self.where}: a member or its name")
+        self._check_end(self.stream.tell() + size)
+        return self.stream.read(size)
+
+    def seek(self, offset: int) -> int:
+        self._check_end(offset)
+        return self.stream.seek(offset)
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def _check_end(self, end: int) -> None:
+        if end > MAX_ARCHIVE_BYTES:
+            raise UserError(f"{self.where}: the archive must have at most {MAX_ARCHIVE_BYTES} bytes unpacked, got more")
 
 
 def _check_size(size: int, where: str) -> None:

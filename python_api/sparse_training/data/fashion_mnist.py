@@ -26,6 +26,7 @@ CLASSES = (
 )  # fmt: skip
 UINT8 = 0x08
 CHUNK = 1 << 20
+MAX_BYTES = 1 << 30  # of a file's elements: the published training images have 47 MB
 
 
 def load(roots: Sequence[Path]) -> ImageData:
@@ -93,8 +94,10 @@ def _parse(stream: BinaryIO | gzip.GzipFile, path: Path, item: tuple[int, ...]) 
         expected = ", ".join(map(str, ("N > 0", *item)))
         raise UserError(f"{path}: the shape must be [{expected}], got {list(shape)}")
 
-    # In pieces: a corrupt header may announce terabytes, which must not be allocated.
     size = math.prod(shape)
+    if size > MAX_BYTES:  # a small gzip file may hold them all
+        raise UserError(f"{path}: {list(shape)} needs {size} bytes, got a limit of {MAX_BYTES}")
+    # In pieces: what a corrupt header announces must not be allocated before it is there.
     body = bytearray()
     while len(body) <= size and (chunk := stream.read(CHUNK)):
         body += chunk

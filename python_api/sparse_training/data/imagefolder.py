@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,11 @@ import torch
 from sparse_training.data.splits import ImageData, Split, missing_set
 from sparse_training.errors import UserError
 
-SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+# Pillow goes by a file's content, not by its name, and would hand PostScript to an interpreter: it is told the formats.
+FORMATS = {
+    ".bmp": "BMP", ".gif": "GIF", ".jpeg": "JPEG", ".jpg": "JPEG", ".pgm": "PPM", ".png": "PNG", ".ppm": "PPM",
+    ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
+}  # fmt: skip
 DEFAULT_SIZE = 32
 DEEP_MODES = ("I", "F")  # beginnings of Pillow's modes with more than 8 bits, such as I;16
 
@@ -80,10 +85,13 @@ def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
         for label, name in enumerate(classes)
         if (folder / name).is_dir()
         for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in FORMATS and not path.name.startswith(".")
     ]
     if not files:
         raise UserError(f"{folder}: no images in its class folders")
+    for path, _ in files:
+        if not path.is_file():  # opening a FIFO or a device may never return
+            raise UserError(f"{path}: an image must be a regular file, or a link to one")
     return files
 
 
@@ -101,10 +109,14 @@ def _common_size(pillow: ModuleType, files: Sequence[tuple[Path, int]]) -> tuple
     return sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
 
 
+def _open(pillow: ModuleType, path: Path) -> Any:
+    return pillow.open(path, formats=sorted(set(FORMATS.values())))
+
+
 def _read_size(pillow: ModuleType, path: Path) -> tuple[int, int]:
     """Return (width, height)."""
     try:
-        with pillow.open(path) as image:
+        with _open(pillow, path) as image:
             width, height = image.size
     except Exception as error:  # decoders raise many types on corrupt files
         raise _unreadable(path, error) from error
@@ -121,7 +133,7 @@ def _read_split(pillow: ModuleType, files: Sequence[tuple[Path, int]], width: in
 def _read_image(pillow: ModuleType, path: Path, width: int, height: int) -> torch.Tensor:
     """Return the image as uint8 [3, height, width]."""
     try:
-        with pillow.open(path) as image:
+        with _open(pillow, path) as image:
             mode = image.mode
             rgb = image.convert("RGB").resize((width, height), pillow.Resampling.BILINEAR)
     except Exception as error:  # decoders raise many types on corrupt files

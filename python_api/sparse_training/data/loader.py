@@ -58,6 +58,10 @@ class Loader(ABC):
         """Count the rows with the same inputs as each, itself included: int64 [size] on the CPU; None where unknown."""
         return None
 
+    def check_resumable(self) -> None:
+        """Refuse data that a checkpoint cannot be continued with; called before a run with checkpoints."""
+        return
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position, for a checkpoint."""
         return {"epoch": self.epoch, "position": self.position}

@@ -11,16 +11,26 @@ from torch.utils import _pytree as pytree
 
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
+from sparse_training.generators import (
+    generator_state,
+    own_generators,
+    rng_state,
+    set_generator_state,
+    set_rng_state,
+)
 from sparse_training.selection.types import Batch, CandidateIndices, WeightedIndices
 
+CPU = torch.device("cpu")
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 class StreamLoader(Loader):
     """Loader of any iterable of batches, such as a DataLoader; every batch is loaded whole.
 
-    A sampler with ``set_epoch`` receives the epoch's number. On resume, the batches of the epoch that were already
-    used are drawn again, from the generator state at the epoch's start, and skipped.
+    Whatever has a ``set_epoch`` receives the epoch's number: the iterable, its sampler and batch sampler, samplers in
+    them, and its data set. On resume, the batches of the epoch that were already used are drawn again and skipped. For
+    that all generators begin as they did at the epoch's start: the global ones of torch, ``random`` and NumPy, and
+    those that the iterable and its parts hold, such as a DataLoader's ``generator``.
 
     Args:
         batches: iterable of tuples (inputs..., targets), or of mappings with the targets under one of
@@ -43,7 +53,8 @@ class StreamLoader(Loader):
         self.inputs = inputs or default_inputs
         self.targets = targets or default_targets
         self.device = torch.device(device)
-        self._epoch_rng: Tensor | None = None  # torch's CPU generator when the epoch began
+        self._epoch_rng: Any = None  # states of generators when the epoch began; of version 0.1.0: torch's alone
+        self._own_rng: Mapping[str, Any] | None = None  # of a checkpoint, until the next iteration
 
     def batches(self) -> int | None:
         """Return the number of batches in an epoch; None for data without a length."""
@@ -55,24 +66,62 @@ class StreamLoader(Loader):
             return None
 
     def __iter__(self) -> Iterator[Any]:
-        set_epoch = getattr(getattr(self.source, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self.epoch)
+        for part in _epoch_parts(self.source):
+            part.set_epoch(self.epoch)
         if self.position and self._epoch_rng is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(self._epoch_rng.cpu())
-                source = iter(self.source)
-                for _ in range(self.position):
-                    next(source, None)
+            source = self._replayed()
         else:
-            self._epoch_rng = torch.get_rng_state()
+            self._set_own(self._own_rng)
+            self._epoch_rng = {**rng_state(CPU), "own": self._own_states()}
             source = iter(self.source)
+        self._own_rng = None
         for batch in source:
             self.position += 1
             yield batch
         if not self.position:
             raise UserError("the training data yielded no batch; it must be an iterable that can be iterated again")
         self.epoch, self.position = self.epoch + 1, 0
+
+    def _own_states(self) -> dict[str, Any]:
+        return {path: generator_state(generator) for path, generator in own_generators(self.source).items()}
+
+    def _set_own(self, states: Mapping[str, Any] | None) -> None:
+        """Set the generators that the iterable and its parts hold; None for states that were not saved."""
+        if states is None:
+            return
+        own = own_generators(self.source)
+        if own.keys() != states.keys():
+            changes = ", ".join(sorted(own.keys() ^ states.keys()))
+            raise UserError(f"the training data must have the checkpoint's random generators, got others: {changes}")
+        for path, generator in own.items():
+            set_generator_state(generator, states[path])
+
+    def _replayed(self) -> Iterator[Any]:
+        """Iterate from the epoch's start, past the batches already used; the global generators stay as they are."""
+        now, began = rng_state(CPU), self._epoch_rng
+        if isinstance(began, Tensor):
+            torch.set_rng_state(began.cpu())
+        else:
+            set_rng_state(began, CPU)
+            self._set_own(began["own"])
+        source = iter(self.source)
+        for _ in range(self.position):
+            next(source, None)
+        set_rng_state(now, CPU)
+        self._set_own(self._own_rng)  # an evaluation on the same data may have drawn from them too
+        return source
+
+    def check_resumable(self) -> None:
+        """Refuse data that a checkpoint cannot be continued with bit for bit.
+
+        Raises:
+            UserError: a DataLoader with persistent workers, whose generators no checkpoint can hold.
+        """
+        if getattr(self.source, "persistent_workers", False) and getattr(self.source, "num_workers", 0):
+            raise UserError(
+                "`checkpoint` needs a DataLoader with persistent_workers=False: the generators of persistent workers "
+                "go on from epoch to epoch, and no checkpoint can hold them"
+            )
 
     def offer(self, item: Any) -> CandidateIndices:
         """Return the positions of an item's rows in the batch."""
@@ -104,13 +153,29 @@ class StreamLoader(Loader):
             yield from self.source
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and the generator state at the epoch's start, for a checkpoint."""
-        return {**super().state_dict(), "epoch_rng": self._epoch_rng}
+        """Return the position, and the generators' states at the epoch's start and now, for a checkpoint."""
+        return {**super().state_dict(), "epoch_rng": self._epoch_rng, "own_rng": self._own_states()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``."""
         super().load_state_dict(state)
-        self._epoch_rng = state.get("epoch_rng")
+        self._epoch_rng, self._own_rng = state.get("epoch_rng"), state.get("own_rng")
+
+
+def _epoch_parts(source: Any) -> list[Any]:
+    """Return the distinct parts of an iterable of batches, itself included, that have a ``set_epoch``."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    parts = [source]
+    while parts:
+        part = parts.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        if callable(getattr(part, "set_epoch", None)):
+            found.append(part)
+        parts += [getattr(part, name, None) for name in ("dataset", "batch_sampler", "sampler")]
+    return found
 
 
 def default_inputs(batch: Any) -> Any:

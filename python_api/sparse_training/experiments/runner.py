@@ -27,7 +27,7 @@ from sparse_training.profiling import calibration
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.samplers.adaptive_weights import SamplingWeights
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import make_policy
+from sparse_training.selection.registry import make_policy, uses_rate
 from sparse_training.selection.types import CandidateIndices, WeightedIndices
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.clock import Clock, Costs
@@ -213,7 +213,7 @@ class Runner:
         trainer = SparseTrainer(
             build_model(design.model, shape=data.shape, classes=len(data.classes)),
             policy=policy_of(method),
-            rate=design.rate,
+            rate=design.rate if uses_rate(policy_of(method)) else None,
             dense_start=design.dense_start,
             dense_end=design.dense_end,
             lr=design.lr,

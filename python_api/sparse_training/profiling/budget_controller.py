@@ -158,6 +158,7 @@ def _seconds(policy: Policy, loader: Loader, costs: Costs) -> StepCosts:
 def _operations(trainer: TrainingStep, loader: Loader) -> StepCosts:
     """Return the costs in operations, counted on a copy of the trainer."""
     twin, batch = copy.deepcopy(trainer), _batch(loader)
+    twin.update.scheduler = None
     with torch.random.fork_rng(devices=[twin.device] if twin.device.type == "cuda" else []):
         twin.check(batch)
         with FlopCounterMode(display=False) as scoring:

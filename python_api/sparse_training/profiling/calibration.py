@@ -58,11 +58,12 @@ def calibrate(
         The median seconds of each stage.
     """
     twin = copy.deepcopy(trainer)
+    twin.update.scheduler = None
     twin.compile()
     memo = {id(trainer.model): twin.model}  # scorers attached to the model are attached to its copy
     copies = [twin.dense, *copy.deepcopy(list((policies or {"": trainer.policy}).values()), memo)]
     sources = [
-        _Source(twin.attach(policy), (loaders or {}).get(policy.name, loader))
+        _Source(twin.attach(policy), (loaders or {}).get(policy.name, loader), classes=twin.criterion.classes)
         for policy in {policy.name: policy for policy in copies}.values()
     ]
     samples: dict[tuple[str, str, int], list[float]] = defaultdict(list)
@@ -92,9 +93,9 @@ def calibrate(
 class _Source:
     """A policy and the batches that it is offered."""
 
-    def __init__(self, policy: Policy, loader: Loader) -> None:
+    def __init__(self, policy: Policy, loader: Loader, *, classes: bool) -> None:
         self.policy, self.loader = policy, loader
-        policy.prepare(loader.size, loader.labels, loader.duplicate_counts)
+        policy.prepare(loader.size, loader.labels if classes else None, loader.duplicate_counts)
         self._probe = loader.probe()
 
     def items(self) -> list[Any]:

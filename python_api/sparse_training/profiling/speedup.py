@@ -97,7 +97,7 @@ def speedup_bounds(
     bounds = []
     listed, all_rates = list(policies), list(rates)
     for done, rate in enumerate(all_rates):
-        made = [make_policy(policy, rate=rate, seed=seed, loss=trainer.criterion.loss) for policy in listed]
+        made = [make_policy(policy, rate=rate, seed=seed, loss=trainer.criterion) for policy in listed]
 
         def report_progress(fraction: float, rates_done: int = done) -> None:
             if progress is not None:

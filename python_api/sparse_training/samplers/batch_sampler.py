@@ -183,13 +183,17 @@ class HistorySampler(Sampler[list[int]]):
         return self._total
 
     def __iter__(self) -> Iterator[list[int]]:
+        if not self._restored:  # here, not at the first batch: the length may be asked for before that
+            finished = self._total is not None and self._drawn >= self._total
+            self._begin(self.epoch + 1 if finished else self.epoch)
+        return self._batches()
+
+    def _batches(self) -> Iterator[list[int]]:
+        """The batches of the epoch; of a restored one the rest of them."""
         if self._restored:
             self._restored = False
             for drawn in tuple(self._pending):
                 yield drawn.index.tolist()
-        else:
-            finished = self._total is not None and self._drawn >= self._total
-            self._begin(self.epoch + 1 if finished else self.epoch)
         while self._drawn < len(self):
             local = self._draw()
             drawn = WeightedIndices(local.index * self.replicas + self.rank, local.weights() * self._share)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparse_training.criterion import loss_setting
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.models.build import ModelFactory
@@ -46,8 +47,44 @@ SCORERS: dict[str, type[Scorer]] = {
 FORMS = "self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE, history"
 
 
+DEFAULT_RATE = 0.1
+
+
+def uses_rate(policy: str | Policy | Gate) -> bool:
+    """Tell whether a rate is of use to make a policy.
+
+    Args:
+        policy: as for ``make_policy``; one that is already made has its own.
+
+    Returns:
+        True for a name, with or without a scorer, whose policy keeps a fraction of the rows that is given.
+    """
+    kind = POLICIES.get(policy.partition("@")[0]) if isinstance(policy, str) else None
+    return kind is not None and kind.target is not Policy.target
+
+
+def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
+    """Refuse a rate that would change nothing.
+
+    Args:
+        policy: as for ``make_policy``.
+        rate: the rate given for it; None for none.
+
+    Raises:
+        UserError: a rate out of range, or one given to a policy that does not use it.
+    """
+    if rate is None:
+        return
+    check_rate(rate)
+    if isinstance(policy, str) and policy.partition("@")[0] in POLICIES and not uses_rate(policy):
+        those = ", ".join(name for name in POLICIES if uses_rate(name))
+        raise UserError(f"`rate` is used by the policies {those}, got {rate} with {policy}; give none")
+    if not isinstance(policy, str) and rate != policy.rate:
+        raise UserError(f"`rate` must be that of the policy, {policy.rate}, where one is given made, got {rate}")
+
+
 def make_policy(
-    policy: str | Policy | Gate, *, rate: float, seed: int, loss: Any = None, scorer: str | Scorer | None = None
+    policy: str | Policy | Gate, *, rate: float | None, seed: int, loss: Any = None, scorer: str | Scorer | None = None
 ) -> Policy:
     """Make a policy from its name or from a gate.
 
@@ -57,9 +94,9 @@ def make_policy(
     Args:
         policy: a name in ``POLICIES``, or policy@scorer, such as "gate@early:3", which is then its name; a Gate; or a
             Policy, which is returned as it is.
-        rate: fraction of the rows to keep, in (0, 1].
+        rate: fraction of the rows to keep, in (0, 1]; None for ``DEFAULT_RATE``.
         seed: seed of the policy's draws.
-        loss: the loss that the model is trained on; None (the default) where it is unknown.
+        loss: the loss that the model is trained on, or its ``Criterion``; None (the default) where it is unknown.
         scorer: a scorer or its name, see ``make_scorer``; None (the default) for the policy's own.
 
     Returns:
@@ -68,7 +105,7 @@ def make_policy(
     Raises:
         UserError: the name is unknown, the rate is out of range, two scorers are named, or the policy uses none.
     """
-    check_rate(rate)
+    rate = DEFAULT_RATE if rate is None else check_rate(rate)
     rank, ranks = rank_and_world_size()
     given = policy
     if isinstance(policy, str) and "@" in policy:
@@ -84,7 +121,8 @@ def make_policy(
         raise UserError(f"`policy` must be one of {', '.join(POLICIES)}, got {policy!r}")
     elif policy == "gate":
         known = ("ignore_index", "label_smoothing")
-        shared = {name: getattr(loss, name) for name in known if hasattr(loss, name)}
+        settings = {} if loss is None else {name: loss_setting(loss, name) for name in known}
+        shared = {name: value for name, value in settings.items() if value is not None}
         made = GatePolicy(rate, seed, process_group="world" if ranks > 1 else None, **shared)
     else:
         kinds = POLICIES if scorer is None or scorer.before_loading else {**POLICIES, **BY_SCORES}

@@ -1,12 +1,14 @@
-"""Checkpoint files: with a digest, written atomically, the previous one kept under another name."""
+"""Checkpoint files: with a digest, written atomically, the previous one kept under another name, one run a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import pickle
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,21 +18,26 @@ from torch.utils import _pytree as pytree
 from sparse_training.errors import UserError
 from sparse_training.files import _write
 
+if sys.platform != "win32":
+    import fcntl
+
 MAGIC = b"sparse-training checkpoint 1 "
 _HEADER = len(MAGIC) + 64 + 1  # the digest in hexadecimal and a newline
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the one it replaces is kept as ``<name>.prev``.
+    """Write a checkpoint; the one it replaces is kept as ``<name>.prev``, unless it is damaged.
 
-    The state is written straight to the disk, so that a table of 100 million scores is not held in memory twice.
+    The new one is read back before either of the others is touched, so that one whole checkpoint is there at any time,
+    and a damaged one never takes the place of a good previous one. The state is written straight to the disk, so that
+    a table of 100 million scores is not held in memory twice.
 
     Args:
         path: the checkpoint's file.
         state: plain containers, numbers, strings and tensors.
 
     Raises:
-        UserError: the file cannot be written; the previous checkpoint is still there, under either name.
+        UserError: the file cannot be written, or reads back otherwise; the checkpoints before are still there.
     """
 
     def fill(file: BinaryIO) -> None:
@@ -42,9 +49,77 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         file.seek(len(MAGIC))
         file.write(hashed.hexdigest())
 
-    if path.exists():
-        os.replace(path, previous_of(path))  # after a crash before the next line this one is loaded
-    _write(path, fill)
+    def rotate(written: Path) -> None:
+        if not _is_whole(written):
+            raise OSError("what was written reads back otherwise")
+        if _is_whole(path):
+            os.replace(path, previous_of(path))  # after a crash before the next step this one is loaded
+
+    _write(path, fill, rotate)
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a file is there with the digest that its header says."""
+    if not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            return _matches(file)
+    except OSError:
+        return False
+
+
+def _matches(file: BinaryIO) -> bool:
+    """Tell whether an open file has the digest that its header says."""
+    header, digest = file.read(_HEADER), hashlib.sha256()
+    while part := file.read(1 << 20):
+        digest.update(part)
+    return header == MAGIC + digest.hexdigest().encode() + b"\n"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder of checkpoints for this process alone; whatever ends the process gives it back.
+
+    The lock is on the folder itself and leaves no file in it. Where a file system has no locks, there is none.
+
+    Args:
+        folder: the folder, which must exist.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder} is in use by another run; wait for its end, or choose another folder") from None
+    except OSError:  # a network's file system may lock no folders
+        pass
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """Give up a parent's locks in its child, such as a DataLoader's worker, which may live on when the parent dies."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class _Hashed:
@@ -107,13 +182,13 @@ def previous_of(path: Path) -> Path:
 
 
 def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # opening a FIFO or a device may never return
+        raise UserError(f"{path}: a checkpoint must be a regular file")
     try:
         with open(path, "rb") as file:
-            header = file.read(_HEADER)
-            digest = hashlib.sha256()
-            while part := file.read(1 << 20):
-                digest.update(part)
-            if header != MAGIC + digest.hexdigest().encode() + b"\n":
+            if not _matches(file):
+                file.seek(0)
+                header = file.read(len(MAGIC))
                 fault = "its digest does not match" if header.startswith(MAGIC[:24]) else "its header is another"
                 raise UserError(f"{path} is damaged or not a checkpoint: {fault}")
             file.seek(_HEADER)
@@ -127,4 +202,16 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain containers, and is not loaded") from None
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises nearly anything on what torch.save has not written
+        raise UserError(f"{path} holds nothing that torch.save writes, and is not loaded: {one_line(error)}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} must hold a mapping, got a {type(state).__name__}; it is no checkpoint")
     return state
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -7,9 +7,42 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from sparse_training.errors import UserError
 from sparse_training.ranks import rank_and_world_size
+
+
+def split_wrapper(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """Tell a model from what wraps it for several processes.
+
+    Args:
+        model: a module; or one in DistributedDataParallel, compiled or not; or one that FSDP shards.
+
+    Returns:
+        The model itself, and the module that training passes go through; None where nothing wraps the model.
+
+    Raises:
+        UserError: a wrapped part within a model that is not wrapped.
+    """
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    if isinstance(inner, DistributedDataParallel):
+        return inner.module, model
+    if is_sharded(inner):
+        return model, model
+    if inside := [name for name, module in model.named_modules() if isinstance(module, DistributedDataParallel)]:
+        raise UserError(f"DistributedDataParallel must wrap the whole model or none of it, got its {inside[0]}")
+    return model, None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether FSDP shards a model: ``fully_shard``, or the older wrapper."""
+    if not dist.is_available():
+        return False
+    from torch.distributed import fsdp
+
+    return isinstance(model, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
 
 
 class Ranks:

@@ -24,6 +24,7 @@ class TrainingLog:
         rows_trained: rows trained on.
         offered: rows of the sparse phase.
         kept: rows of the sparse phase that the policy kept.
+        invalid: batches whose loss was not finite, which were not learned from.
         phases: steps of each phase.
         evals: results of the evaluations, each with its "seconds" and "step".
         trace: tuples of a step and the policy's ``trace`` after it, at most 500.
@@ -44,6 +45,7 @@ class TrainingLog:
     rows_trained: int | Tensor = 0
     offered: int | Tensor = 0
     kept: int | Tensor = 0
+    invalid: int | Tensor = 0
     phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     evals: list[dict[str, float]] = field(default_factory=list)
     trace: list[tuple[Any, ...]] = field(default_factory=list)
@@ -95,6 +97,7 @@ class TrainingLog:
             "rows_seen": int(self.rows_seen),
             "rows_trained": int(self.rows_trained),
             "rate": self.rate,
+            "invalid_batches": int(self.invalid),
             "phases": dict(self.phases),
             "evals": list(self.evals),
             "trace": [

@@ -183,6 +183,7 @@ class TrainingLoop:
         offered = batch.offered if batch.counted is None else batch.counted
         log.rows_seen += offered
         log.rows_trained += kept.rows
+        log.invalid += self.trainer.update.take_invalid()
         if phase != "sparse" or policy.name == self.trainer.dense.name:
             return
         log.offered += offered
@@ -211,9 +212,13 @@ class TrainingLoop:
         if not trainer.ranks.alone:
             log.merge_ranks(trainer.ranks.all(log))
         if not log.interrupted:
+            invalid = int(log.invalid)
+            several = "batches" if invalid > 1 else "batch"
+            lost = [f"{invalid} {several} of {log.steps} had a loss that is not finite and were not learned from"]
             log.warnings = trainer.policy.warnings(log.rate)
             if self.rate_control is not None:
                 log.warnings += self.rate_control.warnings()
+            log.warnings += lost if invalid else []
         return log
 
 

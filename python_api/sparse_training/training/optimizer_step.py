@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sparse_training.errors import UserError
 from sparse_training.selection.types import SelectedBatch
 from sparse_training.training.distributed import Ranks
 from sparse_training.training.settings import TrainerSettings
@@ -32,6 +34,10 @@ class OptimizerStep:
 
     Attributes:
         ema: the averaged model; None without ``ema``.
+        scheduler: the caller's learning-rate scheduler, stepped after every optimizer step; None without one.
+        defers: True where the ranks exchange gradients in the last batch of an optimizer step alone.
+        invalid: number of batches since ``take_invalid`` whose loss was not finite, which are not learned from.
+        rejected: True where the last batch was skipped for its loss.
         batches: number of batches since the last step.
         first: divisor of the first of them that had rows; None before it.
         total: sum of the divisors of all of them.
@@ -52,6 +58,11 @@ class OptimizerStep:
         average = None if ema is None else get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
         self.ema = None if ema is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.ranks = ranks or Ranks()
+        self.scheduler: LRScheduler | None = None
+        self.invalid: int | Tensor = 0
+        self.rejected, self.defers = False, False
+        self._local = False  # the gradients of an incomplete step are this rank's
+        self._bad: Tensor | None = None  # float32, 1 where a batch since the last step is not finite
         self._shared: Callable[[], Tensor] | None = None  # waits for the rows and divisor of all ranks' batches
         self.batches = 0
         self.first: int | Tensor | None = None
@@ -77,10 +88,16 @@ class OptimizerStep:
             own = torch.stack((some, some * divisor))
             self._shared = self.ranks.sum_later(own)
 
-    def add(self, losses: Tensor, kept: SelectedBatch) -> None:
-        """Add a batch: run the backward pass of its losses, and the optimizer step if the batch completes one."""
-        if self.first is None:
-            self.optimizer.zero_grad(set_to_none=True)
+    def add(self, losses: Tensor, kept: SelectedBatch) -> Tensor | None:
+        """Add a batch: run the backward pass of its losses, and the optimizer step if the batch completes one.
+
+        A batch whose loss is not finite, on any rank, is counted and skipped. Where only the device knows, the
+        optimizer step that it belongs to is skipped instead.
+
+        Returns:
+            Whether the batch was invalid, as a bool tensor; None where the host knows that it was not.
+        """
+        self.rejected = False
         rows: int | Tensor = kept.rows
         divisor = losses.shape[0] if kept.weight is None else kept.divisor
         if self._shared is not None:
@@ -92,14 +109,50 @@ class OptimizerStep:
             loss = losses.mean()
         else:
             loss = (losses * kept.weight).sum() / divisor
+        if (bad := self._is_invalid(loss)) is not None and not self.skips_on_device():
+            self.skip()
+            self.rejected = True
+            return bad
         if self.first is None:
+            self.optimizer.zero_grad(set_to_none=True)
             self.first = divisor
         elif self.accumulate > 1:
             loss = loss * (divisor / self.first)
         # The divisor of an empty padded batch is not its number of rows.
         self.total += torch.where(rows == 0, 0, divisor) if isinstance(rows, Tensor) else divisor
+        self._local = self.defers and not self.completes
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.skip()
+        return bad
+
+    @property
+    def completes(self) -> bool:
+        """True where the next batch completes an optimizer step."""
+        return self.batches + 1 >= self.accumulate
+
+    def _is_invalid(self, loss: Tensor) -> Tensor | None:
+        """Tell whether a batch's loss is not finite on some rank, and count it; None where the host knows it is."""
+        bad = (~loss.detach().isfinite()).float().reshape(())
+        if not self.ranks.alone:
+            bad = self.ranks.sum_later(bad)().clamp(max=1.0)
+        if not self.skips_on_device():
+            if not bool(bad):
+                return None
+            self.invalid += 1
+        else:
+            self.invalid = self.invalid + bad
+            self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+        return bad > 0
+
+    def take_invalid(self) -> int | Tensor:
+        """Return the number of invalid batches since the last call."""
+        found, self.invalid = self.invalid, 0
+        return found
+
+    def reset(self) -> None:
+        """Forget the batches of an incomplete step."""
+        self._local = False
+        self.batches, self.first, self.total, self._bad = 0, None, 0, None
 
     def skip(self) -> None:
         """Count a batch, which may have had no rows; take the optimizer step if the batch completes one."""
@@ -110,10 +163,12 @@ class OptimizerStep:
     def step(self) -> None:
         """Take the optimizer step on the rows added since the last one; do nothing if there were none."""
         self.batches = 0
-        first, total = self.first, self.total
-        self.first, self.total = None, 0
+        first, total, bad = self.first, self.total, self._bad
+        self.first, self.total, self._bad = None, 0, None
         if first is None:
             return
+        if self._local:
+            self._average_gradients()
         empty = (total == 0).float().reshape(()) if isinstance(total, Tensor) and self.skips_on_device() else None
         if empty is None and not self.ranks.alone and float(total) == 0.0:  # no rank had a row
             return
@@ -126,11 +181,36 @@ class OptimizerStep:
             if self.accumulate == 1:
                 self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
-        with nullcontext() if empty is None else self._skipped_where(empty):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        skip = torch.maximum(empty, bad) if empty is not None and bad is not None else bad if empty is None else empty
+        with nullcontext() if skip is None else self._skipped_where(skip):
+            taken = self._scaled_step()
+        if self.scheduler is not None and taken:
+            self._step_scheduler(self.scheduler)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+
+    def _average_gradients(self) -> None:
+        """Average the ranks' gradients, of a step whose last batch had none or never came."""
+        self._local = False
+        parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        there = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.device)
+        for parameter, some in zip(parameters, self.ranks.sum_later(there.int())().tolist(), strict=True):
+            if some:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.ranks.sum_later(gradient)() / self.ranks.size
+
+    def _scaled_step(self) -> bool:
+        """Take the step, unless the scaler finds that scaled gradients overflowed; tell whether it was taken."""
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return not self.scaler.is_enabled() or self.scaler.get_scale() >= scale
+
+    def _step_scheduler(self, scheduler: LRScheduler) -> None:
+        try:
+            scheduler.step()
+        except ValueError as error:  # as of OneCycleLR after its last step
+            raise UserError(f"`schedule`, a {type(scheduler).__name__}, cannot take this step: {error}") from error
 
     def _parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the optimizer."""
@@ -169,10 +249,12 @@ class OptimizerStep:
         """Return the state of the optimizer, scaler and average, and the gradients of an incomplete step."""
         pending = None
         if self.first is not None:  # the gradients of a step that is not complete
-            pending = {"first": self.first, "total": self.total, "gradients": [p.grad for p in self._parameters()]}
+            gradients = [parameter.grad for parameter in self._parameters()]
+            pending = {"first": self.first, "total": self.total, "gradients": gradients, "local": self._local}
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "batches": self.batches,
             "pending": pending,
@@ -182,11 +264,22 @@ class OptimizerStep:
         """Restore ``state_dict``."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        self.reset()
         self.batches = int(state["batches"])
-        self.first, self.total = None, 0
         if (pending := state["pending"]) is not None:
             self.first, self.total = pending["first"], pending["total"]
-            for parameter, gradient in zip(self._parameters(), pending["gradients"], strict=True):
-                parameter.grad = None if gradient is None else gradient.to(parameter)
+            self._local = bool(pending.get("local", False))
+            self.load_gradients(pending["gradients"])
+
+    def own_gradients(self) -> list[Tensor | None] | None:
+        """Return the gradients of an incomplete step, where they are this rank's own; None otherwise."""
+        return [parameter.grad for parameter in self._parameters()] if self._local and self.first is not None else None
+
+    def load_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Restore the gradients of an incomplete step."""
+        for parameter, gradient in zip(self._parameters(), gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter)

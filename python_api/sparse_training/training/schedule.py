@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
 from sparse_training.errors import UserError
 
 PHASES = ("warmup", "sparse", "anneal")  # dense start, sparse, dense end: the names that recorded results have
@@ -22,7 +24,8 @@ class Schedule:
         dense_end: fraction that trains on every row at the end, so that rows left out are not forgotten, in [0, 1].
             Default 0.125.
         shape: learning rate: "cosine" to zero or "constant", after a linear rise; or a callable that maps progress
-            in [0, 1] to a factor of the learning rate. Default "cosine".
+            in [0, 1] to a factor of the learning rate; or a scheduler of PyTorch's, which sets the learning rate
+            itself. Default "cosine".
         rise: fraction of the run over which the learning rate rises, in [0, 1]. Default 0.02.
 
     Raises:
@@ -31,7 +34,7 @@ class Schedule:
 
     dense_start: float = 0.05
     dense_end: float = 0.125
-    shape: str | Callable[[float], float] = "cosine"
+    shape: str | Callable[[float], float] | LRScheduler = "cosine"
     rise: float = 0.02
 
     def __post_init__(self) -> None:
@@ -44,14 +47,27 @@ class Schedule:
                 f"`dense_start` {self.dense_start} and `dense_end` {self.dense_end} add up to more than 1, "
                 "which leaves no sparse phase"
             )
-        if not callable(self.shape) and self.shape not in SHAPES:
-            raise UserError(f"`schedule` must be a callable or one of {', '.join(SHAPES)}, got {self.shape!r}")
+        if isinstance(self.shape, ReduceLROnPlateau):
+            raise UserError("`schedule` must be a scheduler that is stepped without a metric, got a ReduceLROnPlateau")
+        if isinstance(self.shape, type) and issubclass(self.shape, LRScheduler):
+            raise UserError(f"`schedule` must be a scheduler of the optimizer, got the class {self.shape.__name__}")
+        if not callable(self.shape) and self.scheduler is None and self.shape not in SHAPES:
+            raise UserError(
+                f"`schedule` must be a scheduler, a callable or one of {', '.join(SHAPES)}, got {self.shape!r}"
+            )
+
+    @property
+    def scheduler(self) -> LRScheduler | None:
+        """PyTorch's scheduler, where that sets the learning rate."""
+        return self.shape if isinstance(self.shape, LRScheduler) else None
 
     @property
     def name(self) -> str:
         """Name of the shape, for a checkpoint's settings."""
         shape = self.shape
-        return getattr(shape, "__qualname__", type(shape).__name__) if callable(shape) else shape
+        if self.scheduler is not None:
+            return type(shape).__name__
+        return getattr(shape, "__qualname__", type(shape).__name__) if callable(shape) else str(shape)
 
     def phase(self, progress: float) -> str:
         """Return the phase at a progress in [0, 1]: one of PHASES."""
@@ -60,7 +76,12 @@ class Schedule:
         return "anneal" if progress >= 1.0 - self.dense_end else "sparse"
 
     def factor(self, progress: float) -> float:
-        """Return the learning rate's factor at a progress; the rise starts at 0.1, for a step at 0 is wasted."""
+        """Return the learning rate's factor at a progress; the rise starts at 0.1, for a step at 0 is wasted.
+
+        Of a scheduler, which has no factor, it is 1.
+        """
+        if self.scheduler is not None:
+            return 1.0
         if callable(self.shape):
             return float(self.shape(progress))
         scale = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))) if self.shape == "cosine" else 1.0

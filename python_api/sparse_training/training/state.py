@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ from torch import Tensor
 
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
+from sparse_training.generators import rng_state, set_rng_state
 from sparse_training.training.callbacks import EnergyRecord, RateControl
-from sparse_training.training.checkpoint import load_checkpoint, previous_of, save_checkpoint
+from sparse_training.training.checkpoint import load_checkpoint, locked, one_line, previous_of, save_checkpoint
 from sparse_training.training.clock import Clock
-from sparse_training.training.generators import rng_state, set_rng_state
+from sparse_training.training.distributed import Ranks, is_sharded
 from sparse_training.training.log import TrainingLog
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.step import TrainingStep
 
 CHECKPOINT = "checkpoint.pt"
+SHARED = ("model", "update", "clock", "energy", "others")
+OWN = ("settings", "policy", "loader", "operations", "spending", "history", "rng", "buffers")
 # Names and values of settings in checkpoints of version 0.1.0.
 _FORMER_NAMES = {"warmup": "dense_start", "anneal": "dense_end", "kept": "granularity", "within": "cost_budget"}
 _FORMER_GRANULARITIES = {"samples": "sample", "elements": "token"}
@@ -52,6 +56,12 @@ class RunState:
         energy: EnergyRecord,
         folder: str | Path | None,
     ) -> None:
+        if folder is not None and is_sharded(trainer.model):
+            raise UserError(
+                "`checkpoint` cannot be written of a model that FSDP shards; save it by torch.distributed.checkpoint"
+            )
+        if folder is not None:
+            loader.check_resumable()
         self.trainer, self.loader, self.settings = trainer, loader, settings
         self.log, self.clock, self.energy = TrainingLog(), clock, energy
         self.rate_control: RateControl | None = None
@@ -77,7 +87,7 @@ class RunState:
         """
         assert self.path is not None
         trainer, state = self.trainer, load_checkpoint(self.path, self.trainer.device)
-        of_ranks = [state, *state["others"]]
+        of_ranks = self._of_ranks(state)
         if len(of_ranks) != trainer.ranks.size:
             raise UserError(
                 f"the checkpoint was written by {len(of_ranks)} processes; resume it with as many, "
@@ -85,18 +95,36 @@ class RunState:
             )
         own: Mapping[str, Any] = of_ranks[trainer.ranks.rank]
         _compare(_renamed(own["settings"]), self.settings)
+        _compare_models(state["model"], trainer.model.state_dict())
+        self._restore("update", trainer.update, state)
+        if (gradients := own.get("gradients")) is not None:
+            trainer.update.load_gradients(gradients)
         trainer.model.load_state_dict(state["model"])
-        trainer.update.load_state_dict(state["update"])
-        self.clock.load_state_dict(state["clock"])
+        self._restore("clock", self.clock, state)
         for buffer, value in zip(self._buffers() if own["buffers"] else (), own["buffers"], strict=True):
             buffer.copy_(value)
-        trainer.policy.load_state_dict(own["policy"])
-        self.loader.load_state_dict(own["loader"])
-        self.energy.load_state_dict(state["energy"])
-        trainer.operations.load_state_dict(own["operations"])
+        self._restore("policy", trainer.policy, own)
+        self._restore("loader", self.loader, own)
+        self._restore("energy", self.energy, state)
+        self._restore("operations", trainer.operations, own)
         vars(self.log).update(own["history"], interrupted=False)
         set_rng_state(own["rng"], trainer.device)
         return own
+
+    def _of_ranks(self, state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Return the part of the checkpoint that each rank wrote, if it is that of a run."""
+        of_ranks = [state, *state["others"]] if isinstance(state.get("others"), list) else [state]
+        for part, names in ((state, SHARED), *((own, OWN) for own in of_ranks)):
+            if missing := [name for name in names if not isinstance(part, Mapping) or name not in part]:
+                raise UserError(f"{self.path} is no checkpoint of a training run: it has no {', '.join(missing)}")
+        return of_ranks
+
+    def _restore(self, name: str, target: Any, state: Mapping[str, Any]) -> None:
+        """Restore one part of the run from the checkpoint."""
+        try:
+            target.load_state_dict(state[name])
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path} does not fit this run: its {name} says {one_line(error)}") from error
 
     def _shared(self) -> dict[str, Any]:
         """Return the state that is equal on all ranks, or that all take from the first."""
@@ -118,6 +146,7 @@ class RunState:
             "spending": None if self.rate_control is None else self.rate_control.state_dict(),
             "history": self.log.state_dict(),
             "rng": rng_state(trainer.device),
+            "gradients": None if trainer.ranks.rank == 0 else trainer.update.own_gradients(),
             "buffers": [] if trainer.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],
         }
 
@@ -128,12 +157,66 @@ class RunState:
         return [buffer for model in models for buffer in model.buffers()]
 
 
-def has_checkpoint(folder: str | Path | None) -> bool:
-    """Tell whether a folder holds a checkpoint, or the one before it."""
-    if folder is None:
-        return False
-    path = Path(folder) / CHECKPOINT
-    return path.exists() or previous_of(path).exists()
+class CheckpointFolder:
+    """The folder of a run's checkpoints, held while the run lasts so that no other run writes to it.
+
+    The first rank holds it for all; where it cannot, all of them raise.
+
+    Args:
+        folder: the folder, made by ``make`` if it is not there; None for no checkpoints.
+        ranks: the processes of the run.
+        resume: True to allow a checkpoint in the folder.
+
+    Attributes:
+        resumes: True where the folder holds a checkpoint, or the one before it.
+
+    Raises:
+        UserError: a checkpoint without ``resume``, or a folder in use.
+    """
+
+    def __init__(self, folder: str | Path | None, ranks: Ranks, *, resume: bool) -> None:
+        self.path = None if folder is None else Path(folder)
+        self.ranks, self.resume, self.resumes = ranks, resume, False
+        self._lock = ExitStack()
+        self._held = False
+
+    def __enter__(self) -> CheckpointFolder:
+        if self.path is not None:
+            self.resumes = self._enter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def make(self) -> None:
+        """Make the folder, if it was not there before."""
+        if self.path is not None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._enter() and not self.resumes:  # another run began after this one
+                raise UserError(f"{self.path / CHECKPOINT} has just been written by another run")
+
+    def _enter(self) -> bool:
+        """Hold the folder, if it is there; tell whether it has a checkpoint. All ranks raise the same."""
+        assert self.path is not None
+        refusal, path = "", self.path / CHECKPOINT
+        if self.ranks.rank == 0 and not self._held and self.path.is_dir():
+            try:
+                self._lock.enter_context(locked(self.path))
+                self._held = True
+            except UserError as error:
+                refusal = str(error)
+        seen = self.ranks.all((refusal, path.exists() or previous_of(path).exists()))
+        refusal, found = seen[0]
+        blind = [rank for rank, (_, sees) in enumerate(seen) if sees != found]
+        if not refusal and blind:
+            there, absent = (0, blind[0]) if found else (blind[0], 0)
+            refusal = f"rank {there} sees {path} and rank {absent} does not; give all of them one folder"
+        if not refusal and found and not self.resume:
+            refusal = f"{path} exists already; resume it, or choose another folder"
+        if refusal:
+            self._lock.close()
+            raise UserError(refusal)
+        return bool(found)
 
 
 def run_settings(
@@ -155,7 +238,7 @@ def run_settings(
     return {
         "budget": budget,
         "policy": trainer.policy.name,
-        "rate": trainer.policy.rate,
+        "rate": trainer.policy.rate if trainer.policy.target is not None else None,  # None: the policy has none
         "seed": seed,
         "dense_start": schedule.dense_start,
         "dense_end": schedule.dense_end,
@@ -186,6 +269,19 @@ def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    settings = {**settings, "rate": saved.get("rate") if settings["rate"] is None else settings["rate"]}
     if differing := [name for name, value in settings.items() if saved.get(name) != value]:
         changes = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
         raise UserError(f"the checkpoint was made with other settings: {changes}")
+
+
+def _compare_models(saved: Any, model: Mapping[str, Any]) -> None:
+    """Refuse the weights of another model before anything is restored."""
+    shapes = [
+        {name: list(getattr(value, "shape", ())) for name, value in states.items()}
+        for states in (saved if isinstance(saved, Mapping) else {}, model)
+    ]
+    for name in dict.fromkeys((*shapes[1], *shapes[0])):
+        was, now = (of.get(name, "absent") for of in shapes)
+        if was != now:
+            raise UserError(f"the checkpoint is of another model: {name} {was} is now {now}")

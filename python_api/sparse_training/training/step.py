@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -23,7 +23,7 @@ from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.types import Batch, CandidateIndices, Scores, SelectedBatch, WeightedIndices
-from sparse_training.training.distributed import Ranks
+from sparse_training.training.distributed import Ranks, is_sharded, split_wrapper
 from sparse_training.training.flops import Operations
 from sparse_training.training.optimizer_step import OptimizerStep
 from sparse_training.training.settings import TrainerSettings
@@ -50,7 +50,7 @@ class TrainingStep:
     copies of this object.
 
     Args:
-        model: any module; wrapped in DistributedDataParallel where several processes train it.
+        model: any module; wrapped in DistributedDataParallel where several processes train it and nothing wraps it.
         criterion: loss of each row.
         policy: policy that selects the rows of the sparse steps.
         optimizer: an optimizer, or a factory called with (parameters, lr=lr); None for AdamW.
@@ -90,9 +90,9 @@ class TrainingStep:
         self.settings, self.amp, self.precision = settings, settings.amp_dtype, settings.scoring_precision
         self.device = devices.find(device) if device is not None else _device_of(model)
         self.ranks = Ranks()
-        wrapped = model if isinstance(model, DistributedDataParallel) else None
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
+        model, wrapped = split_wrapper(model)
+        if settings.ema is not None and is_sharded(model):
+            raise UserError("`ema` cannot average a model that FSDP shards; give no ema")
         self.model: nn.Module = model.to(self.device)
         channels_last = settings.channels_last
         if channels_last is None:
@@ -106,8 +106,14 @@ class TrainingStep:
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
         self.operations = Operations()
         # Training passes alone go through it: a scoring pass has no gradient to average.
-        self.parallel = wrapped or (self.model if self.ranks.alone else DistributedDataParallel(self.model))
+        if wrapped is None:
+            wrapped = self.model if self.ranks.alone else DistributedDataParallel(self.model)
+        self.parallel = wrapped
+        ddp = getattr(self.parallel, "_orig_mod", self.parallel)
+        self._ddp = ddp if isinstance(ddp, DistributedDataParallel) else None
+        self.update.defers = self._ddp is not None
         self.compile()
+        self._norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
         self._checked = False
 
     def compile(self) -> None:
@@ -180,7 +186,8 @@ class TrainingStep:
         if samples.rows == 0 and not self.ranks.alone:
             inputs, targets = zero_row_like((samples.inputs, samples.targets))
             samples = samples._replace(inputs=inputs, targets=targets.fill_(self.criterion.ignore_index))
-        with self._statistics(samples.rows), self._autocast():
+        statistics = self._running_statistics()
+        with self._exchange(), self._statistics(samples.rows), self._autocast():
             rows = self.criterion.tokens(forward(self.parallel, samples.inputs), samples.targets)
             counts = rows[1] != self.criterion.ignore_index
             loader = StreamLoader((), device=self.device)
@@ -199,7 +206,8 @@ class TrainingStep:
                 return batch, kept
             self.update.sum_rows(kept)
             losses = self.criterion(kept.inputs, kept.targets)
-        self.update.add(losses, kept)
+        with self._exchange():
+            self._statistics_back(statistics, self.update.add(losses, kept))
         return batch, kept
 
     def report(self, policy: Policy, batch: Batch, kept: SelectedBatch, result: ForwardResult | None) -> None:
@@ -211,6 +219,8 @@ class TrainingStep:
             kept: its selected rows.
             result: losses and outputs of those rows; None if there were none.
         """
+        if self.update.rejected:
+            return
         if result is not None or not self.ranks.alone:  # all ranks train one auxiliary network
             policy.scorer.learn(kept)
         if result is not None and batch.ids is not None:
@@ -226,17 +236,50 @@ class TrainingStep:
             inputs, targets = zero_row_like((kept.inputs, kept.targets))
             kept = SelectedBatch(inputs, targets, 0, None, torch.zeros(1, device=self.device), 0)
         self.update.sum_rows(kept)
-        with self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
+        statistics = self._running_statistics()
+        with self._exchange(), self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
             logits = forward(self.parallel, kept.inputs)
             losses = self.criterion(logits, kept.targets)
-        self.update.add(losses, kept)
+        with self._exchange():
+            self._statistics_back(statistics, self.update.add(losses, kept))
         if nothing:
             return None
         return ForwardResult(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
 
+    def _exchange(self) -> AbstractContextManager[None]:
+        """Let ranks exchange gradients in the passes of a batch that completes an optimizer step, and no others."""
+        if self._ddp is None or self.update.completes:
+            return nullcontext()
+        no_sync: AbstractContextManager[None] = self._ddp.no_sync()
+        return no_sync
+
     def _statistics(self, rows: int) -> AbstractContextManager[None]:
         """Let BatchNorm use its running statistics for a single row, whose variance is 0 or an error."""
         return evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
+
+    def _running_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each running statistic of the model's normalisation, as integers, and a copy of it."""
+        live = [buffer for module in self._norms if module.training for buffer in module.buffers(recurse=False)]
+        return [(buffer, buffer.clone()) for buffer in map(_as_integers, live)]
+
+    @torch.no_grad()
+    def _statistics_back(self, statistics: list[tuple[Tensor, Tensor]], invalid: Tensor | None) -> None:
+        """Undo what an invalid batch did to the running statistics; waits for no device."""
+        if invalid is None or not statistics:
+            return
+        if self.device.type == "xla":
+            for live, before in statistics:
+                live.copy_(torch.where(invalid, before, live))
+            return
+        # Integers, which no NaN gets into: a factor of 0 or 1 selects bit for bit, in few launches.
+        lists: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for live, before in statistics:
+            for of_kind, tensor in zip(lists.setdefault(live.dtype, ([], [])), (live, before), strict=True):
+                of_kind.append(tensor)
+        for dtype, (live_ones, saved) in lists.items():
+            torch._foreach_mul_(live_ones, (~invalid).to(dtype))
+            torch._foreach_mul_(saved, invalid.to(dtype))
+            torch._foreach_add_(live_ones, saved)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
@@ -275,6 +318,10 @@ class TrainingStep:
 
     def set_learning_rate(self, factor: float) -> None:
         """Set the learning rate of each parameter group to a multiple of its first one."""
+        if self.update.scheduler is not None:  # the model's is the scheduler's; what is trained beside it follows
+            group = self.optimizer.param_groups[0]
+            self.scorer.set_learning_rate(float(group["lr"]) / (float(group["initial_lr"]) or 1.0))
+            return
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(group["initial_lr"] * factor)
@@ -325,6 +372,13 @@ class TrainingStep:
         if isinstance(data, Loader):
             return data
         return StreamLoader(data, device=self.device, inputs=self.settings.inputs, targets=self.settings.targets)
+
+
+def _as_integers(buffer: Tensor) -> Tensor:
+    """View a tensor as integers of the same size; on XLA, which has no such views, as it is."""
+    if not buffer.is_floating_point() or buffer.device.type == "xla":
+        return buffer
+    return buffer.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[buffer.element_size()])
 
 
 def zero_row_like(tree: Any) -> Any:

@@ -55,7 +55,7 @@ class AdaptivePolicy(PastPolicy):
             duplicate_counts: returns how many rows have the same inputs as each, int64 [rows], or None.
 
         Raises:
-            UserError: there are more or fewer rows than before.
+            UserError: there are more or fewer rows than in a state just loaded.
         """
         self._stream = rows is None
         if rows is not None:
@@ -67,8 +67,10 @@ class AdaptivePolicy(PastPolicy):
         self.sampler = SamplingWeights(
             rows, targets, counts, seed=self.seed, balance_from=BALANCE_FROM if self.balance else None
         )
+        self.progress = 0.0
         if self._state is not None:
             self.sampler.load_state_dict(self._state)
+            self._state = None
 
     def set_progress(self, progress: float) -> None:
         """Set the fraction of the run that is done, 0 to 1."""
@@ -119,3 +121,4 @@ class AdaptivePolicy(PastPolicy):
         self._observed, self._state = None, state or None
         if self.sampler is not None and state:
             self.sampler.load_state_dict(state)
+            self._state, self._loaded = None, True

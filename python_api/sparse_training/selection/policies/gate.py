@@ -98,7 +98,8 @@ class GatePolicy(Policy):
         """
         logits, targets, offset = scores.logits, scores.targets, scores.offset
         self._seen = None
-        if isinstance(logits, Tensor) and targets is not None and targets_are_classes(logits, targets):
+        classes = not isinstance(scores.criterion, Criterion) or scores.criterion.classes
+        if classes and isinstance(logits, Tensor) and targets is not None and targets_are_classes(logits, targets):
             if offset is not None:
                 if "loss" not in self.gate.significance.weights:
                     raise UserError(

@@ -27,6 +27,7 @@ class PastPolicy(Policy):
 
     rows: int | None = None
     _observed: tuple[Tensor, Tensor, Any] | None = None  # not yet recorded
+    _loaded = False  # a state was loaded that no step has changed since
 
     @property
     def before_loading(self) -> bool:
@@ -39,7 +40,7 @@ class PastPolicy(Policy):
         targets: Tensor | None = None,
         duplicate_counts: Callable[[], Tensor | None] | None = None,
     ) -> None:
-        """Allocate what depends on the number of rows, or check that it is the same.
+        """Begin a run without a past, which may be that of other rows or other labels; but keep a state just loaded.
 
         Args:
             rows: number of rows of the data set; None where they have no numbers.
@@ -47,14 +48,15 @@ class PastPolicy(Policy):
             duplicate_counts: returns how many rows have the same inputs as each, int64 [rows], or None.
 
         Raises:
-            UserError: rows have no numbers, or there are more or fewer than before.
+            UserError: rows have no numbers, or there are more or fewer than in the state.
         """
         if rows is None:
             raise UserError(
                 f"the policy {self.name} asks for rows by their number; use data held in memory (ResidentLoader), or "
                 "for a DataLoader HistorySampler"
             )
-        if self.rows is None:
+        if not self._loaded:
+            self._observed = None
             self.start(rows, targets, duplicate_counts)
             self.rows = rows
         elif self.rows != rows:
@@ -70,6 +72,7 @@ class PastPolicy(Policy):
 
     def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:
         """Keep the outputs of the rows just trained on, to be recorded before the next choice."""
+        self._loaded = False
         self.flush()
         self._observed = ids, losses, logits
 
@@ -137,5 +140,7 @@ class HistoryPolicy(PastPolicy):
         """Continue from a state of ``get_extra_state``."""
         self._observed = None
         if state:
+            self._loaded = self.rows is not None
             self.prepare(len(state["table"]["scores"]))
             self.require_table().load_state_dict(state["table"])
+            self._loaded = True

@@ -38,6 +38,7 @@ class InfoBatchPolicy(HistoryPolicy):
     def make_sampler(self, table: ScoreTable) -> None:
         """Make the sampler of a table."""
         self.sampler = InfoBatch(table, seed=self.seed, prune=self.prune)
+        self.waiting = no_rows()
 
     def choose(self, candidates: CandidateIndices) -> WeightedIndices:
         """A whole batch of the rows kept so far, or no row while there are too few."""

@@ -31,6 +31,7 @@ class HistoryScorer(Scorer):
         super().__init__()
         self.table: ScoreTable | None = None
         self._observed: tuple[Tensor, Tensor] | None = None  # not yet in the table
+        self._loaded = False  # a state was loaded that no step has changed since
 
     def prepare(self, rows: int | None) -> None:
         """Allocate the table.
@@ -39,20 +40,22 @@ class HistoryScorer(Scorer):
             rows: number of rows of the data set; None where they have no numbers.
 
         Raises:
-            UserError: rows have no numbers, or there are more or fewer than before.
+            UserError: rows have no numbers, or there are more or fewer than in a state just loaded.
         """
         if rows is None:
             raise UserError(
                 "the scorer history asks for rows by their number; use data held in memory (ResidentLoader), or for a "
                 "DataLoader HistorySampler"
             )
-        if self.table is None:
+        if self.table is None or not self._loaded:  # a run begins without a past, which may be that of other rows
+            self._observed = None
             self.table = ScoreTable(rows, signed=True)
         elif self.table.rows != rows:
             raise UserError(f"the scorer history has a table of {self.table.rows} rows, got {rows} rows")
 
     def observe(self, ids: Tensor, losses: Tensor) -> None:
         """Keep the losses of the rows just trained on, to be entered before the next choice."""
+        self._loaded = False
         self._flush()
         self._observed = ids, losses
 
@@ -79,3 +82,4 @@ class HistoryScorer(Scorer):
         if state:
             self.table = ScoreTable(len(state["table"]), signed=True)
             self.table.load_state_dict({"scores": state["table"], "invalid": 0})
+            self._loaded = True
