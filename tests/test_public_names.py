@@ -48,6 +48,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_every_public_name_and_path_imports_alone():
     names = [f"from sparse_training import {name}" for name in sparse_training.__all__]
     done = run(FORKING, json.dumps([*names, *PATHS]))

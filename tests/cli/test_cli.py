@@ -136,6 +136,7 @@ STUDY = ["study", "--model", "test_cli:model", "--batch-size", "32", "--rate", "
 STUDY += ["--tasks", "clean,noise", "--methods", "random-again,gate", "--seeds", "2", "--evaluations", "2"]
 
 
+@pytest.mark.slow
 def test_study_says_whether_chance_shows_before_any_difference(here, capsys, monkeypatch):
     monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
     monkeypatch.setattr("sparse_training.experiments.study.LONGEST_CALIBRATION", 0.0)
@@ -181,6 +182,7 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
 BOUNDS = ["bounds", "--model", "test_cli:model", "--batch-size", "256", "--rates", "0.3,0.06"]
 
 
+@pytest.mark.slow
 def test_bounds_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written(here, capsys, monkeypatch):
     monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
     assert main([*BOUNDS, "--scorers", "self,early:1,history"]) == 0

@@ -81,6 +81,7 @@ def same(a, b):
             assert one == two
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path, start):
     began = time.monotonic()
     whole = start(tmp_path, [*TRAIN, "--out", "whole"])

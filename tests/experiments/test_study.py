@@ -204,6 +204,7 @@ def test_an_unfinished_study_is_read_as_far_as_it_goes(tmp_path):
     assert rows["gate"]["difference"]["mean"] == accuracy["gate", 1] - accuracy["random", 1]
 
 
+@pytest.mark.slow
 def test_the_gate_finds_planted_noise_and_the_gallery_shows_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "TOP", 20)
     made = make(tmp_path, tasks=("noise",), seeds=(0,))

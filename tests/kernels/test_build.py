@@ -158,6 +158,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None or shutil.which(
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_every_header_stands_alone():
     done = subprocess.run([sys.executable, str(CHECK_HEADERS)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -155,6 +155,7 @@ def test_rows_move_16_bytes_at_a_time():
         assert wide.count("STG") >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("sanitize" in FLAGS, reason="running under them")
 @pytest.mark.timeout(900)
 def test_under_sanitizers():

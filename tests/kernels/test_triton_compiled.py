@@ -35,6 +35,9 @@ def test_launches_fit_triton_and_slices_cover_a_row(itemsize, class_stride):
     assert launch.merged(launch.choose(1000, 1, 2), 1, 4096) is None  # a gate of three launches
 
 
+pytestmark = pytest.mark.slow  # compiles for four GPUs
+
+
 # Runs without the interpreter, through the same host code as a call on a GPU, up to where it would launch.
 AHEAD_OF_TIME = """
 import json, multiprocessing, os, re, subprocess, tempfile

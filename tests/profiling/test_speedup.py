@@ -47,6 +47,7 @@ def test_what_is_masked_out_costs_as_much_as_what_is_not():
     assert found.speedup == pytest.approx(110 / 140)
 
 
+@pytest.mark.slow
 def test_bounds_are_measured_on_a_model_that_stays_as_it_is(monkeypatch):
     monkeypatch.setattr(
         "sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.2

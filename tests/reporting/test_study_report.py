@@ -123,6 +123,7 @@ def test_ceilings_are_those_of_a_step_on_all_rows_offered(result):
     assert "no speed-up is known" in Page(pages.study_page(result)).text
 
 
+@pytest.mark.slow
 def test_rate_threshold_and_mass_are_drawn_and_old_results_lack_the_mass(result):
     page = Page(pages.study_page(result))
     assert page.figures.count("Gradient norm of the rows kept") == 1

@@ -305,6 +305,7 @@ def epochs_of_a_process(rank, folder, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
 def test_two_processes_agree_on_the_batches_of_an_epoch(tmp_path):
     context = multiprocessing.get_context("spawn")

@@ -155,6 +155,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     """One line of progress and one result, of the first process, over the rows of both."""
