@@ -46,7 +46,7 @@ test-versions: test-floor test-newest  ## the kernels and a short training with 
 test-floor test-newest: test-%: $(VERSIONS)/%/.ready
 	$(VERSIONS)/$*/bin/python -c 'import torch; print("torch", torch.__version__)'
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api SPARSE_KERNELS_EXPECT=cpp SPARSE_KERNELS_STRICT_SKIPS=1 \
-	  $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider $(VERSIONS_SUITE)
+	  OMP_WAIT_POLICY=passive $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider -n $(WORKERS) --dist loadfile $(VERSIONS_SUITE)
 
 $(VERSIONS)/%/.ready: tests/versions/%.txt | $(READY)
 	test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
