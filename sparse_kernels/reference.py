@@ -213,14 +213,15 @@ def gate_rows(call: GateCall) -> GatedRows:
 
 
 def _decide(call: GateCall, significance: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the mask, and 1/p weights if the decision is drawn. NaN compares false, so it is never kept."""
+    """Return the mask, and the weights if the decision is drawn. NaN is never kept."""
     threshold, settings = call.threshold.reshape(()), call.settings
     if settings.gate_temperature == 0.0:
         return (significance > threshold) & ~ignored, None
     p = torch.sigmoid((significance - threshold) / settings.gate_temperature).clamp(settings.p_min, 1.0)
-    u = philox.uniform(p.numel(), seed=settings.seed, step=settings.step, device=p.device)
-    mask = (u.reshape(p.shape) < p) & ~ignored
-    return mask, torch.where(mask, 1.0 / p, 0.0).to(torch.float32)
+    limit = philox.draw_limit(p)
+    word = philox.words(p.numel(), seed=settings.seed, step=settings.step, device=p.device)
+    mask = (word.reshape(p.shape) < limit.to(torch.int64)) & ~ignored
+    return mask, torch.where(mask, 2.0**32 / limit, 0.0)
 
 
 def compact(call: CompactCall) -> Selection:

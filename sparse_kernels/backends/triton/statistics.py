@@ -6,7 +6,7 @@
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, divide, log1p, philox_uniform, root
+from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, divide, draw_limit, log1p, philox_word, root
 from sparse_kernels.backends.triton.scan import rescale
 
 
@@ -117,8 +117,10 @@ def decide(
         drawn_step = step
         if step_ptr is not None:
             drawn_step = tl.load(step_ptr).to(tl.int64)
-        kept = (philox_uniform(row, drawn_step, seed) < p) & live
-        tl.store(weight_ptr + row, tl.where(kept, 1.0 / p, 0.0).to(tl.float32), mask=inside)
+        limit = draw_limit(p)
+        kept = (philox_word(row, drawn_step, seed) < limit.to(tl.int64)) & live
+        weight = divide(tl.full(limit.shape, 4294967296.0, tl.float32), tl.where(kept, limit, 1.0), False)
+        tl.store(weight_ptr + row, tl.where(kept, weight, 0.0), mask=inside)
     else:
         kept = (significance > threshold) & live
     tl.store(mask_ptr + row, kept.to(tl.int8), mask=inside)
