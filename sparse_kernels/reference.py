@@ -201,8 +201,10 @@ def gate_rows(call: GateCall) -> GatedRows:
     """Serve ``sparse_kernels.gate_rows``."""
     check_targets(call)
     with torch.no_grad():
-        stats = _stats(call, {*call.outputs, *call.weights})
-        terms = [float(weight) * getattr(stats, name) for name, weight in call.weights.items()]
+        # 0 times an infinite loss would be NaN. max_prob is finite, or NaN where the row is invalid.
+        weights = {name: float(weight) for name, weight in call.weights.items() if weight} or {"max_prob": 0.0}
+        stats = _stats(call, {*call.outputs, *weights})
+        terms = [weight * getattr(stats, name) for name, weight in weights.items()]
         significance = functools.reduce(torch.add, terms)
         ignored = call.targets == call.settings.ignore_index
         if call.offset is not None:

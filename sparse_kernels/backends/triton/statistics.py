@@ -14,7 +14,7 @@ from sparse_kernels.backends.triton.scan import rescale
 def emit(significance, value, weight, pointer, row, inside, WEIGHED: tl.constexpr):
     """Store a statistic unless its pointer is None; return the significance, with the statistic added if weighed."""
     if WEIGHED:
-        significance += value * tl.full((), weight, value.dtype)
+        significance += tl.where(weight == 0.0, 0.0, value * tl.full((), weight, value.dtype))  # never 0 * inf
     if pointer is not None:
         tl.store(pointer + row, value, mask=inside)
     return significance
@@ -35,6 +35,7 @@ def smoothed_loss(
     smoothing = tl.full((), label_smoothing, ACC)
     if label_smoothing > 0.0:  # else 0 * inf where a logit is -inf
         mean = (sum_d / classes + (origin - reference)) * tl.full((), inverse_temperature, ACC)
+        mean = tl.where(classes <= S, 0.0, mean)  # all logits are equal, and their sum may have overflowed
         loss = (1.0 - smoothing) * loss + smoothing * (log_sum - mean)
     return loss
 
@@ -63,7 +64,7 @@ def write_statistics(
     S = rest + e_y
     # S - 1 without the rounding of S: the 1 of the largest logit is taken from where it is, which is exact.
     log_sum = log1p(tl.where(e_y == 1.0, rest, (rest - 1.0) + e_y), DOUBLE)
-    significance = tl.zeros((ROWS,), ACC)
+    significance = tl.where((S == S) | ignored, tl.zeros((ROWS,), ACC), float("nan"))  # though all weights be 0
 
     if LOSS:
         loss = smoothed_loss(
