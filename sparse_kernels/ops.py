@@ -321,7 +321,8 @@ def control(
         state: from ``control_law.initial_state``. Rows of NaN are counted in it.
         significance: floating [rows], or [..., rows] for states of shape [...]. Rows of NaN do not count for the
             rate. A batch without a valid row changes nothing but the counters.
-        setpoint: float32, one element a state, in (0, 1]: the target rate. 1 fixes the threshold at -inf.
+        setpoint: float32, one element a state, in (0, 1]: the target rate. 1 fixes the threshold at -inf. 0 or less
+            counts as 1e-12. A batch at NaN changes nothing but the counters.
         labels: int64, int32 or bool of significance's shape; rows equal to ``ignore_index`` do not count.
             Default: all rows count.
         ignore_index: label of the rows that do not count; 0 for a bool of valid rows. Default: -100.

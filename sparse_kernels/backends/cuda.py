@@ -212,6 +212,7 @@ def control(call: ControlCall) -> None:
         setpoint.numel(),
         significance.shape[-1],
     )
+    _tracing.mark_changed(*call.state)
 
 
 def _score(call: GateCall) -> tuple[GatedRows, Tensor]:
@@ -237,7 +238,9 @@ def gate_step(call: GateStepCall) -> Selected:
         gated.significance, call.settings, call.targets, gated.stats.grad_norm, call.state, call.setpoint,
         gated.invalid,
     )  # fmt: skip
-    return Selected(gated, _compact(gated.mask, gated.weight, call.capacity, control, storage), None)
+    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage)
+    _tracing.mark_changed(*call.state)
+    return Selected(gated, selection, None)
 
 
 def gather_rows(call: TreeCall) -> Any:
