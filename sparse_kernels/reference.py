@@ -263,11 +263,31 @@ def gather_tensor(tensor: Tensor, selection: Selection) -> Tensor:
     """
     if selection.size == 0:  # nothing to read, not even for padding
         return tensor.new_zeros((selection.index.shape[0], *tensor.shape[1:]))
+    integers = _integers(tensor)
+    if integers is not None:
+        return integers.index_select(0, selection.index).view(tensor.dtype)
     rows = tensor.index_select(0, selection.index)
     if not rows.requires_grad:
         return rows
     # Padding repeats row 0: it must not add to row 0's gradient.
     return torch.where(selection.valid().reshape(-1, *[1] * (rows.ndim - 1)), rows, rows.detach())
+
+
+# The types that PyTorch moves rows of on every device; of the others (uint16, float8) it has only some kernels.
+_MOVABLE = frozenset(
+    (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64, torch.complex32,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+)  # fmt: skip
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def _integers(tensor: Tensor) -> Tensor | None:
+    """Return the tensor's bytes as integers, of which rows can be moved; None where its own type will do."""
+    if tensor.dtype in _MOVABLE or tensor.requires_grad:  # integers would have no gradient, and nobody would notice
+        return None
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def scatter_rows(call: TreeCall) -> Any:
@@ -283,5 +303,9 @@ def scatter_tensor(rows: Tensor, selection: Selection) -> Tensor:
         selection: the rows' places.
     """
     index = torch.where(selection.valid(), selection.index, selection.size)
+    integers = _integers(rows)
+    if integers is not None:
+        out = integers.new_zeros((selection.size + 1, *rows.shape[1:]))
+        return out.index_copy(0, index, integers)[: selection.size].view(rows.dtype)
     out = rows.new_zeros((selection.size + 1, *rows.shape[1:]))
     return out.index_copy(0, index, rows)[: selection.size]
