@@ -33,9 +33,18 @@ FLAGS = os.environ.get("CUDA_ON_CPU_FLAGS", "-O1")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
+_built = []
+
+
 @pytest.fixture(scope="session")
 def cuda_on_cpu(tmp_path_factory):
-    """The extension with tests/cuda_on_cpu in place of CUDA."""
+    """The extension with tests/cuda_on_cpu in place of CUDA, built once for this module and test_cuda_build."""
+    if not _built:
+        _built.append(build_cuda_on_cpu(tmp_path_factory))
+    return _built[0]
+
+
+def build_cuda_on_cpu(tmp_path_factory):
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++")
     if compiler is None:
