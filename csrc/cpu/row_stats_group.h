@@ -77,8 +77,8 @@ struct GroupStatistics {
       Vec loss = fma(target_d, minus_beta, log_total);
       if (plan.smoothed) {
         // Where all logits are equal, their mean is not left to a sum, which may have overflowed.
-        const Vec mean = select_ge(sum, Vec::splat(Real(args.classes)), Vec::splat(0),
-                                   Vec::load(group.mean));
+        const Vec mean =
+            select_ge(sum, Vec::splat(Real(args.classes)), Vec::splat(0), Vec::load(group.mean));
         const Vec uniform = fma(mean, minus_beta, log_total);
         const Real smoothing = Real(args.label_smoothing);
         loss = fma(Vec::splat(smoothing), uniform,

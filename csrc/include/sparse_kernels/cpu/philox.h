@@ -28,8 +28,8 @@ static inline PhiloxWords philox(uint64_t seed, uint64_t step, uint64_t row) {
   return {{c0, c1, c2, c3}};
 }
 
-// The number of words, out of 2^32, that keep a row of probability p: p 2^32 rounded up, at least 1,
-// and 0 where p is NaN. A row whose word is below it is kept and weighs draw_weight(limit), the
+// The number of words, out of 2^32, that keep a row of probability p: p 2^32 rounded up, at least
+// 1, and 0 where p is NaN. A row whose word is below it is kept and weighs draw_weight(limit), the
 // inverse of the probability that was really used. philox.py's draw_limit is the specification.
 static inline uint64_t draw_limit(float p) {
   const float words = p == p ? p * 0x1p32f : 0.0f;  // a conversion of NaN would be undefined
