@@ -19,6 +19,7 @@ _function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False)
 _PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
+_increment_versions = getattr(torch._C, "_increment_version", increment_version)  # the public one takes twice as long
 dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -63,14 +64,14 @@ def values_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not (observed(tensor) or transformed())
 
 
-def mark_changed(*tensors: Tensor) -> None:
+def mark_changed(tensors: tuple[Tensor, ...]) -> None:
     """Raise the versions of tensors that a kernel has written: autograd then refuses what it had saved of them.
 
     Args:
-        *tensors: what the kernel has written.
+        tensors: what the kernel has written.
     """
     try:
-        increment_version(tensors)  # together: half the time of one by one
+        _increment_versions(tensors)
     except (RuntimeError, TypeError):  # an older release takes one at a time, and none without a version
         for tensor in tensors:
             if not tensor.is_inference():

@@ -214,7 +214,7 @@ def control(call: ControlCall) -> None:
         setpoint.numel(),
         significance.shape[-1],
     )
-    _tracing.mark_changed(*call.state)
+    _tracing.mark_changed(call.state)
 
 
 def _score(call: GateCall) -> tuple[GatedRows, Tensor]:
@@ -241,7 +241,7 @@ def gate_step(call: GateStepCall) -> Selected:
         gated.invalid,
     )  # fmt: skip
     selection = _compact(gated.mask, gated.weight, call.capacity, control, storage)
-    _tracing.mark_changed(*call.state)
+    _tracing.mark_changed(call.state)
     return Selected(gated, selection, None)
 
 

@@ -129,7 +129,7 @@ def row_stats_backward(logits: Tensor, *arguments: Any) -> Tensor:
 
 def _row_stats_backward_(logits: Tensor, *arguments: Any) -> None:
     _write_gradient(logits, logits, *arguments)
-    mark_changed(logits)
+    mark_changed((logits,))
 
 
 def _write_gradient(
