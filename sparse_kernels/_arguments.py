@@ -30,17 +30,23 @@ class Settings(NamedTuple):
     csrc/bindings/settings.h reads the fields in this order; torch_library takes its schemas from them.
     """
 
-    temperature: float = 1.0  # above 0
-    softcap: float = 0.0  # 0: none
+    temperature: float = 1.0  # in [_LEAST, _MOST]
+    softcap: float = 0.0  # the same, or 0: none
     label_smoothing: float = 0.0  # in [0, 1]
     ignore_index: int = -100
-    gate_temperature: float = 0.0  # 0: a threshold without draws
+    gate_temperature: float = 0.0  # the same, or 0: a threshold without draws
     p_min: float = 0.0  # in [0, 1]
     seed: int = 0  # of the draws, modulo 2^64
     step: int | Tensor = 0  # of the draws, modulo 2^64; a tensor has one int64 element
 
 
 _new_tuple = tuple.__new__
+_LEAST, _MOST = 1e-30, 1e30  # of a number that scales others: far from the ends of float32, where products overflow
+
+
+def _refuse_scale(name: str, rule: str, value: float) -> NoReturn:
+    limits = f", from {_LEAST:.0e} to {_MOST:.0e}" if value > 0.0 else ""
+    raise ValueError(f"`{name}` must be {rule}{limits}, got {value}")
 
 
 def checked_settings(
@@ -54,14 +60,14 @@ def checked_settings(
     step: int | Tensor = 0,
 ) -> Settings:
     """Return these settings, or raise the error that names the first one out of range."""
-    if not temperature > 0.0:
-        raise ValueError(f"`temperature` must be above 0, got {temperature}")
-    if not softcap >= 0.0:
-        raise ValueError(f"`softcap` must be 0 (none) or above, got {softcap}")
+    if not _LEAST <= temperature <= _MOST:
+        _refuse_scale("temperature", "above 0", temperature)
+    if softcap != 0.0 and not _LEAST <= softcap <= _MOST:
+        _refuse_scale("softcap", "0 (none) or above", softcap)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"`label_smoothing` must be in [0, 1], got {label_smoothing}")
-    if not gate_temperature >= 0.0:
-        raise ValueError(f"`gate_temperature` must be 0 (a threshold) or above, got {gate_temperature}")
+    if gate_temperature != 0.0 and not _LEAST <= gate_temperature <= _MOST:
+        _refuse_scale("gate_temperature", "0 (a threshold) or above", gate_temperature)
     if not 0.0 <= p_min <= 1.0:
         raise ValueError(f"`p_min` must be a probability in [0, 1], got {p_min}")
     values = temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
@@ -173,6 +179,9 @@ class GateCall(StatsCall):
             known = known and name in _WEIGHABLE
         if not known:
             raise ValueError(f"`weights` must name one or more of {', '.join(WEIGHABLE)}; got {sorted(weights)}")
+        for name, weight in weights.items():
+            if not -_MOST <= weight <= _MOST:
+                raise ValueError(f"`weights` must be numbers from -{_MOST:.0e} to {_MOST:.0e}, got {name}={weight}")
         if offset is not None:
             if offset.shape != self.targets.shape or not offset.dtype.is_floating_point:
                 raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 # Tuples: PyTorch 2.6's compiler cannot look a class up in a set.
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -19,6 +20,7 @@ _function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False)
 _PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
+_increment_versions = getattr(torch._C, "_increment_version", increment_version)  # the public one takes twice as long
 dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -61,6 +63,20 @@ def values_readable(tensor: Tensor) -> bool:
         tensor: the tensor to read.
     """
     return tensor.device.type == "cpu" and not (observed(tensor) or transformed())
+
+
+def mark_changed(tensors: tuple[Tensor, ...]) -> None:
+    """Raise the versions of tensors that a kernel has written: autograd then refuses what it had saved of them.
+
+    Args:
+        tensors: what the kernel has written.
+    """
+    try:
+        _increment_versions(tensors)
+    except (RuntimeError, TypeError):  # an older release takes one at a time, and none without a version
+        for tensor in tensors:
+            if not tensor.is_inference():
+                increment_version(tensor)
 
 
 def is_lazy_zeros(tensor: Tensor) -> bool:

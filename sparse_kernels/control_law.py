@@ -52,6 +52,7 @@ REACH = 0.8  # of the way to the mean row on the side moved to
 DRIFT_LIMIT = 1.0  # local units a batch
 SURPRISE, SURPRISE_PER_BATCH = 11.0, 6.0  # nats: a restart takes at least two batches
 EDGE = 1e-6  # of the selected rows' share: below it nothing is selected (soft gates never reach 0)
+LEAST_SETPOINT = 1e-12  # whose logit is finite; a lower set-point counts as this
 RATE_SMOOTHING = 0.05
 MISS_SMOOTHING, MISS_LIMIT = 1 / 32, 0.6  # off target this much of the time, or 29 batches on end: saturated
 
@@ -143,6 +144,8 @@ def control(call: ControlCall) -> None:
         (values, counters), settings = call.state, call.settings
         if call.significance.shape[-1] == 0:  # known from a shape; the least of nothing is not
             counters[..., CONTROL_COUNTERS.index("steps")] += 1
+            if call.overflow is not None:
+                counters[..., CONTROL_COUNTERS.index("overflow")] += _counted_overflow(call.state, call.overflow)
             return
         valid = None if call.labels is None else call.labels != settings.ignore_index
         threshold = values[..., CONTROL_VALUES.index("threshold")]
@@ -276,15 +279,16 @@ def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Ten
     Args:
         state: before the batch.
         batch: of the state's shape.
-        setpoint: float32 in (0, 1], of the state's shape; 1 keeps everything: the threshold is -inf.
+        setpoint: float32 in (0, 1], of the state's shape; 1 keeps everything: the threshold is -inf. 0 or less
+            counts as ``LEAST_SETPOINT``; NaN as no measurement.
         overflow: integers of that shape, rows selected beyond the gate's capacity. Default: none.
 
     Returns:
-        The next state. A batch without a valid row changes the counters ``steps`` and ``invalid`` alone.
+        The next state. A batch without a valid row, or with a set-point of NaN, changes nothing but counters.
     """
     before, drift, pp, pd, dd, unit, smooth, smooth_noise, surprise, misses, observed = state.values.unbind(-1)
     steps, saturated, invalid, overflown = state.counters.unbind(-1)
-    p, rows = setpoint, batch.rows
+    p, rows = setpoint.clamp(min=LEAST_SETPOINT), batch.rows
     q = 1 - p
     evidence = rows * p * q
     w, blind = evidence / (evidence + 1), 1 / (evidence + 1)
@@ -340,12 +344,16 @@ def advance(state: ControlState, batch: Summary, setpoint: Tensor, overflow: Ten
     pp = torch.where(again, POSITION_VARIANCE, pp)
     dd = torch.where(again, DRIFT_VARIANCE, dd)
     new = (threshold, drift, pp, pd, dd, unit, smooth, smooth_noise, surprise, misses, rate)
-    some = rows > 0
+    some = (rows > 0) & ~setpoint.isnan()
     values = torch.where(some[..., None], torch.stack(new, -1), state.values)
     if overflow is not None:
-        # The batch that an automatic start keeps whole says nothing about the capacity.
-        starting = observed.isnan() & before.isneginf()
-        overflown = overflown + torch.where(starting, 0, overflow.reshape(overflown.shape))
+        overflown = overflown + _counted_overflow(state, overflow)
     late = some & ~everything & (misses > MISS_LIMIT)
     counters = torch.stack((steps + 1, saturated + late, invalid + batch.invalid, overflown), -1)
     return ControlState(values, counters)
+
+
+def _counted_overflow(state: ControlState, overflow: Tensor) -> Tensor:
+    """Return the overflow, 0 for the batch that an automatic start keeps whole: it says nothing about the capacity."""
+    starting = state.value("rate").isnan() & state.value("threshold").isneginf()
+    return torch.where(starting, 0, overflow.reshape(starting.shape))

@@ -46,7 +46,7 @@ def row_stats(
         outputs: any of ``STATISTICS``; ``RowStats`` says what each is. Default: loss and entropy.
         dim: dimension of the classes. Default: the last.
         temperature: divides the logits; above 0. Default: 1.
-        softcap: bound of the logits, by tanh; 0 (the default) for none.
+        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) for none.
         label_smoothing: of the loss alone, as in ``torch.nn.functional.cross_entropy``; in [0, 1]. Default: 0.
         ignore_index: a row with this target gives 0 in every output, and no gradient. Default: -100.
         inplace_backward: let the gradient take the memory of the logits, whose values are then gone. A kernel does
@@ -55,8 +55,8 @@ def row_stats(
         backend: ``cpp``, ``triton``, ``cuda`` or ``torch``. Default: the first that serves the call.
 
     Returns:
-        RowStats. ``loss`` and ``entropy`` are differentiable in the logits. A logit of -inf has probability 0. A row
-        with NaN, +inf or nothing but -inf gives NaN (``argmax`` -1).
+        RowStats. ``loss`` and ``entropy`` are differentiable in the logits. Without a softcap, a logit of -inf has
+        probability 0, and a row with +inf or nothing but -inf gives NaN, as one with NaN does (``argmax`` -1).
 
     Raises:
         TypeError: a dtype that is not served.
@@ -102,13 +102,14 @@ def gate_rows(
     Args:
         logits: as in :func:`row_stats`.
         targets: as in :func:`row_stats`.
-        threshold: one floating element on the logits' device; read there, never by the host.
+        threshold: one floating element on the logits' device; read there, never by the host. NaN keeps nothing.
         weights: weight of each statistic, such as ``{"loss": 0.7, "entropy": 0.3}``; all but ``argmax``.
-        offset: floating tensor of the targets' shape, added to the significance. Default: none.
+        offset: floating tensor of the targets' shape, added to the significance; NaN makes a row invalid.
+            Default: none.
         outputs: statistics to return besides. Default: none.
         dim: dimension of the classes. Default: the last.
         temperature: divides the logits; above 0. Default: 1.
-        softcap: bound of the logits, by tanh; 0 (the default) for none.
+        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) for none.
         label_smoothing: of the loss, in [0, 1]. Default: 0.
         ignore_index: target of the rows that are never kept. Default: -100.
         gate_temperature: 0 (the default) compares; above 0 rows are drawn.
@@ -206,7 +207,7 @@ def select(
         outputs: statistics to return besides. Default: none.
         dim: dimension of the classes. Default: the last.
         temperature: divides the logits; above 0. Default: 1.
-        softcap: bound of the logits, by tanh; 0 (the default) for none.
+        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) for none.
         label_smoothing: of the loss, in [0, 1]. Default: 0.
         ignore_index: target of the rows that are never kept. Default: -100.
         gate_temperature: as in :func:`gate_rows`; its 1/p are the selection's weights. Default: 0.
@@ -320,7 +321,8 @@ def control(
         state: from ``control_law.initial_state``. Rows of NaN are counted in it.
         significance: floating [rows], or [..., rows] for states of shape [...]. Rows of NaN do not count for the
             rate. A batch without a valid row changes nothing but the counters.
-        setpoint: float32, one element a state, in (0, 1]: the target rate. 1 fixes the threshold at -inf.
+        setpoint: float32, one element a state, in (0, 1]: the target rate. 1 fixes the threshold at -inf. 0 or less
+            counts as 1e-12. A batch at NaN changes nothing but the counters.
         labels: int64, int32 or bool of significance's shape; rows equal to ``ignore_index`` do not count.
             Default: all rows count.
         ignore_index: label of the rows that do not count; 0 for a bool of valid rows. Default: -100.

@@ -41,8 +41,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def uniform(rows: int, *, seed: int, step: int | Tensor, device: torch.device) -> Tensor:
-    """Return each row's number for this seed and step: float32 [rows] in [0, 1), multiples of 2^-24.
+def words(rows: int, *, seed: int, step: int | Tensor, device: torch.device) -> Tensor:
+    """Return each row's word of random bits for this seed and step: int64 [rows] in [0, 2^32).
 
     Args:
         rows: how many.
@@ -53,5 +53,33 @@ def uniform(rows: int, *, seed: int, step: int | Tensor, device: torch.device) -
     row = torch.arange(rows, dtype=torch.int64, device=device)
     step = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(())
     high = torch.zeros_like(row)
-    first = philox((row & _MASK, row >> 32, high + (step & _MASK), high + ((step >> 32) & _MASK)), seed)[0]
-    return (first >> 8).to(torch.float32) * 2.0**-24
+    return philox((row & _MASK, row >> 32, high + (step & _MASK), high + ((step >> 32) & _MASK)), seed)[0]
+
+
+def uniform(rows: int, *, seed: int, step: int | Tensor, device: torch.device) -> Tensor:
+    """Return each row's number for this seed and step: float32 [rows] in [0, 1), multiples of 2^-24.
+
+    Not for draws of a probability: it is 0 once in 2^24 rows, so that a row of any probability is kept as often.
+
+    Args:
+        rows: how many.
+        seed: modulo 2^64.
+        step: modulo 2^64, an int or a one-element int64 tensor.
+        device: of the result.
+    """
+    return (words(rows, seed=seed, step=step, device=device) >> 8).to(torch.float32) * 2.0**-24
+
+
+def draw_limit(p: Tensor) -> Tensor:
+    """Return the number t of words, out of 2^32, that keep a row of probability p: p 2^32, rounded up.
+
+    A row is kept if its word is below t, and weighs 2^32 / t: the inverse of the probability that was really used, so
+    the weighted sum is unbiased for every p. t is at least 1, so no weight is above 2^32; p = 1 keeps always.
+
+    Args:
+        p: floating, any shape, in [0, 1]; NaN keeps never. It is taken in float32, the same for every backend.
+
+    Returns:
+        float32 of p's shape, whole numbers in [1, 2^32], which float32 holds; 0 for NaN.
+    """
+    return (p.float() * 2.0**32).ceil().clamp(min=1.0).nan_to_num(nan=0.0)

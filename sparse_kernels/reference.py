@@ -201,8 +201,10 @@ def gate_rows(call: GateCall) -> GatedRows:
     """Serve ``sparse_kernels.gate_rows``."""
     check_targets(call)
     with torch.no_grad():
-        stats = _stats(call, {*call.outputs, *call.weights})
-        terms = [float(weight) * getattr(stats, name) for name, weight in call.weights.items()]
+        # 0 times an infinite loss would be NaN. max_prob is finite, or NaN where the row is invalid.
+        weights = {name: float(weight) for name, weight in call.weights.items() if weight} or {"max_prob": 0.0}
+        stats = _stats(call, {*call.outputs, *weights})
+        terms = [weight * getattr(stats, name) for name, weight in weights.items()]
         significance = functools.reduce(torch.add, terms)
         ignored = call.targets == call.settings.ignore_index
         if call.offset is not None:
@@ -213,14 +215,15 @@ def gate_rows(call: GateCall) -> GatedRows:
 
 
 def _decide(call: GateCall, significance: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the mask, and 1/p weights if the decision is drawn. NaN compares false, so it is never kept."""
+    """Return the mask, and the weights if the decision is drawn. NaN is never kept."""
     threshold, settings = call.threshold.reshape(()), call.settings
     if settings.gate_temperature == 0.0:
         return (significance > threshold) & ~ignored, None
     p = torch.sigmoid((significance - threshold) / settings.gate_temperature).clamp(settings.p_min, 1.0)
-    u = philox.uniform(p.numel(), seed=settings.seed, step=settings.step, device=p.device)
-    mask = (u.reshape(p.shape) < p) & ~ignored
-    return mask, torch.where(mask, 1.0 / p, 0.0).to(torch.float32)
+    limit = philox.draw_limit(p)
+    word = philox.words(p.numel(), seed=settings.seed, step=settings.step, device=p.device)
+    mask = (word.reshape(p.shape) < limit.to(torch.int64)) & ~ignored
+    return mask, torch.where(mask, 2.0**32 / limit, 0.0)
 
 
 def compact(call: CompactCall) -> Selection:
@@ -260,11 +263,31 @@ def gather_tensor(tensor: Tensor, selection: Selection) -> Tensor:
     """
     if selection.size == 0:  # nothing to read, not even for padding
         return tensor.new_zeros((selection.index.shape[0], *tensor.shape[1:]))
+    integers = _integers(tensor)
+    if integers is not None:
+        return integers.index_select(0, selection.index).view(tensor.dtype)
     rows = tensor.index_select(0, selection.index)
     if not rows.requires_grad:
         return rows
     # Padding repeats row 0: it must not add to row 0's gradient.
     return torch.where(selection.valid().reshape(-1, *[1] * (rows.ndim - 1)), rows, rows.detach())
+
+
+# The types that PyTorch moves rows of on every device; of the others (uint16, float8) it has only some kernels.
+_MOVABLE = frozenset(
+    (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64, torch.complex32,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+)  # fmt: skip
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def _integers(tensor: Tensor) -> Tensor | None:
+    """Return the tensor's bytes as integers, of which rows can be moved; None where its own type will do."""
+    if tensor.dtype in _MOVABLE or tensor.requires_grad:  # integers would have no gradient, and nobody would notice
+        return None
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def scatter_rows(call: TreeCall) -> Any:
@@ -280,5 +303,9 @@ def scatter_tensor(rows: Tensor, selection: Selection) -> Tensor:
         selection: the rows' places.
     """
     index = torch.where(selection.valid(), selection.index, selection.size)
+    integers = _integers(rows)
+    if integers is not None:
+        out = integers.new_zeros((selection.size + 1, *rows.shape[1:]))
+        return out.index_copy(0, index, integers)[: selection.size].view(rows.dtype)
     out = rows.new_zeros((selection.size + 1, *rows.shape[1:]))
     return out.index_copy(0, index, rows)[: selection.size]

@@ -58,7 +58,7 @@ class GatedRows(NamedTuple):
     significance: Tensor
     """sum_k w_k * stat_k + offset; 0 for an ignored row, NaN for an invalid one."""
     weight: Tensor | None
-    """float32: 1/p for a kept row, 0 for the others; None if the decision is a plain threshold."""
+    """float32: 1/p for a kept row, at most 2^32; 0 for the others; None if the decision is a plain threshold."""
     stats: RowStats
     """The statistics that were requested."""
     invalid: Tensor

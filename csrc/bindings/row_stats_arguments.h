@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <cmath>
 #include <iterator>
 
 #include "settings.h"
@@ -23,7 +24,8 @@ inline void set_draws(RowStatsArgs& args, const Settings& settings) {
   args.step = settings.step;
 }
 
-// False where `dictionary` is not names of statistics, each with a plain number.
+// False where `dictionary` is not names of statistics, each with a plain number that is not too
+// large for the sum (Python's limit and message).
 inline bool read_weights(PyObject* dictionary, double (&weights)[kStatistics]) {
   static constexpr const char* names[] = {"loss",     "entropy", "grad_norm", "sum_squares",
                                           "max_prob", "margin",  "logsumexp"};
@@ -39,6 +41,7 @@ inline bool read_weights(PyObject* dictionary, double (&weights)[kStatistics]) {
     if (k == kStatistics) return false;
     weights[k] = PyFloat_AsDouble(value);
     if (weights[k] == -1.0 && PyErr_Occurred()) return false;
+    if (!(std::fabs(weights[k]) <= 1e30)) return false;
   }
   return true;
 }

@@ -76,7 +76,10 @@ struct GroupStatistics {
     if (requested[kLoss]) {
       Vec loss = fma(target_d, minus_beta, log_total);
       if (plan.smoothed) {
-        const Vec uniform = fma(Vec::load(group.mean), minus_beta, log_total);
+        // Where all logits are equal, their mean is not left to a sum, which may have overflowed.
+        const Vec mean =
+            select_ge(sum, Vec::splat(Real(args.classes)), Vec::splat(0), Vec::load(group.mean));
+        const Vec uniform = fma(mean, minus_beta, log_total);
         const Real smoothing = Real(args.label_smoothing);
         loss = fma(Vec::splat(smoothing), uniform,
                    Vec::splat(Real(1.0 - args.label_smoothing)) * loss);
@@ -116,9 +119,12 @@ struct GroupStatistics {
     bool any_ignored = false;
     for (int i = 0; i < count; ++i) any_ignored |= group.ignored[i];
     if (any_ignored)
-      for (int k = 0; k < kStatistics; ++k)
-        for (int i = 0; plan.requested[k] && i < count; ++i)
-          if (group.ignored[i]) value[k][i] = 0;
+      for (int i = 0; i < count; ++i) {
+        if (!group.ignored[i]) continue;
+        total[i] = 1;  // whatever the row holds
+        for (int k = 0; k < kStatistics; ++k)
+          if (plan.requested[k]) value[k][i] = 0;
+      }
 
     if (args.argmax)
       for (int i = 0; i < count; ++i)
@@ -135,7 +141,7 @@ struct GroupStatistics {
   __attribute__((always_inline)) inline void decide(const RowStatsArgs& args,
                                                     const Group<Vec>& group, int64_t row, int count,
                                                     RowStatsResult& result) const {
-    Vec sum = Vec::splat(0);
+    Vec sum = Vec::splat(0) * Vec::load(total);  // NaN for an invalid row, though all weights be 0
     for (int k = 0; k < kStatistics; ++k)
       if (args.weights[k] != 0.0)
         sum = fma(Vec::splat(Real(args.weights[k])), Vec::load(value[k]), sum);
@@ -155,11 +161,10 @@ struct GroupStatistics {
         const double above = double(significance[i]) - args.threshold;
         double p = 1.0 / (1.0 + std::exp(-above / args.gate_temperature));
         p = p < args.p_min ? args.p_min : p;
-        // False where p is NaN.
-        const bool keep =
-            philox_uniform(args.seed, args.step, uint64_t(row + i)) < p && !group.ignored[i];
+        const uint64_t limit = group.ignored[i] ? 0 : draw_limit(float(p));
+        const bool keep = philox(args.seed, args.step, uint64_t(row + i)).word[0] < limit;
         args.mask[row + i] = keep;
-        args.weight[row + i] = keep ? float(1.0 / p) : 0.0f;
+        args.weight[row + i] = keep ? draw_weight(limit) : 0.0f;
       }
     copy_rows(args.significance, row, significance, count);
   }

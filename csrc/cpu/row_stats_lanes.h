@@ -115,8 +115,9 @@ struct LaneSums {
     const Exponential<Vec> exponential = plan.exponential;
     const Vec zero = Vec::splat(0);
     for (int j = 0; j < columns; ++j) maximum = max(maximum, Vec::load(x + j * stride));
-    // Where there is only -inf so far, any finite shift serves.
-    const Vec next = select_ge(Vec::splat(-kLargest<Vec>), maximum, zero, maximum);
+    // Where there is only -inf so far, any finite shift serves. The lowest finite number is no
+    // -inf: it is what masked rows are filled with.
+    const Vec next = select_ge(Vec::splat(-kInfinity<Vec>), maximum, zero, maximum);
     if (begin > 0) {
       const Vec delta = exponential.clamp(min(zero, shift - next));
       const Vec f = exponential(delta);

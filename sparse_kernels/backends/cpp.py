@@ -304,6 +304,7 @@ def control(call: ControlCall) -> None:
         significance.shape[-1],
         call.settings,
     )
+    _tracing.mark_changed(call.state)
 
 
 def select_unsupported_reason(call: SelectCall) -> str | None:
@@ -349,6 +350,7 @@ def gate_step(call: GateStepCall) -> Selected:
         call.setpoint.data_ptr(),
         call.settings,
     )
+    _tracing.mark_changed(call.state)
     return Selected(gated, selection, None)
 
 

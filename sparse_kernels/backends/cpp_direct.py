@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels._arguments import Settings
+from sparse_kernels._tracing import mark_changed
 from sparse_kernels.backends import cpp
 from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
 
@@ -93,6 +94,7 @@ def gate_step(
     results = _cpp.gate_step_plain(logits, targets, weights, settings, values, counters, setpoint, capacity, by_mass)
     if results is None:
         return None
+    mark_changed(state)
     mask, significance, weight, invalid, index, kept_weight, count, overflow, grad_norm = results
     stats = _NO_STATS if grad_norm is None else RowStats(grad_norm=grad_norm)
     gated = _new(GatedRows, (mask, significance, weight, stats, invalid))

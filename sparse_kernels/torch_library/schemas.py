@@ -23,6 +23,7 @@ from sparse_kernels._arguments import (
 )
 from sparse_kernels._dispatch import BACKENDS, choose
 from sparse_kernels._row_layout import empty_rows
+from sparse_kernels._tracing import mark_changed
 from sparse_kernels.types import ControlState, Selection
 
 library: Any = torch.library.Library("sparse_kernels", "DEF")  # type: ignore[no-untyped-call, unused-ignore]
@@ -128,8 +129,7 @@ def row_stats_backward(logits: Tensor, *arguments: Any) -> Tensor:
 
 def _row_stats_backward_(logits: Tensor, *arguments: Any) -> None:
     _write_gradient(logits, logits, *arguments)
-    # Bumps the version counter, so that autograd refuses stale saved tensors.
-    torch.autograd.graph.increment_version(logits)
+    mark_changed((logits,))
 
 
 def _write_gradient(

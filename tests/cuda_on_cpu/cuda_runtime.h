@@ -260,12 +260,20 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device
   *value = cuda_on_cpu::kMultiprocessors;
   return cudaSetDevice(device);
 }
+namespace cuda_on_cpu {
+inline int64_t launches = 0;
+}
+// The number of kernels launched so far, for tests to ask.
+extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_cpu_launches() {
+  return cuda_on_cpu::launches;
+}
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
   const bool cooperative = config->numAttrs > 0 && config->attrs->val.cooperative;
   if (cooperative && config->gridDim.x > unsigned(cuda_on_cpu::kMultiprocessors))
     return cudaErrorCooperativeLaunchTooLarge;
+  ++cuda_on_cpu::launches;
   cuda_on_cpu::run(config->gridDim, config->blockDim, cooperative, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -207,6 +207,84 @@ def test_a_set_point_of_one_keeps_everything_and_less_starts_afresh(backend: str
 
 
 @pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("bad", [0.0, -0.0, -1.0, -math.inf, math.nan, 1e-45])
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_one_bad_set_point_is_recovered_from(backend: str, bad: float, temperature: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    state = initial_state(torch.tensor(1.0))
+
+    def run(setpoint: float, batches: int) -> None:
+        for _ in range(batches):
+            batch = torch.randn(512, generator=g).exp()
+            control(state, batch, torch.tensor(setpoint), gate_temperature=temperature, backend=backend)
+
+    run(0.3, 50)
+    before = copy_of(state)
+    run(bad, 1)
+    assert state.values.isfinite().all()
+    assert state.counter("steps") == 51
+    if math.isnan(bad):  # no measurement
+        assert torch.equal(state.values, before.values)
+        assert torch.equal(state.counters[1:], before.counters[1:])
+    else:
+        assert state.value("threshold") > before.value("threshold")
+    run(0.3, 60)
+    assert state.values.isfinite().all()
+    assert not torch.equal(state.values, before.values)
+    batch = torch.randn(100_000, generator=g).exp() - state.value("threshold")
+    rate = (batch / temperature).sigmoid().mean() if temperature else (batch > 0).float().mean()
+    assert rate.item() == pytest.approx(0.3, abs=0.05)
+
+
+@needs_cpp
+@pytest.mark.parametrize("bad", [0.0, -1.0, -math.inf, math.nan, 1e-45, 1e-13, 2.0, math.inf])
+def test_cpp_takes_the_reference_step_from_a_bad_set_point(bad: float) -> None:
+    scale = torch.ones(STATES)
+    before, rows = random_states(3, scale), torch.randn(STATES, 64, generator=torch.Generator().manual_seed(1)).exp()
+    setpoint, steps = torch.full((STATES,), bad), []
+    for backend in ("cpp", "torch"):
+        state = copy_of(before)
+        control(state, rows, setpoint, backend=backend)
+        steps.append(state)
+    assert torch.equal(steps[0].counters, steps[1].counters)
+    torch.testing.assert_close(steps[0].values, steps[1].values, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("through_the_operator", [False, True])
+def test_autograd_refuses_what_it_had_saved_of_a_state(backend: str, through_the_operator: bool) -> None:
+    state = initial_state(torch.tensor(1.0))
+    factor = torch.ones((), requires_grad=True)
+    product = factor * state.value("threshold")  # saves the threshold for its gradient
+    counters = state.counters._version
+    if through_the_operator and backend != "torch":
+        arguments = state.values, state.counters, torch.rand(64), torch.tensor(0.1)
+        torch.ops.sparse_kernels.control(*arguments, None, -100, None, None, 0.0, 0.0, backend)
+    else:
+        control(state, torch.rand(64), torch.tensor(0.1), backend=backend)
+    assert state.value("threshold") != 1.0
+    assert state.counters._version > counters
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_a_state_made_for_inference_has_no_version(backend: str) -> None:
+    with torch.inference_mode():
+        state = initial_state(torch.tensor(1.0))
+        control(state, torch.rand(64), torch.tensor(0.1), backend=backend)
+    assert state.counter("steps") == 1
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_an_empty_batch_counts_its_overflow(backend: str) -> None:
+    for threshold, counted in ((1.0, 5), (-math.inf, 0)):
+        state, overflow = initial_state(torch.tensor(threshold)), torch.tensor(5, dtype=torch.int32)
+        control(state, torch.empty(0), torch.tensor(0.1), overflow=overflow, backend=backend)
+        assert state.counters.tolist() == [1, 0, 0, counted]
+
+
+@pytest.mark.parametrize("backend", backends())
 def test_overflow_counts_but_for_the_batch_of_an_automatic_start(backend: str) -> None:
     state = initial_state(torch.tensor(-math.inf))
     for _ in range(3):

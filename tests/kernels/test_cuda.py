@@ -33,9 +33,18 @@ FLAGS = os.environ.get("CUDA_ON_CPU_FLAGS", "-O1")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
+_built = []
+
+
 @pytest.fixture(scope="session")
 def cuda_on_cpu(tmp_path_factory):
-    """The extension with tests/cuda_on_cpu in place of CUDA."""
+    """The extension with tests/cuda_on_cpu in place of CUDA, built once for this module and test_cuda_build."""
+    if not _built:
+        _built.append(build_cuda_on_cpu(tmp_path_factory))
+    return _built[0]
+
+
+def build_cuda_on_cpu(tmp_path_factory):
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++")
     if compiler is None:
@@ -277,6 +286,11 @@ def assert_step(before, ours, significance, setpoint, **options):
     assert_same_step(before, ours, reference_state, exact)
 
 
+def versions(state):
+    """By them autograd knows whether what it had saved of a state is still there."""
+    return [tensor._version for tensor in state]
+
+
 def rows_to_score(rows, seed, device):
     """Significance with what is not finite in it, labels of which 7 is ignored, and masses."""
     g = torch.Generator().manual_seed(seed)
@@ -333,21 +347,24 @@ def test_compaction_with_a_controller(device, rows, labels_dtype, with_mass, tem
 
 @pytest.mark.parametrize("labels_dtype", [None, torch.bool, torch.int32])
 def test_states_side_by_side(device, labels_dtype):
-    rows, states = 1500, 3
+    rows, states = 1500, 5
     significance, labels, mass = (x.view(states, rows) for x in rows_to_score(states * rows, 3, device))
     labels = None if labels_dtype is None else labels != 7 if labels_dtype is torch.bool else labels.to(labels_dtype)
     many = random_states(1, torch.ones(2000))
     state = ControlState(many.values[:states].to(device), many.counters[:states].to(device))
     before = copy_of(state)
-    setpoint, overflow = torch.tensor([0.1, 0.5, 1.0], device=device), torch.tensor([5, 0, 7], device=device).int()
+    setpoint = torch.tensor([0.1, 0.5, 1.0, 0.0, torch.nan], device=device)
+    overflow = torch.tensor([5, 0, 7, 0, 3], device=device).int()
     options = {
         "labels": labels, "ignore_index": 0 if labels_dtype is torch.bool else 7, "mass": mass, "overflow": overflow,
         "gate_temperature": 0.5, "p_min": 0.02,
     }  # fmt: skip
     numbers = {name: options[name] for name in ("ignore_index", "gate_temperature", "p_min")}
     tensors = {name: options[name] for name in ("labels", "mass", "overflow")}
+    versions_before = versions(state)
     cuda_backend.control(ControlCall(state, significance, setpoint, **tensors, settings=Settings(**numbers)))
     assert_step(before, state, significance, setpoint, **options)
+    assert all(now > then for now, then in zip(versions(state), versions_before, strict=True))
     state = copy_of(before)
     cuda_backend.control(ControlCall(state, significance[:, :0], setpoint, None, None, None, Settings()))
     assert_step(before, state, significance[:, :0], setpoint)
@@ -374,7 +391,9 @@ def test_gate_step_is_the_three_one_after_the_other(device, rows, temperature, b
     for _ in range(3):
         call, before = gate_step_call(rows, device, rows // 3, state, temperature, by_mass), copy_of(state)
         gated = triton_backend.gate_rows(call)
+        versions_before = versions(state)
         found = cuda_backend.gate_step(call)
+        assert all(now > then for now, then in zip(versions(state), versions_before, strict=True))
         assert found.packed is None
         assert 0 < int(gated.mask.sum()) < rows
         for a, b in zip(found.gated[:3], gated[:3], strict=True):

@@ -1,5 +1,6 @@
 """The CUDA kernels as they are built and launched: launches of a step, the extension, sanitizers, and a GPU."""
 
+import ctypes
 import importlib.util
 import itertools
 import os
@@ -7,15 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cuda import FLAGS, ROOT, SANITIZE, assert_same, gate_step_call, gather, masks, on_gpu, scatter
+from test_cuda import FLAGS, ROOT, SANITIZE, assert_same, cuda_on_cpu, gather, masks, on_gpu, scatter  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as sk
 from sparse_kernels import control_law, reference
-from sparse_kernels._arguments import CompactCall, TreeCall
+from sparse_kernels._arguments import CompactCall, GateStepCall, Settings, TreeCall
 from sparse_kernels.backends import cuda as cuda_backend
 from sparse_kernels.backends.triton import backend as triton_backend
 
@@ -30,37 +32,64 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("rows", [512, 4096, 70_000])
+class Launched:
+    """In the place of a Triton kernel: it counts its launches, and keeps no row."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, **arguments):
+        self.count += 1
+        for name in ("mask_ptr", "significance_ptr", "weight_ptr"):
+            if arguments[name] is not None:  # not by PyTorch, which would be seen to do it
+                ctypes.memset(arguments[name].data_ptr(), 0, arguments[name].nbytes)
+        ctypes.memset(arguments["finished_ptr"].data_ptr(), 0, 4)
+
+
+# A row is scored in one launch or two: launch.merged says which.
+@pytest.mark.parametrize(
+    ("rows", "classes", "launches"),
+    [
+        (512, 10, 3), (4096, 1000, 3), (70_000, 10, 3), (16_383, 1000, 3), (16_384, 32, 3), (16_384, 8193, 3),
+        (16_384, 33, 4), (16_384, 8192, 4), (70_000, 1000, 4),  # many rows of some classes: the end of a row is a step
+        (8, 151_936, 4), (1, 5000, 4),  # few long rows, in slices
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_the_whole_gate_is_three_launches(monkeypatch, rows, temperature):
-    """Launches of a step, recorded without a device: PyTorch allocates memory and views, nothing more."""
+def test_the_whole_gate_is_three_launches_or_four(request, monkeypatch, rows, classes, launches, temperature):
+    """Scores, compaction with control, and a gather of 32 tensors: a launch each, or two of the scores.
+
+    The host code is what runs on a GPU; each launch is counted where it would reach the device. PyTorch allocates
+    memory and views, nothing more.
+    """
+    extension = request.getfixturevalue("cuda_on_cpu")
     torch.use_deterministic_algorithms(False)  # or PyTorch fills what it makes
-    launched = []
-
-    class Recorder:
-        def __getattr__(self, name):
-            return name
-
-        @staticmethod
-        def compact_storage_bytes(*_):
-            return 4096
-
-    def enqueue(function, device, *arguments):
-        return function(*arguments) if callable(function) else launched.append(function)
-
-    monkeypatch.setattr(triton_backend._Plan, "launch", lambda *_: launched.append("scores"))
-    monkeypatch.setattr(triton_backend, "_kernels", lambda: Recorder())
+    scores = Launched()
+    kernels = SimpleNamespace(row_stats_kernel=scores, WHOLE=0, SLICE=1, MERGE=2)
+    monkeypatch.setattr(triton_backend, "_kernels", lambda: kernels)
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 132)
     monkeypatch.setattr(triton_backend.reference, "check_targets", lambda call: None)  # on a CPU alone
-    monkeypatch.setattr(triton_backend, "merged", lambda *_: None)  # few classes
-    monkeypatch.setattr(cuda_backend, "_cuda", Recorder(), raising=False)
-    monkeypatch.setattr(cuda_backend, "_enqueue", enqueue)
+    monkeypatch.setattr(cuda_backend, "_cuda", extension, raising=False)
+    monkeypatch.setattr(cuda_backend, "_enqueue", lambda function, device, *arguments: function(*arguments, 0, 0))
     cuda_backend._storage_bytes.cache_clear()
+    launched = ctypes.CDLL(extension.__file__).cuda_on_cpu_launches
+    before = launched()
     state = control_law.initial_state(torch.tensor(1.5))
-    call, tree = gate_step_call(rows, "cpu", 50, state, temperature), (torch.ones(rows, 3), torch.ones(rows))
+    settings = Settings(gate_temperature=temperature, step=state.counters[0])
+    call = GateStepCall(
+        torch.empty(rows, classes, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64), (), -1, settings,
+        state.values, {"loss": 1.0}, None, 50, state, torch.tensor(0.3), False,
+    )  # fmt: skip
+    tree = [torch.ones(rows, 3)] * 16 + [torch.ones(rows)] * 16
     with Dispatched() as seen:
         selection = cuda_backend.gate_step(call).selection
         cuda_backend.gather_rows(TreeCall(tree, selection, rows))
-    assert launched == ["scores", "compact", "gather_rows"]
+    assert state.counter("steps") == 1
+    assert scores.count + launched() - before == launches
+    assert launched() - before == 2
     memory = {"aten.empty.memory_format", "aten.empty_like.default", "aten.detach.default", "aten.view.dtype"}
     assert set(seen.names) <= memory | {"aten.empty_strided.default"}, set(seen.names) - memory
     cuda_backend._storage_bytes.cache_clear()

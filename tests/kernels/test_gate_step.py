@@ -112,3 +112,30 @@ def test_gate_step_refuses_the_state_of_another_shape(change):
     state = fresh_state(1.5)._replace(**{change: getattr(fresh_state(1.5), change)[:3]})
     with pytest.raises(ValueError, match=f"the state's {change} must be"):
         gate_step(state=state, **step_arguments())
+
+
+@pytest.mark.parametrize("way", ["direct", "cpp", "torch", "seen"])
+@pytest.mark.parametrize("options", [{}, {"gate_temperature": 0.5}], ids=str)
+def test_autograd_refuses_what_it_had_saved_of_the_state(monkeypatch, way, options):
+    """A kernel writes where autograd does not look: the gradient would be that of another threshold."""
+    if way == "cpp":
+        monkeypatch.setattr(cpp_direct, "AVAILABLE", False)
+    state, factor = fresh_state(1.5), torch.ones((), requires_grad=True)
+    product = factor * state.value("threshold")
+    counters = state.counters._version
+    with (
+        _dispatch.forced("torch" if way == "torch" else None),
+        FlopCounterMode(display=False) if way == "seen" else (torch.enable_grad()),
+    ):
+        gate_step(state=state, **step_arguments(), **options)
+    assert state.value("threshold") != 1.5
+    assert state.counters._version > counters
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_gate_step_takes_a_state_made_for_inference():
+    with torch.inference_mode():
+        state = fresh_state(1.5)
+        gate_step(state=state, **step_arguments())
+    assert state.counter("steps") == 1

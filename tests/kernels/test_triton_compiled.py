@@ -69,14 +69,24 @@ def catch(take):
     triton_backend._kernels = lambda: Kernels(forward, take)
     triton_backend._backward_kernels = lambda: Kernels(backward, take)
 
-def gate(rows, classes, dtype, outputs=(), serve=triton_backend.gate_rows, **changed):
+def place(tensor, past):
+    # The same values, that many elements past a multiple of 16 bytes.
+    return torch.cat((tensor.new_empty(past), tensor.flatten()))[past:].view(tensor.shape)
+
+def gate(rows, classes, dtype, outputs=(), serve=triton_backend.gate_rows, past=None, **changed):
+    past = past or {}
     options = dict(temperature=1.0, softcap=0.0, smoothing=0.0, ignore=-100, weight=0.7, gate=0.0, p_min=0.0, seed=0,
                    step=0) | changed
     settings = Settings(options["temperature"], options["softcap"], options["smoothing"], options["ignore"],
                         options["gate"], options["p_min"], options["seed"], options["step"])
+    logits, targets = torch.empty((rows, classes), dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    threshold, offset = torch.zeros(()), None
+    if past:  # as those of a call whose operands are parts of other tensors
+        logits, targets = place(logits, past.get("logits", 0)), place(targets, past.get("targets", 0))
+        threshold, offset = place(threshold, past.get("threshold", 0)), place(torch.zeros(rows), past.get("offset", 0))
+        settings = settings._replace(step=place(torch.zeros(1, dtype=torch.int64), past.get("step", 0)))
     serve(GateCall(
-        torch.empty((rows, classes), dtype=dtype), torch.zeros(rows, dtype=torch.int64), outputs, -1, settings,
-        torch.zeros(()), {"loss": options["weight"], "entropy": 0.3}, None))
+        logits, targets, outputs, -1, settings, threshold, {"loss": options["weight"], "entropy": 0.3}, offset))
 
 def uncounted(call):
     return triton_backend.gate_rows_uncounted(call, torch.empty(64, dtype=torch.int32))
@@ -85,13 +95,17 @@ def stats(shape, dtype, dim=-1):
     targets = torch.zeros(shape[:1] + shape[2:] if dim == 1 else shape[:-1], dtype=torch.int64)
     triton_backend.row_stats(StatsCall(torch.empty(shape, dtype=dtype), targets, ("loss", "entropy"), dim, Settings()))
 
-def backward(rows, classes, dtype):
+def backward(rows, classes, dtype, past=None):
+    past = past or {}
     targets = torch.zeros(rows, dtype=torch.int64)
     saved = torch.zeros(rows, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     logits = torch.empty((rows, classes), dtype=dtype)
+    out = torch.empty_like(logits)
+    if past:
+        logits, out = place(logits, past.get("logits", 0)), place(out, past.get("out", 0))
+        targets, saved = place(targets, past.get("targets", 0)), place(saved, past.get("saved", 0))
     call = StatsCall(logits, targets, ("loss", "entropy"), -1, Settings())
-    triton_backend.row_stats_backward(call, saved, saved, saved, {"loss": saved, "entropy": saved},
-                                      torch.empty_like(logits))
+    triton_backend.row_stats_backward(call, saved, saved, saved, {"loss": saved, "entropy": saved}, out)
 
 CASES = {
     "long": lambda: gate(4096, 151_936, torch.bfloat16),
@@ -104,13 +118,19 @@ CASES = {
     "slices": lambda: gate(8, 151_936, torch.bfloat16),
     "float64": lambda: gate(4096, 3000, torch.float64, STATISTICS),
     "float64 backward": lambda: backward(4096, 3000, torch.float64),
+    "short": lambda: gate(4096, 128, torch.float32),
+    "short backward": lambda: backward(4096, 128, torch.float32),
     "nchw": lambda: stats((4, 21, 512, 512), torch.float32, 1),
 }
 
 SOME = ("long", "gate 10", "backward")  # the rest on one GPU alone: it differs little from one to the next
 
-def wide(access, built):
-    return len(re.findall(access + r".global[.\\w]*.v(?:4.b32|2.b64)", built.asm["ptx"]))
+def accesses(access, built):
+    # The number of wide and of other accesses in each stretch of code without a label, if there are any.
+    stretches = re.split(r"^\\$L__BB\\w+:", built.asm["ptx"], flags=re.MULTILINE)
+    every = [re.findall(access + r"\\.global[.\\w]*", stretch) for stretch in stretches]
+    wide = [sum(bool(re.search(r"\\.v(4\\.b32|2\\.b64)", one)) for one in found) for found in every]
+    return [(w, len(found) - w) for w, found in zip(wide, every, strict=True) if found]
 
 def compile_all(arch, names):
     target, found = GPUTarget("cuda", arch, 32), []
@@ -130,14 +150,14 @@ def compile_all(arch, names):
                                    text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
         found.append({"case": name, "grid": grid, "registers": int(registers), "stack": int(stack),
-                      "warps": arguments["num_warps"], "wide": wide("ld", built), "wide stores": wide("st", built)})
+                      "warps": arguments["num_warps"], "loads": accesses("ld", built), "stores": accesses("st", built)})
     catch(take)
     for name in names or CASES:
         CASES[name]()
     return found
 
 def keys():
-    # What Triton would look a compilation up by, for calls that differ in values alone.
+    # What Triton would look a compilation up by, for calls that differ in values, or in where their operands begin.
     found = set()
     triton_backend.processors = lambda device: 0  # few rows are not cut into slices
     def take(kernel, grid, arguments):
@@ -148,7 +168,17 @@ def keys():
                     {"smoothing": 1}, {"ignore": 1}, {"ignore": -2**40}, {"weight": 2}, {"gate": 3}, {"p_min": 0.25},
                     {"seed": 1}, {"seed": 2**64 - 1}, {"step": 16}, {"step": 2**40}):
         gate(**({"rows": 48, "classes": 1000, "dtype": torch.float32, "gate": 1.0} | changed))
-    return sorted(found)
+    by_kind = {"values": sorted(found)}
+    # Rows of several blocks, and of one: there loads of 16 bytes are one compilation, and single ones another.
+    for classes in (1000, 128):
+        for kind, call in ("gate", gate), ("backward", backward):
+            found.clear()
+            for past in ({"logits": 0}, {"targets": 1}, {"threshold": 1}, {"threshold": 3}, {"offset": 1}, {"step": 1},
+                         {"logits": 1}, {"logits": 2}, {"logits": 3, "targets": 1, "offset": 3, "saved": 1},
+                         {"logits": 4}, {"out": 4}, {"saved": 1}, {"saved": 2}):
+                call(48, classes, torch.float32, past=past, **({"gate": 1.0} if kind == "gate" else {}))
+            by_kind[f"{kind} {classes}"] = sorted(found)
+    return by_kind
 
 def run(job):
     return compile_all(*job) if job else keys()
@@ -182,28 +212,54 @@ def compiled(ahead_of_time):
 
 
 # Threads of a processor (2,048; 1,024 for sm_75) that are not resident cost latency, which needs 512 here.
-REGISTERS = {"long": 128, "all eight": 128, "unaligned": 128, "slices": 128, "backward": 128, "float64": 255}
+REGISTERS = {
+    "long": 128, "all eight": 128, "unaligned": 128, "slices": 128, "backward": 128, "float64": 255,
+    "short": 255, "short backward": 255,  # a quarter of a row in each thread
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90, 100])
 def test_compiles_for_gpus_and_fits_registers(arch, compiled):
-    assert len(compiled[arch]) == (13 if arch == 90 else 3)  # "apart" and "slices" are two launches
+    assert len(compiled[arch]) == (15 if arch == 90 else 3)  # "apart" and "slices" are two launches
     for kernel in compiled[arch]:
         assert kernel["registers"] <= REGISTERS.get(kernel["case"], 128), kernel
         # All eight spill a little, outside of the loop over whole blocks; nothing else does.
         assert kernel["stack"] <= (32 if kernel["case"] == "all eight" else 0), kernel
 
 
-def test_rows_are_loaded_16_bytes_at_a_time(compiled):
-    """For any number of classes if a row is a program's; for whole rows if it is a multiple of 16 bytes."""
-    loads = {}
+# Bytes of a logit.
+WIDE = {
+    "long": 2, "all eight": 2, "unaligned": 2, "slices": 2, "apart": 2, "gate's step": 4, "float64": 8, "backward": 2,
+    "float64 backward": 8,
+}  # fmt: skip
+
+
+def assert_wide(found, chunks, width, others):
+    """One loop moves whole blocks, by 16 bytes and by nothing else; one the columns before and behind them, singly."""
+    assert [mix for mix in found if mix[0]] == [[chunks, 0]], found
+    single = sorted((narrow for _, narrow in found), reverse=True)
+    edges = chunks * width
+    assert edges in single, found
+    assert sum(single) - edges <= others, found  # a few of each row, once
+
+
+def test_rows_are_moved_16_bytes_at_a_time(compiled):
+    """For any number of classes if a row is a program's: the loop over whole blocks has no other access to memory."""
+    for case, itemsize in WIDE.items():
+        kernel = next(kernel for kernel in compiled[90] if kernel["case"] == case)  # before its merge
+        width = launch.BYTES // itemsize
+        if "backward" in case:
+            assert_wide(kernel["loads"], launch.CHUNKS // 2, width, others=12)
+            assert_wide(kernel["stores"], launch.CHUNKS // 2, width, others=0)
+        elif case == "apart":  # whole rows: no edges
+            assert [mix for mix in kernel["loads"] if mix[0]] == [[launch.CHUNKS, 0]], kernel
+            assert sum(narrow for _, narrow in kernel["loads"]) <= 6, kernel
+        else:
+            assert_wide(kernel["loads"], launch.CHUNKS, width, others=6)
     for kernel in compiled[90]:
-        loads[kernel["case"]] = max(kernel["wide"], loads.get(kernel["case"], 0))
-        if kernel["case"] == "backward":
-            assert kernel["wide stores"] >= 2, kernel
-    for case in ("long", "all eight", "unaligned", "slices", "apart", "float64"):
-        assert loads[case] >= launch.CHUNKS, (case, loads[case])
-    assert loads["backward"] >= launch.CHUNKS // 2
+        if "short" in kernel["case"]:  # eight rows of 128 to 32 threads
+            assert [mix for mix in kernel["loads"] if mix[0]] == [[8, 0]], kernel
+            assert [mix for mix in kernel["stores"] if mix[0]] == ([[8, 0]] if "backward" in kernel["case"] else [])
 
 
 def test_few_rows_fill_a_gpu(compiled):
@@ -213,5 +269,14 @@ def test_few_rows_fill_a_gpu(compiled):
 
 
 def test_values_do_not_compile_anew(ahead_of_time):
-    found = ahead_of_time[1]
+    found = ahead_of_time[1]["values"]
     assert len(found) == 1, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "compilations"), [("gate 1000", 1), ("gate 128", 2), ("backward 1000", 2), ("backward 128", 2)]
+)
+def test_a_tensor_that_begins_elsewhere_does_not_compile_anew(ahead_of_time, kind, compilations):
+    """Except where all accesses are of 16 bytes, or single ones: to whole rows of one block, and to a gradient."""
+    found = ahead_of_time[1][kind]
+    assert len(found) == compilations, "\n".join(found)

@@ -139,6 +139,7 @@ constexpr float kSmoothing = 0.1f, kJump = 3.0f, kJumpOfDrift = 0.01f;
 constexpr float kUnitGain = 0.2f, kReach = 0.8f, kDriftLimit = 1.0f;
 constexpr float kSurpriseLimit = 11.0f, kSurprisePerBatch = 6.0f, kEdge = 1e-6f;
 constexpr float kRateSmoothing = 0.05f, kMissSmoothing = 1.0f / 32, kMissLimit = 0.6f;
+constexpr float kLeastSetPoint = 1e-12f;
 constexpr float kTiny = 1.17549435e-38f;
 
 }  // namespace control_constants
@@ -219,9 +220,11 @@ SPARSE_KERNELS_HOST_DEVICE inline void control_advance(float* values, int64_t* c
   // An automatic start keeps the first batch whole, so its overflow does not count.
   const bool starting = values[kRate] != values[kRate] && values[kThreshold] == -INFINITY;
   if (!starting) counters[kOverflow] += overflow;
-  if (!(sums.mass > 0)) return;
+  // A set-point of NaN says nothing, and 0 or less is the least one: their logits would stay in the
+  // drift for ever.
+  if (!(sums.mass > 0) || setpoint != setpoint) return;
 
-  const float p = setpoint, q = 1.0f - p;
+  const float p = fmaxf(setpoint, kLeastSetPoint), q = 1.0f - p;
   const double all = sums.mass;
   const float rate = float(sums.kept / all);
   const float gain = fmaxf(1.0f / (float(steps) + 1.0f), kRateSmoothing);

@@ -69,7 +69,8 @@ class Gate(nn.Module):
         temperature: 0 (the default) keeps what is above the threshold. Above 0, in units of significance, a row is
             drawn with probability p = sigmoid((significance - threshold) / temperature) and weighted 1/p. Weighted
             sums over the kept rows are then unbiased estimates of sums over all, and ties are broken.
-        p_min: least such p, in [0, 1) and below ``rate``, so that no weight exceeds 1/p_min. Default 0.
+        p_min: least such p, in [0, 1) and below ``rate``, so that no weight exceeds 1/p_min. Default 0, at which
+            draws are unbiased too and weights are at most 2^32; above it their variance is smaller.
         floor: least fraction of the valid rows to keep, in [0, 1] and at most ``rate``. Where fewer are above the
             threshold, the most significant are added. The controller never sees the added rows. Default 0.
         seed: seed of the draws, with the step and the row's number. Default 0.

@@ -344,7 +344,7 @@ def gate_rows(call: GateCall) -> GatedRows:
 
 
 def gate_rows_uncounted(call: GateCall, finished: Tensor) -> GatedRows:
-    """Serve ``gate_rows`` in one launch, and leave ``invalid`` to be written by a kernel that follows on the stream.
+    """Serve ``gate_rows`` and leave ``invalid`` to be written by a kernel that follows on the stream: a launch less.
 
     Args:
         call: the call.

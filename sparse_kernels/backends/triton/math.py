@@ -57,8 +57,16 @@ def tanh(a, DOUBLE: tl.constexpr):
 
 
 @triton.jit
-def philox_uniform(row, step, seed):
-    """Return float32 in [0, 1) as sparse_kernels/philox.py does: counter (row, step), key seed, word 0."""
+def draw_limit(p):
+    """Return the number of words, out of 2^32, that keep a row of probability p, as philox.py does; float32."""
+    words = tl.ceil(p.to(tl.float32) * 4294967296.0)
+    words = tl.where(words < 1.0, 1.0, words)
+    return tl.where(words == words, words, 0.0)  # NaN keeps never
+
+
+@triton.jit
+def philox_word(row, step, seed):
+    """Return a row's word, int64 in [0, 2^32), as philox.py does: counter (row, step), key seed, word 0."""
     zero = row * 0
     c0 = (row & 0xFFFFFFFF).to(tl.uint32)
     c1 = (row >> 32).to(tl.uint32)
@@ -67,4 +75,4 @@ def philox_uniform(row, step, seed):
     k0 = ((zero + seed) & 0xFFFFFFFF).to(tl.uint32)
     k1 = (((zero + seed) >> 32) & 0xFFFFFFFF).to(tl.uint32)
     word, _, _, _ = tl.philox_impl(c0, c1, c2, c3, k0, k1)
-    return (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return word.to(tl.int64)

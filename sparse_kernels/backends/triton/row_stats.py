@@ -68,9 +68,16 @@ RUN_TIME = (
     "seed",
     "step",
 )
+# Nor are addresses: a tensor that begins elsewhere must not recompile. ALIGNED says what loads of 16 bytes need.
+ADDRESSES = (
+    "logits_ptr", "targets_ptr", "sums_ptr", "lowest_ptr", "loss_ptr", "entropy_ptr", "grad_norm_ptr",
+    "sum_squares_ptr", "max_prob_ptr", "margin_ptr", "argmax_ptr", "logsumexp_ptr", "maximum_ptr", "total_ptr",
+    "mask_ptr", "significance_ptr", "weight_ptr", "offset_ptr", "threshold_ptr", "invalid_ptr", "finished_ptr",
+    "step_ptr",
+)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ADDRESSES)
 def row_stats_kernel(
     logits_ptr,
     targets_ptr,  # [rows]
@@ -154,11 +161,10 @@ def row_stats_kernel(
 
     scale = tl.full((), inverse_temperature, ACC) * LOG2E
     cap = tl.full((), softcap, ACC)
-    if ALIGNED and not LOOP:  # no change in value, but Triton sees it, and loads 16 bytes at a time
-        outer_stride = outer_stride // UNITS * UNITS
-        inner_stride = inner_stride // UNITS * UNITS
-        classes = classes // UNITS * UNITS
     base = logits_ptr + outer * outer_stride + inner * inner_stride
+    if ALIGNED and not LOOP:  # no change in value, but Triton sees it, and loads 16 bytes at a time
+        base = tl.multiple_of(base, 16)
+        classes = classes // UNITS * UNITS
     if PHASE == MERGE:
         x_y = tl.load(sums_ptr + 6 * rows.to(tl.int64) * slices + row, mask=inside, other=0.0)
     else:

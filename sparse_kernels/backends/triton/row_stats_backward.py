@@ -38,6 +38,10 @@ RUN_TIME = (
     "slice_columns",
     "ignore_index",
 )
+ADDRESSES = (
+    "logits_ptr", "gradient_ptr", "targets_ptr", "maximum_ptr", "total_ptr", "entropy_ptr", "loss_gradient_ptr",
+    "entropy_gradient_ptr",
+)  # fmt: skip
 
 
 @triton.jit
@@ -54,7 +58,7 @@ def gradient_of(x, row, softcap, DOUBLE: tl.constexpr):
     return (tl.exp2(t) * (a + b * tl.maximum(t, -FAR)) - c) * slope, slope
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ADDRESSES)
 def row_stats_backward_kernel(
     logits_ptr,
     gradient_ptr,  # may be logits_ptr
@@ -91,19 +95,19 @@ def row_stats_backward_kernel(
     COLUMNS: tl.constexpr = CHUNKS * LANES * WIDTH
     UNITS: tl.constexpr = 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
     outer, first, inner, row, inside, target, live = rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS)
+    base = logits_ptr + outer * outer_stride + inner * inner_stride
+    out = gradient_ptr + outer * gradient_outer_stride + inner * gradient_inner_stride
     if LOOP:
         begin, columns = slice_of_program(classes, slice_columns, inside)
     else:
         begin, columns = 0, classes
         if ALIGNED:  # no change in value, but Triton sees it, and moves 16 bytes at a time
-            outer_stride = outer_stride // UNITS * UNITS
-            inner_stride = inner_stride // UNITS * UNITS
-            gradient_outer_stride = gradient_outer_stride // UNITS * UNITS
-            gradient_inner_stride = gradient_inner_stride // UNITS * UNITS
+            base = tl.multiple_of(base, 16)
+            out = tl.multiple_of(out, 16)
             columns = classes // UNITS * UNITS
     place = columns_of_tile(CHUNKS, LANES, WIDTH)
-    base = (logits_ptr + outer * outer_stride + inner * inner_stride)[:, None, None, None]
-    out = (gradient_ptr + outer * gradient_outer_stride + inner * gradient_inner_stride)[:, None, None, None]
+    base = base[:, None, None, None]
+    out = out[:, None, None, None]
     alive = live[:, None, None, None]
     y = tl.where(live, target, -1)[:, None, None, None]
 

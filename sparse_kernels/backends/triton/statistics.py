@@ -6,7 +6,7 @@
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, divide, log1p, philox_uniform, root
+from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, divide, draw_limit, log1p, philox_word, root
 from sparse_kernels.backends.triton.scan import rescale
 
 
@@ -14,7 +14,7 @@ from sparse_kernels.backends.triton.scan import rescale
 def emit(significance, value, weight, pointer, row, inside, WEIGHED: tl.constexpr):
     """Store a statistic unless its pointer is None; return the significance, with the statistic added if weighed."""
     if WEIGHED:
-        significance += value * tl.full((), weight, value.dtype)
+        significance += tl.where(weight == 0.0, 0.0, value * tl.full((), weight, value.dtype))  # never 0 * inf
     if pointer is not None:
         tl.store(pointer + row, value, mask=inside)
     return significance
@@ -35,6 +35,7 @@ def smoothed_loss(
     smoothing = tl.full((), label_smoothing, ACC)
     if label_smoothing > 0.0:  # else 0 * inf where a logit is -inf
         mean = (sum_d / classes + (origin - reference)) * tl.full((), inverse_temperature, ACC)
+        mean = tl.where(classes <= S, 0.0, mean)  # all logits are equal, and their sum may have overflowed
         loss = (1.0 - smoothing) * loss + smoothing * (log_sum - mean)
     return loss
 
@@ -63,7 +64,7 @@ def write_statistics(
     S = rest + e_y
     # S - 1 without the rounding of S: the 1 of the largest logit is taken from where it is, which is exact.
     log_sum = log1p(tl.where(e_y == 1.0, rest, (rest - 1.0) + e_y), DOUBLE)
-    significance = tl.zeros((ROWS,), ACC)
+    significance = tl.where((S == S) | ignored, tl.zeros((ROWS,), ACC), float("nan"))  # though all weights be 0
 
     if LOSS:
         loss = smoothed_loss(
@@ -117,8 +118,10 @@ def decide(
         drawn_step = step
         if step_ptr is not None:
             drawn_step = tl.load(step_ptr).to(tl.int64)
-        kept = (philox_uniform(row, drawn_step, seed) < p) & live
-        tl.store(weight_ptr + row, tl.where(kept, 1.0 / p, 0.0).to(tl.float32), mask=inside)
+        limit = draw_limit(p)
+        kept = (philox_word(row, drawn_step, seed) < limit.to(tl.int64)) & live
+        weight = divide(tl.full(limit.shape, 4294967296.0, tl.float32), tl.where(kept, limit, 1.0), False)
+        tl.store(weight_ptr + row, tl.where(kept, weight, 0.0), mask=inside)
     else:
         kept = (significance > threshold) & live
     tl.store(mask_ptr + row, kept.to(tl.int8), mask=inside)

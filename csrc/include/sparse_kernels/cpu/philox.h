@@ -28,10 +28,16 @@ static inline PhiloxWords philox(uint64_t seed, uint64_t step, uint64_t row) {
   return {{c0, c1, c2, c3}};
 }
 
-// Uniform in [0, 1): a multiple of 2^-24, a function of (seed, step, row) alone.
-static inline float philox_uniform(uint64_t seed, uint64_t step, uint64_t row) {
-  return float(philox(seed, step, row).word[0] >> 8) * 0x1p-24f;
+// The number of words, out of 2^32, that keep a row of probability p: p 2^32 rounded up, at least
+// 1, and 0 where p is NaN. A row whose word is below it is kept and weighs draw_weight(limit), the
+// inverse of the probability that was really used. philox.py's draw_limit is the specification.
+static inline uint64_t draw_limit(float p) {
+  const float words = p == p ? p * 0x1p32f : 0.0f;  // a conversion of NaN would be undefined
+  const uint64_t whole = uint64_t(words), limit = whole + (float(whole) < words);
+  return limit > 0 ? limit : p == p;
 }
+// A limit has at most 24 bits, so that its conversion is exact and the quotient is rounded once.
+static inline float draw_weight(uint64_t limit) { return 0x1p32f / float(limit); }
 
 // Uniform in [0, 1): a multiple of 2^-53, because 24 bits cannot tell 100 million rows apart.
 static inline double philox_uniform_double(uint64_t seed, uint64_t step, uint64_t row) {

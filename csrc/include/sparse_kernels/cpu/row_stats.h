@@ -76,7 +76,7 @@ struct RowStatsArgs : RowStatsInput {
   // The gate's decision; omitted where mask is null.
   uint8_t* mask;                // [rows]
   void* significance;           // [rows]
-  float* weight;                // [rows], 1/p; null for a plain threshold
+  float* weight;                // [rows], philox.h's draw_weight; null for a plain threshold
   const void* offset;           // [rows] or null
   double weights[kStatistics];  // of each statistic in the significance
   double threshold;

@@ -43,7 +43,7 @@ class RandomPolicy(Policy):
     def count(self, rows: int) -> int:
         """Number of rows to keep this time of ``rows``."""
         count = round(self.rate * rows)
-        return count or int(torch.rand((), generator=self.generator).item() < self.rate * rows)
+        return count or int(torch.rand((), generator=self.generator, dtype=torch.float64).item() < self.rate * rows)
 
     def get_extra_state(self) -> Tensor:
         """State of the generator."""
