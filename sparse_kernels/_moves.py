@@ -41,11 +41,11 @@ class TreeCall(Tree):
     def check_index(self) -> None:
         """Raise for an index out of range, where the host may look: for what does not look by itself."""
         selection = self.selection
-        if not values_readable(selection.index):
+        if not values_readable(selection.index) or (selection.size == 0 and not self.scatter):  # nothing is read
             return
         index = selection.index[: int(selection.count)] if self.scatter else selection.index
         bad = ((index < 0) | (index >= selection.size)).nonzero()
-        if len(bad) and selection.size:
+        if len(bad):
             slot = int(bad[0])
             raise ValueError(f"selection index {int(index[slot])} in slot {slot} is outside {selection.size} rows")
 

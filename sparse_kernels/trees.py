@@ -86,19 +86,43 @@ class Tree:
         return self._rebuild(iter([next(moved) if isinstance(leaf, Tensor) else array(leaf) for leaf in self.leaves]))
 
 
-def map_rows(tree: Any, function: Callable[[Any], Any]) -> Any:
+def map_rows(tree: Any, function: Callable[[Any], Any], rows: int | None = None) -> Any:
     """Return the tree with each of its tensors and arrays replaced by a function's result.
 
     Args:
         tree: the structure.
         function: takes a tensor or a NumPy array.
+        rows: a list with as many numbers or texts is refused, since it holds rows, too. Default: none is.
 
     Raises:
         TypeError: a part might hold rows and is not known.
     """
     leaves: list[Any] = []
-    rebuild = _open(tree, "tree", None, leaves)
+    rebuild = _open(tree, "tree", rows, leaves)
     return rebuild(iter([function(leaf) for leaf in leaves]))
+
+
+def rows_at(tree: Any, index: Tensor, rows: int) -> Any:
+    """Return the tree with the rows at these places; a plain index_select, which autograd follows.
+
+    Args:
+        tree: the structure.
+        index: int64 [n].
+        rows: what each tensor and array has in dim 0.
+
+    Raises:
+        TypeError: a part might hold rows and is not known.
+        ValueError: a tensor or an array has another number of rows.
+    """
+
+    def selected(part: Any) -> Any:
+        if part.ndim == 0 or part.shape[0] != rows:
+            raise ValueError(f"every tensor must have {rows} rows in dim 0, got one of shape {tuple(part.shape)}")
+        if isinstance(part, Tensor):
+            return part.index_select(0, index.to(part.device))
+        return part[index.cpu().numpy()]
+
+    return map_rows(tree, selected, rows)
 
 
 def _tensors_of_one_level(tree: Any) -> list[Tensor] | None:
@@ -132,6 +156,8 @@ def _open_tensors(tree: Any, leaves: list[Any]) -> Rebuild | None:
 
 
 def _is_container(tree: Any) -> bool:
+    if isinstance(tree, _VALUES):
+        return False
     return _is_node(tree) or isinstance(tree, (Mapping, Sequence)) or _is_dataclass(tree)
 
 
@@ -193,12 +219,21 @@ def _open_all(tree: Any, children: Iterable[Any], name: str, rows: int | None, l
         names = [f"{name}[{key!r}]" for key in tree] if len(tree) == len(children) else [name] * len(children)
     else:
         names = [f"{name}[{i}]" for i in range(len(children))]
-        if children and len(children) == rows and all(isinstance(child, _VALUES) for child in children):
+        if children and len(children) == rows and not _is_size(tree) and _are_values(children):
             raise TypeError(
                 f"`{name}` holds a value for each of {rows} rows and cannot be selected: got {kind(tree)}; "
                 "make it a tensor or a NumPy array"
             )
     return [_open(child, part, rows, leaves) for child, part in zip(children, names, strict=True)]
+
+
+def _are_values(children: list[Any]) -> bool:
+    return all(isinstance(child, _VALUES) for child in children)
+
+
+def _is_size(tree: Any) -> bool:
+    """Return True for a few whole numbers in a tuple: height and width, not values of rows."""
+    return isinstance(tree, tuple) and len(tree) <= 4 and all(isinstance(value, int) for value in tree)
 
 
 def _might_hold_rows(leaf: Any) -> bool:
