@@ -20,17 +20,18 @@ class TreeCall(Tree):
     Args:
         tree: nested structure of tensors and NumPy arrays.
         selection: the rows; its weight and overflow take no part.
+        rows: what every tensor and array of the tree has in dim 0.
         scatter: whether the tree's rows are the selection's slots. Default: they are the batch's.
     """
 
     __slots__ = ("scatter", "selection")
 
-    def __init__(self, tree: Any, selection: Selection, *, scatter: bool = False) -> None:
-        index, count, size = vetted_places(selection.index, selection.count, selection.size)
+    def __init__(self, tree: Any, selection: Selection, rows: int, *, scatter: bool = False) -> None:
+        index, count, _ = vetted_places(selection.index, selection.count, selection.size)
         if index is not selection.index or count is not selection.count:
             selection = selection._replace(index=index, count=count)
         self.selection, self.scatter = selection, scatter
-        Tree.__init__(self, tree, index.shape[0] if scatter else size, index.device)
+        Tree.__init__(self, tree, rows, index.device)
         if scatter and values_readable(count) and not 0 <= (kept := int(count)) <= index.shape[0]:
             raise ValueError(f"selection count {kept} does not fit its {index.shape[0]} slots")
 

@@ -84,7 +84,8 @@ def gather_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
         packed = cpp_direct.gather_rows(tree, selection)
         if packed is not None:
             return packed
-    call = TreeCall(tree, vetted_selection(selection))
+    selection = vetted_selection(selection)
+    call = TreeCall(tree, selection, selection.size)
     name, serve = choose("gather_rows", call, backend)
     if name == "torch" or not _move_is_seen(call.operands()):
         return serve(call)
@@ -93,7 +94,8 @@ def gather_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
 
 def scatter_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
     """Check and serve a ``scatter_rows`` call."""
-    call = TreeCall(tree, vetted_selection(selection), scatter=True)
+    selection = vetted_selection(selection)
+    call = TreeCall(tree, selection, selection.index.shape[0], scatter=True)
     name, serve = choose("scatter_rows", call, backend)
     if name == "torch" or not _move_is_seen(call.operands()):
         return serve(call)

@@ -358,7 +358,8 @@ def control(
 ) -> None:
     """Update a gate's threshold by one batch, in place, so that the fraction of rows above it meets a set-point.
 
-    ``gate_rows`` takes ``state.value("threshold")``. Nothing waits for a device. ``sparse_kernels/control_law.py``
+    ``gate_rows`` takes ``state.value("threshold")``. Nothing waits for a device, and nothing locks a state: one thread
+    at a time may update it. ``sparse_kernels/control_law.py``
     derives the law.
 
     Args:

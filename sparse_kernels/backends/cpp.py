@@ -378,13 +378,16 @@ def _gather(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
     if selection.size == 0:  # nothing to read, not even for padding
         return [empty_rows(tensor, index.numel()).zero_() for tensor in tensors]
     slots = index.numel()
-    packed = [tensor for tensor in tensors if tensor.is_contiguous() or rows_are_packed(tensor)]
+    together = [tensor.is_contiguous() or rows_are_packed(tensor) for tensor in tensors]
+    packed = [tensor for tensor, whole in zip(tensors, together, strict=True) if whole]
     moved = _move_rows(_cpp.gather_rows, packed, index, slots, slots, selection.size)
     if len(packed) == len(tensors):
         return moved
     # Elements with gaps between them are not bytes to copy. C++ has looked at the index by now.
     left = iter(moved)
-    return [next(left) if rows_are_packed(tensor) else tensor.index_select(0, index) for tensor in tensors]
+    return [
+        next(left) if whole else tensor.index_select(0, index) for tensor, whole in zip(tensors, together, strict=True)
+    ]
 
 
 def _scatter(tensors: list[Tensor], selection: Selection) -> list[Tensor]:

@@ -287,7 +287,7 @@ def gather_rows(tensors: list[Tensor], index: Tensor, count: Tensor, size: int, 
         size: as in ``Selection``.
         backend: one that serves the call.
     """
-    call = TreeCall(tensors, selection_of(index, count, size))
+    call = TreeCall(tensors, selection_of(index, count, size), size)
     packed: list[Tensor] = _serve("gather_rows", call, backend)
     return packed
 
@@ -302,7 +302,7 @@ def scatter_rows(tensors: list[Tensor], index: Tensor, count: Tensor, size: int,
         size: as in ``Selection``.
         backend: one that serves the call.
     """
-    call = TreeCall(tensors, selection_of(index, count, size), scatter=True)
+    call = TreeCall(tensors, selection_of(index, count, size), index.shape[0], scatter=True)
     placed: list[Tensor] = _serve("scatter_rows", call, backend)
     return placed
 
