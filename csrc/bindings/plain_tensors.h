@@ -47,7 +47,8 @@ inline bool is_true(PyObject* answer) {
   return value;
 }
 
-// A tensor's values are its negated bytes. Of any dtype, though most such views are of complex ones.
+// A tensor's values are its negated bytes. Of any dtype, though most such views are of complex
+// ones.
 inline bool is_negated(PyObject* tensor) {
   return is_true(is_neg_function ? is_neg_function(tensor, nullptr)
                                  : PyObject_CallMethodNoArgs(tensor, is_neg_name));

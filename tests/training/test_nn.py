@@ -178,7 +178,7 @@ def test_bad_input_is_one_clear_line():
         (lambda: Expand()(rows[:1], selection), "must have 2 rows"),
         (lambda: BatchNorm(3)(x, selection), "2 slots"),
         (lambda: BatchNorm(4)(rows, selection), "4 channels"),
-        (lambda: Compact(-1)(x, mask), "capacity=-1"),
+        (lambda: Compact(-1)(x, mask), "`capacity` must be .* got -1"),
         (lambda: Compact()(x, mask[:5]), "must have 5 rows"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
