@@ -9,7 +9,17 @@ Example:
 
 from sparse_kernels._dispatch import BackendUnavailable, backend_info
 from sparse_kernels._version import __version__
-from sparse_kernels.ops import compact, control, gate_rows, gather_rows, row_stats, scatter_rows, select
+from sparse_kernels.ops import (
+    compact,
+    control,
+    gate_rows,
+    gate_step,
+    gather_rows,
+    initial_state,
+    row_stats,
+    scatter_rows,
+    select,
+)
 from sparse_kernels.types import STATISTICS, ControlState, GatedRows, RowStats, Selected, Selection
 
 __all__ = [
@@ -25,7 +35,9 @@ __all__ = [
     "compact",
     "control",
     "gate_rows",
+    "gate_step",
     "gather_rows",
+    "initial_state",
     "row_stats",
     "scatter_rows",
     "select",

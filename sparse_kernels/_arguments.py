@@ -6,21 +6,36 @@ dtypes and devices, never at values on a device.
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from sparse_kernels._moves import TreeCall as TreeCall  # so that all calls are found here
+from sparse_kernels._operands import (
+    check_device,
+    check_statistic_weights,
+    described,
+    integer,
+    kind,
+    number,
+    statistic_names,
+    vetted,
+)
 from sparse_kernels._tracing import dynamo_compiling, is_lazy_negative
-from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, STATISTICS, WEIGHABLE, ControlState, Selection
+from sparse_kernels.trees import Tree
+from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, ControlState
 
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _LABELS = frozenset((torch.int64, torch.int32, torch.bool))
-_STATISTICS = frozenset(STATISTICS)
-_WEIGHABLE = frozenset(WEIGHABLE)
+_NUMBERS = frozenset((int, float))
+_INTEGERS = frozenset(("ignore_index", "seed", "step"))
+NO_INDEX = -(2**31)  # the `ignore_index` that ignores no row: a label of every integer dtype, and no class
 _STATE = (("values", torch.float32, len(CONTROL_VALUES)), ("counters", torch.int64, len(CONTROL_COUNTERS)))
 
 
@@ -51,37 +66,57 @@ def _refuse_scale(name: str, rule: str, value: float) -> NoReturn:
 
 def checked_settings(
     temperature: float = 1.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     gate_temperature: float = 0.0,
     p_min: float = 0.0,
     seed: int = 0,
     step: int | Tensor = 0,
 ) -> Settings:
     """Return these settings, or raise the error that names the first one out of range."""
-    if not _LEAST <= temperature <= _MOST:
-        _refuse_scale("temperature", "above 0", temperature)
-    if softcap != 0.0 and not _LEAST <= softcap <= _MOST:
-        _refuse_scale("softcap", "0 (none) or above", softcap)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"`label_smoothing` must be in [0, 1], got {label_smoothing}")
-    if gate_temperature != 0.0 and not _LEAST <= gate_temperature <= _MOST:
-        _refuse_scale("gate_temperature", "0 (a threshold) or above", gate_temperature)
-    if not 0.0 <= p_min <= 1.0:
-        raise ValueError(f"`p_min` must be a probability in [0, 1], got {p_min}")
+    if softcap is None:
+        softcap = 0.0
+    if ignore_index is None:
+        ignore_index = NO_INDEX
     values = temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
+    try:
+        if not _LEAST <= temperature <= _MOST:
+            _refuse_scale("temperature", "above 0", temperature)
+        if softcap != 0.0 and not _LEAST <= softcap <= _MOST:
+            _refuse_scale("softcap", "0 (none) or above", softcap)
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"`label_smoothing` must be in [0, 1], got {label_smoothing}")
+        if gate_temperature != 0.0 and not _LEAST <= gate_temperature <= _MOST:
+            _refuse_scale("gate_temperature", "0 (a threshold) or above", gate_temperature)
+        if not 0.0 <= p_min <= 1.0:
+            raise ValueError(f"`p_min` must be a probability in [0, 1], got {p_min}")
+    except TypeError:
+        _numbers_of(Settings(*values))
+        raise
     # A named tuple's constructor takes longer than all of the above; a compiler must see it.
     return Settings(*values) if dynamo_compiling() else _new_tuple(Settings, values)
 
 
-def _described(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-
-
-def _check_device(name: str, tensor: Tensor, of: str, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"`{name}` must be on {device} as {of}, got {tensor.device}")
+def _numbers_of(settings: Settings) -> Settings:
+    """Return the settings as Python's own numbers; a step may be a tensor. Most are so already."""
+    if dynamo_compiling():
+        return settings
+    types = [*map(type, settings)]
+    if _NUMBERS.issuperset(types) and types[3] is types[6] is types[7] is int:  # the three of _INTEGERS
+        return settings
+    values: list[Any] = []
+    value: Any
+    for name, value in zip(Settings._fields, settings, strict=True):
+        if name == "step" and isinstance(value, Tensor):
+            if value.dtype is not torch.int64 or value.numel() != 1:
+                raise TypeError(f"`step` must be an int or one int64 element, got {described(value)}")
+            values.append(vetted("step", value))
+        elif isinstance(value, (torch.SymInt, torch.SymFloat)):
+            values.append(value)
+        else:
+            values.append(integer(name, value) if name in _INTEGERS else number(name, value))
+    return Settings(*values)
 
 
 @dataclass(slots=True)
@@ -95,13 +130,20 @@ class StatsCall:
     settings: Settings
 
     def __post_init__(self) -> None:
-        logits, targets = self.logits, self.targets
+        logits = self.logits = vetted("logits", self.logits, "; use torch.as_tensor(logits)")
+        given: Any = self.targets
+        if isinstance(given, (list, tuple, np.ndarray)):
+            given = torch.as_tensor(given, device=logits.device)
+        targets = self.targets = vetted("targets", given)
         if logits.dtype not in _FLOATING:
-            raise TypeError(f"`logits` must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+            swapped = ": are `logits` and `targets` in each other's place?" if targets.dtype in _FLOATING else ""
+            raise TypeError(f"`logits` must be float32, bfloat16, float16 or float64, got {logits.dtype}{swapped}")
         if targets.dtype is not torch.int64 and targets.dtype is not torch.int32:
             raise TypeError(f"`targets` must be int64 or int32 class indices, got {targets.dtype}")
         shape = logits.shape
         ndim = len(shape)
+        if type(self.dim) is not int:
+            self.dim = integer("dim", self.dim)
         if not -ndim <= self.dim < ndim:
             raise ValueError(f"`dim` must be a dimension of the logits, of shape {tuple(shape)}, got {self.dim}")
         if self.dim in (-1, ndim - 1):
@@ -111,20 +153,23 @@ class StatsCall:
             self.dim %= ndim
             rows = shape[: self.dim] + shape[self.dim + 1 :]
         if targets.shape != rows:
+            fits = [d for d in range(ndim) if targets.shape == shape[:d] + shape[d + 1 :]]
             raise ValueError(
                 f"`targets` must have shape {tuple(rows)} for logits of shape {tuple(shape)} "
                 f"with classes in dim {self.dim}, got {tuple(targets.shape)}"
+                + (f"; for classes in dim {fits[0]} use dim={fits[0]}" if fits else "")
             )
         if not (logits.is_cpu and targets.is_cpu):  # is_cpu costs a fifth of a comparison of devices
-            _check_device("targets", targets, "the logits", logits.device)
+            check_device("targets", targets, "the logits", logits.device)
         if shape[self.dim] == 0:
             raise ValueError(f"`logits` of shape {tuple(shape)} have no classes in dim {self.dim}")
-        for name in self.outputs:  # a loop: PyTorch 2.6's compiler does not know set.issuperset
-            if name not in _STATISTICS:
-                unknown = sorted(set(self.outputs) - _STATISTICS)
-                raise ValueError(f"`outputs` must be among {', '.join(STATISTICS)}; got {unknown}")
-        if is_lazy_negative(logits):
-            self.logits = logits.resolve_neg()
+        self.settings = _numbers_of(self.settings)
+        if self.outputs:
+            self.outputs = statistic_names(self.outputs)
+
+    def operands(self) -> list[Tensor]:
+        """Return every tensor of the call."""
+        return [self.logits, self.targets]
 
     @property
     def classes(self) -> int:
@@ -166,35 +211,47 @@ class GateCall(StatsCall):
     """A checked ``gate_rows`` call."""
 
     threshold: Tensor  # one element, floating, on the logits' device
-    weights: Mapping[str, float]
+    weights: Mapping[str, float]  # of the statistics
     offset: Tensor | None  # targets' shape, floating
 
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a second class, which zero-argument super() does not know.
         StatsCall.__post_init__(self)
         self._check_threshold()
-        weights, offset = self.weights, self.offset
-        known = bool(weights)
-        for name in weights:
-            known = known and name in _WEIGHABLE
-        if not known:
-            raise ValueError(f"`weights` must name one or more of {', '.join(WEIGHABLE)}; got {sorted(weights)}")
-        for name, weight in weights.items():
+        check_statistic_weights(self.weights)
+        for name, weight in self.weights.items():
             if not -_MOST <= weight <= _MOST:
                 raise ValueError(f"`weights` must be numbers from -{_MOST:.0e} to {_MOST:.0e}, got {name}={weight}")
-        if offset is not None:
+        if self.offset is not None:
+            offset = self.offset = vetted("offset", self.offset)
             if offset.shape != self.targets.shape or not offset.dtype.is_floating_point:
                 raise ValueError(
-                    f"`offset` must be floating of shape {tuple(self.targets.shape)}, got {_described(offset)}"
+                    f"`offset` must be floating of shape {tuple(self.targets.shape)}, got {described(offset)}"
                 )
-            _check_device("offset", offset, "the logits", self.logits.device)
+            check_device("offset", offset, "the logits", self.logits.device)
+        step = self.settings.step
+        if isinstance(step, Tensor) and not step.is_cpu:
+            check_device("step", step, "the logits", self.logits.device)
+
+    def operands(self) -> list[Tensor]:
+        """Return every tensor of the call."""
+        operands = [self.logits, self.targets, self.threshold]
+        if self.offset is not None:
+            operands.append(self.offset)
+        if isinstance(self.settings.step, Tensor):
+            operands.append(self.settings.step)
+        return operands
 
     def _check_threshold(self) -> None:
-        logits, threshold = self.logits, self.threshold
+        logits = self.logits
+        given: Any = self.threshold
+        if isinstance(given, numbers.Real):
+            given = torch.full((), float(given), dtype=self.accumulator, device=logits.device)
+        threshold = self.threshold = vetted("threshold", given)
         if threshold.numel() != 1 or not threshold.dtype.is_floating_point:
-            raise ValueError(f"`threshold` must be one floating element, got {_described(threshold)}")
+            raise ValueError(f"`threshold` must be one floating element, got {described(threshold)}")
         if not (logits.is_cpu and threshold.is_cpu):
-            _check_device("threshold", threshold, "the logits", logits.device)
+            check_device("threshold", threshold, "the logits", logits.device)
 
 
 @dataclass(slots=True)
@@ -206,19 +263,31 @@ class CompactCall:
     capacity: int | None
 
     def __post_init__(self) -> None:
-        mask, weight = self.mask, self.weight
+        mask = self.mask = vetted("mask", self.mask, "; use torch.as_tensor(mask)")
         if mask.dtype is not torch.bool or mask.dim() != 1:
-            raise ValueError(f"`mask` must be bool of shape [rows], got {_described(mask)}")
-        if weight is not None:
+            how = "; use mask.flatten()" if mask.dtype is torch.bool else ""
+            raise ValueError(f"`mask` must be bool of shape [rows], got {described(mask)}{how}")
+        if self.weight is not None:
+            weight = self.weight = vetted("weight", self.weight)
             if weight.shape != mask.shape or weight.dtype is not torch.float32:
-                raise ValueError(f"`weight` must be float32 of shape {tuple(mask.shape)}, got {_described(weight)}")
-            _check_device("weight", weight, "the mask", mask.device)
-        _check_capacity(self.capacity)
+                raise ValueError(f"`weight` must be float32 of shape {tuple(mask.shape)}, got {described(weight)}")
+            check_device("weight", weight, "the mask", mask.device)
+        self.capacity = _checked_capacity(self.capacity)
+
+    def operands(self) -> list[Tensor]:
+        """Return every tensor of the call."""
+        return [self.mask] if self.weight is None else [self.mask, self.weight]
 
 
-def _check_capacity(capacity: int | None) -> None:
-    if capacity is not None and not (isinstance(capacity, int) and 0 <= capacity <= 2**31 - 1):
+def _checked_capacity(capacity: Any) -> int | None:
+    if capacity is None:
+        return None
+    slots: Any = capacity
+    if not isinstance(capacity, (int, torch.SymInt)):
+        slots = operator.index(capacity) if hasattr(capacity, "__index__") else -1
+    if not 0 <= slots <= 2**31 - 1:
         raise ValueError(f"`capacity` must be None or an int in [0, 2^31), got {capacity!r}")
+    return slots  # type: ignore[no-any-return]
 
 
 @dataclass(slots=True)
@@ -234,32 +303,67 @@ class ControlCall:
     settings: Settings  # ignore_index, gate_temperature and p_min alone count
 
     def __post_init__(self) -> None:
-        (values, counters), significance, setpoint = self.state, self.significance, self.setpoint
+        significance = self.significance = vetted("significance", self.significance)
         shape = significance.shape
         if not significance.dtype.is_floating_point or not shape:
-            raise ValueError(f"`significance` must be floating [..., rows], got {_described(significance)}")
-        for (name, dtype, size), tensor in zip(_STATE, self.state, strict=True):
-            if tensor.dtype is not dtype or tensor.shape != (*shape[:-1], size):
-                raise ValueError(
-                    f"the state's {name} must be {dtype} of shape {(*shape[:-1], size)}, got {_described(tensor)}"
-                )
-        states = counters.numel() // len(CONTROL_COUNTERS)
-        if setpoint.dtype is not torch.float32 or setpoint.numel() != states:
-            raise ValueError(f"`setpoint` must be float32 with {states} elements, got {_described(setpoint)}")
+            raise ValueError(f"`significance` must be floating [..., rows], got {described(significance)}")
+        check_state(self.state, shape[:-1])
+        states = self.state.counters.numel() // len(CONTROL_COUNTERS)
+        self.setpoint = _checked_setpoint(self.setpoint, shape[:-1], states, significance.device)
+        self.labels = _optional("labels", self.labels)
+        self.mass = _optional("mass", self.mass)
+        self.overflow = _optional("overflow", self.overflow)
         labels, mass, overflow = self.labels, self.mass, self.overflow
         if labels is not None and (labels.shape != shape or labels.dtype not in _LABELS):
-            raise ValueError(f"`labels` must be int64, int32 or bool of shape {tuple(shape)}, got {_described(labels)}")
+            raise ValueError(f"`labels` must be int64, int32 or bool of shape {tuple(shape)}, got {described(labels)}")
         if mass is not None and (mass.shape != shape or not mass.dtype.is_floating_point):
-            raise ValueError(f"`mass` must be floating of shape {tuple(shape)}, got {_described(mass)}")
+            raise ValueError(f"`mass` must be floating of shape {tuple(shape)}, got {described(mass)}")
         if overflow is not None and (overflow.dtype is not torch.int32 or overflow.numel() != states):
-            raise ValueError(f"`overflow` must be int32 with {states} elements, got {_described(overflow)}")
+            raise ValueError(f"`overflow` must be int32 with {states} elements, got {described(overflow)}")
+        self.settings = _numbers_of(self.settings)
         operands = {
-            "state.values": values, "state.counters": counters, "setpoint": setpoint, "labels": labels, "mass": mass,
-            "overflow": overflow,
+            "state.values": self.state.values, "state.counters": self.state.counters, "setpoint": self.setpoint,
+            "labels": labels, "mass": mass, "overflow": overflow,
         }  # fmt: skip
         for name, operand in operands.items():
             if operand is not None:
-                _check_device(name, operand, "the significance", significance.device)
+                check_device(name, operand, "the significance", significance.device)
+
+    def operands(self) -> list[Tensor]:
+        """Return every tensor of the call."""
+        optional = (self.labels, self.mass, self.overflow)
+        required = [self.significance, *self.state, self.setpoint]
+        return required + [tensor for tensor in optional if tensor is not None]
+
+
+def _optional(name: str, operand: Any) -> Tensor | None:
+    return None if operand is None else vetted(name, operand)
+
+
+def check_state(state: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless this is the state of controllers of this shape."""
+    if not isinstance(state, ControlState):
+        raise TypeError(f"`state` must be a ControlState, as initial_state() returns it, got {kind(state)}")
+    for (name, dtype, size), tensor in zip(_STATE, state, strict=True):
+        # Not vetted(): the state is written, and a negated view's values would be a copy.
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`state.{name}` must be a torch.Tensor, got {kind(tensor)}")
+        if tensor.dtype is not dtype or tensor.shape != (*shape, size):
+            raise ValueError(f"the state's {name} must be {dtype} of shape {(*shape, size)}, got {described(tensor)}")
+
+
+def _checked_setpoint(setpoint: Any, shape: tuple[int, ...], states: int, device: torch.device) -> Tensor:
+    """Return a set-point for each state; one number stands for all."""
+    if isinstance(setpoint, numbers.Real):
+        target = float(setpoint)
+        if not 0.0 < target <= 1.0:
+            raise ValueError(f"`setpoint` must be in (0, 1], got {target}")
+        return torch.full(shape, target, dtype=torch.float32, device=device)
+    tensor = vetted("setpoint", setpoint)
+    if tensor.dtype is not torch.float32 or tensor.numel() != states:
+        elements = "one float32 element" if states == 1 else f"float32 with {states} elements"
+        raise ValueError(f"`setpoint` must be {elements}, got {described(tensor)}")
+    return tensor
 
 
 TensorReason = Callable[[Tensor], str | None]
@@ -280,90 +384,11 @@ def control_unsupported_reason(call: ControlCall, tensor_reason: TensorReason) -
 
 def state_unsupported_reason(state: ControlState) -> str | None:
     """Return why no compiled kernel updates the state, or None."""
-    if state.values.is_contiguous() and state.counters.is_contiguous():
-        return None
-    return "a state that is not contiguous cannot be updated in place"
-
-
-def first_unsupported_reason(tensors: list[Tensor], tensor_reason: TensorReason) -> str | None:
-    """Return the reason of the first tensor that a backend does not take, or None."""
-    for tensor in tensors:
-        reason = tensor_reason(tensor)
-        if reason is not None:
-            return reason
+    if not (state.values.is_contiguous() and state.counters.is_contiguous()):
+        return "a state that is not contiguous cannot be updated in place"
+    if is_lazy_negative(state.values) or is_lazy_negative(state.counters):
+        return "a state that is a negated view cannot be updated in place"
     return None
-
-
-@dataclass(slots=True)
-class Tree:
-    """Tensors of a nested structure, and the way back to it."""
-
-    tree: Any
-    tensors: list[Tensor] = field(init=False)  # in the tree's order
-    _leaves: list[Any] = field(init=False)
-    _spec: pytree.TreeSpec | None = field(init=False)  # None: the tree has one level
-
-    def __post_init__(self) -> None:
-        tensors = _tensors_of_one_level(self.tree)
-        if tensors is not None:
-            self.tensors, self._spec = tensors, None
-        else:
-            self._leaves, self._spec = pytree.tree_flatten(self.tree)
-            self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-
-    def check(self, rows: int, device: torch.device) -> None:
-        """Raise unless every tensor has ``rows`` rows on ``device``."""
-        on_cpu = device.type == "cpu"
-        for tensor in self.tensors:
-            if tensor.dim() == 0 or tensor.shape[0] != rows:
-                raise ValueError(
-                    f"every tensor of `tree` must have {rows} rows in dim 0, got one of shape {tuple(tensor.shape)}"
-                )
-            if not (on_cpu and tensor.is_cpu):
-                _check_device("tree", tensor, "the selection", device)
-
-    def rebuild(self, tensors: list[Tensor]) -> Any:
-        """Return the tree with its tensors replaced, in order; all other leaves stay."""
-        if self._spec is None:
-            kind = type(self.tree)
-            if kind is dict:
-                return dict(zip(self.tree, tensors, strict=True))
-            return tensors[0] if isinstance(self.tree, Tensor) else kind(tensors)
-        replaced = iter(tensors)
-        leaves = [next(replaced) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        return pytree.tree_unflatten(leaves, self._spec)
-
-
-def _tensors_of_one_level(tree: Any) -> list[Tensor] | None:
-    """Return the tensors of a tensor, or of a plain tuple, list or dict of nothing else; None for any other tree.
-
-    Most batches are one of these, and the general flatten takes longer than a small gather.
-    """
-    if isinstance(tree, Tensor):
-        return [tree]
-    kind = type(tree)
-    if kind is tuple or kind is list:
-        leaves = list(tree)
-    elif kind is dict:
-        leaves = list(tree.values())
-    else:
-        return None
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            return None
-    return leaves
-
-
-@dataclass(slots=True)
-class TreeCall(Tree):
-    """A checked ``gather_rows`` or ``scatter_rows`` call."""
-
-    selection: Selection
-    rows: int  # required of every tensor in dim 0
-
-    def __post_init__(self) -> None:
-        Tree.__post_init__(self)
-        self.check(self.rows, self.selection.index.device)
 
 
 @dataclass(slots=True)
@@ -376,10 +401,13 @@ class SelectCall(GateCall):
 
     def __post_init__(self) -> None:
         GateCall.__post_init__(self)
-        _check_capacity(self.capacity)
-        self.packing = None if self.tree is None else Tree(self.tree)
-        if self.packing is not None:
-            self.packing.check(self.targets.numel(), self.targets.device)
+        self.capacity = _checked_capacity(self.capacity)
+        self.packing = None if self.tree is None else Tree(self.tree, self.targets.numel(), self.targets.device)
+
+    def operands(self) -> list[Tensor]:
+        """Return every tensor of the call."""
+        operands = GateCall.operands(self)
+        return operands if self.packing is None else operands + self.packing.tensors
 
 
 @dataclass(slots=True)
@@ -393,15 +421,16 @@ class GateStepCall(GateCall):
 
     def __post_init__(self) -> None:
         GateCall.__post_init__(self)
-        _check_capacity(self.capacity)
+        self.capacity = _checked_capacity(self.capacity)
+
+    def operands(self) -> list[Tensor]:
+        """Return every tensor of the call."""
+        return [*GateCall.operands(self), self.state.counters, self.setpoint]
 
     def _check_threshold(self) -> None:
-        logits, (values, counters), setpoint = self.logits, self.state, self.setpoint
-        for (name, dtype, size), tensor in zip(_STATE, self.state, strict=True):
-            if tensor.dtype is not dtype or tensor.shape != (size,):
-                raise ValueError(f"the state's {name} must be {dtype} of shape {(size,)}, got {_described(tensor)}")
-        if setpoint.dtype is not torch.float32 or setpoint.numel() != 1:
-            raise ValueError(f"`setpoint` must be one float32 element, got {_described(setpoint)}")
+        check_state(self.state, ())
+        logits, (values, counters) = self.logits, self.state
+        setpoint = self.setpoint = _checked_setpoint(self.setpoint, (), 1, logits.device)
         if not (logits.is_cpu and values.is_cpu and counters.is_cpu and setpoint.is_cpu):
             for name, tensor in (("state.values", values), ("state.counters", counters), ("setpoint", setpoint)):
-                _check_device(name, tensor, "the logits", logits.device)
+                check_device(name, tensor, "the logits", logits.device)

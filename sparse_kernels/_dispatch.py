@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_kernels import reference
+from sparse_kernels._tracing import tensors_unsupported_reason
 from sparse_kernels.backends import cpp, cuda
 from sparse_kernels.backends.triton import backend as triton
 
@@ -81,7 +82,7 @@ def choose(op: str, call: Any, name: str | None) -> tuple[str, Callable[[Any], A
     name = name or _forced
     if name is None:
         for candidate, _, unsupported_reason, serve in TABLE[op]:
-            reason = unsupported_reason(call)
+            reason = unsupported_reason(call) or _operands_reason(candidate, call)
             if reason is None:
                 return candidate, serve
             _log_once(f"{op}: {candidate} not used: {reason}")
@@ -89,7 +90,7 @@ def choose(op: str, call: Any, name: str | None) -> tuple[str, Callable[[Any], A
         raise BackendUnavailable(f"unknown backend {name!r}; use one of {', '.join(BACKENDS)}")
     for candidate, _, unsupported_reason, serve in TABLE[op]:
         if candidate == name:
-            reason = unsupported_reason(call)
+            reason = unsupported_reason(call) or _operands_reason(candidate, call)
             if reason is not None:
                 raise BackendUnavailable(f"backend {name!r} cannot serve this {op}: {reason}")
             return name, serve
@@ -108,9 +109,17 @@ def serve_fused(op: str, call: Any, name: str | None) -> Any | None:
     name = name or _forced
     for candidate, by_name, unsupported_reason, serve in TABLE[op]:
         chosen = candidate == name if name else not by_name
-        if chosen and unsupported_reason(call) is None:
+        if chosen and unsupported_reason(call) is None and _operands_reason(candidate, call) is None:
             return serve(call)
     return None
+
+
+def _operands_reason(backend: str, call: Any) -> str | None:
+    """Return why a backend that takes addresses cannot take one of the call's tensors, or None.
+
+    Here for all of them, so that no operand's address leaves Python unlooked at.
+    """
+    return None if backend == "torch" else tensors_unsupported_reason(call.operands())
 
 
 @contextlib.contextmanager

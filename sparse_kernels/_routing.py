@@ -21,11 +21,11 @@ from sparse_kernels._arguments import (
     GateStepCall,
     SelectCall,
     StatsCall,
-    Tree,
     TreeCall,
     check_inplace_backward,
 )
 from sparse_kernels._dispatch import choose, serve_fused
+from sparse_kernels._operands import vetted_selection
 from sparse_kernels._tracing import observed, unwatched
 from sparse_kernels.backends import cpp_direct
 from sparse_kernels.types import DIFFERENTIABLE, GatedRows, RowStats, Selected, Selection
@@ -52,7 +52,7 @@ def row_stats(call: StatsCall, backend: str | None, inplace_backward: bool) -> R
     if inplace_backward and gradient:
         check_inplace_backward(logits)
     name, serve = choose("row_stats", call, backend)
-    if name == "torch" or not (gradient or observed(logits)):
+    if name == "torch" or not (gradient or observed(*call.operands())):
         stats: RowStats = serve(call)
         return stats
     return torch_library.row_stats(call, name, gradient=gradient, inplace_backward=inplace_backward)
@@ -61,7 +61,7 @@ def row_stats(call: StatsCall, backend: str | None, inplace_backward: bool) -> R
 def gate_rows(call: GateCall, backend: str | None) -> GatedRows:
     """Serve a ``gate_rows`` call."""
     name, serve = choose("gate_rows", call, backend)
-    if name == "torch" or not observed(call.logits):
+    if name == "torch" or not observed(*call.operands()):
         gated: GatedRows = serve(call)
         return gated
     return torch_library.gate_rows(call, name)
@@ -70,7 +70,7 @@ def gate_rows(call: GateCall, backend: str | None) -> GatedRows:
 def compact(call: CompactCall, backend: str | None) -> Selection:
     """Serve a ``compact`` call."""
     name, serve = choose("compact", call, backend)
-    if name == "torch" or not observed(call.mask):
+    if name == "torch" or not observed(*call.operands()):
         selection: Selection = serve(call)
         return selection
     return torch_library.compact(call, name)
@@ -79,7 +79,7 @@ def compact(call: CompactCall, backend: str | None) -> Selection:
 def control(call: ControlCall, backend: str | None) -> None:
     """Serve a ``control`` call."""
     name, serve = choose("control", call, backend)
-    if name == "torch" or not observed(call.significance):
+    if name == "torch" or not observed(*call.operands()):
         serve(call)
     else:
         torch_library.control(call, name)
@@ -91,32 +91,37 @@ def gather_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
         packed = cpp_direct.gather_rows(tree, selection)
         if packed is not None:
             return packed
+    selection = vetted_selection(selection)
     call = TreeCall(tree, selection, selection.size)
     name, serve = choose("gather_rows", call, backend)
-    if name == "torch" or not _move_is_seen(call, selection.index):
+    if name == "torch" or not _move_is_seen(call.operands()):
         return serve(call)
     return torch_library.gather_rows(call, name)
 
 
-def scatter_rows(call: TreeCall, backend: str | None) -> Any:
-    """Serve a ``scatter_rows`` call."""
+def scatter_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
+    """Check and serve a ``scatter_rows`` call."""
+    selection = vetted_selection(selection)
+    call = TreeCall(tree, selection, selection.index.shape[0], scatter=True)
     name, serve = choose("scatter_rows", call, backend)
-    if name == "torch" or not _move_is_seen(call, call.selection.index):
+    if name == "torch" or not _move_is_seen(call.operands()):
         return serve(call)
     return torch_library.scatter_rows(call, name)
 
 
-def _move_is_seen(tree: Tree, *others: Tensor) -> bool:
+def _move_is_seen(tensors: list[Tensor]) -> bool:
     if torch.is_grad_enabled():
-        for tensor in tree.tensors:
+        for tensor in tensors:
             if tensor.requires_grad:
                 return True
-    return observed(*others, *tree.tensors)
+    return observed(*tensors)
 
 
 def select(call: SelectCall, backend: str | None) -> Selected:
     """Serve a ``select`` call, composed of its three operations unless a backend has it as one."""
-    if not (observed(call.logits) or (call.packing is not None and _move_is_seen(call.packing))):
+    packing = call.packing
+    alone = packing is None or not (packing.arrays or _move_is_seen(packing.tensors))  # no arrays, no gradient
+    if alone and not observed(*call.operands()):
         served: Selected | None = serve_fused("select", call, backend)
         if served is not None:
             return served
@@ -127,10 +132,10 @@ def select(call: SelectCall, backend: str | None) -> Selected:
     return Selected(gated, selection, packed)
 
 
-def gate_step(call: GateStepCall) -> Selected:
+def gate_step(call: GateStepCall, backend: str | None) -> Selected:
     """Serve a ``gate_step`` call, composed of ``select`` and ``control`` unless a backend has it as one."""
-    if not observed(call.logits):
-        served: Selected | None = serve_fused("gate_step", call, None)
+    if not observed(*call.operands()):
+        served: Selected | None = serve_fused("gate_step", call, backend)
         if served is not None:
             return served
     state = call.state
@@ -140,7 +145,7 @@ def gate_step(call: GateStepCall) -> Selected:
             call.logits, call.targets, call.outputs, call.dim, call.settings, threshold, call.weights, call.offset,
             None, call.capacity,
         ),
-        None,
+        backend,
     )  # fmt: skip
     gated, selection, _ = selected
     mass = gated.stats.grad_norm
@@ -149,6 +154,6 @@ def gate_step(call: GateStepCall) -> Selected:
             state, gated.significance.flatten(), call.setpoint, call.targets.flatten(),
             None if mass is None else mass.flatten(), selection.overflow, call.settings,
         ),
-        None,
+        backend,
     )  # fmt: skip
     return selected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -99,16 +101,30 @@ def is_lazy_negative(tensor: Tensor) -> bool:
     return not dynamo_compiling() and tensor.is_neg()
 
 
+def tensors_unsupported_reason(tensors: Iterable[Tensor]) -> str | None:
+    """Return why no kernel can take one of these tensors on any device, or None. Looks at metadata alone.
+
+    Args:
+        tensors: every operand of the call.
+    """
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
+            return f"a {type(tensor).__name__} has no address"
+        if tensor.layout is not torch.strided:
+            return f"a {tensor.layout} tensor has no rows of bytes"
+        if tensor.is_quantized:
+            return "a quantised tensor's bytes are not its values"
+        if is_lazy_zeros(tensor):
+            return "zeros without memory (an efficient zero tensor)"
+    if transformed():
+        return "inside a transform (torch.func, forward-mode differentiation) only the reference composes"
+    return None
+
+
 def tensor_unsupported_reason(tensor: Tensor) -> str | None:
-    """Return why no kernel can take this tensor on any device, or None. Looks at metadata alone.
+    """Return why no kernel can take this tensor on any device, or None.
 
     Args:
         tensor: an operand of the call.
     """
-    if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
-        return f"a {type(tensor).__name__} has no address"
-    if is_lazy_zeros(tensor):
-        return "zeros without memory (an efficient zero tensor)"
-    if transformed():
-        return "inside a transform (torch.func, forward-mode differentiation) only the reference composes"
-    return None
+    return tensors_unsupported_reason((tensor,))

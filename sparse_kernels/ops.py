@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from sparse_kernels import _routing, types
+from sparse_kernels import _routing, control_law, types
 from sparse_kernels._arguments import (
     CompactCall,
     ControlCall,
@@ -15,9 +18,10 @@ from sparse_kernels._arguments import (
     GateStepCall,
     SelectCall,
     StatsCall,
-    TreeCall,
+    check_state,
     checked_settings,
 )
+from sparse_kernels._operands import described, vetted, vetted_selection
 from sparse_kernels._routing import may_be_direct
 from sparse_kernels.backends import cpp_direct
 from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
@@ -27,12 +31,12 @@ def row_stats(
     logits: Tensor,
     targets: Tensor,
     *,
-    outputs: Collection[str] = ("loss", "entropy"),
+    outputs: str | Collection[str] = ("loss", "entropy"),
     dim: int = -1,
     temperature: float = 1.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> RowStats:
@@ -42,13 +46,15 @@ def row_stats(
 
     Args:
         logits: float32, bfloat16, float16 or float64, any shape with the classes in ``dim``.
-        targets: int64 or int32 class indices, the logits' shape without ``dim``.
-        outputs: any of ``STATISTICS``; ``RowStats`` says what each is. Default: loss and entropy.
+        targets: int64 or int32 class indices, the logits' shape without ``dim``; also a list or a NumPy array
+            of them.
+        outputs: any of ``STATISTICS``, or the name of one; ``RowStats`` says what each is. Default: loss and entropy.
         dim: dimension of the classes. Default: the last.
         temperature: divides the logits; above 0. Default: 1.
-        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) for none.
+        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) or None for none.
         label_smoothing: of the loss alone, as in ``torch.nn.functional.cross_entropy``; in [0, 1]. Default: 0.
-        ignore_index: a row with this target gives 0 in every output, and no gradient. Default: -100.
+        ignore_index: a row with this target gives 0 in every output, and no gradient; None for no such
+            target. Default: -100.
         inplace_backward: let the gradient take the memory of the logits, whose values are then gone. A kernel does
             so in eager mode; a compiler and the reference may use new memory. If another operation needs the logits
             for a gradient, PyTorch raises its error for a modified tensor. Default: False.
@@ -77,16 +83,16 @@ def row_stats(
 def gate_rows(
     logits: Tensor,
     targets: Tensor,
-    threshold: Tensor,
+    threshold: float | Tensor,
     *,
     weights: Mapping[str, float],
     offset: Tensor | None = None,
-    outputs: Collection[str] = (),
+    outputs: str | Collection[str] = (),
     dim: int = -1,
     temperature: float = 1.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     gate_temperature: float = 0.0,
     p_min: float = 0.0,
     seed: int = 0,
@@ -102,16 +108,18 @@ def gate_rows(
     Args:
         logits: as in :func:`row_stats`.
         targets: as in :func:`row_stats`.
-        threshold: one floating element on the logits' device; read there, never by the host. NaN keeps nothing.
-        weights: weight of each statistic, such as ``{"loss": 0.7, "entropy": 0.3}``; all but ``argmax``.
+        threshold: a number, or one floating element on the logits' device; read there, never by the host. NaN keeps
+            nothing.
+        weights: weight of each statistic in the significance, such as ``{"loss": 0.7, "entropy": 0.3}``; all but
+            ``argmax``. Not the rows' weights, which are in the result.
         offset: floating tensor of the targets' shape, added to the significance; NaN makes a row invalid.
             Default: none.
         outputs: statistics to return besides. Default: none.
         dim: dimension of the classes. Default: the last.
         temperature: divides the logits; above 0. Default: 1.
-        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) for none.
+        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) or None for none.
         label_smoothing: of the loss, in [0, 1]. Default: 0.
-        ignore_index: target of the rows that are never kept. Default: -100.
+        ignore_index: target of the rows that are never kept; None for no such target. Default: -100.
         gate_temperature: 0 (the default) compares; above 0 rows are drawn.
         p_min: least probability of a draw, in [0, 1]. Default: 0.
         seed: of the draws (Philox4x32-10). Default: 0.
@@ -138,7 +146,9 @@ def gate_rows(
         gated = cpp_direct.gate_rows(logits, targets, threshold, weights, settings)
         if gated is not None:
             return gated
-    return _routing.gate_rows(GateCall(logits, targets, outputs, dim, settings, threshold, weights, offset), backend)
+    return _routing.gate_rows(
+        GateCall(logits, targets, outputs, dim, settings, cast(Tensor, threshold), weights, offset), backend
+    )
 
 
 def compact(
@@ -148,7 +158,7 @@ def compact(
 
     Args:
         mask: bool [rows].
-        weight: float32 [rows], packed beside the indices. Default: 1 for each row.
+        weight: of each row, float32 [rows], packed beside the indices. Default: 1 for each row.
         capacity: number of slots of the result, whatever the mask holds. The rest is padded with index 0 and weight
             0, and nothing waits for the device; rows that do not fit are counted in ``overflow``. Default: exactly
             ``count`` slots, which costs one synchronisation on an accelerator.
@@ -175,18 +185,18 @@ def compact(
 def select(
     logits: Tensor,
     targets: Tensor,
-    threshold: Tensor,
+    threshold: float | Tensor,
     *,
     weights: Mapping[str, float],
     tree: Any = None,
     capacity: int | None = None,
     offset: Tensor | None = None,
-    outputs: Collection[str] = (),
+    outputs: str | Collection[str] = (),
     dim: int = -1,
     temperature: float = 1.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     gate_temperature: float = 0.0,
     p_min: float = 0.0,
     seed: int = 0,
@@ -200,16 +210,16 @@ def select(
         targets: as in :func:`row_stats`.
         threshold: as in :func:`gate_rows`.
         weights: as in :func:`gate_rows`.
-        tree: nested structure of tensors, each with a row in dim 0 for every target, in the order of the targets
-            flattened. Default: nothing is packed.
+        tree: as in :func:`gather_rows`, with a row in dim 0 for every target, in the order of the targets flattened.
+            Default: nothing is packed.
         capacity: as in :func:`compact`: with one nothing waits for the device. Default: none.
         offset: as in :func:`gate_rows`. Default: none.
         outputs: statistics to return besides. Default: none.
         dim: dimension of the classes. Default: the last.
         temperature: divides the logits; above 0. Default: 1.
-        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) for none.
+        softcap: bound of the logits, by tanh, infinities among them; 0 (the default) or None for none.
         label_smoothing: of the loss, in [0, 1]. Default: 0.
-        ignore_index: target of the rows that are never kept. Default: -100.
+        ignore_index: target of the rows that are never kept; None for no such target. Default: -100.
         gate_temperature: as in :func:`gate_rows`; its 1/p are the selection's weights. Default: 0.
         p_min: least probability of a draw, in [0, 1]. Default: 0.
         seed: of the draws. Default: 0.
@@ -237,7 +247,7 @@ def select(
             if tree is None or selected.packed is not None:
                 return selected
             return selected._replace(packed=gather_rows(tree, selected.selection, backend=backend))
-    call = SelectCall(logits, targets, outputs, dim, settings, threshold, weights, offset, tree, capacity)
+    call = SelectCall(logits, targets, outputs, dim, settings, cast(Tensor, threshold), weights, offset, tree, capacity)
     return _routing.select(call, backend)
 
 
@@ -245,7 +255,7 @@ def gate_step(
     logits: Tensor,
     targets: Tensor,
     state: ControlState,
-    setpoint: Tensor,
+    setpoint: float | Tensor,
     *,
     weights: Mapping[str, float],
     capacity: int | None = None,
@@ -253,10 +263,11 @@ def gate_step(
     by_mass: bool = False,
     dim: int = -1,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     gate_temperature: float = 0.0,
     p_min: float = 0.0,
     seed: int = 0,
+    backend: str | None = None,
 ) -> Selected:
     """Select rows at a controller's threshold, then update the controller: ``select`` and ``control`` as one call.
 
@@ -264,18 +275,19 @@ def gate_step(
         logits: as in :func:`row_stats`.
         targets: as in :func:`row_stats`.
         state: of one controller, updated in place; its step is that of the draws.
-        setpoint: float32, one element in (0, 1]: the target rate, or with ``by_mass`` the target share of the sum of
-            ``grad_norm``.
+        setpoint: a number, or one float32 element, in (0, 1]: the target rate, or with ``by_mass`` the target
+            share of the sum of ``grad_norm``.
         weights: as in :func:`gate_rows`.
         capacity: as in :func:`compact`. Default: none.
         offset: as in :func:`gate_rows`. Default: none.
         by_mass: count rows by their ``grad_norm``. Default: False.
         dim: dimension of the classes. Default: the last.
         label_smoothing: of the loss, in [0, 1]. Default: 0.
-        ignore_index: target of the rows that are never kept. Default: -100.
+        ignore_index: target of the rows that are never kept; None for no such target. Default: -100.
         gate_temperature: as in :func:`gate_rows`. Default: 0.
         p_min: least probability of a draw, in [0, 1]. Default: 0.
         seed: of the draws. Default: 0.
+        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
 
     Returns:
         Selected, with nothing packed; with ``by_mass`` its statistics hold ``grad_norm``.
@@ -283,9 +295,12 @@ def gate_step(
     Raises:
         TypeError: as :func:`row_stats`.
         ValueError: as :func:`select` and :func:`control`; the state has not changed then.
+        BackendUnavailable: the named backend cannot serve the call.
     """
     settings = checked_settings(1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed)
-    if offset is None and dim == -1 and may_be_direct(None):
+    if type(state) is not ControlState:
+        check_state(state, ())
+    if offset is None and dim == -1 and may_be_direct(backend):
         stepped = cpp_direct.gate_step(logits, targets, state, setpoint, weights, settings, capacity, by_mass)
         if stepped is not None:
             return stepped
@@ -294,18 +309,49 @@ def gate_step(
     outputs = ("grad_norm",) if by_mass else ()
     return _routing.gate_step(
         GateStepCall(
-            logits, targets, outputs, dim, settings, state.values, weights, offset, capacity, state, setpoint, by_mass
-        )
+            logits,
+            targets,
+            outputs,
+            dim,
+            settings,
+            state.values,
+            weights,
+            offset,
+            capacity,
+            state,
+            cast(Tensor, setpoint),
+            by_mass,
+        ),
+        backend,
     )
+
+
+def initial_state(threshold: float | Tensor = -math.inf) -> ControlState:
+    """Return the state of a threshold's controller before its first batch, for ``control`` and ``gate_step``.
+
+    Args:
+        threshold: a number, or float32 [...] for as many states, whose device is the state's. Default: -inf, which
+            starts automatically, inside the first batch.
+
+    Raises:
+        TypeError: a threshold that is neither.
+    """
+    given: Any = threshold
+    if isinstance(given, numbers.Real):
+        given = torch.tensor(float(given))
+    given = vetted("threshold", given)
+    if given.dtype is not torch.float32:
+        raise TypeError(f"`threshold` must be a number or float32, got {described(given)}")
+    return control_law.initial_state(given)
 
 
 def control(
     state: ControlState,
     significance: Tensor,
-    setpoint: Tensor,
+    setpoint: float | Tensor,
     *,
     labels: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     mass: Tensor | None = None,
     overflow: Tensor | None = None,
     gate_temperature: float = 0.0,
@@ -314,18 +360,20 @@ def control(
 ) -> None:
     """Update a gate's threshold by one batch, in place, so that the fraction of rows above it meets a set-point.
 
-    ``gate_rows`` takes ``state.value("threshold")``. Nothing waits for a device. ``sparse_kernels/control_law.py``
+    ``gate_rows`` takes ``state.value("threshold")``. Nothing waits for a device, and nothing locks a state: one thread
+    at a time may update it. ``sparse_kernels/control_law.py``
     derives the law.
 
     Args:
-        state: from ``control_law.initial_state``. Rows of NaN are counted in it.
+        state: from :func:`initial_state`. Rows of NaN are counted in it.
         significance: floating [rows], or [..., rows] for states of shape [...]. Rows of NaN do not count for the
             rate. A batch without a valid row changes nothing but the counters.
-        setpoint: float32, one element a state, in (0, 1]: the target rate. 1 fixes the threshold at -inf. 0 or less
-            counts as 1e-12. A batch at NaN changes nothing but the counters.
+        setpoint: float32, one element a state, or a number for all of them, in (0, 1]: the target rate. 1 fixes the
+            threshold at -inf. 0 or less counts as 1e-12. A batch at NaN changes nothing but the counters.
         labels: int64, int32 or bool of significance's shape; rows equal to ``ignore_index`` do not count.
             Default: all rows count.
-        ignore_index: label of the rows that do not count; 0 for a bool of valid rows. Default: -100.
+        ignore_index: label of the rows that do not count; 0 for a bool of valid rows, None for no such label.
+            Default: -100.
         mass: floating of significance's shape, 0 or above: the set-point is then a share of its sum. Default: each
             row counts 1.
         overflow: int32, one element a state, from a selection: added to the counter, except for the batch that an
@@ -339,20 +387,24 @@ def control(
         BackendUnavailable: the named backend cannot serve the call.
 
     Example:
-        >>> state = control_law.initial_state(torch.tensor(-math.inf))
-        >>> control(state, gated.significance, torch.tensor(0.1))
+        >>> state = initial_state()
+        >>> control(state, gated.significance, 0.1)
     """
     settings = checked_settings(ignore_index=ignore_index, gate_temperature=gate_temperature, p_min=p_min)
-    _routing.control(ControlCall(state, significance, setpoint, labels, mass, overflow, settings), backend)
+    _routing.control(
+        ControlCall(state, significance, cast(Tensor, setpoint), labels, mass, overflow, settings), backend
+    )
 
 
 def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) -> Any:
-    """Pack the selected rows (dim 0) of every tensor of a nested structure.
+    """Pack the selected rows (dim 0) of every tensor and NumPy array of a nested structure.
 
     Padding slots read row 0. Differentiable: the backward is ``scatter_rows``, to which padding adds nothing.
 
     Args:
-        tree: nested structure of tensors with ``selection.size`` rows in dim 0.
+        tree: nested structure of tensors and NumPy arrays with ``selection.size`` rows in dim 0. Mappings, sequences,
+            dataclasses and what ``torch.utils._pytree`` knows are opened and made anew. None, numbers, texts and other
+            objects without length, shape or items stay. An array is indexed by the host, which waits for a device.
         selection: the rows, from :func:`compact` or :func:`select`.
         backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
 
@@ -360,12 +412,17 @@ def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) 
         The same structure with ``len(selection.index)`` rows.
 
     Raises:
-        ValueError: a tensor of another number of rows, or on another device.
+        TypeError: a selection of other tensors than ``compact`` makes; a part of the tree that might hold rows and is
+            not known, such as a list with a number or a text for each row, or a data frame.
+        ValueError: a tensor of another number of rows, or on another device; an index out of range (on an accelerator,
+            where looking would wait, a row of zeros).
         BackendUnavailable: the named backend cannot serve the call.
 
     Example:
         >>> inputs, targets = gather_rows((inputs, targets), compact(mask))
     """
+    if type(selection) is not Selection:
+        vetted_selection(selection)
     return _routing.gather_rows(tree, selection, backend)
 
 
@@ -373,7 +430,7 @@ def scatter_rows(tree: Any, selection: Selection, *, backend: str | None = None)
     """Put packed rows back in their places, zeros elsewhere: the transpose of ``gather_rows``.
 
     Args:
-        tree: nested structure of tensors with ``len(selection.index)`` rows in dim 0.
+        tree: as in :func:`gather_rows`, with ``len(selection.index)`` rows in dim 0.
         selection: the rows' places.
         backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
 
@@ -381,10 +438,13 @@ def scatter_rows(tree: Any, selection: Selection, *, backend: str | None = None)
         The same structure with ``selection.size`` rows; padding slots are dropped.
 
     Raises:
-        ValueError: a tensor of another number of rows, or on another device.
+        TypeError: a selection of other tensors than ``compact`` makes; a part of the tree that might hold rows and is
+            not known, such as a list with a number or a text for each row, or a data frame.
+        ValueError: a tensor of another number of rows, or on another device; an index out of range (on an accelerator,
+            where looking would wait, a row of zeros).
         BackendUnavailable: the named backend cannot serve the call.
     """
-    return _routing.scatter_rows(TreeCall(tree, selection, selection.index.shape[0]), backend)
+    return _routing.scatter_rows(tree, selection, backend)
 
 
 types.register_gather_rows(gather_rows)

@@ -251,6 +251,7 @@ def compact(call: CompactCall) -> Selection:
 
 def gather_rows(call: TreeCall) -> Any:
     """Serve ``sparse_kernels.gather_rows``."""
+    call.check_index()
     return call.rebuild([gather_tensor(tensor, call.selection) for tensor in call.tensors])
 
 
@@ -292,6 +293,7 @@ def _integers(tensor: Tensor) -> Tensor | None:
 
 def scatter_rows(call: TreeCall) -> Any:
     """Serve ``sparse_kernels.scatter_rows``."""
+    call.check_index()
     return call.rebuild([scatter_tensor(rows, call.selection) for rows in call.tensors])
 
 

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_kernels._operands import described, vetted, with_memory
 from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.philox import philox
 
 FAN, GROUP = 64, 8
 _cpp: Any = cpp_backend.extension()
+_INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 _MASK = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -27,12 +29,12 @@ def uniform_double(rows: Tensor, *, seed: int, step: int, cpp: bool | None = Non
     """Return each row's number for this seed and step: float64 in [0, 1), multiples of 2^-53.
 
     Args:
-        rows: int64 on the CPU; a row's number does not depend on the others.
+        rows: integers on the CPU; a row's number does not depend on the others.
         seed: modulo 2^64.
         step: modulo 2^64.
         cpp: True for C++, False for tensor arithmetic. Default: C++ if it was built.
     """
-    rows = rows.contiguous()
+    rows = _operand("rows", rows, torch.int64)
     if _use_cpp(cpp):
         out = torch.empty_like(rows, dtype=torch.float64)
         _cpp.philox_uniform(seed & _MASK64, step & _MASK64, rows.data_ptr(), rows.numel(), out.data_ptr())
@@ -51,7 +53,8 @@ class SumTree:
         cpp: True for C++, False for tensor arithmetic. Default: C++ if it was built.
 
     Raises:
-        ValueError: leaves of another shape or dtype.
+        TypeError: leaves that are no dense tensor.
+        ValueError: leaves of another shape, dtype or device.
 
     Example:
         >>> tree = SumTree(torch.tensor([1.0, 3.0]))
@@ -60,8 +63,11 @@ class SumTree:
     """
 
     def __init__(self, leaves: Tensor, *, cpp: bool | None = None) -> None:
+        kept = with_memory(vetted("leaves", leaves))
         if leaves.dtype is not torch.float32 or leaves.ndim != 1 or not leaves.numel() or not leaves.is_contiguous():
             raise ValueError(f"`leaves` must be contiguous float32 [N], N > 0; got {leaves.dtype} {list(leaves.shape)}")
+        if not leaves.is_cpu or kept is not leaves:
+            raise ValueError("`leaves` must be on the CPU, no negated view and no zeros without memory")
         self.leaves = leaves
         self.levels: list[Tensor] = []
         nodes = leaves.numel()
@@ -92,18 +98,19 @@ class SumTree:
         """Recompute the sums above leaves that have changed.
 
         Args:
-            index: int64, the leaves; repeats are allowed.
+            index: integers, the leaves; repeats are allowed.
 
         Raises:
+            TypeError: an index that is no integers.
             IndexError: an index outside the leaves.
         """
+        index = _operand("index", index, torch.int64).flatten().clone()  # another thread may change the caller's
         if not index.numel():
             return
         low, high = index.aminmax()
         if low < 0 or high >= self.leaves.numel():
             raise IndexError(f"`index` must be in [0, {self.leaves.numel() - 1}], got {int(low)} to {int(high)}")
         if self.cpp:
-            index = index.contiguous()
             _cpp.sum_tree_update(*self._addresses(), index.data_ptr(), index.numel())
             return
         below, nodes = self.leaves, index
@@ -116,23 +123,38 @@ class SumTree:
         """Return for each target the first leaf at which the running sum of the leaves is above it, int64.
 
         Args:
-            targets: float64 in [0, total).
+            targets: floating, in [0, total); taken as float64.
         """
+        targets = _operand("targets", targets, torch.float64)
         if self.cpp:
-            targets = targets.contiguous()
             out = torch.empty_like(targets, dtype=torch.int64)
             _cpp.sum_tree_find(*self._addresses(), targets.data_ptr(), targets.numel(), out.data_ptr())
             return out
+        shape, targets = targets.shape, targets.reshape(-1)
         node = torch.zeros_like(targets, dtype=torch.int64)
         for below in (*reversed(self.levels[:-1]), self.leaves):
             groups = _children(below, node).reshape(-1, GROUP, GROUP)
             group, targets = _pick(_sum_by_halving(groups), targets)
             child, targets = _pick(groups[torch.arange(len(group)), group], targets)
             node = node * FAN + group * GROUP + child
-        return node
+        return node.reshape(shape)
 
     def _addresses(self) -> tuple[int, int, tuple[int, ...]]:
         return self.leaves.data_ptr(), self.leaves.numel(), tuple(level.data_ptr() for level in self.levels)
+
+
+def _operand(name: str, operand: Any, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous CPU tensor of this dtype, converted from another integer or floating one."""
+    if isinstance(operand, (list, tuple, np.ndarray)):
+        operand = torch.as_tensor(operand)
+    tensor = with_memory(vetted(name, operand))
+    floating = dtype.is_floating_point
+    known = tensor.is_floating_point() if floating else tensor.dtype in _INTEGERS
+    if not known and tensor.numel():  # an empty list has no dtype of its own
+        raise TypeError(f"`{name}` must be {'floating' if floating else 'integers'}, got {described(tensor)}")
+    if not tensor.is_cpu:
+        raise ValueError(f"`{name}` must be on the CPU, got {tensor.device}")
+    return tensor.detach().to(dtype).contiguous()
 
 
 def _use_cpp(requested: bool | None) -> bool:

@@ -134,10 +134,10 @@ class Selection(NamedTuple):
     """The number of rows of the batch."""
 
     def take(self, tree: Any) -> Any:
-        """Pack the selected rows of every tensor in ``tree``: ``gather_rows(tree, self)``.
+        """Pack the selected rows of every tensor and array in ``tree``: ``gather_rows(tree, self)``.
 
         Args:
-            tree: nested structure of tensors with ``size`` rows in dim 0.
+            tree: nested structure of tensors and NumPy arrays with ``size`` rows in dim 0.
         """
         return _gather_rows(tree, self)
 

@@ -44,9 +44,23 @@ PyObject* compact_plain(PyObject* const* args) {
   return tuple_of({&packed.index, &packed.weight, &packed.count, &packed.overflow});
 }
 
-// tree, index, rows, whether gradients are enabled -> the tree's packed rows
+// The index of a Selection. Its other tensors are not read, but one made by hand must have them.
+PyObject* index_of(PyObject* selection) {
+  require(PyTuple_GET_SIZE(selection) == 5);
+  const auto item = [&](int i) { return PyTuple_GET_ITEM(selection, i); };
+  const dlpack::Tensor index = looked_at(item(0)), weight = looked_at(item(1));
+  require(index.ndim == 1 && weight.ndim == 1 && weight.shape[0] == index.shape[0]);
+  require(weight.dtype == kFloat32);
+  for (int i : {2, 3}) {
+    const dlpack::Tensor number = looked_at(item(i));
+    require(number.dtype == kInt32 && number.ndim == 0);
+  }
+  return item(0);
+}
+
+// tree, Selection or its index, rows, whether gradients are enabled -> the tree's packed rows
 PyObject* gather_plain(PyObject* const* args) {
-  const Input index(args[1]);
+  const Input index(PyTuple_Check(args[1]) ? index_of(args[1]) : args[1]);
   require(index.is(kInt64, 1));
   return packed_rows(args[0], index.data<int64_t>(), index.t.shape[0], integer(args[2]), args[3]);
 }
@@ -140,6 +154,12 @@ PyObject* use_exchange_api(PyObject*, PyObject* const* args, Py_ssize_t count) {
   requires_grad_name = PyUnicode_InternFromString("requires_grad");
   is_neg_name = PyUnicode_InternFromString("is_neg");
   is_conj_name = PyUnicode_InternFromString("is_conj");
+  const Reference is_neg(PyObject_GetAttr(args[1], is_neg_name));
+  if (!is_neg.object) return nullptr;
+  if (Py_IS_TYPE(is_neg.object, &PyMethodDescr_Type)) {
+    const auto* method = reinterpret_cast<PyMethodDescrObject*>(is_neg.object)->d_method;
+    if (method->ml_flags == METH_NOARGS) is_neg_function = method->ml_meth;
+  }
   api = offered;
   Py_RETURN_TRUE;
 }

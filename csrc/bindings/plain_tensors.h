@@ -17,6 +17,7 @@ using dlpack::DataType;
 inline const dlpack::ExchangeApi* api;
 inline PyTypeObject* types[2];  // Tensor and Parameter: a subclass may mean anything by its memory
 inline PyObject *requires_grad_name, *is_neg_name, *is_conj_name;
+inline PyCFunction is_neg_function;  // what Tensor.is_neg calls; null where it is no plain method
 
 constexpr DataType kFloat32{dlpack::kFloat, 32, 1}, kFloat16{dlpack::kFloat, 16, 1},
     kBFloat16{dlpack::kBfloat, 16, 1}, kInt32{dlpack::kInt, 32, 1}, kInt64{dlpack::kInt, 64, 1},
@@ -46,22 +47,33 @@ inline bool is_true(PyObject* answer) {
   return value;
 }
 
+// A tensor's values are its negated bytes. Of any dtype, though most such views are of complex
+// ones.
+inline bool is_negated(PyObject* tensor) {
+  return is_true(is_neg_function ? is_neg_function(tensor, nullptr)
+                                 : PyObject_CallMethodNoArgs(tensor, is_neg_name));
+}
+
+// Metadata alone: what is not read may have any layout.
+inline dlpack::Tensor looked_at(PyObject* object) {
+  dlpack::Tensor t;
+  require(Py_TYPE(object) == types[0] || Py_TYPE(object) == types[1]);
+  require(api->look(object, &t) == 0 && t.device.type == dlpack::kCpu);
+  return t;
+}
+
 // Borrowed: a contiguous CPU tensor whose bytes are its values.
 struct Input {
   dlpack::Tensor t;
 
-  explicit Input(PyObject* object) {
-    require(Py_TYPE(object) == types[0] || Py_TYPE(object) == types[1]);
-    require(api->look(object, &t) == 0 && t.device.type == dlpack::kCpu);
+  explicit Input(PyObject* object) : t(looked_at(object)) {
     int64_t expected = 1;
     for (int d = numel() > 0 ? t.ndim : 0; d-- > 0;) {
       if (t.shape[d] != 1 && t.strides) require(t.strides[d] == expected);
       expected *= t.shape[d];
     }
     require(t.data || numel() == 0);  // a tensor of zeros may have no memory
-    // Only these can be lazily negated, or conjugated, views of their memory.
-    if (t.dtype.code == dlpack::kFloat || t.dtype.code == dlpack::kComplex)
-      require(!is_true(PyObject_CallMethodNoArgs(object, is_neg_name)));
+    require(!is_negated(object));
     if (t.dtype.code == dlpack::kComplex)
       require(!is_true(PyObject_CallMethodNoArgs(object, is_conj_name)));
   }

@@ -44,7 +44,7 @@ class Compact(nn.Module):
         """Pack the rows of every tensor.
 
         Args:
-            tree: nested structure of tensors with N rows in dim 0.
+            tree: nested structure of tensors and arrays with N rows in dim 0, as in ``sparse_kernels.gather_rows``.
             mask: rows to keep, bool [N].
             weight: importance weights of the rows, float32 [N], packed into the selection; None (the default) for 1.
 
@@ -52,6 +52,7 @@ class Compact(nn.Module):
             The tree with the kept rows, in their order, and the selection, which ``Expand`` and ``BatchNorm`` need.
 
         Raises:
+            TypeError: a part of the tree might hold rows and is not known.
             ValueError: the tensors do not fit one another, as in ``sparse_kernels.compact`` and
                 ``sparse_kernels.gather_rows``.
         """
@@ -68,11 +69,12 @@ class Compact(nn.Module):
 class Expand(nn.Module):
     """Puts packed rows back in their places: the inverse of ``Compact``."""
 
-    def forward(self, rows: Tensor, selection: Selection, skip: Tensor | None = None) -> Tensor:
+    def forward(self, rows: Any, selection: Selection, skip: Tensor | None = None) -> Any:
         """Unpack the rows.
 
         Args:
-            rows: packed rows, [slots, ...], one for each slot of the selection; padding is dropped.
+            rows: packed rows, [slots, ...], one for each slot of the selection; padding is dropped. Without ``skip``
+                also a nested structure of them, as in ``sparse_kernels.scatter_rows``.
             selection: selection of the packed rows, from ``Compact``.
             skip: values of the rows left out, [N, ...]; None (the default) for zeros. Kept rows take nothing from it:
                 for a residual connection add it before, as in ``expand(rows + block(rows), selection, skip=x)``.
@@ -81,11 +83,14 @@ class Expand(nn.Module):
             All N rows of the batch that the selection was made for, [N, ...]. Rows beyond a capacity count as left out.
 
         Raises:
+            TypeError: ``rows`` is no tensor where there is a ``skip``; a part of it might hold rows and is not known.
             ValueError: ``rows`` or ``skip`` does not fit the selection.
         """
         if skip is None:
-            full: Tensor = scatter_rows(rows, selection)
-            return full
+            return scatter_rows(rows, selection)
+        for name, given in (("rows", rows), ("skip", skip)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"`{name}` must be a tensor where there is a `skip`, got {type(given).__name__}")
         shape = (selection.size, *rows.shape[1:])
         if skip.shape != shape or skip.dtype != rows.dtype or skip.device != rows.device:
             raise ValueError(

@@ -11,31 +11,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from sparse_kernels import Selection, gather_rows
+from sparse_kernels.trees import map_rows
 
 
 def take(tree: Any, selection: Selection) -> tuple[Any, Selection]:
     """Pack the selected rows of every tensor.
 
     Args:
-        tree: nested structure of tensors with ``selection.size`` rows in dim 0.
+        tree: nested structure of tensors and arrays, as in ``sparse_kernels.gather_rows``.
         selection: a selection made with a capacity.
 
     Returns:
         The tree with the packed rows, and the selection of the rows that its slots now hold.
 
     Raises:
+        TypeError: a part of the tree might hold rows and is not known.
         ValueError: the tensors do not fit the selection, as in ``sparse_kernels.gather_rows``.
     """
     index = torch.where(selection.valid(), selection.index, selection.index[:1])
     selection = selection._replace(index=index)
     nothing = selection.count == 0
 
-    def zeroed(rows: Tensor) -> Tensor:
+    def zeroed(rows: Any) -> Any:
+        if not isinstance(rows, Tensor):  # an array, whose gathering has waited for the device
+            return np.zeros_like(rows) if rows.dtype.kind in "fc" and bool(nothing) else rows
         return rows.masked_fill_(nothing, 0) if rows.is_floating_point() or rows.is_complex() else rows
 
-    return pytree.tree_map_only(Tensor, zeroed, gather_rows(tree, selection)), selection
+    return map_rows(gather_rows(tree, selection), zeroed), selection

@@ -41,7 +41,10 @@ try:
     from sparse_kernels import _cpp  # type: ignore[attr-defined,unused-ignore]
 
     if os.environ.get("SPARSE_KERNELS_CPU"):
-        _cpp.set_instruction_set(os.environ["SPARSE_KERNELS_CPU"])
+        try:
+            _cpp.set_instruction_set(os.environ["SPARSE_KERNELS_CPU"])
+        except ValueError as error:
+            raise ValueError(f"`SPARSE_KERNELS_CPU` must be an instruction set to use: {error}") from None
 except ImportError as error:
     try:
         from sparse_kernels._build_info import CPP_MISSING
@@ -77,7 +80,7 @@ def _tensor_unsupported_reason(tensor: Tensor) -> str | None:
         return _missing
     if not tensor.is_cpu:
         return f"tensors are on {tensor.device}, it serves cpu"
-    return _tracing.tensor_unsupported_reason(tensor)
+    return None
 
 
 def row_stats_unsupported_reason(call: StatsCall) -> str | None:
@@ -309,8 +312,7 @@ def control(call: ControlCall) -> None:
 
 def select_unsupported_reason(call: SelectCall) -> str | None:
     """Return why this call is not served as one, or None."""
-    tensors = [] if call.packing is None else call.packing.tensors
-    return gate_rows_unsupported_reason(call) or _tensors_unsupported_reason(tensors)
+    return gate_rows_unsupported_reason(call)
 
 
 def select(call: SelectCall) -> Selected:
@@ -354,19 +356,9 @@ def gate_step(call: GateStepCall) -> Selected:
     return Selected(gated, selection, None)
 
 
-def _tensors_unsupported_reason(tensors: list[Tensor]) -> str | None:
-    for tensor in tensors:
-        reason = _tensor_unsupported_reason(tensor)
-        if reason is not None:
-            return reason
-        if tensor.layout is not torch.strided:
-            return f"a {tensor.layout} tensor has no rows of bytes"
-    return None
-
-
 def gather_rows_unsupported_reason(call: TreeCall) -> str | None:
     """Return why this call is not served, or None."""
-    return _tensor_unsupported_reason(call.selection.index) or _tensors_unsupported_reason(call.tensors)
+    return _tensor_unsupported_reason(call.selection.index)
 
 
 scatter_rows_unsupported_reason = gather_rows_unsupported_reason
@@ -388,13 +380,16 @@ def _gather(tensors: list[Tensor], selection: Selection) -> list[Tensor]:
     if selection.size == 0:  # nothing to read, not even for padding
         return [empty_rows(tensor, index.numel()).zero_() for tensor in tensors]
     slots = index.numel()
-    packed = [tensor for tensor in tensors if tensor.is_contiguous() or rows_are_packed(tensor)]
+    together = [tensor.is_contiguous() or rows_are_packed(tensor) for tensor in tensors]
+    packed = [tensor for tensor, whole in zip(tensors, together, strict=True) if whole]
     moved = _move_rows(_cpp.gather_rows, packed, index, slots, slots, selection.size)
     if len(packed) == len(tensors):
         return moved
     # Elements with gaps between them are not bytes to copy. C++ has looked at the index by now.
     left = iter(moved)
-    return [next(left) if rows_are_packed(tensor) else tensor.index_select(0, index) for tensor in tensors]
+    return [
+        next(left) if whole else tensor.index_select(0, index) for tensor, whole in zip(tensors, together, strict=True)
+    ]
 
 
 def _scatter(tensors: list[Tensor], selection: Selection) -> list[Tensor]:

@@ -43,11 +43,11 @@ def compact(mask: Tensor, weight: Tensor | None, capacity: int | None) -> Select
 
 def gather_rows(tree: Any, selection: Selection) -> Any | None:
     """Serve ``sparse_kernels.gather_rows``, or return None."""
-    return _cpp.gather_plain(tree, selection.index, selection.size, torch.is_grad_enabled())
+    return _cpp.gather_plain(tree, selection, selection.size, torch.is_grad_enabled())
 
 
 def gate_rows(
-    logits: Tensor, targets: Tensor, threshold: Tensor, weights: Mapping[str, float], settings: Settings
+    logits: Tensor, targets: Tensor, threshold: float | Tensor, weights: Mapping[str, float], settings: Settings
 ) -> GatedRows | None:
     """Serve ``sparse_kernels.gate_rows`` without offset and outputs, or return None."""
     results = _cpp.gate_rows_plain(logits, targets, weights, settings, threshold)
@@ -60,7 +60,7 @@ def gate_rows(
 def select(
     logits: Tensor,
     targets: Tensor,
-    threshold: Tensor,
+    threshold: float | Tensor,
     weights: Mapping[str, float],
     settings: Settings,
     tree: Any,
@@ -83,7 +83,7 @@ def gate_step(
     logits: Tensor,
     targets: Tensor,
     state: ControlState,
-    setpoint: Tensor,
+    setpoint: float | Tensor,
     weights: Mapping[str, float],
     settings: Settings,
     capacity: int | None,

@@ -31,12 +31,11 @@ from sparse_kernels._arguments import (
     SelectCall,
     Settings,
     StatsCall,
-    Tree,
     TreeCall,
-    first_unsupported_reason,
 )
 from sparse_kernels._row_layout import empty_rows, rows_are_packed
 from sparse_kernels.backends.triton import backend as triton
+from sparse_kernels.trees import Tree
 from sparse_kernels.types import ControlState, GatedRows, Selected, Selection
 
 MAX_ROWS = 2**31 - 1  # of a mask: counts are int32
@@ -73,7 +72,7 @@ def _tensor_unsupported_reason(tensor: Tensor) -> str | None:
         return _missing
     if not tensor.is_cuda:
         return f"tensors are on {tensor.device}, it serves cuda"
-    return _tracing.tensor_unsupported_reason(tensor) or unavailable_reason()
+    return unavailable_reason()
 
 
 def row_stats_unsupported_reason(call: StatsCall) -> str | None:
@@ -102,7 +101,7 @@ def control_unsupported_reason(call: ControlCall) -> str | None:
 
 def gather_rows_unsupported_reason(call: TreeCall) -> str | None:
     """Return why this call is not served, or None."""
-    return first_unsupported_reason([call.selection.index, *call.tensors], _tensor_unsupported_reason)
+    return _tensor_unsupported_reason(call.selection.index)
 
 
 scatter_rows_unsupported_reason = gather_rows_unsupported_reason
@@ -117,8 +116,7 @@ def _step_unsupported_reason(call: GateCall) -> str | None:
 
 def select_unsupported_reason(call: SelectCall) -> str | None:
     """Return why this call is not served as one, or None."""
-    tensors = [] if call.packing is None else call.packing.tensors
-    return _step_unsupported_reason(call) or first_unsupported_reason(tensors, _tensor_unsupported_reason)
+    return _step_unsupported_reason(call)
 
 
 def gate_step_unsupported_reason(call: GateStepCall) -> str | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparse_kernels import reference
 from sparse_kernels._arguments import Settings, StatsCall
-from sparse_kernels._tracing import is_lazy_zeros, observed
+from sparse_kernels._operands import with_memory
+from sparse_kernels._tracing import observed
 from sparse_kernels.torch_library import schemas
 from sparse_kernels.types import DIFFERENTIABLE
 
@@ -115,18 +116,11 @@ def _save_selection(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 def _transposed(ctx: Any, name: str, gradients: list[Tensor | None]) -> list[Tensor | None]:
     index, count = ctx.saved_tensors
-    present = [_with_memory(g) for g in gradients if g is not None]
+    present = [with_memory(g) for g in gradients if g is not None]
     unseen = not (torch.is_grad_enabled() or observed(*present))
     move = getattr(schemas if unseen else _ops, name)
     moved = iter(move(present, index, count, ctx.size, ctx.backend) if present else ())
     return [None if g is None else next(moved) for g in gradients]
-
-
-def _with_memory(gradient: Tensor) -> Tensor:
-    """Return the gradient with memory: some of PyTorch's derivatives are zeros without any, which no kernel reads."""
-    if not is_lazy_zeros(gradient):
-        return gradient
-    return torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
 
 
 def _gather_rows_gradient(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from sparse_kernels._arguments import (
     checked_settings,
 )
 from sparse_kernels._dispatch import BACKENDS, choose
+from sparse_kernels._operands import with_memory
 from sparse_kernels._row_layout import empty_rows
 from sparse_kernels._tracing import mark_changed
 from sparse_kernels.types import ControlState, Selection
@@ -141,7 +142,7 @@ def _write_gradient(
     upstream: dict[str, Tensor] = {}
     for name, gradient in (("loss", loss_gradient), ("entropy", entropy_gradient)):
         if gradient is not None:
-            upstream[name] = gradient.to(floating).contiguous()
+            upstream[name] = with_memory(gradient).to(floating).contiguous()
     call = StatsCall(logits, targets, upstream, dim, checked_settings(*settings))
     if "entropy" in upstream and entropy is None:
         raise ValueError("`entropy` must be the forward's where there is an `entropy_gradient`, got None")
@@ -154,8 +155,8 @@ def _write_gradient(
                 f"`{name}` must be {floating} of shape {tuple(targets.shape)} on {logits.device}, "
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
             )
-    maximum, total = maximum.contiguous(), total.contiguous()
-    entropy = None if entropy is None else entropy.contiguous()
+    maximum, total = with_memory(maximum).contiguous(), with_memory(total).contiguous()
+    entropy = None if entropy is None else with_memory(entropy).contiguous()
     choose("row_stats", call, backend)
     BACKENDS[backend].row_stats_backward(call, maximum, total, entropy, upstream, out)
 
@@ -301,7 +302,7 @@ def scatter_rows(tensors: list[Tensor], index: Tensor, count: Tensor, size: int,
         size: as in ``Selection``.
         backend: one that serves the call.
     """
-    call = TreeCall(tensors, selection_of(index, count, size), index.shape[0])
+    call = TreeCall(tensors, selection_of(index, count, size), index.shape[0], scatter=True)
     placed: list[Tensor] = _serve("scatter_rows", call, backend)
     return placed
 

@@ -30,7 +30,8 @@ SANITIZE = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fs
 # How the kernels are built for a CPU: the last test but the GPU's sets it.
 FLAGS = os.environ.get("CUDA_ON_CPU_FLAGS", "-O1")
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+MISSING = cuda_backend.unavailable_reason()  # not built, or no GPU
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=f"the CUDA backend: {MISSING}")]
 
 
 _built = []

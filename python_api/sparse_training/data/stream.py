@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sparse_kernels.trees import rows_at
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
 from sparse_training.generators import (
@@ -136,7 +137,7 @@ class StreamLoader(Loader):
         parts = (self.inputs(item), self.targets(item))
         offered = parts[1].shape[0]
         if choice is not None:
-            parts = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, choice.index.to(t.device)), parts)
+            parts = rows_at(parts, choice.index, offered)
         weight = None if choice is None else choice.weight
         inputs, targets, weight = pytree.tree_map_only(Tensor, to_device, (*parts, weight))
         return Batch(inputs, targets, None, offered, weight)

@@ -37,7 +37,8 @@ class Gate(nn.Module):
 
     It keeps about ``rate`` of the rows, or the fewest that hold the share ``grad_norm_fraction`` of the batch's
     gradient norm. With a capacity nothing waits for the device. All state is in buffers: it moves with the module, and
-    a run resumes exactly from ``state_dict()``.
+    a run resumes exactly from ``state_dict()``. Each call changes that state without a lock: give each thread a gate of
+    its own, or let one thread call it at a time.
 
     With a ``process_group`` each rank's call launches one gathering of 15 numbers and goes on. ``settle`` waits for it,
     and whatever needs the result calls ``settle``: the next call, ``divisor``, ``threshold``, ``state_dict``. So all

@@ -84,10 +84,7 @@ class GatedTrainer(Base):  # type: ignore[misc]
             logits, targets = self._aligned(model(**features)["logits"], labels)
         selection = self.select(logits, targets)
         rows = labels.shape[0]
-        selected = {
-            name: selection.take(value) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-            for name, value in inputs.items()
-        }
+        selected = {name: selection.take(value) if _rows_of(value) == rows else value for name, value in inputs.items()}
         return super().compute_loss(model, selected, return_outputs, **options)
 
     def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,3 +116,11 @@ class GatedTrainer(Base):  # type: ignore[misc]
         path = Path(resume_from_checkpoint) / STATE
         if path.exists():
             self.gate.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _rows_of(value: Any) -> int | None:
+    """Return the rows in dim 0 of a tensor or an array, or the length of a list; None for what has neither."""
+    if isinstance(value, (list, tuple)):
+        return len(value)
+    shape: Any = getattr(value, "shape", ())
+    return int(shape[0]) if len(shape) else None

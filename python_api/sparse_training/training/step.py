@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from sparse_kernels.trees import map_rows
 from sparse_training import devices
 from sparse_training.criterion import Criterion
 from sparse_training.data.loader import Loader
@@ -312,7 +315,7 @@ class TrainingStep:
     def head(self, batch: Batch, rows: int) -> SelectedBatch:
         """Select the first rows of a batch."""
         parts = (batch.inputs, batch.targets, batch.weight)
-        inputs, targets, weight = pytree.tree_map_only(Tensor, lambda tensor: tensor[:rows], parts)
+        inputs, targets, weight = map_rows(parts, operator.itemgetter(slice(rows)), batch.rows)
         positions = None if rows == batch.rows else torch.arange(rows, device=batch.targets.device)
         return SelectedBatch(inputs, targets, rows, positions, weight, rows)
 
@@ -382,8 +385,13 @@ def _as_integers(buffer: Tensor) -> Tensor:
 
 
 def zero_row_like(tree: Any) -> Any:
-    """Replace every tensor by one row of zeros like its rows."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.new_zeros((1, *tensor.shape[1:])), tree)
+    """Replace every tensor and array by one row of zeros like its rows."""
+
+    def zero_row(rows: Any) -> Any:
+        shape = (1, *rows.shape[1:])
+        return rows.new_zeros(shape) if isinstance(rows, Tensor) else np.zeros(shape, rows.dtype)
+
+    return map_rows(tree, zero_row)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from sparse_kernels.trees import rows_at
 from sparse_training.errors import UserError
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
@@ -137,7 +137,7 @@ class Policy(nn.Module):
             return SelectedBatch(batch.inputs, batch.targets, rows, None, batch.weight, batch.divisor)
         index, weight = self.decide(scores)
         parts = (batch.inputs, batch.targets)
-        inputs, targets = pytree.tree_map_only(Tensor, lambda tensor: tensor.index_select(0, index), parts)
+        inputs, targets = rows_at(parts, index, batch.rows)
         return SelectedBatch(inputs, targets, len(index), index, weight, batch.divisor)
 
     def observe(self, ids: Tensor, losses: Tensor, logits: Any) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from sparse_kernels.trees import rows_at
 from sparse_training.errors import UserError
 from sparse_training.evaluation import forward, unwrap
 from sparse_training.selection.scorers.base import Scorer
@@ -86,7 +86,7 @@ class ReferenceScorer(Scorer):
         new = found.isnan()
         if new.any():  # waits for an accelerator
             index = new.nonzero().squeeze(1)
-            parts = pytree.tree_map_only(Tensor, lambda tensor: tensor[index], (batch.inputs, batch.targets))
+            parts = rows_at((batch.inputs, batch.targets), index, batch.rows)
             found[index] = self._run(*parts)
             self.table[batch.ids] = found
         return found
