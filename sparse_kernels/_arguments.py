@@ -34,6 +34,7 @@ from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, ControlState
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _LABELS = frozenset((torch.int64, torch.int32, torch.bool))
 _NUMBERS = frozenset((int, float))
+_STEPS = (torch.int64, torch.int32)
 _INTEGERS = frozenset(("ignore_index", "seed", "step"))
 NO_INDEX = -(2**31)  # the `ignore_index` that ignores no row: a label of every integer dtype, and no class
 _STATE = (("values", torch.float32, len(CONTROL_VALUES)), ("counters", torch.int64, len(CONTROL_COUNTERS)))
@@ -52,7 +53,7 @@ class Settings(NamedTuple):
     gate_temperature: float = 0.0  # the same, or 0: a threshold without draws
     p_min: float = 0.0  # in [0, 1]
     seed: int = 0  # of the draws, modulo 2^64
-    step: int | Tensor = 0  # of the draws, modulo 2^64; a tensor has one int64 element
+    step: int | Tensor = 0  # of the draws, modulo 2^64; a tensor has one int64 or int32 element
 
 
 _new_tuple = tuple.__new__
@@ -109,9 +110,10 @@ def _numbers_of(settings: Settings) -> Settings:
     value: Any
     for name, value in zip(Settings._fields, settings, strict=True):
         if name == "step" and isinstance(value, Tensor):
-            if value.dtype is not torch.int64 or value.numel() != 1:
-                raise TypeError(f"`step` must be an int or one int64 element, got {described(value)}")
-            values.append(vetted("step", value))
+            value = vetted("step", value)
+            if value.dtype not in _STEPS or value.numel() != 1:
+                raise TypeError(f"`step` must be an int or one int64 or int32 element, got {described(value)}")
+            values.append(value if value.dtype is torch.int64 else value.long())
         elif isinstance(value, (torch.SymInt, torch.SymFloat)):
             values.append(value)
         else:
