@@ -10,7 +10,7 @@ import numbers
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,102 +23,19 @@ from sparse_kernels._operands import (
     described,
     integer,
     kind,
-    number,
     statistic_names,
     vetted,
 )
-from sparse_kernels._tracing import dynamo_compiling, is_lazy_negative
+from sparse_kernels._settings import MOST
+from sparse_kernels._settings import Settings as Settings  # so that whatever a call is made of is found here
+from sparse_kernels._settings import checked_settings as checked_settings
+from sparse_kernels._tracing import is_lazy_negative
 from sparse_kernels.trees import Tree
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, ControlState
 
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _LABELS = frozenset((torch.int64, torch.int32, torch.bool))
-_NUMBERS = frozenset((int, float))
-_STEPS = (torch.int64, torch.int32)
-_INTEGERS = frozenset(("ignore_index", "seed", "step"))
-NO_INDEX = -(2**31)  # the `ignore_index` that ignores no row: a label of every integer dtype, and no class
 _STATE = (("values", torch.float32, len(CONTROL_VALUES)), ("counters", torch.int64, len(CONTROL_COUNTERS)))
-
-
-class Settings(NamedTuple):
-    """Numbers that hold for every row of a call, passed whole from the operations to the kernels.
-
-    csrc/bindings/settings.h reads the fields in this order; torch_library takes its schemas from them.
-    """
-
-    temperature: float = 1.0  # in [_LEAST, _MOST]
-    softcap: float = 0.0  # the same, or 0: none
-    label_smoothing: float = 0.0  # in [0, 1]
-    ignore_index: int = -100
-    gate_temperature: float = 0.0  # the same, or 0: a threshold without draws
-    p_min: float = 0.0  # in [0, 1]
-    seed: int = 0  # of the draws, modulo 2^64
-    step: int | Tensor = 0  # of the draws, modulo 2^64; a tensor has one int64 or int32 element
-
-
-_new_tuple = tuple.__new__
-_LEAST, _MOST = 1e-30, 1e30  # of a number that scales others: far from the ends of float32, where products overflow
-
-
-def _refuse_scale(name: str, rule: str, value: float) -> NoReturn:
-    limits = f", from {_LEAST:.0e} to {_MOST:.0e}" if value > 0.0 else ""
-    raise ValueError(f"`{name}` must be {rule}{limits}, got {value}")
-
-
-def checked_settings(
-    temperature: float = 1.0,
-    softcap: float | None = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int | None = -100,
-    gate_temperature: float = 0.0,
-    p_min: float = 0.0,
-    seed: int = 0,
-    step: int | Tensor = 0,
-) -> Settings:
-    """Return these settings, or raise the error that names the first one out of range."""
-    if softcap is None:
-        softcap = 0.0
-    if ignore_index is None:
-        ignore_index = NO_INDEX
-    values = temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
-    try:
-        if not _LEAST <= temperature <= _MOST:
-            _refuse_scale("temperature", "above 0", temperature)
-        if softcap != 0.0 and not _LEAST <= softcap <= _MOST:
-            _refuse_scale("softcap", "0 (none) or above", softcap)
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"`label_smoothing` must be in [0, 1], got {label_smoothing}")
-        if gate_temperature != 0.0 and not _LEAST <= gate_temperature <= _MOST:
-            _refuse_scale("gate_temperature", "0 (a threshold) or above", gate_temperature)
-        if not 0.0 <= p_min <= 1.0:
-            raise ValueError(f"`p_min` must be a probability in [0, 1], got {p_min}")
-    except TypeError:
-        _numbers_of(Settings(*values))
-        raise
-    # A named tuple's constructor takes longer than all of the above; a compiler must see it.
-    return Settings(*values) if dynamo_compiling() else _new_tuple(Settings, values)
-
-
-def _numbers_of(settings: Settings) -> Settings:
-    """Return the settings as Python's own numbers; a step may be a tensor. Most are so already."""
-    if dynamo_compiling():
-        return settings
-    types = [*map(type, settings)]
-    if _NUMBERS.issuperset(types) and types[3] is types[6] is types[7] is int:  # the three of _INTEGERS
-        return settings
-    values: list[Any] = []
-    value: Any
-    for name, value in zip(Settings._fields, settings, strict=True):
-        if name == "step" and isinstance(value, Tensor):
-            value = vetted("step", value)
-            if value.dtype not in _STEPS or value.numel() != 1:
-                raise TypeError(f"`step` must be an int or one int64 or int32 element, got {described(value)}")
-            values.append(value if value.dtype is torch.int64 else value.long())
-        elif isinstance(value, (torch.SymInt, torch.SymFloat)):
-            values.append(value)
-        else:
-            values.append(integer(name, value) if name in _INTEGERS else number(name, value))
-    return Settings(*values)
 
 
 @dataclass(slots=True)
@@ -134,7 +51,7 @@ class StatsCall:
     def __post_init__(self) -> None:
         logits = self.logits = vetted("logits", self.logits, "; use torch.as_tensor(logits)")
         given: Any = self.targets
-        if isinstance(given, (list, tuple, np.ndarray)):
+        if not isinstance(given, Tensor) and isinstance(given, (list, tuple, np.ndarray)):
             given = torch.as_tensor(given, device=logits.device)
         targets = self.targets = vetted("targets", given)
         if logits.dtype not in _FLOATING:
@@ -165,7 +82,6 @@ class StatsCall:
             check_device("targets", targets, "the logits", logits.device)
         if shape[self.dim] == 0:
             raise ValueError(f"`logits` of shape {tuple(shape)} have no classes in dim {self.dim}")
-        self.settings = _numbers_of(self.settings)
         if self.outputs:
             self.outputs = statistic_names(self.outputs)
 
@@ -222,8 +138,8 @@ class GateCall(StatsCall):
         self._check_threshold()
         check_statistic_weights(self.weights)
         for name, weight in self.weights.items():
-            if not -_MOST <= weight <= _MOST:
-                raise ValueError(f"`weights` must be numbers from -{_MOST:.0e} to {_MOST:.0e}, got {name}={weight}")
+            if not -MOST <= weight <= MOST:
+                raise ValueError(f"`weights` must be numbers from -{MOST:.0e} to {MOST:.0e}, got {name}={weight}")
         if self.offset is not None:
             offset = self.offset = vetted("offset", self.offset)
             if offset.shape != self.targets.shape or not offset.dtype.is_floating_point:
@@ -322,7 +238,6 @@ class ControlCall:
             raise ValueError(f"`mass` must be floating of shape {tuple(shape)}, got {described(mass)}")
         if overflow is not None and (overflow.dtype is not torch.int32 or overflow.numel() != states):
             raise ValueError(f"`overflow` must be int32 with {states} elements, got {described(overflow)}")
-        self.settings = _numbers_of(self.settings)
         operands = {
             "state.values": self.state.values, "state.counters": self.state.counters, "setpoint": self.setpoint,
             "labels": labels, "mass": mass, "overflow": overflow,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_kernels._tracing import is_lazy_negative, is_lazy_zeros
+from sparse_kernels._tracing import dynamo_compiling, is_lazy_negative, is_lazy_zeros
 from sparse_kernels.types import STATISTICS, WEIGHABLE, Selection
 
+_STRIDED = torch.strided
 _WEIGHABLE = frozenset(WEIGHABLE)
 _INDICES = (torch.int64, torch.int32)
 
@@ -43,9 +44,9 @@ def vetted(name: str, operand: Any, hint: str = "") -> Tensor:
     """
     if not isinstance(operand, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {kind(operand)}{hint}")
-    if operand.layout is not torch.strided:
+    if operand.layout is not _STRIDED:
         raise TypeError(f"`{name}` must be a dense (torch.strided) tensor, got {operand.layout}")
-    return operand.resolve_neg() if is_lazy_negative(operand) else operand
+    return operand.resolve_neg() if not dynamo_compiling() and operand.is_neg() else operand
 
 
 def with_memory(tensor: Tensor) -> Tensor:
@@ -147,7 +148,9 @@ def number(name: str, value: Any) -> float:
 
 def statistic_names(outputs: Any) -> Collection[str]:
     """Return the names of statistics, checked; a single name may stand for itself."""
-    if isinstance(outputs, str):
+    if type(outputs) is tuple:  # what is usual first: asking for a Collection takes longer than all the rest
+        pass
+    elif isinstance(outputs, str):
         outputs = (outputs,)
     elif not isinstance(outputs, Collection):
         raise TypeError(f"`outputs` must be names of statistics, got {kind(outputs)}")

@@ -24,6 +24,7 @@ _included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", lambda k
 _PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
 _increment_versions = getattr(torch._C, "_increment_version", increment_version)  # the public one takes twice as long
 dynamo_compiling = torch.compiler.is_dynamo_compiling
+_STRIDED = torch.strided
 
 
 def observed(*tensors: Tensor) -> bool:
@@ -107,16 +108,17 @@ def tensors_unsupported_reason(tensors: Iterable[Tensor]) -> str | None:
     Args:
         tensors: every operand of the call.
     """
+    compiling = dynamo_compiling()  # a compiler cannot ask for zeros without memory: its operators get memory
     for tensor in tensors:
         if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
             return f"a {type(tensor).__name__} has no address"
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not _STRIDED:
             return f"a {tensor.layout} tensor has no rows of bytes"
         if tensor.is_quantized:
             return "a quantised tensor's bytes are not its values"
-        if is_lazy_zeros(tensor):
+        if not compiling and tensor._is_zerotensor():
             return "zeros without memory (an efficient zero tensor)"
-    if transformed():
+    if _transforms() or forward_ad._current_level >= 0:
         return "inside a transform (torch.func, forward-mode differentiation) only the reference composes"
     return None
 
