@@ -75,8 +75,13 @@ int64_t compact(const uint8_t* mask, const float* weight_in, int64_t rows,
     // Hazard: a part must write only its own slots, even where the mask has changed since the
     // count.
     parallel_parts(rows, parts, kWord, [&](int part, int64_t begin, int64_t end) {
-      pack_part(flags, mask, weight_in, begin, end, starts[part],
-                std::min(capacity, starts[part + 1]), index, weight);
+      const int64_t limit = std::min(capacity, starts[part + 1]);
+      const int64_t slot =
+          pack_part(flags, mask, weight_in, begin, end, starts[part], limit, index, weight);
+      if (slot < limit) {  // flags were cleared since: no slot is left unwritten
+        std::fill(index + slot, index + limit, int64_t(0));
+        std::fill(weight + slot, weight + limit, 0.0f);
+      }
     });
     total = starts[parts];
     packed = std::min(total, capacity);

@@ -53,36 +53,45 @@ void for_each_share(const std::vector<RowMove>& moves, int64_t out_rows, const B
   });
 }
 
+// The row at a slot. Hazard: another thread may change the index after it was checked; read once
+// and bounded, it names a row of the tensor all the same.
+int64_t row_at(const int64_t* index, int64_t rows) {
+  const int64_t row = __atomic_load_n(index, __ATOMIC_RELAXED);
+  return uint64_t(row) < uint64_t(rows) ? row : 0;
+}
+
 template <class Word>
-void gather_words(const RowMove& move, const int64_t* index, int64_t begin, int64_t end) {
+void gather_words(const RowMove& move, const int64_t* index, int64_t rows, int64_t begin,
+                  int64_t end) {
   for (int64_t byte = begin; byte < end; byte += int64_t(sizeof(Word)))
-    std::memcpy(move.out + byte, move.in + *index++ * move.in_stride, sizeof(Word));
+    std::memcpy(move.out + byte, move.in + row_at(index++, rows) * move.in_stride, sizeof(Word));
 }
 
 // Bytes [begin, end) of the packed rows. The most common small rows have loops of their own: a call
 // of memcpy for a label would cost more than copying it.
-void gather_share(const RowMove& move, const int64_t* index, int64_t slots, int64_t begin,
-                  int64_t end, bool streaming) {
+void gather_share(const RowMove& move, const int64_t* index, int64_t slots, int64_t rows,
+                  int64_t begin, int64_t end, bool streaming) {
   const int64_t row_bytes = move.row_bytes;
   int64_t slot = begin / row_bytes;
   switch (row_bytes) {
     case 1:
-      return gather_words<uint8_t>(move, index + slot, begin, end);
+      return gather_words<uint8_t>(move, index + slot, rows, begin, end);
     case 2:
-      return gather_words<uint16_t>(move, index + slot, begin, end);
+      return gather_words<uint16_t>(move, index + slot, rows, begin, end);
     case 4:
-      return gather_words<uint32_t>(move, index + slot, begin, end);
+      return gather_words<uint32_t>(move, index + slot, rows, begin, end);
     case 8:
-      return gather_words<uint64_t>(move, index + slot, begin, end);
+      return gather_words<uint64_t>(move, index + slot, rows, begin, end);
   }
   const int64_t prefetched = std::min(row_bytes, kPrefetch);
   for (int64_t offset = begin % row_bytes; begin < end; ++slot, offset = 0) {
     const int64_t bytes = std::min(row_bytes - offset, end - begin);
     if (slot + 1 < slots) {
-      const char* next = move.in + index[slot + 1] * move.in_stride;
+      const char* next = move.in + row_at(index + slot + 1, rows) * move.in_stride;
       for (int64_t i = 0; i < prefetched; i += 64) __builtin_prefetch(next + i);
     }
-    copy_bytes(move.out + begin, move.in + index[slot] * move.in_stride + offset, bytes, streaming);
+    copy_bytes(move.out + begin, move.in + row_at(index + slot, rows) * move.in_stride + offset,
+               bytes, streaming);
     begin += bytes;
   }
 }
@@ -143,16 +152,18 @@ int64_t gather_rows(const std::vector<RowMove>& moves, const int64_t* index, int
   const int64_t bad = first_out_of_range(index, slots, rows);
   if (bad >= 0) return bad;
   for_each_share(moves, slots, [&](const RowMove& move, int64_t begin, int64_t end, bool stream) {
-    gather_share(move, index, slots, begin, end, stream);
+    gather_share(move, index, slots, rows, begin, end, stream);
   });
   return -1;
 }
 
 int64_t scatter_rows(const std::vector<RowMove>& moves, const int64_t* index, int64_t slots,
                      int64_t rows) {
-  const int64_t bad = first_out_of_range(index, slots, rows);
+  // Hazard: another thread may change the index. What is checked is a copy, and the copy is used.
+  const std::vector<int64_t> checked(index, index + slots);
+  const int64_t bad = first_out_of_range(checked.data(), slots, rows);
   if (bad >= 0) return bad;
-  const Sources sources(index, slots);
+  const Sources sources(checked.data(), slots);
   for_each_share(moves, rows, [&](const RowMove& move, int64_t begin, int64_t end, bool stream) {
     scatter_share(move, sources, begin, end, stream);
   });
