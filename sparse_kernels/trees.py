@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from sparse_kernels._operands import check_device, kind
 
+_is_leaf: Callable[[Any], bool] = getattr(pytree, "tree_is_leaf", None) or pytree._is_leaf  # its name before 2.9
+
 Rebuild = Callable[[Iterator[Any]], Any]
 _VALUES = (type(None), bool, int, float, complex, str, bytes, np.generic)  # one each: a text is a name
 
@@ -162,7 +164,7 @@ def _is_container(tree: Any) -> bool:
 
 
 def _is_node(tree: Any) -> bool:
-    return not pytree.tree_is_leaf(tree)
+    return not _is_leaf(tree)
 
 
 def _is_dataclass(tree: Any) -> bool:

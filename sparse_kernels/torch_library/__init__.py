@@ -40,8 +40,9 @@ def row_stats(call: StatsCall, backend: str, *, gradient: bool, inplace_backward
     """
     outputs = _in_order(call.outputs)
     operator = _ops.row_stats if observed(call.logits) else gradients.row_stats
+    scoring = tuple(call.settings)[: len(SCORING)]  # PyTorch 2.6 does not compile a NamedTuple's slice
     results = operator(
-        call.logits, call.targets, outputs, call.dim, *call.settings[: len(SCORING)],
+        call.logits, call.targets, outputs, call.dim, *scoring,
         gradient, inplace_backward and gradient, backend,
     )  # fmt: skip
     # Behind the outputs: what was saved. Cut off, as PyTorch 2.6's compiler zips equal lengths alone.
