@@ -82,9 +82,7 @@ def choose(op: str, call: Any, name: str | None) -> tuple[str, Callable[[Any], A
     name = name or _forced
     if name is None:
         for candidate, _, unsupported_reason, serve in TABLE[op]:
-            reason = unsupported_reason(call)
-            if reason is None and candidate != "torch":
-                reason = tensors_unsupported_reason(call.operands())
+            reason = unsupported_reason(call) or _operands_reason(candidate, call)
             if reason is None:
                 return candidate, serve
             _log_once(f"{op}: {candidate} not used: {reason}")
