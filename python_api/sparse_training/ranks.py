@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparse_training.errors import UserError
+from sparse_training.rank_failures import wait_for
 
 
 def resolve_process_group(group: Any) -> Any:
@@ -74,7 +75,7 @@ def sum_across_ranks(tensors: Sequence[Tensor]) -> None:
     """
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
-    dist.all_reduce(flat)
+    wait_for(dist.all_reduce(flat, async_op=True), flat.device)
     with torch.no_grad():
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

@@ -17,6 +17,7 @@ from sparse_training.gate.gate import Gate
 from sparse_training.profiling.budget_controller import BudgetController
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.profiling.energy import Energy, Meter, find_meter
+from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.registry import check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
@@ -28,7 +29,7 @@ from sparse_training.training.loop import RunLength, TrainingLoop
 from sparse_training.training.modes import training_mode
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.settings import TrainerSettings
-from sparse_training.training.state import CheckpointFolder, RunState, run_settings
+from sparse_training.training.state import CheckpointFolder, RunState, agree_on_run, run_settings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
 
@@ -83,6 +84,7 @@ class SparseTrainer(TrainingStep):
         UserError: an argument out of range or without effect, or a loss that reduces over rows.
     """
 
+    @together()
     def __init__(
         self,
         model: nn.Module,
@@ -121,6 +123,7 @@ class SparseTrainer(TrainingStep):
         )
         self._set_scheduler(self.schedule.scheduler)
 
+    @together()
     def fit(
         self,
         train: Iterable[Any],
@@ -178,10 +181,18 @@ class SparseTrainer(TrainingStep):
         loader = self.loader(train)
         length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
         callbacks = Callbacks(evaluate, evaluations, progress, stop)
+        settings = run_settings(
+            self, self.schedule, loader,
+            seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
+        )  # fmt: skip
+        agree_on_run(
+            self, settings, loader, callbacks,
+            checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
+        )  # fmt: skip
         held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
         with training_mode(self.model, self.parallel), held as folder:
             state = self._run_state(
-                loader, length, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
+                loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
                 resumes=folder.resumes,
             )  # fmt: skip
             folder.make()
@@ -200,6 +211,7 @@ class SparseTrainer(TrainingStep):
         self,
         loader: Loader,
         length: RunLength,
+        settings: dict[str, Any],
         *,
         clock: Clock | None,
         cost_budget: tuple[float, str] | None,
@@ -215,10 +227,6 @@ class SparseTrainer(TrainingStep):
         else:
             labels = loader.labels if self.criterion.classes else None
             self.policy.prepare(loader.size, labels, loader.duplicate_counts)
-        settings = run_settings(
-            self, self.schedule, loader,
-            seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
-        )  # fmt: skip
         in_seconds = length.kind == "seconds" or (cost_budget is not None and cost_budget[1] == "seconds")
         state = RunState(
             self,

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.utils.data import Sampler
 
 from sparse_training.errors import UserError
+from sparse_training.rank_failures import wait_for
 from sparse_training.ranks import rank_and_world_size
 from sparse_training.samplers.adaptive_weights import SamplingWeights
 from sparse_training.samplers.importance import Importance
@@ -248,7 +249,7 @@ class HistorySampler(Sampler[list[int]]):
         if isinstance(self.sampler, InfoBatch) and self.replicas > 1:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             most = torch.tensor(batches, device=device)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
+            wait_for(dist.all_reduce(most, dist.ReduceOp.MAX, async_op=True), most.device)
             batches = int(most)
         return batches
 

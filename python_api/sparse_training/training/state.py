@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
+from sparse_training.gate.gate import Gate
 from sparse_training.generators import rng_state, set_rng_state
-from sparse_training.training.callbacks import EnergyRecord, RateControl
-from sparse_training.training.checkpoint import load_checkpoint, locked, one_line, previous_of, save_checkpoint
+from sparse_training.selection.policies.base import Policy
+from sparse_training.training.callbacks import Callbacks, EnergyRecord, RateControl
+from sparse_training.training.checkpoint import locked, one_line, previous_of, read_checkpoint, save_checkpoint
 from sparse_training.training.clock import Clock
 from sparse_training.training.distributed import Ranks, is_sharded
 from sparse_training.training.log import TrainingLog
@@ -86,7 +90,9 @@ class RunState:
             UserError: a damaged file, another number of processes, or a run with other settings.
         """
         assert self.path is not None
-        trainer, state = self.trainer, load_checkpoint(self.path, self.trainer.device)
+        trainer = self.trainer
+        state, digest = read_checkpoint(self.path, trainer.device)
+        trainer.ranks.agree({"the digest of the checkpoint": digest[:16]})
         of_ranks = self._of_ranks(state)
         if len(of_ranks) != trainer.ranks.size:
             raise UserError(
@@ -257,6 +263,59 @@ def run_settings(
         "batch_size": getattr(loader, "batch_size", None),
         "rows": loader.size,
         "cost_budget": cost_budget,
+    }
+
+
+def agree_on_run(
+    trainer: TrainingStep, settings: Mapping[str, Any], loader: Loader, callbacks: Callbacks, **given: Any
+) -> None:
+    """Refuse a run that the ranks were given different settings for, on all of them and before anything is changed.
+
+    Args:
+        trainer: the run's model, policy and settings.
+        settings: its ``run_settings``.
+        loader: its training data.
+        callbacks: its callbacks.
+        **given: further arguments that must be equal, by name.
+
+    Raises:
+        SharedError: the ranks' values of what differs.
+    """
+    source = getattr(loader, "source", loader)
+    shared = {name: value for name, value in settings.items() if name != "rows"}  # a rank may hold a row more
+    trainer.ranks.agree(
+        {
+            **shared,
+            "loss": describe(trainer.criterion.loss),
+            "optimizer_options": [_numbers(group) for group in trainer.optimizer.param_groups],
+            "policy_options": [
+                _numbers(vars(part)) for part in trainer.policy.modules() if isinstance(part, Policy | Gate)
+            ],
+            "batch_size": getattr(source, "batch_size", None),
+            "stop": callbacks.stop is not None,
+            "evaluate": callbacks.evaluate is not None and not callable(callbacks.evaluate),
+            **given,
+        }
+    )
+
+
+def describe(value: Any) -> str:
+    """Name a function, or the class of an object with its settings that are numbers or words."""
+    if isinstance(value, functools.partial):
+        return f"{describe(value.func)}{_numbers(value.keywords)}"
+    if isinstance(value, types.FunctionType):
+        return value.__qualname__
+    return f"{type(value).__qualname__}{_numbers(getattr(value, '__dict__', {}))}"
+
+
+def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the public entries that are numbers or words, or tuples of such; a policy's seed is the rank's own."""
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in settings.items()
+        if name[:1] != "_" and name not in ("seed", "training")
+        if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(part, plain) for part in value))
     }
 
 

@@ -21,12 +21,13 @@ from sparse_training.data.loader import Loader
 from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics, forward
+from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.types import Batch, CandidateIndices, Scores, SelectedBatch, WeightedIndices
-from sparse_training.training.distributed import Ranks, is_sharded, split_wrapper
+from sparse_training.training.distributed import Ranks, is_sharded, settle_exchange, split_wrapper, tensor_shapes
 from sparse_training.training.flops import Operations
 from sparse_training.training.optimizer_step import OptimizerStep
 from sparse_training.training.settings import TrainerSettings
@@ -108,6 +109,7 @@ class TrainingStep:
             group.setdefault("initial_lr", group["lr"])
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
         self.operations = Operations()
+        self.ranks.agree(tensor_shapes(self.model))
         # Training passes alone go through it: a scoring pass has no gradient to average.
         if wrapped is None:
             wrapped = self.model if self.ranks.alone else DistributedDataParallel(self.model)
@@ -302,15 +304,21 @@ class TrainingStep:
                     f"inputs and targets must have the same number of rows in dim 0, got an input of shape "
                     f"{list(tensor.shape)} and {batch.rows} targets"
                 )
-        with torch.no_grad(), evaluation_statistics(self.model), self._autocast():
-            logits, targets = forward(self.model, batch.inputs), batch.targets
-            if self.criterion.granularity == "token":
-                self.criterion(*self.criterion.tokens(logits, targets))
-            else:
-                self.criterion(logits, targets)
+        with torch.no_grad():
+            logits, _ = self._try(self.model, batch)
+        if self._ddp is not None:
+            settle_exchange(self._ddp, lambda: self._try(self.parallel, batch)[1].sum(), self.device)
         if self.criterion.granularity == "sample":
             self.scorer.build(batch, logits)
         self._checked = True
+
+    def _try(self, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
+        """Return the model's output for a batch, with evaluation statistics, and its losses."""
+        with evaluation_statistics(self.model), self._autocast():
+            logits, targets = forward(model, batch.inputs), batch.targets
+            if self.criterion.granularity == "token":
+                return logits, self.criterion(*self.criterion.tokens(logits, targets))
+            return logits, self.criterion(logits, targets)
 
     def head(self, batch: Batch, rows: int) -> SelectedBatch:
         """Select the first rows of a batch."""
@@ -334,6 +342,7 @@ class TrainingStep:
 
     # --- evaluation -----------------------------------------------------------------------------
 
+    @together()
     @torch.no_grad()
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
         """Measure the mean loss of a row, and the accuracy where targets are classes, over one pass.
