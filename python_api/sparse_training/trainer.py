@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from sparse_training.callbacks.display import usual_callbacks
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
@@ -21,7 +22,7 @@ from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.registry import check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
-from sparse_training.training.callbacks import Callbacks, Evaluation
+from sparse_training.training.callbacks import Callback, Callbacks, Evaluation
 from sparse_training.training.clock import Clock
 from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
@@ -140,7 +141,8 @@ class SparseTrainer(TrainingStep):
         checkpoint: str | Path | None = None,
         checkpoint_interval: int | None = None,
         resume: bool = False,
-        progress: Callable[[Status], None] | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool | Callable[[Status], None] = True,
         stop: Callable[[], bool] | None = None,
     ) -> TrainingLog:
         """Train for a budget. Give exactly one of ``epochs``, ``steps``, ``rows`` and ``seconds``.
@@ -165,9 +167,13 @@ class SparseTrainer(TrainingStep):
             checkpoint: folder of ``checkpoint.pt``, written when stopped and at the end. With several processes the
                 first one writes it, and all read it. Default: no checkpoints.
             checkpoint_interval: number of steps between further checkpoints. Default: no further ones.
-            resume: True to continue the folder's checkpoint bit for bit, and to start a new run if there is none.
-                Default False.
-            progress: called after every step with the run's ``Status``. Default: not called.
+            resume: True to continue the folder's checkpoint bit for bit, and to start a new run if there is none. A
+                larger budget of the same kind extends the checkpoint's run; the log warns where the result differs
+                from a run of that length. Default False.
+            callbacks: followers of the run, such as ``EarlyStopping``; see ``sparse_training.callbacks``. Default:
+                none but those that write messages and progress.
+            progress: True for a progress line where standard error is a terminal or a notebook, False for none; or a
+                function, called after every step with the run's ``Status``. Default True.
             stop: called after every step; once it returns true, on any process, the run writes its checkpoint and
                 returns. Default: not called.
 
@@ -178,25 +184,29 @@ class SparseTrainer(TrainingStep):
             UserError: no budget or several, a checkpoint in the folder without ``resume``, a folder that another run
                 is using, a checkpoint made with other settings, or a batch or loss of the wrong shape.
         """
+        followers = Callbacks([*usual_callbacks(progress), *callbacks])
         loader = self.loader(train)
         length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
-        callbacks = Callbacks(evaluate, evaluations, progress, stop)
         settings = run_settings(
             self, self.schedule, loader,
             seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
         )  # fmt: skip
         agree_on_run(
-            self, settings, loader, callbacks,
+            self, settings, loader, followers,
+            stop=stop is not None, evaluate=evaluate is not None and not callable(evaluate),
             checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
         )  # fmt: skip
         held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
         with training_mode(self.model, self.parallel), held as folder:
             state = self._run_state(
                 loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
-                resumes=folder.resumes,
+                resumes=folder.resumes, callbacks=followers,
             )  # fmt: skip
             folder.make()
-            loop = TrainingLoop(state, length, self.schedule, callbacks, checkpoint_interval=checkpoint_interval)
+            loop = TrainingLoop(
+                state, length, self.schedule, evaluate=evaluate, evaluations=evaluations, stop=stop,
+                checkpoint_interval=checkpoint_interval,
+            )  # fmt: skip
             return loop.run()
 
     def _set_scheduler(self, scheduler: LRScheduler | None) -> None:
@@ -218,6 +228,7 @@ class SparseTrainer(TrainingStep):
         meter: Meter | None,
         folder: str | Path | None,
         resumes: bool,
+        callbacks: Callbacks,
     ) -> RunState:
         """Make the state of a new run, or restore that of the checkpoint in the folder."""
         self.operations = Operations()
@@ -236,6 +247,7 @@ class SparseTrainer(TrainingStep):
             # With several processes each would read the processor of all and its own GPU.
             energy=Energy(meter or (find_meter(self.device) if self.ranks.alone else None)),
             folder=folder,
+            callbacks=callbacks,
         )
         saved = state.restore() if resumes else None
         if cost_budget is not None:

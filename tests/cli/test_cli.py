@@ -51,16 +51,21 @@ def test_tensorboard_reads_back_what_a_run_said(here):
     assert main([*TRAIN, *options]) == 0
     events = EventAccumulator("out/tensorboard").Reload()
     assert set(events.Tags()["scalars"]) == {
-        *("test/accuracy", "test/loss", "gate/rate", "gate/threshold", "train/learning_rate", "clock/seconds"),
+        *("eval/accuracy", "eval/loss", "gate/rate", "gate/threshold", "clock/seconds"),
+        *("train/learning_rate", "train/loss", "train/epoch"),
     }
     run = read(here / "out" / "result.json")["run"]
     for kind in ("accuracy", "loss"):
-        written = [(event.step, event.value) for event in events.Scalars(f"test/{kind}")]
+        written = [(event.step, event.value) for event in events.Scalars(f"eval/{kind}")]
         assert [step for step, _ in written] == [point["step"] for point in run["evals"]]
         assert [value for _, value in written] == pytest.approx([point[kind] for point in run["evals"]])
-    assert [event.step for event in events.Scalars("train/learning_rate")] == [50, 100, 120]
+    steps = [event.step for event in events.Scalars("train/learning_rate")]
+    assert set(steps) == {50, 100, *(point["step"] for point in run["evals"])}
     rates = [event.value for event in events.Scalars("train/learning_rate")]
-    assert 1e-3 > rates[0] > rates[1] > rates[2] > 0.0
+    assert max(rates) <= 1e-3
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert 0.0 < losses[-1] < losses[0]
     assert events.Scalars("gate/rate")[0].value == pytest.approx(0.3, abs=0.1)
 
 

@@ -120,8 +120,8 @@ def test_a_checkpoint_in_the_way_or_of_another_run_is_refused(tmp_path):
         run(tmp_path, "gate")
     with pytest.raises(UserError, match="policy gate is now random"):
         run(tmp_path, "random", resume=True)
-    with pytest.raises(UserError, match=r"budget 17 steps is now 18 steps"):
-        run(tmp_path, "gate", resume=True, budget={"steps": 18})
+    with pytest.raises(UserError, match=r"budget 17 steps is now 16 steps"):
+        run(tmp_path, "gate", resume=True, budget={"steps": 16})
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 

@@ -11,6 +11,7 @@ import click
 import torch
 
 from sparse_training import files
+from sparse_training.callbacks.tensorboard import TensorBoard
 from sparse_training.cli.display import Display
 from sparse_training.cli.folders import new_folder, prepare, print_resume, write_options
 from sparse_training.cli.options import (
@@ -42,7 +43,6 @@ from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.schedule import SHAPES
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CHECKPOINT
-from sparse_training.training.tensorboard import TensorBoard
 
 BUDGETS = ("epochs", "steps", "rows", "seconds")
 ONE_BUDGET = f"Give exactly one of {', '.join(f'--{name}' for name in BUDGETS)}"
@@ -103,15 +103,12 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
         torch.manual_seed(rank_seed(seed, ranks.rank))
     elif not resume:
         write_options(folder, options)
-    board = TensorBoard(folder / BOARD, trainer.optimizer) if first and options.get("tensorboard") else None
 
     def show(status: Status) -> None:
         if display is not None:
-            display.update(options["policy"], seed, status)
-        if board is not None:
-            board(status)
+            display.update(trainer.policy.name, seed, status)
 
-    with Display(total=1) if first else nullcontext() as display, board or nullcontext():
+    with Display(total=1) if first else nullcontext() as display:
         log = trainer.fit(
             loader,
             **budget,
@@ -119,7 +116,8 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
             checkpoint=folder,
             checkpoint_interval=options.get("checkpoint_interval"),
             resume=resume,
-            progress=show if first else None,
+            callbacks=[TensorBoard(folder / BOARD)] if options.get("tensorboard") else [],
+            progress=show if first else False,
             stop=invocation.signals.stop,
         )
     if first and log.interrupted:

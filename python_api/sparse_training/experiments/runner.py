@@ -190,7 +190,7 @@ class Runner:
             checkpoint=self.store.checkpoints(design.name(cell)) if saves else None,
             checkpoint_interval=design.checkpoint_interval,
             resume=saves,
-            progress=None if progress is None else lambda status: progress(cell, status),
+            progress=False if progress is None else lambda status: progress(cell, status),
             stop=stop,
         )
         if log.interrupted:

@@ -12,6 +12,7 @@ from sparse_training.errors import UserError
 
 PHASES = ("warmup", "sparse", "anneal")  # dense start, sparse, dense end: the names that recorded results have
 SHAPES = ("cosine", "constant")
+COMPARED = 1000  # points of two runs' schedules
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,17 @@ class Schedule:
         if progress < self.rise:
             scale *= 0.1 + 0.9 * progress / self.rise
         return scale
+
+    def differs(self, once: float, now: float, *, phased: bool) -> bool:
+        """Tell whether learning rates or phases until a point differ by how far in a run it is.
+
+        Args:
+            once: progress at the point in a shorter run.
+            now: progress at the same point in a longer one.
+            phased: True to compare phases, too.
+        """
+
+        def at(progress: float) -> tuple[float, str]:
+            return self.factor(progress), self.phase(progress) if phased else ""
+
+        return any(at(once * point / COMPARED) != at(now * point / COMPARED) for point in range(COMPARED))

@@ -43,9 +43,11 @@ class RunState:
         clock: the run's clock.
         energy: the run's energy.
         folder: folder of ``checkpoint.pt``; None for no checkpoints.
+        callbacks: the run's callbacks.
 
     Attributes:
         log: counts of the run, from 0.
+        former_amount: budget of the checkpoint's run, where this run goes beyond it; None where they are equal.
         rate_control: sets the rate of the sparse steps; None for the policy's own rate.
         path: path of the checkpoint; None for no checkpoints.
     """
@@ -59,6 +61,7 @@ class RunState:
         clock: Clock,
         energy: EnergyRecord,
         folder: str | Path | None,
+        callbacks: Callbacks,
     ) -> None:
         if folder is not None and is_sharded(trainer.model):
             raise UserError(
@@ -66,9 +69,10 @@ class RunState:
             )
         if folder is not None:
             loader.check_resumable()
-        self.trainer, self.loader, self.settings = trainer, loader, settings
+        self.trainer, self.loader, self.settings, self.callbacks = trainer, loader, settings, callbacks
         self.log, self.clock, self.energy = TrainingLog(), clock, energy
         self.rate_control: RateControl | None = None
+        self.former_amount: float | None = None
         self.path = None if folder is None else Path(folder) / CHECKPOINT
 
     def save(self) -> None:
@@ -100,7 +104,9 @@ class RunState:
                 f"not {trainer.ranks.size}"
             )
         own: Mapping[str, Any] = of_ranks[trainer.ranks.rank]
-        _compare(_renamed(own["settings"]), self.settings)
+        saved = _renamed(own["settings"])
+        self.former_amount = _former_amount(saved, self.settings)
+        _compare(saved if self.former_amount is None else {**saved, "budget": self.settings["budget"]}, self.settings)
         _compare_models(state["model"], trainer.model.state_dict())
         self._restore("update", trainer.update, state)
         if (gradients := own.get("gradients")) is not None:
@@ -113,7 +119,8 @@ class RunState:
         self._restore("loader", self.loader, own)
         self._restore("energy", self.energy, state)
         self._restore("operations", trainer.operations, own)
-        vars(self.log).update(own["history"], interrupted=False)
+        vars(self.log).update(own["history"], interrupted=False, stopped=None)
+        self._restore("callbacks", self.callbacks, {"callbacks": {}, **state})
         set_rng_state(own["rng"], trainer.device)
         return own
 
@@ -139,6 +146,7 @@ class RunState:
             "update": self.trainer.update.state_dict(),
             "clock": self.clock.state_dict(),
             "energy": self.energy.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
         }
 
     def _own(self) -> dict[str, Any]:
@@ -292,8 +300,7 @@ def agree_on_run(
                 _numbers(vars(part)) for part in trainer.policy.modules() if isinstance(part, Policy | Gate)
             ],
             "batch_size": getattr(source, "batch_size", None),
-            "stop": callbacks.stop is not None,
-            "evaluate": callbacks.evaluate is not None and not callable(callbacks.evaluate),
+            "callbacks": callbacks.deciding,
             **given,
         }
     )
@@ -325,6 +332,18 @@ def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
         return dict(settings)
     renamed = {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}
     return {**renamed, "granularity": _FORMER_GRANULARITIES.get(str(settings.get("kept")), settings.get("kept"))}
+
+
+def _former_amount(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> float | None:
+    """Return the amount of the saved budget, where the new one is a larger one of its kind and no cost is bounded."""
+    amount, _, kind = str(saved.get("budget")).partition(" ")
+    more, _, now = settings["budget"].partition(" ")
+    if kind != now or settings["cost_budget"] != "None":
+        return None
+    try:
+        return float(amount) if float(amount) < float(more) else None
+    except ValueError:
+        return None
 
 
 def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
