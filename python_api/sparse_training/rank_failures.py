@@ -116,15 +116,20 @@ def wait_for(work: Any, device: torch.device) -> None:
     if call is None or device.type != "cpu":
         work.wait()
         return
-    while True:
-        try:
-            work.wait(timedelta(seconds=LOOK))
-            return
-        except RuntimeError as error:
-            if work.is_completed():
-                raise _lost(call, error) from error
-            if line := call.look():
-                raise SharedError(f"{line}; this rank ends too") from None
+    while not _ends(work, call):
+        if line := call.look():
+            raise SharedError(f"{line}; this rank ends too")
+
+
+def _ends(work: Any, call: _Call) -> bool:
+    """Wait for an operation for a while; return False if it goes on."""
+    try:
+        work.wait(timedelta(seconds=LOOK))
+    except RuntimeError as error:
+        if work.is_completed():
+            raise _lost(call, error) from error
+        return False
+    return True
 
 
 def _of_a_lost_rank(error: RuntimeError) -> bool:

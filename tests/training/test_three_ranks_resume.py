@@ -1,4 +1,4 @@
-"""Three processes that were stopped go on bit for bit: a sum of three depends on the order, so the order must be kept."""
+"""Three processes that were stopped go on bit for bit, though a sum of three depends on its order."""
 
 from __future__ import annotations
 

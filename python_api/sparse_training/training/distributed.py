@@ -127,6 +127,11 @@ class Ranks:
 
         return wait
 
+    def meet(self, device: torch.device) -> None:
+        """Wait for all ranks where they train on the CPU, before PyTorch itself waits for one that may have failed."""
+        if device.type == "cpu":
+            self.total(0.0)
+
     def total(self, number: float) -> float:
         """Return the sum of the ranks' numbers."""
         if self.alone:

@@ -82,13 +82,19 @@ class OptimizerStep:
         return isinstance(kept.rows, Tensor) and not self.skips_on_device() and int(kept.rows) == 0  # waits
 
     def sum_rows(self, kept: SelectedBatch) -> None:
-        """Start to sum the ranks' rows, while their forward passes run; a process alone has nothing to sum."""
+        """Start to sum the ranks' rows; a process alone has nothing to sum.
+
+        An accelerator's forward pass runs meanwhile. On the CPU the sum is waited for, so that a rank that failed is
+        noticed here: in a forward pass PyTorch itself may wait for it.
+        """
         if not self.ranks.alone:
             divisor = kept.targets.shape[0] if kept.weight is None else kept.divisor
             # The divisor of an empty padded batch is not its number of rows.
             some = torch.as_tensor(kept.rows, device=self.device).double().clamp(max=1)
             own = torch.stack((some, some * divisor))
             self._shared = self.ranks.sum_later(own)
+            if self.device.type == "cpu":
+                self._shared()
 
     def add(self, losses: Tensor, kept: SelectedBatch) -> Tensor | None:
         """Add a batch: run the backward pass of its losses, and the optimizer step if the batch completes one.

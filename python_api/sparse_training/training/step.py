@@ -192,6 +192,7 @@ class TrainingStep:
             inputs, targets = zero_row_like((samples.inputs, samples.targets))
             samples = samples._replace(inputs=inputs, targets=targets.fill_(self.criterion.ignore_index))
         statistics = self._running_statistics()
+        self.ranks.meet(self.device)
         with self._exchange(), self._statistics(samples.rows), self._autocast():
             rows = self.criterion.tokens(forward(self.parallel, samples.inputs), samples.targets)
             counts = rows[1] != self.criterion.ignore_index
@@ -307,6 +308,7 @@ class TrainingStep:
         with torch.no_grad():
             logits, _ = self._try(self.model, batch)
         if self._ddp is not None:
+            self.ranks.meet(self.device)
             settle_exchange(self._ddp, lambda: self._try(self.parallel, batch)[1].sum(), self.device)
         if self.criterion.granularity == "sample":
             self.scorer.build(batch, logits)
