@@ -91,9 +91,9 @@ def test_a_signal_ends_a_run_which_resume_completes_bit_for_bit(here, capsys, mo
         patch.setattr(Display, "update", signalled)
         assert main([*arguments, "--out", "part"]) == code
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert "sparse-train resume part" in capsys.readouterr().err
+    assert "sparse-train resume --trust-code part" in capsys.readouterr().err
     assert sorted(os.listdir("part")) == ["checkpoint.pt", "options.json"]
-    assert main(["resume", "part"]) == 0
+    assert main(["resume", "--trust-code", "part"]) == 0
     whole, part = (torch.load(f"{name}/model.pt", weights_only=True) for name in ("whole", "part"))
     assert all(torch.equal(whole[name], part[name]) for name in whole)
 
@@ -132,7 +132,7 @@ def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeyp
         assert main([*arguments, "--out", "out"]) == 143
     assert os.listdir("out/runs") == ["dense-0.json"]
     before = (here / "out/runs/dense-0.json").read_bytes()
-    assert main(["resume", "out"]) == 0
+    assert main(["resume", "--trust-code", "out"]) == 0
     assert (here / "out/runs/dense-0.json").read_bytes() == before
     assert list(read(here / "out" / "compare.json")["arms"]) == ["dense", "random", "adaptive", "gate"]
 
@@ -149,7 +149,7 @@ def test_study_says_whether_chance_shows_before_any_difference(here, capsys, mon
     assert sorted(os.listdir("out")) == ["calibration.json", "options.json", "runs", "settings.json"]
     timed = (here / "out" / "calibration.json").read_bytes()
     capsys.readouterr()
-    assert main(["resume", "out"]) == 0
+    assert main(["resume", "--trust-code", "out"]) == 0
     assert (here / "out" / "calibration.json").read_bytes() == timed
     lines = capsys.readouterr().out.splitlines()
     assert sum(" left  " in line for line in lines) == 2 * 3 * 2 * 2
@@ -176,7 +176,7 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(StudyDisplay, "step", signalled)
         assert main([*STUDY, "--out", "out"]) == 143
-    assert "sparse-train resume out" in capsys.readouterr().err
+    assert "sparse-train resume --trust-code out" in capsys.readouterr().err
     assert read(here / "out" / "study.json")["missing"] == 10
     before = (here / "out/runs/clean-random-1-0.json").read_bytes()
     assert main([*STUDY, "--out", "out", "--resume"]) == 0
@@ -298,7 +298,7 @@ def test_a_damaged_checkpoint_is_one_line_and_code_2(here, capsys):
     path = here / "out" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-7])
     capsys.readouterr()
-    assert main(["resume", "out"]) == 2
+    assert main(["resume", "--trust-code", "out"]) == 2
     assert "checkpoint.pt is damaged" in capsys.readouterr().err
 
 
@@ -360,7 +360,7 @@ def test_a_folder_of_the_former_version_is_resumed(here, capsys, monkeypatch, co
         options |= {"line": "sparse-train " + command, "seconds": 0.05}
     (here / "out").mkdir()
     (here / "out" / "options.json").write_text(json.dumps({**options, **OLD_OPTIONS[command]}))
-    assert main(["resume", "out"]) == 0
+    assert main(["resume", "--trust-code", "out"]) == 0
     written = {"train": "result.json", "compare": "compare.json", "study": "study.json"}[command]
     settings = read(here / "out" / written)["settings"]
     key, value = {"train": ("dense_end", 0.125)}.get(command, ("anneal", 0.125))
@@ -371,7 +371,7 @@ def test_a_folder_of_the_former_version_is_resumed(here, capsys, monkeypatch, co
 def test_a_folder_of_another_command_is_refused(here, capsys):
     (here / "out").mkdir()
     (here / "out" / "options.json").write_text(json.dumps({"command": "draw"}))
-    assert main(["resume", "out"]) == 2
+    assert main(["resume", "--trust-code", "out"]) == 2
     assert "out/options.json has the command 'draw'; only train, compare, study" in capsys.readouterr().err
 
 

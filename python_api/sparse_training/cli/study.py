@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,14 @@ from typing import Any
 import click
 
 from sparse_training.cli.display import StudyDisplay
-from sparse_training.cli.folders import choose_folder, prepare, print_resume, refuse_torchrun, write_options
+from sparse_training.cli.folders import (
+    choose_folder,
+    prepare,
+    print_resume,
+    refuse_torchrun,
+    resume_line,
+    write_options,
+)
 from sparse_training.cli.options import (
     COUNT,
     POLICY_NAMES,
@@ -86,7 +92,7 @@ def run(
     write_options(folder, options)
     if calibrate_only:
         print_calibration(runner.costs())
-        print(f"written: {folder / CALIBRATION}; to go on: sparse-train resume {shlex.quote(str(folder))}")
+        print(f"written: {folder / CALIBRATION}; to go on: {resume_line(folder)}")
         return
     missing = runner.missing()
     print(f"{len(missing)} of {len(design.cells)} runs to do", file=sys.stderr)
