@@ -126,20 +126,33 @@ class StreamLoader(Loader):
 
     def offer(self, item: Any) -> CandidateIndices:
         """Return the positions of an item's rows in the batch."""
-        return CandidateIndices(torch.arange(self.targets(item).shape[0]), self.epoch)
+        return CandidateIndices(torch.arange(self._targets_of(item).shape[0]), self.epoch)
+
+    def _targets_of(self, item: Any) -> Tensor:
+        targets: Any = self.targets(item)
+        if not isinstance(targets, Tensor):
+            raise UserError(
+                f"the targets of a batch must be one tensor, got a {type(targets).__name__}; give "
+                "TrainerSettings(targets=...), a function that makes a tensor of them"
+            )
+        return targets
 
     def load(self, item: Any, choice: WeightedIndices | None = None) -> Batch:
         """Move an item to the device, or the rows of it that were chosen."""
 
-        def to_device(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, non_blocking=True)
+        def to_device(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return part.to(self.device, non_blocking=True)
+            if isinstance(part, Mapping):  # one that pytree does not open, such as a tokenizer's BatchEncoding
+                return {name: pytree.tree_map(to_device, value) for name, value in part.items()}
+            return part
 
-        parts = (self.inputs(item), self.targets(item))
+        parts = (self.inputs(item), self._targets_of(item))
         offered = parts[1].shape[0]
         if choice is not None:
             parts = rows_at(parts, choice.index, offered)
         weight = None if choice is None else choice.weight
-        inputs, targets, weight = pytree.tree_map_only(Tensor, to_device, (*parts, weight))
+        inputs, targets, weight = pytree.tree_map(to_device, (*parts, weight))
         return Batch(inputs, targets, None, offered, weight)
 
     def probe(self) -> Iterator[Any]:
