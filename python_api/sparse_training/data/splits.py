@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from sparse_training.errors import UserError
 
 ROOT_VARIABLE = "SPARSE_TRAINING_DATA"
+VALIDATION = 0.1  # share of the training rows that is held out for choices
+VALIDATION_SEED = 20_241
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, index: torch.Tensor) -> Split:
+        """Copy some rows, in the order of ``index``, int64 [n]."""
+        return Split(self.images[index], self.labels[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +112,68 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
         means.append(mean.item())
         deviations.append(max(variance.sqrt().item(), 1 / 255))
     return tuple(means), tuple(deviations)
+
+
+class HeldOut(NamedTuple):
+    """Rows to train on and rows to choose by: int64 indices, ascending, of a training split."""
+
+    train: torch.Tensor
+    validation: torch.Tensor
+
+
+def hold_out(labels: torch.Tensor, *, fraction: float = VALIDATION, seed: int = VALIDATION_SEED) -> HeldOut:
+    """Choose the rows of a validation split; the same rows for the same labels and seed.
+
+    The rows are drawn at random and evenly along the sorted labels, so each class, or each range of values, has its
+    share to within a row.
+
+    Args:
+        labels: class or value of each training row, [N].
+        fraction: share of the rows to hold out, in (0, 1). Default 0.1.
+        seed: seed of the draw. Default 20241.
+
+    Returns:
+        The indices of both parts, at least one row each.
+
+    Raises:
+        UserError: a fraction out of range, or fewer than two rows.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise UserError(f"`fraction` of the validation split must be in (0, 1), got {fraction}")
+    rows = len(labels)
+    if rows < 2:
+        raise UserError(f"a validation split needs at least 2 training rows, got {rows}")
+    held = min(max(1, round(fraction * rows)), rows - 1)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    is_held = torch.zeros(rows, dtype=torch.bool)
+    is_held[order[(torch.arange(held) * 2 + 1) * rows // (2 * held)]] = True
+    return HeldOut((~is_held).nonzero().squeeze(1), is_held.nonzero().squeeze(1))
+
+
+def split_validation(
+    data: ImageData, *, fraction: float = VALIDATION, seed: int = VALIDATION_SEED
+) -> tuple[ImageData, Split]:
+    """Take a validation split from the training split, for choices; the test split then decides nothing.
+
+    Example:
+        >>> data, validation = split_validation(load_data("digits"))
+
+    Args:
+        data: the data set.
+        fraction: share of the training rows to hold out, in (0, 1), evenly from each class. Default 0.1.
+        seed: seed of the draw. Default 20241.
+
+    Returns:
+        The data set without those rows, its channel statistics made again, and the validation split.
+
+    Raises:
+        UserError: a fraction out of range, or fewer than two training rows.
+    """
+    held = hold_out(data.train.labels, fraction=fraction, seed=seed)
+    train = data.train.take(held.train)
+    rest = ImageData.from_splits(data.name, train, data.test, data.classes, data.source)
+    return rest, data.train.take(held.validation)
 
 
 def missing_set(name: str, contents: str, roots: Sequence[Path], advice: str) -> UserError:
