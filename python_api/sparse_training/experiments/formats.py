@@ -30,4 +30,4 @@ class ResultFormat(NamedTuple):
 
 
 COMPARISON = ResultFormat("comparison", "sparse-training-compare", 1, "compare.json")
-STUDY = ResultFormat("study", "sparse-training-study", 1, "study.json")
+STUDY = ResultFormat("study", "sparse-training-study", 2, "study.json")

@@ -16,6 +16,7 @@ from sparse_training.experiments.store import Counts
 from sparse_training.experiments.tasks import Task
 
 COMPARISON_ROWS, STUDY_ROWS = 16, 12  # pictures in a gallery
+COUNTED = ("selected", "seen", "losses")  # numbers for each training row
 TOP = 100  # rows of a ranking whose precision is reported
 
 
@@ -45,9 +46,13 @@ def most_and_least(data: ImageData, selected: Tensor, seen: Tensor, rows: int = 
 
 
 def task_gallery(task: Task, counts: Sequence[Counts]) -> dict[str, list[dict[str, Any]]]:
-    """Show the first rows of each ranking, by the counts of all seeds together; empty without counts."""
+    """Show the first rows of each ranking, by the counts of all seeds together.
+
+    Empty without counts, and of data that are no pictures.
+    """
+    counts = [{kind: one[kind] for kind in COUNTED if kind in one} for one in counts]
     counts = [one for one in counts if one]
-    if not counts:
+    if not counts or not isinstance(task.data, ImageData):
         return {}
     total = {kind: torch.stack([one[kind].double() for one in counts]).sum(0) for kind in counts[0]}
     shown = {}

@@ -3,6 +3,8 @@
 Equal cost is equal seconds of that clock. ``random`` is RS2 (a fresh random subset in every pass), and ``dense`` the
 same without repetition. Where ``batch_size`` counts the rows trained, dense phases train on ``batch_size`` rows taken
 as they come. Every method is charged for what it scores and loads, too.
+
+During a run the model is evaluated on validation rows; the test rows are read once, at the run's end.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import torch
 from torch import Tensor
 
 from sparse_training.data.resident import ResidentLoader
-from sparse_training.data.splits import ImageData
+from sparse_training.data.splits import ImageData, Split
+from sparse_training.data.tensors import TensorData, TensorLoader, TensorSplit
 from sparse_training.errors import UserError
 from sparse_training.experiments.design import AGAIN, Cell, Design, policy_of
 from sparse_training.experiments.gallery import planted_precision
+from sparse_training.experiments.measures import row_scores
 from sparse_training.experiments.store import Counts, Store
 from sparse_training.experiments.tasks import Task, make_task
-from sparse_training.models.build import build_model
 from sparse_training.profiling import calibration
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.samplers.adaptive_weights import SamplingWeights
@@ -38,6 +41,7 @@ EVALUATION_BATCH = 1000
 CALIBRATION_SHARE = 0.1  # of all runs' time: a machine's mood may last seconds, and all runs go by this clock
 OTHER_DRAWS = 1_000_003  # added to the seed of the draws of AGAIN
 START = "start"  # in place of the method's name: the run that makes a task's first weights
+TEST_SCORES = "test_scores"  # kept with a run's counts: the score of each test row, float32
 WHOLE_BATCH = "whole"  # name of a dense step on the largest batch that a method is offered, for the clock
 
 Progress = Callable[[Cell, Status], None]
@@ -79,6 +83,7 @@ class Runner:
         resume: True to continue what the folder holds.
         device: PyTorch device to train on.
         command: command line to record in the result.
+        shard: (i, n) to do every n-th missing run, from the i-th, counted from 1, beside n - 1 other processes.
 
     Raises:
         UserError: a method that cannot run, or a folder made with other settings.
@@ -95,11 +100,15 @@ class Runner:
         resume: bool = False,
         device: torch.device | str = "cpu",
         command: str = "",
+        shard: tuple[int, int] = (1, 1),
     ) -> None:
         self.design, self.data, self.device, self.command = design, data, torch.device(device), command
+        self.shard = shard
         self._tasks: dict[str, Task] = {}
-        for method in design.methods:  # what can be refused is refused before the folder is made
-            trainer, _ = self.make(data, method, design.seeds[0])
+        for name in design.tasks:  # what can be refused is refused before the folder is made
+            for method in design.plan(name).methods:
+                trainer, _ = self.make(self.task(name), method, design.seeds[0])
+        trainer, _ = self.make(self.task(design.tasks[0]), design.methods[0], design.seeds[0])
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         self.settings = {**settings, "parameters": parameters}
         self.folder = None if folder is None else Path(folder)
@@ -108,8 +117,10 @@ class Runner:
     # --- runs -----------------------------------------------------------------------------------
 
     def missing(self) -> list[Cell]:
-        """Runs that are not finished, in order."""
-        return [cell for cell in self.design.cells if not self.store.has_run(self.design.name(cell))]
+        """Runs of this shard that are not finished, in order."""
+        first, shards = self.shard
+        cells = self.design.cells[first - 1 :: shards]
+        return [cell for cell in cells if not self.store.has_run(self.design.name(cell))]
 
     def finished(self) -> dict[Cell, tuple[dict[str, Any], Counts]]:
         """Each finished run and its counts by row."""
@@ -126,9 +137,10 @@ class Runner:
         Raises:
             Interrupted: ``stop`` returned true.
         """
-        costs = self.costs()
-        for cell in self.missing():
-            self.run_cell(cell, costs, progress, stop)
+        missing = self.missing()
+        costs = {bench: self.costs(bench) for bench in self.benches()}  # all before the first run: the machine is idle
+        for cell in missing:
+            self.run_cell(cell, costs[self.task(cell.task).bench], progress, stop)
 
     def run_cell(
         self, cell: Cell, costs: Costs, progress: Progress | None = None, stop: Stop | None = None
@@ -136,20 +148,22 @@ class Runner:
         """Do one run and keep it."""
         task, name = self.task(cell.task), self.design.name(cell)
         start = self._first_weights(task, costs, progress, stop) if task.start_rows else None
-        trainer, loader = self.make(task.data, cell.method, cell.seed)
+        trainer, loader = self.make(task, cell.method, cell.seed)
         if start is not None:
             trainer.model.load_state_dict(start)
         log = self._fit(cell, trainer, loader, costs, progress, stop, evaluate=True)
         counts = {"selected": log.selected, "seen": log.seen, "losses": _last_losses(trainer.policy)}
         known = {kind: count.cpu() for kind, count in counts.items() if isinstance(count, Tensor)}
+        test = row_scores(trainer.update.evaluated, evaluation_loader(task.data, self.device), task.measure)
         run = {
             **cell.to_dict(),
-            "accuracy": log.evals[-1]["accuracy"],
+            "accuracy": test.mean().item(),
+            "validation": log.evals[-1]["accuracy"],
             **_shortened(log.to_dict(), self.design.trace_points),
             "target": trainer.policy.target,
             "planted": None if task.planted is None else planted_precision(task.planted, known),
         }
-        self.store.keep_run(name, run, known if cell.fraction == 1.0 else {})
+        self.store.keep_run(name, run, {**known, TEST_SCORES: test.float()} if cell.fraction == 1.0 else {})
         self.store.clear_checkpoints(name)
         return run
 
@@ -159,16 +173,19 @@ class Runner:
         weights = self.store.weights(name, self.device)
         if weights is None:
             cell = Cell(task.name, START, 0.5, 0)
-            trainer, _ = self.make(task.data, "dense", cell.seed)
-            split = task.data.train
-            first = type(split)(split.images[: task.start_rows], split.labels[: task.start_rows])
-            loader = ResidentLoader(
-                first, batch_size=min(self.design.batch_size, len(first)), **_normalisation(task.data, self.device)
-            )
+            trainer, _ = self.make(task, "dense", cell.seed)
+            first = task.data.train.take(torch.arange(task.start_rows))
+            rows = min(self.design.plan(task.name).batch_size, len(first))
+            loader = _loader(first, task.data, batch_size=rows, device=self.device)
             self._fit(cell, trainer, loader, costs, progress, stop)
             weights = self.store.keep_weights(name, trainer.model.state_dict(), self.device)
-            self.store.clear_checkpoints(self.design.name(cell))
+            self.store.clear_checkpoints(self._checkpoint_name(cell))
         return weights
+
+    def _checkpoint_name(self, cell: Cell) -> str:
+        """Name of a run's checkpoints; each shard makes a task's first weights by itself, and they are equal."""
+        shared = cell.method == START and self.shard[1] > 1
+        return f"{self.design.name(cell)}{f'-shard-{self.shard[0]}' if shared else ''}"
 
     def _fit(
         self,
@@ -180,14 +197,14 @@ class Runner:
         stop: Stop | None,
         evaluate: bool = False,
     ) -> TrainingLog:
-        design, saves = self.design, self.design.checkpoint_interval is not None
+        design, plan, saves = self.design, self.design.plan(cell.task), self.design.checkpoint_interval is not None
         log = trainer.fit(
             loader,
-            seconds=cell.fraction * design.seconds,
-            evaluate=evaluation_loader(self.task(cell.task).data, self.device) if evaluate else None,
-            evaluations=max(1, round(cell.fraction * design.evaluations)),
+            seconds=cell.fraction * plan.seconds,
+            evaluate=self._validation(self.task(cell.task)) if evaluate else None,
+            evaluations=max(1, round(cell.fraction * plan.evaluations)),
             clock=Clock(costs),
-            checkpoint=self.store.checkpoints(design.name(cell)) if saves else None,
+            checkpoint=self.store.checkpoints(self._checkpoint_name(cell)) if saves else None,
             checkpoint_interval=design.checkpoint_interval,
             resume=saves,
             progress=False if progress is None else lambda status: progress(cell, status),
@@ -197,85 +214,105 @@ class Runner:
             raise Interrupted
         return log
 
+    def _validation(self, task: Task) -> Callable[[torch.nn.Module], dict[str, float]]:
+        """Evaluation of a model on a task's validation rows; its measure is under "accuracy" in every record."""
+        loader = evaluation_loader(task.data, self.device, split=task.validation)
+        return lambda model: {"accuracy": row_scores(model, loader, task.measure).mean().item()}
+
     # --- what a run is made of ------------------------------------------------------------------
 
     def task(self, name: str) -> Task:
         """A task by its name, made once."""
         if name not in self._tasks:
-            least = {"min_rows": 1} if name == "clean" else {}  # nothing is planted in it
-            self._tasks[name] = make_task(name, self.data, **least)
+            least = {"min_rows": 2} if name == "clean" else {}  # nothing is planted in it
+            self._tasks[name] = make_task(name, self.data, validation=self.design.validation, **least)
         return self._tasks[name]
 
-    def make(self, data: ImageData, method: str, seed: int) -> tuple[SparseTrainer, ResidentLoader]:
+    def make(self, task: Task, method: str, seed: int) -> tuple[SparseTrainer, ResidentLoader]:
         """A method's trainer and loader; for equal seeds all methods have equal weights and order of rows."""
-        design = self.design
+        design, plan = self.design, self.design.plan(task.name)
         torch.manual_seed(seed)
         trainer = SparseTrainer(
-            build_model(design.model, shape=data.shape, classes=len(data.classes)),
+            task.build(design.model),
+            loss=task.loss,
             policy=policy_of(method),
             rate=design.rate if uses_rate(policy_of(method)) else None,
             dense_start=design.dense_start,
             dense_end=design.dense_end,
-            lr=design.lr,
+            lr=plan.lr,
             schedule=design.schedule,
             device=self.device,
             seed=seed + OTHER_DRAWS * (method == AGAIN),
             settings=TrainerSettings(scoring_precision=design.precision, amp=design.amp),
         )
         if design.batch_size_counts == "trained":
-            trainer.dense = FirstRows(design.batch_size)
-        return trainer, self.loader(data, method, seed)
+            trainer.dense = FirstRows(plan.batch_size)
+        return trainer, self.loader(task, method, seed)
 
     def policy(self, method: str, seed: int = 0) -> Policy:
         """A method's policy, of its own."""
         return make_policy(policy_of(method), rate=self.design.rate, seed=seed)
 
-    def loader(self, data: ImageData, method: str, seed: int) -> ResidentLoader:
+    def loader(self, task: Task, method: str, seed: int) -> ResidentLoader:
         """Training data in batches of the size that a method is offered."""
-        return ResidentLoader(
-            data.train,
-            batch_size=self.offered(self.policy(method, seed), data),
+        return _loader(
+            task.data.train,
+            task.data,
+            batch_size=self.offered(self.policy(method, seed), task),
             seed=seed,
             drop_last=self.design.batch_size_counts == "trained",  # every step of a run is as large
-            **_normalisation(data, self.device),
+            device=self.device,
         )
 
-    def offered(self, policy: Policy, data: ImageData | None = None) -> int:
-        """Rows that a policy is offered a step, of the whole data set by default."""
-        rows = len((self.data if data is None else data).train)
+    def offered(self, policy: Policy, task: Task) -> int:
+        """Rows that a policy is offered a step of a task."""
+        batch_size = self.design.plan(task.name).batch_size
         if self.design.batch_size_counts == "offered":
-            return self.design.batch_size
-        return min(round(self.design.batch_size / (policy.target or 1.0)), rows)
+            return batch_size
+        return min(round(batch_size / (policy.target or 1.0)), len(task.data.train))
 
     # --- the clock ------------------------------------------------------------------------------
 
-    def costs(self) -> Costs:
+    def benches(self) -> dict[str, list[str]]:
+        """Names of the design's tasks by bench: the tasks of one are on one calibration."""
+        benches: dict[str, list[str]] = {}
+        for name in self.design.tasks:
+            benches.setdefault(self.task(name).bench, []).append(name)
+        return benches
+
+    def costs(self, bench: str | None = None) -> Costs:
         """Costs of every step: those in the folder, or measured now, which needs an idle machine.
+
+        Args:
+            bench: the tasks' bench. Default: that of the first task.
 
         Raises:
             UserError: the folder's costs lack one of the methods.
         """
-        design = self.design
-        costs = self.store.costs()
+        design, benches = self.design, self.benches()
+        bench = next(iter(benches)) if bench is None else bench
+        plans = [design.plan(name) for name in benches[bench]]
+        methods = list(dict.fromkeys(method for plan in plans for method in plan.methods))
+        costs = self.store.costs(bench)
         if costs is not None:
-            if unknown := [method for method in design.methods if policy_of(method) not in costs.own]:
+            if unknown := [method for method in methods if policy_of(method) not in costs.own]:
                 raise UserError(
                     f"{self.folder} was calibrated for {', '.join(costs.own)}, not for {unknown[0]}; "
                     "leave it out, or use a new folder"
                 )
             return costs
-        seed = design.seeds[0]
-        trainer, loader = self.make(self.data, design.methods[0], seed)
-        names = dict.fromkeys(("dense", *map(policy_of, design.methods)))
+        seed, task = design.seeds[0], self.task(benches[bench][0])
+        trainer, loader = self.make(task, methods[0], seed)
+        names = dict.fromkeys(("dense", *map(policy_of, methods)))
         policies = {name: self.policy(name, seed) for name in names}
-        loaders = {name: self.loader(self.data, name, seed) for name in names}
+        loaders = {name: self.loader(task, name, seed) for name in names}
         largest = max(loaders.values(), key=lambda one: one.batch_size)
-        if largest.batch_size > design.batch_size:
+        if largest.batch_size > plans[0].batch_size:
             policies[WHOLE_BATCH], loaders[WHOLE_BATCH] = Policy(), largest
             policies[WHOLE_BATCH].name = WHOLE_BATCH
-        share = CALIBRATION_SHARE * design.seconds * len(design.methods) * len(design.seeds)
+        share = CALIBRATION_SHARE * sum(plan.seconds * len(plan.methods) for plan in plans) * len(design.seeds)
         seconds = max(calibration.CALIBRATION_SECONDS, min(design.calibration_limit, share))
-        return self.store.keep_costs(calibrate(trainer, loader, policies, loaders=loaders, seconds=seconds))
+        return self.store.keep_costs(calibrate(trainer, loader, policies, loaders=loaders, seconds=seconds), bench)
 
 
 def step_costs(costs: Costs, method: str, policy: Policy, offered: int, kept: int) -> dict[str, float]:
@@ -292,14 +329,30 @@ def step_costs(costs: Costs, method: str, policy: Policy, offered: int, kept: in
     return costs.step(policy_of(method), kept if policy.before_loading else offered, kept, offered)
 
 
-def evaluation_loader(data: ImageData, device: torch.device, ranks: int = 1) -> ResidentLoader:
-    """The test split in order, over as many processes as there are, in batches of at most 1,000 rows."""
-    rows = min(EVALUATION_BATCH, -(-len(data.test) // ranks))
-    return ResidentLoader(data.test, batch_size=rows, shuffle=False, **_normalisation(data, device))
+def evaluation_loader(
+    data: ImageData | TensorData,
+    device: torch.device,
+    ranks: int = 1,
+    split: Split | TensorSplit | None = None,
+) -> ResidentLoader:
+    """Make a loader of a split in order, over as many processes as there are, in batches of at most 1,000 rows.
+
+    Args:
+        data: the data set, whose channel statistics serve all splits.
+        device: PyTorch device that holds the rows.
+        ranks: number of processes. Default 1.
+        split: split of the data. Default: the test split.
+    """
+    split = data.test if split is None else split
+    rows = min(EVALUATION_BATCH, -(-len(split) // ranks))
+    return _loader(split, data, batch_size=rows, shuffle=False, device=device)
 
 
-def _normalisation(data: ImageData, device: torch.device) -> dict[str, Any]:
-    return {"mean": data.mean, "std": data.std, "device": device}
+def _loader(split: Split | TensorSplit, data: ImageData | TensorData, **options: Any) -> ResidentLoader:
+    """A loader of the data's kind."""
+    if isinstance(data, TensorData):
+        return TensorLoader(split, **options)
+    return ResidentLoader(split, mean=data.mean, std=data.std, **options)
 
 
 def _last_losses(policy: Policy) -> Tensor | None:

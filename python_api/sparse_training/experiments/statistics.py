@@ -1,9 +1,8 @@
-"""Paired tests over runs that share a seed, mean curves, and the time at which a curve reaches a value."""
+"""Paired tests over runs that share a seed and a test set, non-inferiority, and mean curves."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,21 +10,36 @@ import numpy as np
 from scipy import stats
 
 Curve = tuple[np.ndarray, np.ndarray]  # time ascending, values
+LEVEL = 0.05  # of a claim, two-sided; a one-sided test is at half of it
 
 
 class Paired(NamedTuple):
-    """Two-sided Student's t-test of the mean of n differences against 0.
+    """Two-sided t-test of a mean difference against 0.
 
-    With 3 pairs it has 2 degrees of freedom and assumes normal differences: a small p is evidence, a large one is
-    none. (A rank test cannot go below p = 0.25 for 3 pairs.)
+    A small p is evidence, a large one is none. (A rank test cannot go below p = 0.25 for 3 pairs.)
     """
 
-    n: int
+    n: int  # pairs of runs
     mean: float
     deviation: float | None  # standard deviation of a difference; None for fewer than 2 pairs
     low: float | None  # 95% confidence interval of the mean
     high: float | None
     p: float | None
+    error: float | None = None  # standard error of the mean
+    df: float | None = None  # degrees of freedom of the error
+    rows: int | None = None  # test rows whose sampling the error includes; None where it is of the seeds alone
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return self._asdict()
+
+
+class NotWorse(NamedTuple):
+    """One-sided test that a mean difference is above -margin, at 2.5%."""
+
+    margin: float
+    p: float  # of the hypothesis that the difference is -margin or less
+    power: float  # probability that the test finds two equal methods not worse, before any adjustment
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -33,7 +47,7 @@ class Paired(NamedTuple):
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
-    """Test the differences ours - theirs, pair by pair.
+    """Test the differences ours - theirs, pair by pair, by the spread of the pairs alone.
 
     Args:
         ours: values of one method, at least one.
@@ -50,22 +64,90 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
             f"`ours` and `theirs` must be pairs, at least one, got {len(ours)} values beside {len(theirs)}"
         )
     differences = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
-    n, mean = len(differences), float(differences.mean())
+    n = len(differences)
     if n < 2:
-        return Paired(n, mean, None, None, None, None)
+        return Paired(n, float(differences.mean()), None, None, None, None)
     deviation = float(differences.std(ddof=1))
-    if deviation == 0.0 and mean == 0.0:
-        return Paired(n, 0.0, 0.0, 0.0, 0.0, 1.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # equal differences have no spread to divide by
-        test = stats.ttest_1samp(differences, 0.0)
-    low, high = test.confidence_interval(0.95)
-    p = float(test.pvalue)
-    return Paired(n, mean, deviation, float(low), float(high), None if math.isnan(p) else p)
+    return _tested(n, float(differences.mean()), deviation, deviation / math.sqrt(n), n - 1.0, None)
+
+
+def crossed(differences: np.ndarray) -> Paired:
+    """Test the mean of differences of seeds x test rows, by the sampling of both.
+
+    Seeds and test rows are both samples, crossed with each other: x[s, i] = mean + seed + row + rest. With the mean
+    squares MS of the two-way table of S seeds and N rows, the variance of the mean is estimated by
+
+        (MS_seeds + MS_rows - MS_rest) / (S N)
+
+    and its degrees of freedom by Satterthwaite's formula (Biometrics Bulletin 2, 1946). Seeds alone would give
+    MS_seeds / (S N); one seed's rows alone give McNemar's variance, (b + c - (b - c)^2 / N) / N^2 with b and c the
+    rows that one method alone has right. Where an estimate falls below that of seeds or rows alone, the larger serves.
+    Simulated, 94% to 96% of such 95% intervals hold the truth with 5 seeds, 93% with 3 and 88% with 2.
+
+    Args:
+        differences: score of each test row by one method minus that by the other, [S, N], S at least 1 and N at
+            least 2.
+
+    Returns:
+        The test; its interval and p are None for one seed.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if differences.ndim != 2 or len(differences) < 1 or differences.shape[1] < 2:
+        raise ValueError(f"`differences` must be [seeds, rows], at least 1 and 2, got {list(differences.shape)}")
+    x = differences.astype(np.float64)
+    n, rows = x.shape
+    by_seed, by_row, mean = x.mean(1), x.mean(0), float(x.mean())
+    if n < 2:
+        return Paired(n, mean, None, None, None, None, rows=rows)
+    seeds = rows * float(by_seed.var(ddof=1))
+    across = n * float(by_row.var(ddof=1))
+    rest = float(np.square(x - by_seed[:, None] - by_row + mean).sum()) / ((n - 1) * (rows - 1))
+    total = seeds + across - rest
+    squares = seeds**2 / (n - 1) + across**2 / (rows - 1) + rest**2 / ((n - 1) * (rows - 1))
+    df = total**2 / squares if squares > 0.0 else n - 1.0
+    if total < seeds:
+        total, df = seeds, n - 1.0
+    if total < across:
+        total, df = across, rows - 1.0
+    return _tested(n, mean, float(by_seed.std(ddof=1)), math.sqrt(total / (n * rows)), max(df, n - 1.0), rows)
+
+
+def _tested(n: int, mean: float, deviation: float, error: float, df: float, rows: int | None) -> Paired:
+    if error == 0.0 and mean == 0.0:
+        return Paired(n, 0.0, deviation, 0.0, 0.0, 1.0, error, df, rows)
+    half = float(stats.t.ppf(1.0 - LEVEL / 2, df)) * error
+    p = float(2.0 * stats.t.sf(abs(mean) / error, df)) if error > 0.0 else 0.0
+    return Paired(n, mean, deviation, mean - half, mean + half, p, error, df, rows)
+
+
+def not_worse(test: Paired, margin: float) -> NotWorse | None:
+    """Test that a difference is above -margin (non-inferiority).
+
+    Args:
+        test: the test against 0, whose error serves.
+        margin: largest loss that counts as none, above 0.
+
+    Returns:
+        The test and its power, by the noncentral t distribution; None where the test has no error.
+    """
+    if test.error is None or test.df is None:
+        return None
+    if test.error == 0.0:
+        return NotWorse(margin, 0.0 if test.mean > -margin else 1.0, 1.0)
+    p = float(stats.t.sf((test.mean + margin) / test.error, test.df))
+    critical = float(stats.t.ppf(1.0 - LEVEL / 2, test.df))
+    power = float(stats.nct.sf(critical, test.df, margin / test.error))
+    # scipy's tail of a large noncentrality is NaN; it is 1 there.
+    return NotWorse(margin, p, 1.0 if math.isnan(power) else power)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values for the number of tests, by Holm's method; None stays None and does not count."""
+    """Adjust p-values for the number of tests, by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+
+    None stays None and does not count.
+    """
     known = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     adjusted: list[float | None] = [None] * len(ps)
     largest = 0.0
@@ -97,24 +179,3 @@ def common_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.nd
     values = np.stack([np.interp(grid, t, a) for t, a in curves])
     deviation = values.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(grid))
     return grid, values.mean(0), deviation
-
-
-def time_to_reach(curves: Sequence[Curve], value: float) -> float | None:
-    """Time at which the mean of the curves first reaches a value, linear between evaluations.
-
-    Args:
-        curves: (times ascending, values) of each run.
-        value: value to reach.
-
-    Returns:
-        The time; None for never. A mean that starts above the value gives the first common evaluation.
-    """
-    seconds, mean, _ = common_curve(curves)
-    above = np.flatnonzero(mean >= value)
-    if not len(above):
-        return None
-    i = int(above[0])
-    if i == 0:
-        return float(seconds[0])
-    share = (value - mean[i - 1]) / (mean[i] - mean[i - 1])
-    return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))

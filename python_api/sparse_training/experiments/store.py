@@ -40,7 +40,7 @@ class Store:
         self, folder: Path | None, settings: Mapping[str, Any], resume: bool, kind: str = "comparison"
     ) -> None:
         self.folder = folder
-        self._costs: Costs | None = None
+        self._costs: dict[str, Costs] = {}
         self._runs: dict[str, tuple[dict[str, Any], Counts]] = {}
         self._weights: dict[str, dict[str, Any]] = {}
         if folder is None:
@@ -57,17 +57,22 @@ class Store:
             (folder / RUNS).mkdir(parents=True, exist_ok=True)
             files.write_json(path, settings)
 
-    def costs(self) -> Costs | None:
-        """The clock's costs; None before they are measured."""
-        if self.folder is None or not (self.folder / CALIBRATION).exists():
-            return self._costs
-        return Costs.from_dict(files.read_json(self.folder / CALIBRATION))
+    def costs(self, bench: str = "") -> Costs | None:
+        """The clock's costs on a bench; None before they are measured."""
+        path = None if self.folder is None else self.folder / _calibration(bench)
+        if path is None or not path.exists():
+            return self._costs.get(bench)
+        return Costs.from_dict(files.read_json(path))
 
-    def keep_costs(self, costs: Costs) -> Costs:
-        """Keep the clock's costs and return them."""
-        self._costs = costs
+    def has_costs(self, bench: str = "") -> bool:
+        """True where the costs of a bench are known."""
+        return self.costs(bench) is not None
+
+    def keep_costs(self, costs: Costs, bench: str = "") -> Costs:
+        """Keep the clock's costs on a bench and return them."""
+        self._costs[bench] = costs
         if self.folder is not None:
-            files.write_json(self.folder / CALIBRATION, costs.to_dict())
+            files.write_json(self.folder / _calibration(bench), costs.to_dict())
         return costs
 
     def has_run(self, name: str) -> bool:
@@ -127,6 +132,11 @@ class Store:
         for path in folder.glob(f"{CHECKPOINT}*"):
             path.unlink()
         folder.rmdir()
+
+
+def _calibration(bench: str) -> str:
+    """File of a bench's costs."""
+    return f"calibration-{bench}.json" if bench else CALIBRATION
 
 
 def file_name(name: str) -> str:

@@ -9,7 +9,6 @@ from markupsafe import Markup
 
 from sparse_training import files
 from sparse_training.errors import UserError
-from sparse_training.experiments.design import BASELINE
 from sparse_training.experiments.formats import COMPARISON, STUDY
 from sparse_training.reporting import comparison, plots, study, study_plots
 from sparse_training.reporting.energy import energy_line, energy_rows
@@ -41,21 +40,24 @@ def write_comparison(result: Result, folder: str | Path) -> tuple[Path, Path, Pa
     return data, png, page
 
 
-def write_study(result: Result, folder: str | Path) -> tuple[Path, Path]:
+def write_study(result: Result, folder: str | Path) -> tuple[Path, ...]:
     """Write study.json and report.html; both are made before the first is written.
+
+    A result that was read from an older version's file is not written over it: its page alone is.
 
     Args:
         result: a study.
         folder: folder to write to, made if missing.
 
     Returns:
-        The two paths.
+        The paths of what was written.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    data, page = _write(folder, {STUDY.file: to_json(result), PAGE: study_page(result).encode()})
-    return data, page
+    page = study_page(result).encode()
+    data = {STUDY.file: to_json(result)} if result["version"] == STUDY.version else {}
+    return tuple(_write(folder, {**data, PAGE: page}))
 
 
 def _write(folder: str | Path, contents: dict[str, bytes]) -> list[Path]:
@@ -112,8 +114,13 @@ def study_page(result: Result) -> str:
     figures = {name: Markup(svg) for name, svg in study_plots.figures(result).items()}
     runs = study.whole_runs(result)
     energy, energy_headings = energy_rows(runs)
-    shorter = ((f"{fraction} of the time", f"−\xa0{BASELINE}’s whole") for fraction in study.parts(result))
-    kinds = (("accuracy", "Test accuracy"), ("differences", f"Difference from {BASELINE}"))
+    on = "test" if result["settings"].get("validation") is None else "validation"
+    kinds = (
+        ("accuracy", f"Measure on {on} rows"),
+        ("differences", f"Difference from {result['baseline']}"),
+        ("ladder", "Ladder of budgets, each run with its whole schedule"),
+    )
+    overall, overall_headings = study.overall_rows(result)
     tasks = [
         {
             **section,
@@ -137,7 +144,12 @@ def study_page(result: Result) -> str:
             seconds=f"{result['settings']['seconds']:g}",
             score_headings=study.SCORE_COLUMNS,
             scores=study.score_rows(result),
-            headings=(*study.TASK_COLUMNS, *shorter),
+            overall=overall,
+            overall_headings=overall_headings,
+            adjusted=study.is_adjusted(result),
+            margin=f"{100 * result['margin']:g}",
+            ladder_lines=study.ladder_lines(result),
+            headings=study.columns(result),
             tasks=tasks,
             figures=figures | {name: "" for name in ("rate", "threshold", "mass") if name not in figures},
             traced=study_plots.traced_task(result),

@@ -33,6 +33,10 @@ _METHODS = {
     "random-again": ("#E69F00", "P"),
     "gate": ("#0072B2", "o"),
     "adaptive": ("#009E73", "D"),
+    "adaptive+denoise": ("#009E73", "D"),
+    "adaptive+deduplicate": ("#CC79A7", "v"),
+    "adaptive+balance": ("#9467bd", "h"),
+    "adaptive+denoise+deduplicate+balance": ("#0072B2", "o"),
     "importance": ("#CC79A7", "v"),
     "infobatch": ("#56B4E9", "X"),
 }
@@ -127,6 +131,7 @@ def looks(result: Result) -> dict[str, tuple[str, str]]:
 
 
 def _short(method: str) -> str:
+    method = method.replace("adaptive+", "+")
     return method if len(method) <= 16 else f"{method[:15]}…"
 
 
@@ -144,9 +149,9 @@ def _empty(ax: Axes, text: str) -> None:
 
 
 def _curve(run: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds and accuracy (percent) of a run's evaluations, ending with its final test."""
+    """Seconds and accuracy (percent) of a run's evaluations, ending with the final one of the same rows."""
     points = [(e["seconds"], e["accuracy"]) for e in run["evals"] if e["seconds"] < run["seconds"]]
-    points.append((run["seconds"], run["accuracy"]))
+    points.append((run["seconds"], run.get("validation", run["accuracy"])))
     seconds, accuracy = (_finite(column) for column in zip(*points, strict=True))
     good = np.isfinite(seconds) & np.isfinite(accuracy)
     return seconds[good], 100 * accuracy[good]
@@ -198,7 +203,8 @@ def _accuracy(ax: Axes, result: Result) -> None:
             parse_math=False,
         )
     ax.set_xlabel("training time, s (calibrated clock)")
-    ax.set_ylabel("test accuracy, %")
+    validated = any("validation" in run for arm in result["arms"].values() for run in arm["runs"])
+    ax.set_ylabel(f"{'validation' if validated else 'test'} {result.get('measure', 'accuracy')}, %")
 
 
 def _spread(places: list[float], gap: float) -> list[float]:

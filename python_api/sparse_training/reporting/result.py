@@ -1,7 +1,7 @@
 """Result files: read and validated by a shape for each format, and written as JSON.
 
 Keys are those of version 0.1.0, where a method is an "arm" and a speed-up bound a "ceiling", so that recorded results
-are read.
+are read. A run's "accuracy" is the task's measure on test rows, "validation" that on validation rows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SUMMARY = {
     "rows_trained_mean": _NUMBER,
     "rate_mean": _MAYBE,
 }
-_VERDICT = {"task": str, "arm": str, "n": int, "accuracy": _NUMBER, "reached": _MAYBE, "parts": {}}
+_VERDICT = {"task": str, "arm": str, "n": int, "accuracy": _NUMBER, "deviation": _MAYBE}
 SHAPES: dict[ResultFormat, dict[str, Any]] = {
     COMPARISON: {
         **_FACTS,
@@ -87,14 +87,47 @@ def read_result(path: str | Path, kind: ResultFormat) -> dict[str, Any]:
         raise UserError(f"{name!r} is not JSON, so it is no {kind.file}: {error}") from error
     if not isinstance(result, dict) or result.get("format") != kind.name:
         raise UserError(f"{name!r} is not the result of a {kind.kind} (format {kind.name!r})")
-    if result.get("version") != kind.version:
-        raise UserError(f"{name!r} has version {result.get('version')!r}; this program reads version {kind.version}")
+    version = result.get("version")
+    if version not in range(1, kind.version + 1):
+        known = "version 1" if kind.version == 1 else f"versions 1 to {kind.version}"
+        raise UserError(f"{name!r} has version {version!r}; this program reads {known}")
     fault = _fault(result, SHAPES[kind], "")
     if fault is None and kind == COMPARISON and not all(arm["runs"] for arm in (result["arms"] or _NONE).values()):
         fault = "arms have no runs"
     if fault:
         raise UserError(f"{name!r} is a damaged result of a {kind.kind}: {fault}")
-    return result
+    return _from_version_1(result) if kind == STUDY and version == 1 else result
+
+
+def _from_version_1(result: dict[str, Any]) -> dict[str, Any]:
+    """A study of version 1 in the form of today's: compared with random, by the seeds alone, with no adjustment."""
+    unknown = dict.fromkeys(("validation", "validation_difference", "not_worse", "verdict"))
+    score = {
+        method: {
+            "tasks": one["tasks"],
+            "better": one["surely_better"],
+            "worse": one["surely_worse"],
+            "not_worse": one["not_worse"],
+            "undecided": one["tasks"] - one["surely_better"] - one["surely_worse"],
+            "worst": one["worst"],
+            "validation": None,
+        }
+        for method, one in result["score"].items()
+    }
+    of_task = {"measure": "accuracy", "validation_rows": None, "test_rows": result["settings"].get("test_rows")}
+    return {
+        **result,
+        "baseline": "random",
+        "margin": 0.001,
+        "ladders": {},
+        "score": score,
+        "again": None if result["again"] is None else {**result["again"], "tests": {}},
+        "table": [{**unknown, **row} for row in result["table"]],
+        "tasks": {
+            name: {**of_task, "seconds": result["settings"].get("seconds"), **task}
+            for name, task in result["tasks"].items()
+        },
+    }
 
 
 _NONE: dict[str, Any] = {"": {"runs": []}}

@@ -7,31 +7,20 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from sparse_training.experiments.design import AGAIN, BASELINE
+from sparse_training.experiments.design import AGAIN, RANDOM
 from sparse_training.experiments.original import CLAIMS
 from sparse_training.reporting.result import Result
-from sparse_training.reporting.text import DASH, points, sentence
+from sparse_training.reporting.text import DASH, interval, number, points, probability, sentence
 from sparse_training.training.clock import STAGES
 
-HEADINGS = ("task", "method", "n", "accuracy, %", f"- {BASELINE}", "95% of it", "p", f"time to {BASELINE}'s")
-# Of the page: heading, and how the number was obtained.
-TASK_COLUMNS = (
-    ("method", ""),
-    ("n", "seeds"),
-    ("accuracy, %", "measured"),
-    (f"−\xa0{BASELINE}", "points"),
-    ("95% interval", "points"),
-    ("p", "paired"),
-    (f"{BASELINE}’s end", "at, of its time"),
-)
 SCORE_COLUMNS = (
     ("method", ""),
+    ("better", "tasks"),
     ("not worse", "tasks"),
-    ("worst, points", ""),
-    ("above", "tasks"),
-    ("above, p < 0.05", "tasks"),
-    ("below, p < 0.05", "tasks"),
-    ("as good in half", "by half runs"),
+    ("undecided", "tasks"),
+    ("worse", "tasks"),
+    ("worst, points", "test"),
+    ("mean, points", "validation"),
 )
 STEP_COLUMNS = (
     ("method", ""),
@@ -58,18 +47,20 @@ def again_line(result: Result) -> str:
         return f"A/A: not run ({AGAIN} was left out); how large a difference chance makes is not known."
     whole = again["all"]
     difference, n = points(whole["mean"]), whole["n"]
-    p = "" if whole["p"] is None else f", p = {whole['p']:.2f}"
-    noise = (
-        ""
-        if again["noise"] is None
-        else f" Chance alone moves a mean over the seeds by ±{100 * again['noise']:.2f} points."
-    )
+    p = "" if whole["p"] is None else f", p = {probability(whole['p'])}"
+    half = again["noise"]
+    noise = "" if half is None else f" Chance alone moves a mean over the seeds by up to ±{100 * half:.2f} points."
     if again["passed"]:
         return f"A/A: random against random, no difference detected ({difference} points over {n} pairs{p}).{noise}"
-    where = f" on {', '.join(again['differs'])}" if again["differs"] else ""
+    tests = again["tests"]
+    found = (f"{task} (p = {probability(tests[task]['p'])})" if task in tests else task for task in again["differs"])
+    where = f" on {', '.join(found)}" if again["differs"] else ""
+    chance = (
+        f" Not adjusted: of {len(tests)} such tests {0.05 * len(tests):.1f} are below 0.05 by chance." if tests else ""
+    )
     return (
         f"A/A FAILED: random against random differs{where} ({difference} points over {n} pairs{p}): "
-        f"trust no difference of this study.{noise}"
+        f"trust no smaller difference of this study there.{chance}{noise}"
     )
 
 
@@ -78,65 +69,153 @@ def passed(result: Result) -> bool:
     return result["again"] is not None and bool(result["again"]["passed"])
 
 
+def columns(result: Result) -> tuple[tuple[str, str], ...]:
+    """Headings of a task's table, and how each number was obtained."""
+    return (
+        ("method", ""),
+        ("n", "seeds"),
+        ("measure, %", "test"),
+        (f"−\xa0{result['baseline']}", "points"),
+        ("95% interval", "points"),
+        ("p", "Holm" if is_adjusted(result) else "paired"),
+        ("p, not worse", "Holm"),
+        ("power", f"{100 * result['margin']:g} points"),
+        ("verdict", ""),
+    )
+
+
+def headings(result: Result) -> list[str]:
+    """Headings of the table of all tasks in a terminal or a page of text."""
+    named = (f"{name} ({how})" if how in ("Holm", "paired") else name for name, how in columns(result)[1:])
+    return ["task", "method", *(name.replace("\xa0", " ").replace("−", "-") for name in named)]
+
+
+def is_adjusted(result: Result) -> bool:
+    """True where p-values are adjusted for the number of claims, as they are since version 2 of the format."""
+    return any("p_holm" in (row["difference"] or {}) for row in result["table"])
+
+
 def study_rows(result: Result) -> list[tuple[str, ...]]:
     """Cells of the table, a row for each task and method, under ``headings``."""
     rows = []
     for row in result["table"]:
         deviation = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
-        difference = row["difference"]
         cells = [row["task"], row["arm"], str(row["n"]), f"{100 * row['accuracy']:.2f}{deviation}"]
-        if difference is None:
-            cells += ["", "", ""]
+        if (difference := row["difference"]) is None:
+            cells += [""] * 6
         else:
-            known = difference["low"] is not None
+            # No claim is made of AGAIN: it stands against RANDOM, in the A/A line.
+            safe = None if row["arm"] == AGAIN else row["not_worse"]
+            p = None if row["arm"] == AGAIN and is_adjusted(result) else difference.get("p_holm", difference["p"])
             cells += [
-                f"{points(difference['mean'])}",
-                f"{points(difference['low'])} to {points(difference['high'])}" if known else "–",
-                "–" if difference["p"] is None else f"{difference['p']:.3f}",
+                points(difference["mean"]),
+                interval(difference["low"], difference["high"]),
+                probability(p),
+                DASH if safe is None else probability(safe.get("p_holm", safe["p"])),
+                DASH if safe is None else number(safe["power"], ".0%"),
+                row["verdict"] or DASH,
             ]
-        cells.append("never" if row["reached"] is None else f"{row['reached']:.2f}")
-        for fraction in parts(result):
-            part = row["parts"].get(fraction)
-            cells.append(
-                "–" if part is None else f"{points(part['difference']['mean'])}{' reaches' if part['reaches'] else ''}"
-            )
         rows.append(tuple(cells))
     return rows
 
 
-def parts(result: Result) -> list[str]:
-    """Fractions below 1, under the names that the result has."""
-    return [f"{fraction:g}" for fraction in result["settings"]["fractions"] if fraction != 1.0]
+def overall_rows(result: Result) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
+    """Difference from the baseline with interval and verdict, a row for each method and a column for each task."""
+    by_place = {(row["arm"], row["task"]): row for row in result["table"]}
+    tasks = list(dict.fromkeys(row["task"] for row in result["table"]))
+    rows = []
+    for method in dict.fromkeys(row["arm"] for row in result["table"]):
+        cells = [method]
+        for task in tasks:
+            row = by_place.get((method, task))
+            if row is None:
+                cells.append("")
+            elif row["difference"] is None:
+                cells.append(f"{100 * row['accuracy']:.2f} %")
+            else:
+                difference = row["difference"]
+                span = interval(difference["low"], difference["high"])
+                cells.append(f"{points(difference['mean'])} ({span}) {row['verdict'] or ''}".rstrip())
+        rows.append(tuple(cells))
+    measures = {name: task["measure"] for name, task in result["tasks"].items()}
+    return rows, [("method", ""), *((task, measures[task]) for task in tasks)]
 
 
-def headings(result: Result) -> list[str]:
-    """Headings of the table: ``HEADINGS``, then one for each fraction below 1."""
-    return [*HEADINGS, *(f"{fraction} of the time" for fraction in parts(result))]
+def ladder_rows(ladder: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
+    """Means on the rungs of a ladder and the time to X, a row for each method; and the headings."""
+    rungs = sorted({float(rung) for own in ladder["arms"].values() for rung in own["rungs"]})
+    rows = []
+    for method, own in ladder["arms"].items():
+        values = (number(own["rungs"].get(f"{rung:g}"), ".2f", 100) for rung in rungs)
+        at = (
+            "never"
+            if own["time"] is None
+            else f"{'≤ ' if own['at_most'] else ''}{own['time'] * ladder['seconds']:.1f} s"
+        )
+        ratio = "never" if own["ratio"] is None else f"{own['ratio']:.2f}"
+        span = (
+            DASH
+            if own["low"] is None
+            else f"{own['low']:.2f} to {'never' if own['high'] is None else format(own['high'], '.2f')}"
+        )
+        rows.append((method, *values, at, ratio, span))
+    heads = [(f"{rung * ladder['seconds']:.3g} s", "validation, %") for rung in rungs]
+    return rows, [("method", ""), *heads, ("time to X", ""), ("of dense’s", ""), ("95% interval", "bootstrap")]
 
 
-def score_line(method: str, score: Mapping[str, Any]) -> str:
+def ladder_lines(result: Result) -> list[str]:
+    """State each method's time to X on each ladder, in a line a ladder."""
+    lines = []
+    for task, ladder in result["ladders"].items():
+        parts = []
+        for method, own in ladder["arms"].items():
+            if method == result["baseline"]:
+                continue
+            span = "" if own["low"] is None else f" ({own['low']:.2f} to {number(own['high'], '.2f')})"
+            parts.append(f"{method} never" if own["ratio"] is None else f"{method} {own['ratio']:.2f}{span}")
+        lines.append(
+            f"{task}: time to X = {100 * ladder['x']:.2f} % on validation rows, dense's best less "
+            f"{100 * ladder['margin']:g} points, over dense's own time: {', '.join(parts)}"
+        )
+    return lines
+
+
+def score_line(method: str, score: Mapping[str, Any], result: Result) -> str:
     """Sum a method up over tasks, in a line."""
-    tasks = score["tasks"]
-    half = "" if score["half_runs"] is None else f"; half as long a run reaches random's whole on {score['half_runs']}"
+    tasks, base = score["tasks"], result["baseline"]
     return (
-        f"{method}: within 0.1 points of random or above on {score['not_worse']} of {tasks} tasks "
-        f"(worst {points(score['worst'])}), above on {score['better']} (p < 0.05: {score['surely_better']} above, "
-        f"{score['surely_worse']} below){half}"
+        f"{method}: better than {base} on {score['better']} of {tasks} tasks, not worse by "
+        f"{100 * result['margin']:g} points on {score['not_worse']}, worse on {score['worse']} "
+        f"(worst {points(score['worst'])}), undecided on {score['undecided']}"
     )
 
 
 def notes(result: Result) -> list[str]:
     """Notes below the table: what n, p and the times mean, and what was held equal."""
-    settings, tests = result["settings"], sum(row["difference"] is not None for row in result["table"])
+    settings, base = result["settings"], result["baseline"]
+    tests = sum(row["difference"] is not None and row["arm"] != AGAIN for row in result["table"])
     lines = [
-        f"n: seeds that both methods have finished. p: paired t-test over them, two-sided, n - 1 degrees of freedom, "
-        f"not adjusted; of {tests} tests {0.05 * tests:.1f} are below 0.05 by chance alone.",
-        f"time to random's: when the mean curve first reaches random's final accuracy, as a fraction of "
-        f"{settings['seconds']:g} s. Under a cosine schedule curves meet at their ends. Whether a method needs less "
-        "time is shown by the runs of a smaller budget, whose whole schedule is shorter.",
         f"Every method trains on about {settings['batch_size']} rows a step; methods that keep the fraction "
         f"{settings['rate']:g} are offered {1 / settings['rate']:g} times as many.",
     ]
+    if is_adjusted(result):
+        lines = [
+            f"Choices are made on validation rows, {settings['validation']:.0%} of the training rows; the test rows "
+            "are read once, at the end of each run.",
+            f"p: two-sided test of the difference from {base}, paired by seed and test row; its error includes "
+            "the sampling of both: (MS seeds + MS rows - MS rest) / (seeds × rows), with Satterthwaite's freedom.",
+            f"p, not worse: one-sided test that the difference is above −{100 * result['margin']:g} points, at 2.5%; "
+            "power: its chance to find two equal methods not worse, before the adjustment.",
+            f"Both are adjusted by Holm's method for {tests} claims each; intervals and the A/A test are not.",
+            *lines,
+        ]
+    else:
+        chance = f"of {tests} tests {0.05 * tests:.1f} are below 0.05 by chance alone"
+        lines = [
+            f"p: paired t-test over the seeds, two-sided, not adjusted; {chance}.",
+            "This record is of version 1, in which methods were chosen on the test rows.",
+            *lines,
+        ]
     if result["missing"]:
         lines.insert(0, _unfinished(result))
     return lines
@@ -147,21 +226,22 @@ def _unfinished(result: Result) -> str:
 
 
 def headline(result: Result) -> str:
-    """State the study in one sentence: which methods are never worse than random, and where they are better."""
-    score = result["score"]
+    """State the study in one sentence: the method that is best on validation rows, and what the test rows say of it."""
+    score = {method: one for method, one in result["score"].items() if method != RANDOM} or result["score"]
+    base = result["baseline"]
     if not score:
-        return f"Only {BASELINE} has finished runs."
-    tasks = len({row["task"] for row in result["table"]})
-    safe = [method for method, one in score.items() if one["not_worse"] == one["tasks"] == tasks]
-    best = max(score, key=lambda method: (score[method]["not_worse"], score[method]["better"], score[method]["worst"]))
+        return f"Only {base} has finished runs."
+    known = all(one["validation"] is not None for one in score.values())
+    best = max(score, key=lambda method: score[method]["validation" if known else "worst"])
     counts = score[best]
-    said = (
-        f"At equal cost {best} is above random on {counts['better']} of {counts['tasks']} tasks "
-        f"({counts['surely_better']} with p < 0.05); its worst difference is {points(counts['worst'])} points"
+    chosen = (
+        f"best on validation rows ({points(counts['validation'])} points on average)" if known else "never far below"
     )
-    if not safe:
-        return f"{said}; no method stays within a tenth of a point of random on every task."
-    return f"{said}. Within a tenth of a point of random or above on every task: {', '.join(safe)}."
+    return (
+        f"At equal cost {best} is {chosen}; on test rows it is better than {base} on {counts['better']} of "
+        f"{counts['tasks']} tasks, not worse by {100 * result['margin']:g} points on {counts['not_worse']}, worse on "
+        f"{counts['worse']}; its worst difference is {points(counts['worst'])} points."
+    )
 
 
 def score_rows(result: Result) -> list[tuple[str, ...]]:
@@ -169,12 +249,9 @@ def score_rows(result: Result) -> list[tuple[str, ...]]:
     return [
         (
             method,
-            f"{score['not_worse']} of {score['tasks']}",
-            f"{points(score['worst'])}",
-            str(score["better"]),
-            str(score["surely_better"]),
-            str(score["surely_worse"]),
-            DASH if score["half_runs"] is None else str(score["half_runs"]),
+            *(f"{score[name]} of {score['tasks']}" for name in ("better", "not_worse", "undecided", "worse")),
+            points(score["worst"]),
+            DASH if score["validation"] is None else points(score["validation"]),
         )
         for method, score in result["score"].items()
     ]
@@ -253,7 +330,7 @@ def galleries(task: Mapping[str, Any]) -> list[dict[str, Any]]:
             "rows": [{**row, "said": _caption(row)} for row in rows],
             "planted": sum(bool(row["planted"]) for row in rows),
         }
-        for method, gallery in sorted(task["galleries"].items(), key=lambda item: item[0] in (BASELINE, AGAIN))
+        for method, gallery in sorted(task["galleries"].items(), key=lambda item: item[0] in (RANDOM, AGAIN))
         for order, rows in gallery.items()
     ]
     most = max(shown, key=lambda gallery: gallery["planted"], default=None)
@@ -278,11 +355,19 @@ def task_sections(result: Result) -> list[dict[str, Any]]:
     sections = []
     for name, task in result["tasks"].items():
         precision, precision_headings = precision_rows(task)
+        ladder = result["ladders"].get(name)
+        timed, ladder_headings = ([], []) if ladder is None else ladder_rows(ladder)
+        counts = {"to choose by": task["validation_rows"], "to test on": task["test_rows"]}
+        others = "".join(f", {count:,} {what}" for what, count in counts.items() if count is not None)
         sections.append(
             {
                 "name": name,
                 "says": sentence(task["says"]),
-                "rows": f"{task['rows']:,}",
+                "rows": f"{task['rows']:,} rows to train on{others}",
+                "measure": task["measure"],
+                "ladder": timed,
+                "ladder_headings": ladder_headings,
+                "x": "" if ladder is None else f"{100 * ladder['x']:.2f} %",
                 "planted_name": task["planted_name"],
                 "share": "" if task["planted_share"] is None else f"{100 * task['planted_share']:.3g} %",
                 "table": [row[1:] for row in rows if row[0] == name],

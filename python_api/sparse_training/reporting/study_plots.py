@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from sparse_training.experiments.design import BASELINE
 from sparse_training.reporting import plots
 
 Result = Mapping[str, Any]
@@ -20,17 +19,20 @@ def figures(result: Result) -> dict[str, str]:
     """Draw the figures of a study.
 
     Returns:
-        SVGs by name: "accuracy TASK" and "differences TASK" of each task, "step", and "rate", "threshold" and "mass"
-        of methods with a controller.
+        SVGs by name: "accuracy TASK" and "differences TASK" of each task, "ladder TASK" of those with several
+        budgets, "step", and "rate", "threshold" and "mass" of methods with a controller.
     """
     drawn = {}
     for name, task in result["tasks"].items():
         runs = _runs(task)
-        if runs.get(BASELINE):
-            whole = {"arms": {method: {"runs": some} for method, some in runs.items() if some}, "late": LATE}
+        if runs.get(result["baseline"]):
+            arms = {method: {"runs": some} for method, some in runs.items() if some}
+            whole = {"arms": arms, "late": LATE, "baseline": result["baseline"], "measure": task["measure"]}
             drawn[f"accuracy {name}"] = plots.svg(plots.PANELS["accuracy"], whole, 3.4)
             drawn[f"differences {name}"] = plots.svg(partial(_differences, again=result["again"]), whole, 3.4)
-    timed = {"calibration": result["calibration"], "speedup": {}, "arms": dict.fromkeys(result["settings"]["arms"])}
+    for name, ladder in result["ladders"].items():
+        drawn[f"ladder {name}"] = plots.svg(_ladder, ladder, 3.4)
+    timed = {"calibration": result["calibration"], "speedup": {}, "arms": dict.fromkeys(result["calibration"]["arms"])}
     drawn["step"] = plots.svg(plots.PANELS["step"], timed, 0.9 + 0.36 * len(timed["arms"]))
     traced = traced_task(result)
     if traced is not None:
@@ -61,10 +63,10 @@ def _traced(runs: list[Any]) -> bool:
 
 
 def _differences(ax: Axes, result: Result, again: Mapping[str, Any] | None) -> None:
-    """Each seed's difference from random, in points, and their mean; the band is the range of a mean by chance."""
-    looks = plots.looks(result)
-    base = {run["seed"]: run["accuracy"] for run in result["arms"][BASELINE]["runs"]}
-    methods = [method for method in looks if method != BASELINE]
+    """Each seed's difference from the baseline, in points, and their mean; the band is what chance moves a mean by."""
+    looks, baseline = plots.looks(result), result["baseline"]
+    base = {run["seed"]: run["accuracy"] for run in result["arms"][baseline]["runs"]}
+    methods = [method for method in looks if method != baseline]
     if again is not None and again["noise"] is not None:
         ax.axvspan(-100 * again["noise"], 100 * again["noise"], color=plots.INK, alpha=0.07, lw=0)
     ax.axvline(0, color=plots.INK, lw=1)
@@ -85,4 +87,34 @@ def _differences(ax: Axes, result: Result, again: Mapping[str, Any] | None) -> N
         ax.plot([values.mean()] * 2, [row - 0.28, row + 0.28], color=color, lw=2.4)
     plots.method_rows(ax, methods)
     ax.margins(x=0.12)
-    ax.set_xlabel(f"points of accuracy above {BASELINE}, seed by seed")
+    ax.set_xlabel(f"points above {baseline} on test rows, seed by seed")
+
+
+def _ladder(ax: Axes, ladder: Mapping[str, Any]) -> None:
+    """Mean on validation rows by the budget of a run, with the time at which each method reaches X."""
+    looks = plots.looks(ladder)
+    for method, (color, marker) in looks.items():
+        own = ladder["arms"][method]
+        points = sorted((float(rung) * ladder["seconds"], 100 * value) for rung, value in own["rungs"].items())
+        ax.plot(*zip(*points, strict=True), marker=marker, color=color, ms=5, lw=1.6, label=method)
+        if own["time"] is not None:
+            ax.plot(
+                [own["time"] * ladder["seconds"]] * 2,
+                [0.0, 0.05],
+                color=color,
+                lw=2.4,
+                transform=ax.get_xaxis_transform(),
+            )
+    ax.axhline(100 * ladder["x"], color=plots.INK, lw=1, ls="--")
+    ax.annotate(
+        "X",
+        (0.99, 100 * ladder["x"]),
+        (0, 3),
+        xycoords=ax.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+    )
+    ax.set_xlim(left=0.0)
+    ax.set_xlabel("budget of a run, s (calibrated clock)")
+    ax.set_ylabel("on validation rows, %")
+    ax.legend(loc="lower right")

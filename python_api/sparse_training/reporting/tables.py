@@ -13,7 +13,7 @@ from sparse_training.reporting.result import Result
 from sparse_training.training.clock import STAGES, Costs
 
 # What a stream that carries ASCII alone is given in place of the signs.
-_ASCII = str.maketrans({"±": "+-", "×": "x", "–": "-", "−": "-", "’": "'"})
+_ASCII = str.maketrans({"±": "+-", "×": "x", "–": "-", "−": "-", "’": "'", "≤": "<=", "²": "2"})
 
 
 def new_table(gap: int = 1) -> Table:
@@ -63,7 +63,8 @@ def print_study(result: Result, console: Console | None = None) -> None:
     console.print(for_console(study.again_line(result), console), style=style)
     table = new_table()
     for heading in study.headings(result):
-        table.add_column(heading, justify="left" if heading in study.HEADINGS[:2] else "right", vertical="bottom")
+        words = heading in ("task", "method", "verdict")
+        table.add_column(heading, justify="left" if words else "right", vertical="bottom")
     last = None
     for row in study.study_rows(result):
         if last not in (None, row[0]):
@@ -71,8 +72,8 @@ def print_study(result: Result, console: Console | None = None) -> None:
         table.add_row(*(for_console(cell, console) for cell in (row if row[0] != last else ("", *row[1:]))))
         last = row[0]
     _print_whole(table, console)
-    scores = (study.score_line(method, score) for method, score in result["score"].items())
-    for line in (*scores, *study.notes(result)):
+    scores = (study.score_line(method, score, result) for method, score in result["score"].items())
+    for line in (*scores, *study.ladder_lines(result), *study.notes(result)):
         console.print(for_console(line, console))
 
 

@@ -30,6 +30,16 @@ def points(value: float) -> str:
     return f"{100 * value:+.2f}".replace("-", "−")
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """Format an interval of fractions in points."""
+    return DASH if low is None or high is None else f"{points(low)} to {points(high)}"
+
+
+def probability(p: float | None) -> str:
+    """Format a p-value to three places."""
+    return DASH if p is None else "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def mean(values: Sequence[float]) -> float:
     """Mean of at least one value; NaN and infinities pass through."""
     return sum(values) / len(values)
