@@ -67,6 +67,19 @@ def connect() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
 
 
+def gather_numbers(*numbers: int) -> Tensor:
+    """Gather integers from all processes, which all call this with as many.
+
+    Returns:
+        int64 [processes, numbers], on the CPU.
+    """
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    wait_for(dist.all_gather(gathered, own, async_op=True), own.device)
+    return torch.stack(gathered).cpu()
+
+
 def sum_across_ranks(tensors: Sequence[Tensor]) -> None:
     """Sum tensors across the processes, in place, in one exchange.
 

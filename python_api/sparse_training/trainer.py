@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from sparse_training.callbacks.display import usual_callbacks
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.data.loader import Loader
+from sparse_training.data.numbered import NumberedLoader
+from sparse_training.data.row_numbers import unnumbered_reason
+from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.profiling.budget_controller import BudgetController
@@ -20,7 +25,8 @@ from sparse_training.profiling.calibration import calibrate
 from sparse_training.profiling.energy import Energy, Meter, find_meter
 from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import check_rate_is_used, make_policy
+from sparse_training.selection.policies.infobatch import InfoBatchPolicy
+from sparse_training.selection.registry import DEFAULT_POLICY, check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.training.callbacks import Callback, Callbacks, Evaluation
 from sparse_training.training.clock import Clock
@@ -68,9 +74,12 @@ class SparseTrainer(TrainingStep):
             is stepped after every optimizer step and saved in checkpoints. Default "cosine".
         dense_start: fraction of the run that trains on every row at the start. Default 0.05.
         dense_end: fraction of the run that trains on every row at the end. Default 0.125.
-        policy: a name in ``POLICIES``, a ``Policy``, or a ``Gate``; "gate@early:3" names a policy and its scorer. A
-            gate scores targets that are not class indices by the loss itself. Default: "adaptive", or "gate" where a
-            scorer is given.
+        policy: a name in ``POLICIES``, a ``Policy``, or a ``Gate``; "gate@early:3" names a policy and its scorer, and
+            "adaptive+denoise" a policy and its switch. A gate scores targets that are not class indices by the loss
+            itself. Default: "infobatch", whose expected gradient is that of all rows. It goes by each row's last loss,
+            or by the losses of the batch where a scorer is given and for granularity "token". Data whose rows have no
+            numbers, such as an iterable of batches, are then trained on whole, with a warning; by its name it refuses
+            them.
         scorer: source of the scores that the policy selects by: "self", "self:SCALE", "early:LAYER", "proxy",
             "proxy:MODEL", "reference:FILE", "history", or a ``Scorer``. Default: the policy's own, the model itself
             for a gate.
@@ -108,8 +117,8 @@ class SparseTrainer(TrainingStep):
             loss = Criterion(loss, granularity=granularity or "sample")
         elif granularity not in (None, loss.granularity):
             raise UserError(f"`granularity` is {granularity!r} and the criterion's is {loss.granularity!r}; give one")
-        if policy is None:
-            policy = "adaptive" if scorer is None else "gate"
+        self._by_default = policy is None
+        policy = DEFAULT_POLICY if policy is None else policy
         check_rate_is_used(policy, rate)
         self.schedule = Schedule(dense_start, dense_end, schedule)
         self.seed = seed
@@ -148,9 +157,10 @@ class SparseTrainer(TrainingStep):
         """Train for a budget. Give exactly one of ``epochs``, ``steps``, ``rows`` and ``seconds``.
 
         Args:
-            train: a ResidentLoader, a DataLoader, or any iterable of batches. With several processes each has its
-                part, in as many batches as the others: a ResidentLoader splits the data itself, a DataLoader needs a
-                DistributedSampler.
+            train: a ResidentLoader, a DataLoader, or any iterable of batches. Of a map-style DataLoader a policy that
+                goes by past losses reads the rows alone that it chooses: in the order of the DataLoader's own sampler,
+                by its own workers and collate function. With several processes each has its part, in as many batches
+                as the others: a ResidentLoader splits the data itself, a DataLoader needs a DistributedSampler.
             epochs: number of passes over the data, which must have a length; above 0.
             steps: number of batches, above 0.
             rows: number of rows in the batches, trained on or not, over all processes; above 0.
@@ -185,7 +195,7 @@ class SparseTrainer(TrainingStep):
                 is using, a checkpoint made with other settings, or a batch or loss of the wrong shape.
         """
         followers = Callbacks([*usual_callbacks(progress), *callbacks])
-        loader = self.loader(train)
+        loader = self._training_loader(train)
         length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
         settings = run_settings(
             self, self.schedule, loader,
@@ -202,12 +212,37 @@ class SparseTrainer(TrainingStep):
                 loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
                 resumes=folder.resumes, callbacks=followers,
             )  # fmt: skip
+            reason = getattr(self.policy, "every_row", None)
+            if reason is not None and reason not in state.log.notes:
+                state.log.notes.append(reason)
             folder.make()
             loop = TrainingLoop(
                 state, length, self.schedule, evaluate=evaluate, evaluations=evaluations, stop=stop,
                 checkpoint_interval=checkpoint_interval,
             )  # fmt: skip
             return loop.run()
+
+    def _training_loader(self, train: Iterable[Any]) -> Loader:
+        """Return the data as a Loader whose rows have numbers, where the policy asks for rows by number."""
+        loader, policy = self.loader(train), self.policy
+        if isinstance(policy, InfoBatchPolicy):
+            policy.every_row = None
+        if loader.size is not None or not policy.needs_numbers or self.criterion.granularity == "token":
+            return loader
+        reason: str | None = f"a {type(loader).__name__} does not number its rows"
+        if type(loader) is StreamLoader:
+            reason = unnumbered_reason(loader.source, loader.targets, processes=self.ranks.size)
+            if reason is None:
+                source = cast("DataLoader[Any]", loader.source)
+                return NumberedLoader(source, inputs=loader.inputs, targets=loader.targets, device=loader.device)
+        if not (self._by_default and isinstance(policy, InfoBatchPolicy)):
+            raise UserError(
+                f"the policy {policy.name} asks for rows by their number, and {reason}; use data held in memory "
+                '(ResidentLoader), a map-style DataLoader, or policy="dense"'
+            )
+        policy.every_row = f"every row is trained on, because {reason}"
+        warnings.warn(f'{policy.every_row}; policy="dense" says that this is meant', stacklevel=3)
+        return loader
 
     def _set_scheduler(self, scheduler: LRScheduler | None) -> None:
         if scheduler is None:
@@ -265,7 +300,9 @@ class SparseTrainer(TrainingStep):
                 )
             return clock
         # Several processes would slow each other down while they are timed.
-        return Clock(calibrate(self, loader) if calibrated and not tokens and self.ranks.alone else None)
+        # Rows that workers read beside the training cost none of its time that could be timed here.
+        timed = calibrated and not tokens and self.ranks.alone and not isinstance(loader, NumberedLoader)
+        return Clock(calibrate(self, loader) if timed else None)
 
     def _budget_controller(
         self, cost_budget: tuple[float, str], length: RunLength, loader: Loader, clock: Clock

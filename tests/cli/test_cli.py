@@ -134,7 +134,7 @@ def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeyp
     before = (here / "out/runs/dense-0.json").read_bytes()
     assert main(["resume", "--trust-code", "out"]) == 0
     assert (here / "out/runs/dense-0.json").read_bytes() == before
-    assert list(read(here / "out" / "compare.json")["arms"]) == ["dense", "random", "adaptive", "gate"]
+    assert list(read(here / "out" / "compare.json")["arms"]) == ["dense", "random", "infobatch", "gate"]
 
 
 STUDY = ["study", "--model", "test_cli:model", "--batch-size", "32", "--rate", "0.25", "--seconds", "0.05"]

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from trainer_parts import network, resident, same, shuffled_stream, weights
-from trainers import make_trainer
+from trainers import NAMES, make_trainer
 
 from sparse_training.errors import UserError
-from sparse_training.selection.registry import POLICIES
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.clock import Clock, Costs
 
@@ -54,7 +53,7 @@ def facts(trainer, history):
 @pytest.mark.parametrize(
     ("policy", "data"),
     [
-        *[(policy, resident) for policy in POLICIES],
+        *[(policy, resident) for policy in NAMES],
         *[(policy, shuffled_stream) for policy in ("dense", "random", "gate")],
     ],
 )

@@ -37,7 +37,7 @@ from sparse_training.models.build import build_model
 from sparse_training.precision import PRECISIONS
 from sparse_training.ranks import connect, rank_seed
 from sparse_training.selection.policies.base import check_rate
-from sparse_training.selection.registry import uses_rate
+from sparse_training.selection.registry import DEFAULT_POLICY, uses_rate
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.schedule import SHAPES
@@ -52,9 +52,7 @@ MODEL, RESULT, BOARD = "model.pt", "result.json", "tensorboard"
 @click.command(name="train")
 @with_options(*RUN)
 @PRECISION
-@click.option(
-    "--policy", callback=policy, help=f"Method: {POLICY_NAMES}.  [default: adaptive, or gate with a --scorer]"
-)
+@click.option("--policy", callback=policy, help=f"Method: {POLICY_NAMES}.  [default: {DEFAULT_POLICY}]")
 @click.option(
     "--scorer", callback=scorer, help=f"Scorer that the policy asks: {SCORER_NAMES}.  [default: the policy's]"
 )
@@ -147,7 +145,7 @@ def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> 
         compile=options.get("compile", False),
     )
     given = {name: options[name] for name in names if name in options}
-    if not uses_rate(options.get("policy") or ("gate" if options.get("scorer") else "adaptive")):
+    if not uses_rate(options.get("policy") or DEFAULT_POLICY):
         check_rate(given.pop("rate", 1.0))  # the command's default is for the methods that have one
     return SparseTrainer(model, device=device, settings=settings, **given)
 

@@ -34,6 +34,7 @@ class TrainingLog:
         meter: name of the energy meter, or "no meter".
         operations: floating-point operations counted, by kind: "score" and "train".
         warnings: sentences for the reader of the results.
+        notes: sentences on what the policy began to do to the training, in order.
         interrupted: True where the run was stopped before its end, to be resumed.
         stopped: why a callback ended the run; None where its budget was spent.
         selected: int32 [rows of the data set], how often each row was kept in the sparse phase; None where the loader
@@ -56,6 +57,7 @@ class TrainingLog:
     meter: str = "no meter"
     operations: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     interrupted: bool = False
     stopped: str | None = None
     selected: Tensor | None = None
@@ -110,6 +112,7 @@ class TrainingLog:
             "flops": {"counted": sum(self.operations.values()), **self.operations},
             "stopped": self.stopped,
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
 
@@ -127,6 +130,8 @@ class Status:
         loss: mean loss of the rows that the latest batch was trained on, on the device, where reading it waits; with
             several processes of this one's rows. None before the first batch with rows. Default None.
         epoch: number of the pass over the data, from 0. Default 0.
+        notes: sentences on what the policy has begun to do to the training, or why it trains on every row, in order.
+            Default none.
     """
 
     progress: float
@@ -137,3 +142,4 @@ class Status:
     policy: Policy
     loss: Tensor | None = None
     epoch: int = 0
+    notes: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_training import devices
+from sparse_training.announcements import announce
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics
@@ -124,7 +125,7 @@ class TrainingLoop:
         self._start()
         progress = self._progress()
         while progress < 1.0 and not self._ended():
-            progress = self._step(next(items), progress)
+            progress = self._step(items, progress)
             if progress < 1.0 and self._stop_requested():
                 self.log.interrupted = True
                 break
@@ -140,7 +141,7 @@ class TrainingLoop:
                 self.trainer.update.step()
                 self._evaluate()
 
-    def _step(self, item: Any, before: float) -> float:
+    def _step(self, items: Iterator[Any], before: float) -> float:
         """Take one step and call what is due after it; return the progress."""
         trainer, log, clock = self.trainer, self.log, self.clock
         phase = self.schedule.phase(before) if trainer.policy.phased else "sparse"
@@ -151,11 +152,18 @@ class TrainingLoop:
         control = self.rate_control if phase == "sparse" else None
         if control is not None:
             control.before(policy, self._spent())
-        batch, kept = trainer.step(policy, self.state.loader, item)
+        loader = self.state.loader
+        loader.draw_by(policy.choose)
+        batch, kept = trainer.step(policy, loader, next(items))
         clock.charge(policy.name, batch.rows, kept.targets.shape[0], batch.offered, observer=trainer.policy.name)
         if control is not None:
             control.after(self._spent())
         self._count(phase, batch, kept)
+        for sentence in trainer.policy.take_news():
+            if sentence not in log.notes:  # as after a checkpoint
+                log.notes.append(sentence)
+                if self.seen.first:
+                    announce(sentence)
         progress = self._progress()
         if progress >= 1.0:
             trainer.update.step()  # an incomplete accumulation still counts
@@ -181,6 +189,7 @@ class TrainingLoop:
             policy=policy,
             loss=self.trainer.update.loss,
             epoch=self.state.loader.epoch,
+            notes=tuple(self.log.notes),
         )
 
     def _extend(self) -> list[str]:

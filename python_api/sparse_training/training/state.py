@@ -328,6 +328,8 @@ def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a checkpoint under today's names."""
+    if settings.get("policy") == "adaptive":  # before its switches had names, all of them were on
+        settings = {**settings, "policy": "adaptive+denoise+deduplicate+balance"}
     if "warmup" not in settings:
         return dict(settings)
     renamed = {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}

@@ -178,8 +178,8 @@ class TrainingStep:
             samples = loader.load(item)
             with self.operations.of("train", samples.rows):
                 return self._step_on_tokens(policy, samples)
-        batch = loader.load(item, policy.choose(loader.offer(item)))
-        if not self._checked:
+        batch = loader.load(item, loader.choose(item, policy.choose))
+        if not self._checked and batch.rows:
             self.check(batch)
         self._settle(self.model, batch)
         with self.operations.of("score", batch.rows, policy.name):
