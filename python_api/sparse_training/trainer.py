@@ -21,7 +21,7 @@ from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.profiling.budget_controller import BudgetController
-from sparse_training.profiling.calibration import calibrate
+from sparse_training.profiling.calibration import Stopped, calibrate
 from sparse_training.profiling.energy import Energy, Meter, find_meter
 from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
@@ -34,7 +34,7 @@ from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
 from sparse_training.training.modes import training_mode
-from sparse_training.training.schedule import Schedule
+from sparse_training.training.schedule import LR_WARMUP, Schedule
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CheckpointFolder, RunState, agree_on_run, run_settings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
@@ -72,6 +72,8 @@ class SparseTrainer(TrainingStep):
         schedule: learning rate by progress through the budget: "cosine", "constant", or a callable that maps progress
             in [0, 1] to a factor of ``lr``. Or a scheduler of ``torch.optim.lr_scheduler`` over ``optimizer``, which
             is stepped after every optimizer step and saved in checkpoints. Default "cosine".
+        lr_warmup: fraction of the run over which the learning rate rises to ``schedule``'s, in [0, 1]; a callable or a
+            scheduler rises by itself. Default 0.02.
         dense_start: fraction of the run that trains on every row at the start. Default 0.05.
         dense_end: fraction of the run that trains on every row at the end. Default 0.125.
         policy: a name in ``POLICIES``, a ``Policy``, or a ``Gate``; "gate@early:3" names a policy and its scorer, and
@@ -104,6 +106,7 @@ class SparseTrainer(TrainingStep):
         optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
         lr: float = 1e-3,
         schedule: str | Callable[[float], float] | LRScheduler = "cosine",
+        lr_warmup: float = LR_WARMUP,
         dense_start: float = 0.05,
         dense_end: float = 0.125,
         policy: str | Policy | Gate | None = None,
@@ -120,7 +123,7 @@ class SparseTrainer(TrainingStep):
         self._by_default = policy is None
         policy = DEFAULT_POLICY if policy is None else policy
         check_rate_is_used(policy, rate)
-        self.schedule = Schedule(dense_start, dense_end, schedule)
+        self.schedule = Schedule(dense_start, dense_end, schedule, lr_warmup)
         self.seed = seed
         super().__init__(
             model,
@@ -184,8 +187,8 @@ class SparseTrainer(TrainingStep):
                 none but those that write messages and progress.
             progress: True for a progress line where standard error is a terminal or a notebook, False for none; or a
                 function, called after every step with the run's ``Status``. Default True.
-            stop: called after every step; once it returns true, on any process, the run writes its checkpoint and
-                returns. Default: not called.
+            stop: called after every step, and while the clock is calibrated; once it returns true, on any process, the
+                run writes its checkpoint and returns. Default: not called.
 
         Returns:
             The run's log, its counts over all processes.
@@ -208,10 +211,13 @@ class SparseTrainer(TrainingStep):
         )  # fmt: skip
         held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
         with training_mode(self.model, self.parallel), held as folder:
-            state = self._run_state(
-                loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
-                resumes=folder.resumes, callbacks=followers,
-            )  # fmt: skip
+            try:
+                state = self._run_state(
+                    loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
+                    resumes=folder.resumes, callbacks=followers, stop=stop,
+                )  # fmt: skip
+            except Stopped:  # in the calibration: nothing has begun
+                return TrainingLog(interrupted=True)
             reason = getattr(self.policy, "every_row", None)
             if reason is not None and reason not in state.log.notes:
                 state.log.notes.append(reason)
@@ -264,6 +270,7 @@ class SparseTrainer(TrainingStep):
         folder: str | Path | None,
         resumes: bool,
         callbacks: Callbacks,
+        stop: Callable[[], bool] | None,
     ) -> RunState:
         """Make the state of a new run, or restore that of the checkpoint in the folder."""
         self.operations = Operations()
@@ -278,7 +285,7 @@ class SparseTrainer(TrainingStep):
             self,
             loader,
             settings=settings,
-            clock=self._clock(clock, loader, calibrated=in_seconds and not resumes),
+            clock=self._clock(clock, loader, calibrated=in_seconds and not resumes, stop=stop),
             # With several processes each would read the processor of all and its own GPU.
             energy=Energy(meter or (find_meter(self.device) if self.ranks.alone else None)),
             folder=folder,
@@ -291,7 +298,9 @@ class SparseTrainer(TrainingStep):
                 state.rate_control.load_state_dict(saved["spending"])
         return state
 
-    def _clock(self, clock: Clock | None, loader: Loader, calibrated: bool) -> Clock:
+    def _clock(
+        self, clock: Clock | None, loader: Loader, *, calibrated: bool, stop: Callable[[], bool] | None
+    ) -> Clock:
         tokens = self.criterion.granularity == "token"
         if clock is not None:
             if clock.costs is not None and tokens:
@@ -302,7 +311,7 @@ class SparseTrainer(TrainingStep):
         # Several processes would slow each other down while they are timed.
         # Rows that workers read beside the training cost none of its time that could be timed here.
         timed = calibrated and not tokens and self.ranks.alone and not isinstance(loader, NumberedLoader)
-        return Clock(calibrate(self, loader) if timed else None)
+        return Clock(calibrate(self, loader, stop=stop) if timed else None)
 
     def _budget_controller(
         self, cost_budget: tuple[float, str], length: RunLength, loader: Loader, clock: Clock
