@@ -113,7 +113,9 @@ def test_speedups_stand_beside_their_ceilings():
 
 def test_arms_start_equal_for_equal_seeds_and_the_order_of_policies_does_not_matter():
     def accuracies(result, arm):
-        return [[found["accuracy"] for found in run_["evals"]] + [run_["accuracy"]] for run_ in result["arms"][arm]["runs"]]
+        return [
+            [found["accuracy"] for found in run_["evals"]] + [run_["accuracy"]] for run_ in result["arms"][arm]["runs"]
+        ]
 
     forwards = run(methods=("dense", "random", "gate"))
     backwards = run(methods=("gate", "random", "dense"))

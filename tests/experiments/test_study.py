@@ -232,3 +232,36 @@ def test_what_is_wrong_is_refused_before_the_folder_is_made(tmp_path):
         with pytest.raises(UserError, match=words):
             make(tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_shards_do_all_runs_once_and_those_of_one_process(tmp_path):
+    """Each makes the first weights of a fine-tuning by itself; they are equal, and the runs are those of one."""
+    options = {"tasks": ("clean", "finetune"), "methods": ("gate",), "seeds": (0, 1)}
+    make(tmp_path / "one", **options).run()
+    shared = make(tmp_path / "two", **options)
+    shared.costs()
+    parts = [make(tmp_path / "two", resume=True, shard=(part, 2), **options) for part in (1, 2)]
+    missing = [{shared.design.name(cell) for cell in part.missing()} for part in parts]
+    assert not missing[0] & missing[1]
+    assert missing[0] | missing[1] == {shared.design.name(cell) for cell in shared.design.cells}
+    for part in parts:
+        part.run()
+    assert not shared.missing()
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert {name: without_time(run) for name, run in one.items()} == {
+        name: without_time(run) for name, run in two.items()
+    }
+
+
+def test_the_test_rows_are_read_once_and_choices_are_made_on_others(tmp_path, monkeypatch):
+    read_rows = []
+    scored = runner.row_scores
+    monkeypatch.setattr(
+        runner,
+        "row_scores",
+        lambda model, loader, measure: read_rows.append(loader.size) or scored(model, loader, measure),
+    )
+    make(tmp_path, tasks=("clean",), methods=("dense",), seeds=(0,)).run()
+    assert read_rows == [20] * 4 + [100]  # four evaluations on a tenth of 200 rows, then the test's hundred
+    (run,) = read(tmp_path).values()
+    assert run["validation"] == run["evals"][-1]["accuracy"]

@@ -46,4 +46,5 @@ def make(folder, **options):
         "evaluations": 4,
     }
     resume = options.pop("resume", False)
-    return study_runner(data(), study_design(**{**settings, **options}), folder=folder, resume=resume)
+    shard = options.pop("shard", (1, 1))
+    return study_runner(data(), study_design(**{**settings, **options}), folder=folder, resume=resume, shard=shard)

@@ -168,9 +168,9 @@ def run(
     missing = runner.missing()
     print(f"{len(missing)} of {len(design.cells)} runs to do", file=sys.stderr)
     margin = options.get("margin", MARGIN)
+    display = StudyDisplay({cell: cell.fraction * design.plan(cell.task).seconds for cell in missing})
     try:
-        shares = {cell: cell.fraction * design.plan(cell.task).seconds for cell in missing}
-        with StudyDisplay(shares) as display, invocation.signals.at_next_step():
+        with display, invocation.signals.at_next_step():
             runner.run(progress=display.step, stop=invocation.signals.stop)
     except Interrupted:
         if any(cell.method == BASELINE and cell.fraction == 1.0 for cell in runner.finished()):

@@ -136,15 +136,18 @@ class Design:
             raise UserError(f"`validation` must be in (0, 1), got {self.validation}")
         if unknown := [name for name in self.plans if name not in TASKS]:
             raise UserError(f"`plans` must be for some of {', '.join(TASKS)}, got {unknown[0]!r}")
-        for name, plan in self.plans.items():
-            if unknown := [method for method in plan.methods or () if method not in self.methods]:
-                raise UserError(f"the plan of {name} must have methods of the design, got {unknown[0]!r}")
 
     def plan(self, task: str) -> ResolvedPlan:
         """Settings of a task's runs."""
         plan = self.plans.get(task, Plan())
         values = (getattr(self, name) if value is None else value for name, value in plan._asdict().items())
         return ResolvedPlan(*values)
+
+    @property
+    def every_method(self) -> tuple[str, ...]:
+        """Methods of all tasks, each once, the design's own first."""
+        plans = [self.plan(task) for task in self.tasks]
+        return tuple(dict.fromkeys((*self.methods, *(method for plan in plans for method in plan.methods))))
 
     @property
     def cells(self) -> list[Cell]:

@@ -74,11 +74,8 @@ def study_design(
         )
         for name, plan in (plans or {}).items()
     }
-    every = dict.fromkeys(
-        (*_with_references(methods), *(name for plan in whole.values() for name in plan.methods or ()))
-    )
     return Design(
-        methods=tuple(every),
+        methods=_with_references(methods),
         tasks=tuple(dict.fromkeys(tasks)),
         fractions=_with_whole(fractions),
         plans=whole,
@@ -195,7 +192,7 @@ def study_result(runner: Runner, *, margin: float = MARGIN) -> dict[str, Any]:
         "settings": {
             **runner.settings,
             "tasks": list(design.tasks),
-            "arms": list(design.methods),
+            "arms": list(design.every_method),
             "fractions": list(design.fractions),
             "seeds": list(design.seeds),
         },
