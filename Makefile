@@ -19,7 +19,7 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo help test test-slow test-versions test-floor test-newest wheels test-xla bench gpu sanitize fuzz headers lint format clean
 
-demo: $(DEMO)  ## train dense, random, adaptive and gate at 10% on the embedded digits, and draw the report
+demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
 
 .PHONY: help

@@ -5,7 +5,7 @@ Hardware: 2 CPU cores.
 Minutes: 0.1
 Expected output:
     read 14370 rows in 10 epochs of 1437
-    accuracy 0.89, wrong labels among the rows drawn in the last epoch: 3% (in the data: 20%)
+    accuracy 0.88, wrong labels among the rows drawn in the last epoch: 5% (in the data: 20%)
 """
 
 import torch
@@ -25,7 +25,7 @@ dataset = TensorDataset(inputs, labels)
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
-sampler = HistorySampler(dataset, batch_size=64, method="adaptive", epochs=EPOCHS, targets=labels)
+sampler = HistorySampler(dataset, batch_size=64, method="adaptive", denoise=True, targets=labels)
 read = wrong_drawn = 0
 for epoch in range(EPOCHS):
     for index, (x, y) in DataLoader(Indexed(dataset), batch_sampler=sampler):
