@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pickle
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch.utils import _pytree as pytree
 from sparse_training.errors import UserError
 
 LARGEST_JSON = 1 << 30  # bytes
+SEAL = b"sparse-training checkpoint 1 "  # first bytes of a checkpoint; a digest in hexadecimal and a newline follow
+SEALED = len(SEAL) + 64 + 1  # bytes before its content
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -35,7 +38,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def _write(path: Path, fill: Callable[[BinaryIO], Any], before: Callable[[Path], None] = lambda written: None) -> None:
     """Fill a file beside ``path``, call ``before`` with it once it is on the disk, and give it the name."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             fill(file)
@@ -55,6 +58,31 @@ def _write(path: Path, fill: Callable[[BinaryIO], Any], before: Callable[[Path],
             os.close(folder)
 
 
+def make_folder(folder: Path, name: str) -> None:
+    """Make a folder if it is not there, and make sure that a file can be written into it.
+
+    Args:
+        folder: the folder.
+        name: name of the file that is to be written there, which is left as it is.
+
+    Raises:
+        UserError: the folder cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(folder / name)
+        with open(probe, "wb"):
+            pass
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        raise UserError(f"{folder} cannot be written to: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _temporary(path: Path) -> Path:
+    """Return the file beside another in which that is written before it takes its name."""
+    return path.with_name(path.name + ".tmp")
+
+
 def write_torch(path: Path, value: Any) -> None:
     """Write a value atomically, as ``torch.save`` does.
 
@@ -68,6 +96,35 @@ def write_torch(path: Path, value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def read_torch(path: Path) -> Any:
+    """Read a file that ``torch.save`` wrote, or a checkpoint of a run, onto the CPU; it can run no code.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The value.
+
+    Raises:
+        UserError: the file is missing, is not a regular one, or holds something else.
+    """
+    try:
+        if not path.is_file():  # opening a FIFO or a device may never return
+            raise UserError(f"{path}: no such file" if not path.exists() else f"{path} must be a regular file")
+        with open(path, "rb") as file:
+            file.seek(SEALED if file.read(len(SEAL)) == SEAL else 0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than tensors and plain containers, and is not loaded") from None
+    except Exception as error:  # torch.load raises nearly anything on what torch.save has not written
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} holds nothing that torch.save writes, and is not loaded: {line}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

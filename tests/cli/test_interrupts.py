@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -248,3 +249,54 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
     found, wanted = outcome(tmp_path / "part"), outcome(tmp_path / "whole")
     assert found[0] == wanted[0]
     same(found[1:], wanted[1:])
+
+
+STUDY = [
+    *("study", "--model", "test_interrupts:model", "--batch-size", "128", "--tasks", "clean,noise", "--threads", "1"),
+    *("--methods", "dense,random,gate", "--rate", "0.3", "--seconds", "0.5", "--seeds", "2", "--amp", "float32"),
+]
+
+
+def runs_of(folder):
+    """What each run of a study came to, and how often it drew each row, but for the time that it really took."""
+    found = {}
+    for path in sorted((folder / "runs").glob("*.json")):
+        run = json.loads(path.read_text())
+        for timed in (run, *run["evals"]):
+            timed.pop("raw_seconds", None)
+        counts = path.with_suffix(".counts")
+        found[path.name] = run, load_checkpoint(counts) if counts.exists() else {}
+    return found
+
+
+@pytest.mark.slow
+def test_a_study_killed_again_and_again_is_the_study_that_was_not(tmp_path, start):
+    """Both go by one calibration, which is what a run's seconds are counted by."""
+    calibrated = start(tmp_path, [*STUDY, "--calibrate-only", "--out", "whole"])
+    calibrated.join(200)
+    assert calibrated.exitcode == 0, (tmp_path / "log.txt").read_text()
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    began = time.monotonic()
+    whole = start(tmp_path, ["resume", "--trust-code", "whole"])
+    whole.join(250)
+    seconds = time.monotonic() - began
+    assert whole.exitcode == 0, (tmp_path / "log.txt").read_text()
+    wanted = runs_of(tmp_path / "whole")
+    assert len(wanted) == 2 * 3 * 2
+
+    draw, done, process = random.Random(1), [], None
+    while process is None or process.exitcode != 0:
+        process = start(tmp_path, ["resume", "--trust-code", "part"])
+        process.join(draw.uniform(0.0, 0.3 * seconds) if len(done) < KILLS else 250)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            done.append(len(runs_of(tmp_path / "part")))  # whatever was being written, what is there is whole
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "log.txt").read_text()
+    assert len(done) >= 3
+    assert done == sorted(done)  # no finished run was lost
+    found = runs_of(tmp_path / "part")
+    assert found.keys() == wanted.keys()
+    for name, (run, counts) in found.items():
+        assert run == wanted[name][0]
+        same(counts, wanted[name][1])

@@ -103,6 +103,8 @@ def test_what_the_user_types_needs_no_further_word(here, capsys):
         ({"steps": None}, "Give exactly one of"),
         ({"__class__": "evil"}, "has the option '__class__', which train does not take"),
         ({"epochs": 2}, "Give exactly one of"),
+        ({"root": "a\0b"}, "root must be text without NUL characters or surrogates"),
+        ({"data": "\ud800"}, "data must be text without NUL characters or surrogates"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -11,7 +11,8 @@ import torch
 
 from sparse_training import files, generators
 from sparse_training.errors import UserError
-from sparse_training.training.checkpoint import MAGIC, load_checkpoint, save_checkpoint
+from sparse_training.files import SEAL
+from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
 
 STATE = {"step": 3, "weights": torch.arange(2000.0), "nested": [1.5, None, {"text": (1, True)}]}
 
@@ -39,7 +40,7 @@ def test_any_flipped_bit_is_noticed(path, where):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\n", b"not one", MAGIC])
+@pytest.mark.parametrize("data", [b"", b"\n", b"not one", SEAL])
 def test_other_files_are_refused(path, data):
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
@@ -133,7 +134,7 @@ def test_code_in_a_well_formed_file_is_not_run(path, tmp_path, monkeypatch):
     buffer = tmp_path / "payload"
     torch.save({"state": Harmful()}, buffer)
     for payload in (buffer.read_bytes(), pickle.dumps(Harmful(), protocol=2)):
-        path.write_bytes(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+        path.write_bytes(SEAL + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
         with pytest.raises(UserError, match="more than tensors"):
             load_checkpoint(path)
     assert not (tmp_path / "harm").exists()

@@ -10,7 +10,8 @@ from torch import nn
 
 from sparse_training import ResidentLoader, SparseTrainer, load_data
 from sparse_training.errors import UserError
-from sparse_training.training.checkpoint import MAGIC, load_checkpoint, save_checkpoint
+from sparse_training.files import SEAL
+from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def seal(path, value):
@@ -19,7 +20,7 @@ def seal(path, value):
     if value is not None:
         torch.save(value, buffer)
     payload = buffer.getvalue()
-    path.write_bytes(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+    path.write_bytes(SEAL + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
 
 def run(folder, model=None, **options):

@@ -66,6 +66,9 @@ def resumed_options(path: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path / OPTIONS} has the option {unknown[0]!r:.60}, which {name} does not take")
     if missing := [option for option in RESUMABLE[name] if option not in found]:
         raise UserError(f"{path / OPTIONS} must have the option {missing[0]}, which {name} needs")
+    for option, value in found.items():
+        if not _is_text(str(value)):
+            raise UserError(f"{path / OPTIONS}: {option} must be text without NUL characters or surrogates")
     given = {option: _as_typed(value) for option, value in found.items() if value is not None}
     try:
         context = command.make_context(name, [], default_map=given)
@@ -73,6 +76,14 @@ def resumed_options(path: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path / OPTIONS}: {error.format_message()}") from None
     options = {option: value for option, value in context.params.items() if option in found}
     return name, {"command": name, "line": str(line), **options}
+
+
+def _is_text(value: str) -> bool:
+    """Tell whether a text can be the name of a file."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can say
+        return False
 
 
 def _as_typed(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sparse_training.errors import UserError
 from sparse_training.experiments.formats import COMPARISON, STUDY, ResultFormat
+from sparse_training.files import read_json
 
 Result = Mapping[str, Any]
 
@@ -79,12 +80,7 @@ def read_result(path: str | Path, kind: ResultFormat) -> dict[str, Any]:
         UserError: a file that cannot be read, is of another format or version, or is damaged.
     """
     name = str(path)
-    try:
-        result = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {name!r}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name!r} is not JSON, so it is no {kind.file}: {error}") from error
+    result = read_json(Path(path))
     if not isinstance(result, dict) or result.get("format") != kind.name:
         raise UserError(f"{name!r} is not the result of a {kind.kind} (format {kind.name!r})")
     version = result.get("version")

@@ -16,13 +16,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sparse_training.errors import UserError
-from sparse_training.files import _write
+from sparse_training.files import SEAL, SEALED, _write
 
 if sys.platform != "win32":
     import fcntl
-
-MAGIC = b"sparse-training checkpoint 1 "
-_HEADER = len(MAGIC) + 64 + 1  # the digest in hexadecimal and a newline
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -42,11 +39,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
     def fill(file: BinaryIO) -> None:
         hashed = _Hashed(file)
-        file.write(MAGIC + hashed.hexdigest() + b"\n")
+        file.write(SEAL + hashed.hexdigest() + b"\n")
         torch.save(dict(state), hashed)  # type: ignore[arg-type]  # torch.save calls write and flush alone
         if hashed.failed is not None:
             raise hashed.failed
-        file.seek(len(MAGIC))
+        file.seek(len(SEAL))
         file.write(hashed.hexdigest())
 
     def rotate(written: Path) -> None:
@@ -71,10 +68,10 @@ def _is_whole(path: Path) -> bool:
 
 def _matches(file: BinaryIO) -> bool:
     """Tell whether an open file has the digest that its header says."""
-    header, digest = file.read(_HEADER), hashlib.sha256()
+    header, digest = file.read(SEALED), hashlib.sha256()
     while part := file.read(1 << 20):
         digest.update(part)
-    return header == MAGIC + digest.hexdigest().encode() + b"\n"
+    return header == SEAL + digest.hexdigest().encode() + b"\n"
 
 
 @contextmanager
@@ -193,11 +190,11 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], str]:
         with open(path, "rb") as file:
             if not _matches(file):
                 file.seek(0)
-                header = file.read(len(MAGIC))
-                fault = "its digest does not match" if header.startswith(MAGIC[:24]) else "its header is another"
+                header = file.read(len(SEAL))
+                fault = "its digest does not match" if header.startswith(SEAL[:24]) else "its header is another"
                 raise UserError(f"{path} is damaged or not a checkpoint: {fault}")
-            file.seek(len(MAGIC))
-            digest = file.read(_HEADER - len(MAGIC)).decode().strip()
+            file.seek(len(SEAL))
+            digest = file.read(SEALED - len(SEAL)).decode().strip()
             xla = torch.device(device).type == "xla"  # torch.load cannot map to it
             state: dict[str, Any] = torch.load(file, map_location="cpu" if xla else device, weights_only=True)
             if xla:

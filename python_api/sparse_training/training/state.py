@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
+from sparse_training.files import make_folder
 from sparse_training.gate.gate import Gate
 from sparse_training.generators import rng_state, set_rng_state
 from sparse_training.selection.policies.base import Policy
@@ -189,6 +191,8 @@ class CheckpointFolder:
     """
 
     def __init__(self, folder: str | Path | None, ranks: Ranks, *, resume: bool) -> None:
+        if not isinstance(folder, str | os.PathLike | None):
+            raise UserError(f"`checkpoint` must be the path of a folder, or None, got {folder!r:.60}")
         self.path = None if folder is None else Path(folder)
         self.ranks, self.resume, self.resumes = ranks, resume, False
         self._lock = ExitStack()
@@ -205,7 +209,7 @@ class CheckpointFolder:
     def make(self) -> None:
         """Make the folder, if it was not there before."""
         if self.path is not None:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path, CHECKPOINT)
             if self._enter() and not self.resumes:  # another run began after this one
                 raise UserError(f"{self.path / CHECKPOINT} has just been written by another run")
 
@@ -213,13 +217,17 @@ class CheckpointFolder:
         """Hold the folder, if it is there; tell whether it has a checkpoint. All ranks raise the same."""
         assert self.path is not None
         refusal, path = "", self.path / CHECKPOINT
-        if self.ranks.rank == 0 and not self._held and self.path.is_dir():
-            try:
+        exists = False
+        try:
+            exists = path.exists() or previous_of(path).exists()
+            if self.ranks.rank == 0 and not self._held and self.path.is_dir():
                 self._lock.enter_context(locked(self.path))
                 self._held = True
-            except UserError as error:
-                refusal = str(error)
-        seen = self.ranks.all((refusal, path.exists() or previous_of(path).exists()))
+        except UserError as error:
+            refusal = str(error)
+        except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a NUL character
+            refusal = f"{self.path} cannot be a folder of checkpoints: {getattr(error, 'strerror', None) or error}"
+        seen = self.ranks.all((refusal, exists))
         refusal, found = seen[0]
         blind = [rank for rank, (_, sees) in enumerate(seen) if sees != found]
         if not refusal and blind:

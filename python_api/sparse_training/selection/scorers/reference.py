@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparse_kernels.trees import rows_at
 from sparse_training.errors import UserError
 from sparse_training.evaluation import forward, unwrap
+from sparse_training.files import read_torch
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.types import Batch, LossFunction, Scores, SelectedBatch
@@ -135,11 +136,9 @@ def load_reference(path: str | Path, model: nn.Module) -> nn.Module:
         UserError: the file is missing or cannot be read, or does not hold a state of such a model.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"the reference {path}: there is no such file") from None
-    except Exception as error:  # a pickle's errors are of every kind
-        raise UserError(f"the reference {path} cannot be read: {str(error).splitlines()[0]}") from None
+        state = read_torch(Path(path))
+    except UserError as error:
+        raise UserError(f"the reference {error}") from None
     reference = copy.deepcopy(model)
     try:
         reference.load_state_dict(state.get("model", state))
