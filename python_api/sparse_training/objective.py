@@ -127,15 +127,14 @@ def _means(criterion: Criterion, logits: Any, targets: Tensor) -> dict[bool, Ten
     found: dict[bool, Tensor] = {}
     if not isinstance(logits, Tensor):
         return found
-    for shift in (False, True):
+    of_tokens = targets_are_classes(logits, targets) and targets.ndim > 1 and targets.shape[1] > 1
+    for shift in (False, True) if of_tokens else (False,):
         pairing = Criterion(class_dim=criterion.class_dim, shift=shift)
         try:
             outputs, labels = pairing.aligned(logits.float(), targets)
             if targets_are_classes(outputs, labels):
                 outputs = outputs.movedim(pairing.classes_in(outputs, labels), 1)
-            if not shift or (targets.ndim > 1 and labels.numel()):
-                ignored = criterion.ignore_index
-                found[shift] = F.cross_entropy(outputs, labels, ignore_index=ignored)
+            found[shift] = F.cross_entropy(outputs, labels, ignore_index=criterion.ignore_index)
         except (RuntimeError, IndexError, UserError):  # targets of another kind
             continue
     return found

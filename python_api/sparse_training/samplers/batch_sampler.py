@@ -104,6 +104,7 @@ class HistorySampler(Sampler[list[int]]):
         self.size = dataset if isinstance(dataset, int) else rows_of(dataset)
         connected = dist.is_available() and dist.is_initialized()
         own_rank, ranks = rank_and_world_size()
+        self._processes = ranks if num_replicas is None and rank is None else None  # None: the caller's word
         self.replicas = ranks if num_replicas is None else num_replicas
         self.rank = own_rank if rank is None else rank
         if not 0 <= self.rank < self.replicas <= self.size:
@@ -199,6 +200,12 @@ class HistorySampler(Sampler[list[int]]):
         return self._total
 
     def __iter__(self) -> Iterator[list[int]]:
+        now = rank_and_world_size()[1]
+        if self._processes is not None and now != self._processes:  # each would have the rows of all
+            raise UserError(
+                f"the sampler was made for {self._processes} process(es), and torch.distributed now has {now}; make it "
+                "once they are connected (under Lightning in train_dataloader), or give rank= and num_replicas="
+            )
         if not self._restored:  # here, not at the first batch: the length may be asked for before that
             finished = self._total is not None and self._drawn >= self._total
             self._begin(self.epoch + 1 if finished else self.epoch)
