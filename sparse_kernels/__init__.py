@@ -7,7 +7,8 @@ Example:
     >>> kept = select(logits, targets, threshold, weights={"loss": 1.0}, tree=(inputs, targets)).packed
 """
 
-from sparse_kernels._dispatch import BackendUnavailable, backend_info
+from sparse_kernels._dispatch import BackendUnavailable
+from sparse_kernels._info import backend_info
 from sparse_kernels._version import __version__
 from sparse_kernels.ops import (
     compact,

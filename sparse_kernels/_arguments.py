@@ -90,6 +90,10 @@ class StatsCall:
         return [self.logits, self.targets]
 
     @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    @property
     def classes(self) -> int:
         return self.logits.shape[self.dim]
 
@@ -196,6 +200,10 @@ class CompactCall:
         """Return every tensor of the call."""
         return [self.mask] if self.weight is None else [self.mask, self.weight]
 
+    @property
+    def device(self) -> torch.device:
+        return self.mask.device
+
 
 def _checked_capacity(capacity: Any) -> int | None:
     if capacity is None:
@@ -251,6 +259,10 @@ class ControlCall:
         optional = (self.labels, self.mass, self.overflow)
         required = [self.significance, *self.state, self.setpoint]
         return required + [tensor for tensor in optional if tensor is not None]
+
+    @property
+    def device(self) -> torch.device:
+        return self.significance.device
 
 
 def _optional(name: str, operand: Any) -> Tensor | None:

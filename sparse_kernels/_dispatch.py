@@ -2,11 +2,17 @@
 
 ``TABLE`` lists, for each operation, its backends in order. A backend is a module with two functions for each operation
 that it has: ``<op>(call)`` serves a call, and ``<op>_unsupported_reason(call)`` says why it cannot, or None. By
-default the first backend that can serve does, and the reasons of those before it are logged once. A backend that is
-asked for by name serves, or its reason is raised.
+default the first that can serve does, of those for the call's device, and the reasons of those before it are logged
+once. A kernel of a GPU must be proved first: see ``self_check.proof``.
 
-Environment:
-    SPARSE_KERNELS_BACKEND: the backend for every operation, as ``backend=`` in a call. Read at import.
+A demand (``backend=``) is served by the backend that it names, or its reason is raised. ``gpu`` names the CUDA and the
+Triton kernels together.
+
+Environment, read at import:
+    SPARSE_KERNELS_BACKEND: a demand for every call of the process, wherever the backend has the operation and serves
+        the call's kind of device. All other calls go by default.
+    SPARSE_KERNELS_PREFER: a preference: this backend comes first, and what it cannot serve, or is not proved for, goes
+        by default.
 """
 
 from __future__ import annotations
@@ -23,10 +29,17 @@ from sparse_kernels import reference
 from sparse_kernels._tracing import tensors_unsupported_reason
 from sparse_kernels.backends import cpp, cuda
 from sparse_kernels.backends.triton import backend as triton
+from sparse_kernels.self_check import proof
+from sparse_kernels.self_check.cases import SCORED
 
 logger = logging.getLogger("sparse_kernels")
 
 BACKENDS: dict[str, Any] = {"cpp": cpp, "triton": triton, "torch": reference, "cuda": cuda}
+GPU = ("cuda", "triton")
+FAMILIES = {"gpu": GPU}
+# Kinds of devices that a backend serves by default; the reference serves all. Triton's interpreter, on a CPU, is for
+# tests: it serves where it is asked for.
+_KINDS = {"cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",), "torch": None}
 
 
 class Server(NamedTuple):
@@ -34,34 +47,34 @@ class Server(NamedTuple):
 
     backend: str
     by_name: bool  # never chosen by default
+    kinds: tuple[str, ...] | None  # of devices, by default; None for all
     unsupported_reason: Callable[[Any], str | None]
     serve: Callable[[Any], Any]
 
 
-def _servers(op: str, default: str, by_name: str) -> tuple[Server, ...]:
+def _servers(op: str, default: str, by_name: str = "") -> tuple[Server, ...]:
     def server(name: str, named: bool) -> Server:
         module = BACKENDS[name]
-        return Server(name, named, getattr(module, f"{op}_unsupported_reason"), getattr(module, op))
+        return Server(name, named, _KINDS[name], getattr(module, f"{op}_unsupported_reason"), getattr(module, op))
 
     return (*(server(name, False) for name in default.split()), *(server(name, True) for name in by_name.split()))
 
 
-# The compiled extension comes first and the reference, which serves everything, last. GPU kernels serve only by name:
-# the Triton kernels are tested interpreted and compiled ahead of time, the CUDA kernels on a CPU; until they are
-# measured on a GPU, the reference serves there by default. An operation without the reference is made of others, and
-# a backend here has it as one call.
+# The kernels of each kind of device come first and the reference, which serves everything, last. An operation without
+# the reference is made of others, and a backend here has it as one call. The scores of ``cuda`` are those of ``triton``.
 TABLE: dict[str, tuple[Server, ...]] = {
-    "row_stats": _servers("row_stats", "cpp torch", "triton cuda"),
-    "gate_rows": _servers("gate_rows", "cpp torch", "triton cuda"),
-    "compact": _servers("compact", "cpp torch", "cuda"),
-    "control": _servers("control", "cpp torch", "cuda"),
-    "gather_rows": _servers("gather_rows", "cpp torch", "cuda"),
-    "scatter_rows": _servers("scatter_rows", "cpp torch", "cuda"),
-    "select": _servers("select", "cpp", "cuda"),
-    "gate_step": _servers("gate_step", "cpp", "cuda"),
+    "row_stats": _servers("row_stats", "cpp triton torch", "cuda"),
+    "gate_rows": _servers("gate_rows", "cpp triton torch", "cuda"),
+    "compact": _servers("compact", "cpp cuda torch"),
+    "control": _servers("control", "cpp cuda torch"),
+    "gather_rows": _servers("gather_rows", "cpp cuda torch"),
+    "scatter_rows": _servers("scatter_rows", "cpp cuda torch"),
+    "select": _servers("select", "cpp cuda"),
+    "gate_step": _servers("gate_step", "cpp cuda"),
 }
 _logged: set[str] = set()
 _forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
+_preferred = os.environ.get("SPARSE_KERNELS_PREFER") or None
 
 
 class BackendUnavailable(ValueError):
@@ -74,28 +87,15 @@ def choose(op: str, call: Any, name: str | None) -> tuple[str, Callable[[Any], A
     Args:
         op: the operation; one that the reference serves.
         call: the checked call.
-        name: the backend asked for; None for the first that can serve.
+        name: the backend or family asked for; None for the first that can serve.
 
     Raises:
         BackendUnavailable: the backend asked for cannot serve the call.
     """
-    name = name or _forced
-    if name is None:
-        for candidate, _, unsupported_reason, serve in TABLE[op]:
-            reason = unsupported_reason(call) or _operands_reason(candidate, call)
-            if reason is None:
-                return candidate, serve
-            _log_once(f"{op}: {candidate} not used: {reason}")
-    if name not in BACKENDS:
-        raise BackendUnavailable(f"unknown backend {name!r}; use one of {', '.join(BACKENDS)}")
-    for candidate, _, unsupported_reason, serve in TABLE[op]:
-        if candidate == name:
-            reason = unsupported_reason(call) or _operands_reason(candidate, call)
-            if reason is not None:
-                raise BackendUnavailable(f"backend {name!r} cannot serve this {op}: {reason}")
-            return name, serve
-    served_by = ", ".join(server.backend for server in TABLE[op])
-    raise BackendUnavailable(f"backend {name!r} has no {op}; use one of {served_by}")
+    found = _demanded(op, call, name) if name or _forced else None
+    found = found or _first(op, call)
+    assert found is not None  # the reference serves all
+    return found.backend, found.serve
 
 
 def serve_fused(op: str, call: Any, name: str | None) -> Any | None:
@@ -104,30 +104,109 @@ def serve_fused(op: str, call: Any, name: str | None) -> Any | None:
     Args:
         op: ``select`` or ``gate_step``.
         call: the checked call.
-        name: the backend asked for; None for any default one.
+        name: the backend or family asked for; None for any default one.
     """
-    name = name or _forced
-    for candidate, by_name, unsupported_reason, serve in TABLE[op]:
-        chosen = candidate == name if name else not by_name
-        if chosen and unsupported_reason(call) is None and _operands_reason(candidate, call) is None:
-            return serve(call)
+    demand = name or _forced
+    if demand is None:
+        found = _first(op, call)
+        return None if found is None else found.serve(call)
+    for server in TABLE[op]:
+        if server.backend in members(demand) and _reason(server, call) is None:
+            return server.serve(call)
     return None
 
 
-def _operands_reason(backend: str, call: Any) -> str | None:
-    """Return why a backend that takes addresses cannot take one of the call's tensors, or None.
+def members(name: str) -> tuple[str, ...]:
+    """Return the backends that a name stands for, or raise.
 
-    Here for all of them, so that no operand's address leaves Python unlooked at.
+    Args:
+        name: a backend or a family.
+
+    Raises:
+        BackendUnavailable: there is none of that name.
     """
-    return None if backend == "torch" else tensors_unsupported_reason(call.operands())
+    if name in BACKENDS:
+        return (name,)
+    if name in FAMILIES:
+        return FAMILIES[name]
+    raise BackendUnavailable(f"unknown backend {name!r}; use one of {', '.join((*BACKENDS, *FAMILIES))}")
+
+
+def named(op: str, name: str) -> list[Server]:
+    """Return the servers that a name stands for, without those of a family that only their own name chooses.
+
+    Args:
+        op: the operation.
+        name: a backend or a family.
+    """
+    some = members(name)
+    return [s for s in TABLE[op] if s.backend in some and (s.backend == name or not s.by_name)]
+
+
+def _demanded(op: str, call: Any, name: str | None) -> Server | None:
+    """Return the server that a call or the process demands; None where the process's demand does not reach."""
+    demand = name or _forced
+    assert demand is not None
+    servers = named(op, demand)
+    reasons: dict[str, str] = {}
+    for server in servers:
+        reason = _reason(server, call)
+        if reason is None:
+            return server
+        reasons[server.backend] = reason
+    kind = call.device.type
+    if name is None and not any(server.kinds is None or kind in server.kinds for server in servers):
+        _log_once(f"{op} on {kind} goes by default: {demand}, which SPARSE_KERNELS_BACKEND names, has none there")
+        return None
+    if not servers:
+        served_by = ", ".join(server.backend for server in TABLE[op])
+        raise BackendUnavailable(f"backend {demand!r} has no {op}; use one of {served_by}")
+    why = "; ".join(reason if backend == demand else f"{backend}: {reason}" for backend, reason in reasons.items())
+    raise BackendUnavailable(f"backend {demand!r} cannot serve this {op}: {why}")
+
+
+def _first(op: str, call: Any) -> Server | None:
+    """Return the first server for this kind of device that can serve the call, and is proved where it must be."""
+    kind = call.device.type
+    for server in TABLE[op] if _preferred is None else preferring(op, _preferred):
+        if server.by_name or (server.kinds is not None and kind not in server.kinds):
+            continue
+        reason = _reason(server, call)
+        if reason is None and server.backend in GPU:
+            dtype = call.logits.dtype if op in SCORED else None
+            reason = proof.unproved_reason(server.backend, BACKENDS[server.backend], op, dtype, call.device)
+        if reason is None:
+            return server
+        _log_once(f"{op}: {server.backend} not used: {reason}")
+    return None
+
+
+def preferring(op: str, name: str) -> list[Server]:
+    """Return the servers of an operation, first those that a name stands for, for every kind of device.
+
+    Args:
+        op: the operation.
+        name: a backend or a family.
+    """
+    first = [Server(s.backend, False, None, s.unsupported_reason, s.serve) for s in named(op, name)]
+    return [*first, *TABLE[op]]
+
+
+def _reason(server: Server, call: Any) -> str | None:
+    """Return why a backend cannot serve a call, or None."""
+    reason = server.unsupported_reason(call)
+    if reason is None and server.backend != "torch":
+        # Here for all that take addresses, so that no operand's address leaves Python unlooked at.
+        reason = tensors_unsupported_reason(call.operands())
+    return reason
 
 
 @contextlib.contextmanager
-def forced(name: str) -> Iterator[None]:
-    """Serve every operation in the block by one backend, as SPARSE_KERNELS_BACKEND does for a process.
+def forced(name: str | None) -> Iterator[None]:
+    """Demand a backend in the block, as SPARSE_KERNELS_BACKEND does for a process.
 
     Args:
-        name: one of ``BACKENDS``.
+        name: one of ``BACKENDS`` or ``FAMILIES``; None for no demand.
     """
     global _forced
     before, _forced = _forced, name
@@ -141,46 +220,3 @@ def _log_once(message: str) -> None:
     if message not in _logged and not torch.compiler.is_compiling():  # a trace cannot hold a log call
         _logged.add(message)
         logger.info(message)
-
-
-class BackendInfo(dict[str, dict[str, Any]]):
-    """Active backends: ``{op: {"active": name, "detail": text, "others": {name: reason}}}``. Prints as a table."""
-
-    def __str__(self) -> str:
-        lines = []
-        for op, entry in self.items():
-            detail = f" ({entry['detail']})" if entry["detail"] else ""
-            lines.append(f"{op:13} {entry['active']}{detail}")
-            lines += [f"{'':13}   not {name}: {reason}" for name, reason in entry["others"].items()]
-        return "\n".join(lines)
-
-
-def backend_info() -> BackendInfo:
-    """Return which backend serves each operation for plain CPU tensors, and why the others do not.
-
-    Example:
-        >>> print(sparse_kernels.backend_info())
-        row_stats     cpp (avx512, 2 threads)
-                        not torch: cpp comes first
-    """
-    info = BackendInfo()
-    for op, servers in TABLE.items():
-        if not any(server.backend == "torch" for server in servers):
-            continue  # made of the others
-        others: dict[str, str] = {}
-        active = ""
-        for name, by_name, *_ in servers:
-            reason = BACKENDS[name].unavailable_reason()
-            if reason is None and _forced not in (None, name):
-                reason = f"SPARSE_KERNELS_BACKEND={_forced}"
-            if reason is None and active:
-                reason = f"{active} comes first"
-            if reason is None and by_name and _forced != name:
-                reason = f"used only by name (backend={name!r})"
-            if reason is None:
-                active = name
-            else:
-                others[name] = reason
-        detail = BACKENDS[active].detail() if active else ""
-        info[op] = {"active": active or "none", "detail": detail, "others": others}
-    return info

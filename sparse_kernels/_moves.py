@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sparse_kernels._operands import vetted_places
@@ -38,6 +39,10 @@ class TreeCall(Tree):
     def operands(self) -> list[Tensor]:
         """Return every tensor of the call."""
         return [self.selection.index, self.selection.count, *self.tensors]
+
+    @property
+    def device(self) -> torch.device:
+        return self.selection.index.device
 
     def check_index(self) -> None:
         """Raise for an index out of range, where the host may look: for what does not look by itself."""

@@ -41,7 +41,7 @@ def _differentiable(outputs: Collection[str]) -> bool:
 
 def may_be_direct(backend: str | None) -> bool:
     """Return True if a call that asks for this backend may be tried on ``cpp_direct``."""
-    name = backend or _dispatch._forced
+    name = backend or _dispatch._forced or _dispatch._preferred
     return cpp_direct.AVAILABLE and (name is None or name == "cpp") and unwatched()
 
 

@@ -37,7 +37,7 @@ PATHS = [
     "from sparse_training.integrations.trl import serve",
     "from sparse_training.models import MODELS, build_model",
     "from sparse_training.trainer import SparseTrainer",
-    "from sparse_training.training.tensorboard import TensorBoard",
+    "from sparse_training.callbacks import EarlyStopping, TensorBoard",
     "import sparse_training; sparse_training.nn.Compact; sparse_training.gate.Gate; sparse_training.trainer",
     "import sparse_training; sparse_training.data.load_data; sparse_training.models.build_model",
     "from sparse_training import *; import sparse_training as s; [globals()[n] for n in s.__all__]",

@@ -76,7 +76,7 @@ def test_the_examples_run():
         used = names()
         exec(code, used)
         if "trainer" in used:
-            assert used["trainer"].policy.name == "adaptive"
+            assert used["trainer"].policy.name == "infobatch"
 
 
 def test_the_derivation_of_the_row_statistics():

@@ -13,6 +13,7 @@
 #include "sparse_kernels/cuda/control.h"
 #include "sparse_kernels/cuda/device_stream.h"
 #include "sparse_kernels/cuda/gather.h"
+#include "sparse_kernels/cuda/versions.h"
 
 namespace py = pybind11;
 namespace sk = sparse_kernels::cuda;
@@ -107,6 +108,11 @@ PYBIND11_MODULE(_cuda, m) {
     py::gil_scoped_release unlocked;
     sk::scatter_rows(moves.data(), int(moves.size()), at<int64_t>(index), slots, at<int32_t>(kept),
                      rows, place(device, stream));
+  });
+
+  m.def("versions", [] {
+    const sk::Versions found = sk::versions();
+    return std::make_tuple(found.runtime, found.driver);
   });
 
 #ifdef SPARSE_KERNELS_ARCHITECTURES

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from sparse_training.selection.policies.base import Policy
     from sparse_training.selection.registry import POLICIES
     from sparse_training.trainer import SparseTrainer
+    from sparse_training.training.callbacks import Callback
     from sparse_training.training.settings import TrainerSettings
 
 __all__ = [
     "POLICIES",
     "Budget",
+    "Callback",
     "Compact",
     "Criterion",
     "Expand",
@@ -70,12 +72,14 @@ _MODULES = {
     "sparse_training.selection.policies.base": ("Policy",),
     "sparse_training.selection.registry": ("POLICIES",),
     "sparse_training.trainer": ("SparseTrainer",),
+    "sparse_training.training.callbacks": ("Callback",),
     "sparse_training.training.settings": ("TrainerSettings",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 # Reachable as attributes after ``import sparse_training`` alone.
 _SUBMODULES = (
-    "criterion", "data", "errors", "gate", "models", "nn", "profiling", "samplers", "selection", "trainer", "training",
+    "callbacks", "criterion", "data", "errors", "gate", "models", "nn", "profiling", "samplers", "selection", "trainer",
+    "training",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,9 +38,16 @@ class Criterion:
             function or a ``functools.partial`` of it, and "values" otherwise.
         ignore_index: integer target of the tokens or pixels that do not count. None (the default) for the loss's own,
             as an attribute, in a ``functools.partial`` or as a parameter's default, or else -100.
+        shift: True where each token's output predicts the next token's target, as in causal language models whose
+            labels are their inputs; False where it predicts the target at its own place. None (the default) for what
+            the model's own loss does; False where the model computes none.
+        outputs: function from the model's output to the logits, or to whatever else the loss takes, such as
+            ``lambda output: output["out"]``. None (the default) for a tensor itself, and for what an output has as
+            ``logits``.
 
     Attributes:
         classes: True where integer targets are classes.
+        is_default: True where no loss was given, and none but the model's own loss can be meant.
         ignore_index: target of the tokens or pixels that do not count.
         label_smoothing: label smoothing of the loss; 0 where it has none.
 
@@ -60,7 +67,10 @@ class Criterion:
         class_dim: int | None = None,
         targets: str | None = None,
         ignore_index: int | None = None,
+        shift: bool | None = None,
+        outputs: Callable[[Any], Any] | None = None,
     ) -> None:
+        self.is_default = loss is None
         self.loss = nn.CrossEntropyLoss(reduction="none") if loss is None else loss
         check_reduction(self.loss)
         if granularity not in GRANULARITIES:
@@ -69,10 +79,14 @@ class Criterion:
             raise UserError(f"`class_dim` must be 1, -1 or None (the one that fits), got {class_dim}")
         if targets is not None and targets not in TARGETS:
             raise UserError(f"`targets` must be one of {', '.join(TARGETS)}, or None, got {targets!r}")
+        if shift not in (None, True, False):
+            raise UserError(f"`shift` must be True, False or None (as the model's own loss), got {shift!r}")
+        if outputs is not None and not callable(outputs):
+            raise UserError(f"`outputs` must be a function of the model's output, or None, got {outputs!r}")
         own = loss_setting(self.loss, "ignore_index")
         if ignore_index is not None and own not in (None, ignore_index):
             raise UserError(f"`ignore_index` must be the loss's own, {own}, got {ignore_index}; give it to one of them")
-        self.granularity, self.class_dim = granularity, class_dim
+        self.granularity, self.class_dim, self.shift, self.outputs = granularity, class_dim, shift, outputs
         self.is_known = isinstance(self.loss, CLASS_LOSSES) or _function_of(self.loss) in CLASS_FUNCTIONS
         self.classes = self.is_known if targets is None else targets == "classes"
         self.ignore_index = int(IGNORED if own is None else own) if ignore_index is None else ignore_index
@@ -89,8 +103,10 @@ class Criterion:
             Losses, [B].
 
         Raises:
-            UserError: the loss's first dimension is not B, or the class dimension is ambiguous.
+            UserError: the loss's first dimension is not B, the class dimension is ambiguous, or the output holds no
+                logits that a loss of PyTorch's for classes can take.
         """
+        logits, targets = self.aligned(logits, targets)
         if self.is_known and targets_are_classes(logits, targets):
             logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch expects them
         losses = self.loss(logits, targets)
@@ -107,6 +123,33 @@ class Criterion:
             )
         counts = self.counting(targets) if losses.shape == targets.shape else None
         return mean_over_tokens(losses, counts)
+
+    def aligned(self, logits: Any, targets: Tensor) -> tuple[Any, Tensor]:
+        """Pair the logits with the targets that they predict.
+
+        Args:
+            logits: output of the model, [B, ...].
+            targets: targets, [B, ...].
+
+        Returns:
+            Both as they are or, with ``shift``, without the last token's logits and the first token's target. Targets
+            of one dimension are those of tokens that are paired already.
+
+        Raises:
+            UserError: the output is not a tensor, and the loss is one of PyTorch's for classes.
+        """
+        if not isinstance(logits, Tensor):
+            if self.is_known or self.shift:
+                raise UserError(
+                    f"the model's output must be a tensor of logits or have `logits`, got {described(logits)}; give "
+                    "loss=Criterion(outputs=...), a function from the output to the logits"
+                )
+            return logits, targets
+        if not self.shift or targets.ndim < 2:
+            return logits, targets
+        in_front = targets_are_classes(logits, targets) and self.classes_in(logits, targets) == 1
+        dim = 2 if in_front else 1  # of the tokens, in the logits
+        return logits.narrow(dim, 0, max(logits.shape[dim] - 1, 0)), targets[:, 1:]
 
     def counting(self, targets: Tensor) -> Tensor | None:
         """Mask of the tokens or pixels that count, bool, of the targets' shape; None for all of them."""
@@ -149,6 +192,7 @@ class Criterion:
         Raises:
             UserError: the targets are not class indices, or do not fit.
         """
+        logits, targets = self.aligned(logits, targets)
         if not targets_are_classes(logits, targets):
             raise UserError(
                 f'granularity="token" needs one class index per token, got {targets.dtype} targets of shape '
@@ -168,6 +212,7 @@ class Criterion:
         Returns:
             float32 [B].
         """
+        logits, targets = self.aligned(logits, targets)
         threshold = torch.zeros((), device=logits.device)
         values = gate_rows(
             logits, targets, threshold,
@@ -191,6 +236,7 @@ class Criterion:
         """
         if not self.classes:
             return None
+        logits, targets = self.aligned(logits, targets)
         if targets_are_classes(logits, targets):
             dim = self.classes_in(logits, targets)
         elif self.is_known and targets.is_floating_point() and logits.shape == targets.shape and logits.ndim > 1:
@@ -200,6 +246,17 @@ class Criterion:
             return None
         counts = targets != self.ignore_index
         return ((logits.argmax(dim) == targets) & counts).sum(), counts.sum()
+
+
+def described(output: Any) -> str:
+    """Name the type of a model's output, and its parts."""
+    name = type(output).__name__
+    if isinstance(output, Mapping):
+        return f"a {name} of {', '.join(map(str, output))}"
+    fields = getattr(output, "_fields", None) or getattr(output, "__dataclass_fields__", None)
+    if fields:
+        return f"a {name} of {', '.join(fields)}"
+    return f"a {name} of {len(output)}" if isinstance(output, (tuple, list)) else f"a {name}"
 
 
 def mean_over_tokens(values: Tensor, counts: Tensor | None = None) -> Tensor:

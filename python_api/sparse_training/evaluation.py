@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_training.errors import UserError
+
 
 @contextmanager
 def evaluation_statistics(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[None]:
@@ -30,24 +32,60 @@ def evaluation_statistics(model: nn.Module, kind: type[nn.Module] = nn.Module) -
             module.training = True
 
 
-def forward(model: nn.Module, inputs: Any) -> Tensor:
+def forward(model: nn.Module, inputs: Any, criterion: Any = None, **named: Any) -> Any:
     """Run the model on inputs of any structure.
 
     Args:
         model: the model.
         inputs: a tensor, or a tuple, list or mapping of arguments.
+        criterion: the loss, whose function ``outputs`` finds the logits, where it has one. Default None.
+        **named: further arguments of the model.
 
     Returns:
-        The output, or its attribute ``logits`` where it has one.
+        The logits. Without a function that finds them: the output, or what it has as ``logits``.
+
+    Raises:
+        UserError: the output has logits of auxiliary classifiers beside its own.
     """
+    output = call(model, inputs, **named)
+    find = getattr(criterion, "outputs", None)
+    return logits_of(output) if find is None else find(output)
+
+
+def call(model: nn.Module, inputs: Any, **named: Any) -> Any:
+    """Return the model's output, as it is, for inputs of any structure and further arguments."""
     if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
+        return model(**inputs, **named)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs, **named)
+    return model(inputs, **named)
+
+
+def logits_of(output: Any) -> Any:
+    """Return what a model's output has as ``logits``; an output without is returned as it is.
+
+    Raises:
+        UserError: the output has logits of auxiliary classifiers beside its own.
+    """
+    if isinstance(output, Tensor):
+        return output
+    fields = output if isinstance(output, Mapping) else _fields(output)
+    if "logits" not in fields:
+        return getattr(output, "logits", output)
+    auxiliary = [name for name, value in fields.items() if str(name).startswith("aux_logits") and value is not None]
+    if auxiliary:  # torchvision's Inception and GoogLeNet, in training alone
+        raise UserError(
+            f"the model's output, a {type(output).__name__}, has {', '.join(auxiliary)} beside the logits, which no "
+            "loss would see; give loss=Criterion(loss, outputs=...) for all of them, or make the model with "
+            "aux_logits=False"
+        )
+    return fields["logits"]
+
+
+def _fields(output: Any) -> dict[str, Any]:
+    """Return a named tuple's or dataclass's parts by name; nothing of other objects."""
+    names = getattr(output, "_fields", None) or getattr(output, "__dataclass_fields__", None) or ()
+    return {name: getattr(output, name) for name in names}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

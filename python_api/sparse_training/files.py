@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.utils import _pytree as pytree
 
 from sparse_training.errors import UserError
+
+LARGEST_JSON = 1 << 30  # bytes
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -82,17 +87,48 @@ def read_json(path: Path) -> Any:
     """Read the value in a JSON file.
 
     Args:
-        path: file to read.
+        path: file to read, of at most ``LARGEST_JSON`` bytes.
 
     Returns:
         The value.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing, is not a regular one or too large, or is not JSON.
     """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a FIFO or a device may never return
+            raise UserError(f"{path}: a JSON file must be a regular file")
+        if status.st_size > LARGEST_JSON:
+            raise UserError(f"{path}: a JSON file must have at most {LARGEST_JSON} bytes, got {status.st_size}")
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UserError:  # a ValueError too
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object, of numbers that are finite.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        Its entries.
+
+    Raises:
+        UserError: as of ``read_json``; or another value, or a number that is not finite.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    for name, entry in value.items():
+        for part in pytree.tree_leaves(entry):
+            if isinstance(part, float) and not math.isfinite(part):
+                raise UserError(f"{path}: {name} must be finite, got {part}")
+    return value

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparse_training.errors import UserError
+from sparse_training.rank_failures import wait_for
 
 
 def resolve_process_group(group: Any) -> Any:
@@ -66,6 +67,19 @@ def connect() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
 
 
+def gather_numbers(*numbers: int) -> Tensor:
+    """Gather integers from all processes, which all call this with as many.
+
+    Returns:
+        int64 [processes, numbers], on the CPU.
+    """
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    wait_for(dist.all_gather(gathered, own, async_op=True), own.device)
+    return torch.stack(gathered).cpu()
+
+
 def sum_across_ranks(tensors: Sequence[Tensor]) -> None:
     """Sum tensors across the processes, in place, in one exchange.
 
@@ -74,7 +88,7 @@ def sum_across_ranks(tensors: Sequence[Tensor]) -> None:
     """
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
-    dist.all_reduce(flat)
+    wait_for(dist.all_reduce(flat, async_op=True), flat.device)
     with torch.no_grad():
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
+from sparse_training.callbacks.display import usual_callbacks
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.data.loader import Loader
+from sparse_training.data.numbered import NumberedLoader
+from sparse_training.data.row_numbers import unnumbered_reason
+from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.profiling.budget_controller import BudgetController
-from sparse_training.profiling.calibration import calibrate
+from sparse_training.profiling.calibration import Stopped, calibrate
 from sparse_training.profiling.energy import Energy, Meter, find_meter
+from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import check_rate_is_used, make_policy
+from sparse_training.selection.policies.infobatch import InfoBatchPolicy
+from sparse_training.selection.registry import DEFAULT_POLICY, check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
-from sparse_training.training.callbacks import Callbacks, Evaluation
+from sparse_training.training.callbacks import Callback, Callbacks, Evaluation
 from sparse_training.training.clock import Clock
 from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
 from sparse_training.training.modes import training_mode
-from sparse_training.training.schedule import Schedule
+from sparse_training.training.schedule import LR_WARMUP, Schedule
 from sparse_training.training.settings import TrainerSettings
-from sparse_training.training.state import CheckpointFolder, RunState, run_settings
+from sparse_training.training.state import CheckpointFolder, RunState, agree_on_run, run_settings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
 
@@ -64,11 +72,16 @@ class SparseTrainer(TrainingStep):
         schedule: learning rate by progress through the budget: "cosine", "constant", or a callable that maps progress
             in [0, 1] to a factor of ``lr``. Or a scheduler of ``torch.optim.lr_scheduler`` over ``optimizer``, which
             is stepped after every optimizer step and saved in checkpoints. Default "cosine".
+        lr_warmup: fraction of the run over which the learning rate rises to ``schedule``'s, in [0, 1]; a callable or a
+            scheduler rises by itself. Default 0.02.
         dense_start: fraction of the run that trains on every row at the start. Default 0.05.
         dense_end: fraction of the run that trains on every row at the end. Default 0.125.
-        policy: a name in ``POLICIES``, a ``Policy``, or a ``Gate``; "gate@early:3" names a policy and its scorer. A
-            gate scores targets that are not class indices by the loss itself. Default: "adaptive", or "gate" where a
-            scorer is given.
+        policy: a name in ``POLICIES``, a ``Policy``, or a ``Gate``; "gate@early:3" names a policy and its scorer, and
+            "adaptive+denoise" a policy and its switch. A gate scores targets that are not class indices by the loss
+            itself. Default: "infobatch", whose expected gradient is that of all rows. It goes by each row's last loss,
+            or by the losses of the batch where a scorer is given and for granularity "token". Data whose rows have no
+            numbers, such as an iterable of batches, are then trained on whole, with a warning; by its name it refuses
+            them.
         scorer: source of the scores that the policy selects by: "self", "self:SCALE", "early:LAYER", "proxy",
             "proxy:MODEL", "reference:FILE", "history", or a ``Scorer``. Default: the policy's own, the model itself
             for a gate.
@@ -83,6 +96,7 @@ class SparseTrainer(TrainingStep):
         UserError: an argument out of range or without effect, or a loss that reduces over rows.
     """
 
+    @together()
     def __init__(
         self,
         model: nn.Module,
@@ -92,6 +106,7 @@ class SparseTrainer(TrainingStep):
         optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
         lr: float = 1e-3,
         schedule: str | Callable[[float], float] | LRScheduler = "cosine",
+        lr_warmup: float = LR_WARMUP,
         dense_start: float = 0.05,
         dense_end: float = 0.125,
         policy: str | Policy | Gate | None = None,
@@ -105,10 +120,10 @@ class SparseTrainer(TrainingStep):
             loss = Criterion(loss, granularity=granularity or "sample")
         elif granularity not in (None, loss.granularity):
             raise UserError(f"`granularity` is {granularity!r} and the criterion's is {loss.granularity!r}; give one")
-        if policy is None:
-            policy = "adaptive" if scorer is None else "gate"
+        self._by_default = policy is None
+        policy = DEFAULT_POLICY if policy is None else policy
         check_rate_is_used(policy, rate)
-        self.schedule = Schedule(dense_start, dense_end, schedule)
+        self.schedule = Schedule(dense_start, dense_end, schedule, lr_warmup)
         self.seed = seed
         super().__init__(
             model,
@@ -121,6 +136,7 @@ class SparseTrainer(TrainingStep):
         )
         self._set_scheduler(self.schedule.scheduler)
 
+    @together()
     def fit(
         self,
         train: Iterable[Any],
@@ -137,15 +153,17 @@ class SparseTrainer(TrainingStep):
         checkpoint: str | Path | None = None,
         checkpoint_interval: int | None = None,
         resume: bool = False,
-        progress: Callable[[Status], None] | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool | Callable[[Status], None] = True,
         stop: Callable[[], bool] | None = None,
     ) -> TrainingLog:
         """Train for a budget. Give exactly one of ``epochs``, ``steps``, ``rows`` and ``seconds``.
 
         Args:
-            train: a ResidentLoader, a DataLoader, or any iterable of batches. With several processes each has its
-                part, in as many batches as the others: a ResidentLoader splits the data itself, a DataLoader needs a
-                DistributedSampler.
+            train: a ResidentLoader, a DataLoader, or any iterable of batches. Of a map-style DataLoader a policy that
+                goes by past losses reads the rows alone that it chooses: in the order of the DataLoader's own sampler,
+                by its own workers and collate function. With several processes each has its part, in as many batches
+                as the others: a ResidentLoader splits the data itself, a DataLoader needs a DistributedSampler.
             epochs: number of passes over the data, which must have a length; above 0.
             steps: number of batches, above 0.
             rows: number of rows in the batches, trained on or not, over all processes; above 0.
@@ -162,11 +180,15 @@ class SparseTrainer(TrainingStep):
             checkpoint: folder of ``checkpoint.pt``, written when stopped and at the end. With several processes the
                 first one writes it, and all read it. Default: no checkpoints.
             checkpoint_interval: number of steps between further checkpoints. Default: no further ones.
-            resume: True to continue the folder's checkpoint bit for bit, and to start a new run if there is none.
-                Default False.
-            progress: called after every step with the run's ``Status``. Default: not called.
-            stop: called after every step; once it returns true, on any process, the run writes its checkpoint and
-                returns. Default: not called.
+            resume: True to continue the folder's checkpoint bit for bit, and to start a new run if there is none. A
+                larger budget of the same kind extends the checkpoint's run; the log warns where the result differs
+                from a run of that length. Default False.
+            callbacks: followers of the run, such as ``EarlyStopping``; see ``sparse_training.callbacks``. Default:
+                none but those that write messages and progress.
+            progress: True for a progress line where standard error is a terminal or a notebook, False for none; or a
+                function, called after every step with the run's ``Status``. Default True.
+            stop: called after every step, and while the clock is calibrated; once it returns true, on any process, the
+                run writes its checkpoint and returns. Default: not called.
 
         Returns:
             The run's log, its counts over all processes.
@@ -175,18 +197,58 @@ class SparseTrainer(TrainingStep):
             UserError: no budget or several, a checkpoint in the folder without ``resume``, a folder that another run
                 is using, a checkpoint made with other settings, or a batch or loss of the wrong shape.
         """
-        loader = self.loader(train)
+        followers = Callbacks([*usual_callbacks(progress), *callbacks])
+        loader = self._training_loader(train)
         length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
-        callbacks = Callbacks(evaluate, evaluations, progress, stop)
+        settings = run_settings(
+            self, self.schedule, loader,
+            seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
+        )  # fmt: skip
+        agree_on_run(
+            self, settings, loader, followers,
+            stop=stop is not None, evaluate=evaluate is not None and not callable(evaluate),
+            checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
+        )  # fmt: skip
         held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
         with training_mode(self.model, self.parallel), held as folder:
-            state = self._run_state(
-                loader, length, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
-                resumes=folder.resumes,
-            )  # fmt: skip
+            try:
+                state = self._run_state(
+                    loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
+                    resumes=folder.resumes, callbacks=followers, stop=stop,
+                )  # fmt: skip
+            except Stopped:  # in the calibration: nothing has begun
+                return TrainingLog(interrupted=True)
+            reason = getattr(self.policy, "every_row", None)
+            if reason is not None and reason not in state.log.notes:
+                state.log.notes.append(reason)
             folder.make()
-            loop = TrainingLoop(state, length, self.schedule, callbacks, checkpoint_interval=checkpoint_interval)
+            loop = TrainingLoop(
+                state, length, self.schedule, evaluate=evaluate, evaluations=evaluations, stop=stop,
+                checkpoint_interval=checkpoint_interval,
+            )  # fmt: skip
             return loop.run()
+
+    def _training_loader(self, train: Iterable[Any]) -> Loader:
+        """Return the data as a Loader whose rows have numbers, where the policy asks for rows by number."""
+        loader, policy = self.loader(train), self.policy
+        if isinstance(policy, InfoBatchPolicy):
+            policy.every_row = None
+        if loader.size is not None or not policy.needs_numbers or self.criterion.granularity == "token":
+            return loader
+        reason: str | None = f"a {type(loader).__name__} does not number its rows"
+        if type(loader) is StreamLoader:
+            reason = unnumbered_reason(loader.source, loader.targets, processes=self.ranks.size)
+            if reason is None:
+                source = cast("DataLoader[Any]", loader.source)
+                return NumberedLoader(source, inputs=loader.inputs, targets=loader.targets, device=loader.device)
+        if not (self._by_default and isinstance(policy, InfoBatchPolicy)):
+            raise UserError(
+                f"the policy {policy.name} asks for rows by their number, and {reason}; use data held in memory "
+                '(ResidentLoader), a map-style DataLoader, or policy="dense"'
+            )
+        policy.every_row = f"every row is trained on, because {reason}"
+        warnings.warn(f'{policy.every_row}; policy="dense" says that this is meant', stacklevel=3)
+        return loader
 
     def _set_scheduler(self, scheduler: LRScheduler | None) -> None:
         if scheduler is None:
@@ -200,12 +262,15 @@ class SparseTrainer(TrainingStep):
         self,
         loader: Loader,
         length: RunLength,
+        settings: dict[str, Any],
         *,
         clock: Clock | None,
         cost_budget: tuple[float, str] | None,
         meter: Meter | None,
         folder: str | Path | None,
         resumes: bool,
+        callbacks: Callbacks,
+        stop: Callable[[], bool] | None,
     ) -> RunState:
         """Make the state of a new run, or restore that of the checkpoint in the folder."""
         self.operations = Operations()
@@ -215,19 +280,16 @@ class SparseTrainer(TrainingStep):
         else:
             labels = loader.labels if self.criterion.classes else None
             self.policy.prepare(loader.size, labels, loader.duplicate_counts)
-        settings = run_settings(
-            self, self.schedule, loader,
-            seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
-        )  # fmt: skip
         in_seconds = length.kind == "seconds" or (cost_budget is not None and cost_budget[1] == "seconds")
         state = RunState(
             self,
             loader,
             settings=settings,
-            clock=self._clock(clock, loader, calibrated=in_seconds and not resumes),
+            clock=self._clock(clock, loader, calibrated=in_seconds and not resumes, stop=stop),
             # With several processes each would read the processor of all and its own GPU.
             energy=Energy(meter or (find_meter(self.device) if self.ranks.alone else None)),
             folder=folder,
+            callbacks=callbacks,
         )
         saved = state.restore() if resumes else None
         if cost_budget is not None:
@@ -236,7 +298,9 @@ class SparseTrainer(TrainingStep):
                 state.rate_control.load_state_dict(saved["spending"])
         return state
 
-    def _clock(self, clock: Clock | None, loader: Loader, calibrated: bool) -> Clock:
+    def _clock(
+        self, clock: Clock | None, loader: Loader, *, calibrated: bool, stop: Callable[[], bool] | None
+    ) -> Clock:
         tokens = self.criterion.granularity == "token"
         if clock is not None:
             if clock.costs is not None and tokens:
@@ -245,7 +309,9 @@ class SparseTrainer(TrainingStep):
                 )
             return clock
         # Several processes would slow each other down while they are timed.
-        return Clock(calibrate(self, loader) if calibrated and not tokens and self.ranks.alone else None)
+        # Rows that workers read beside the training cost none of its time that could be timed here.
+        timed = calibrated and not tokens and self.ranks.alone and not isinstance(loader, NumberedLoader)
+        return Clock(calibrate(self, loader, stop=stop) if timed else None)
 
     def _budget_controller(
         self, cost_budget: tuple[float, str], length: RunLength, loader: Loader, clock: Clock

@@ -53,12 +53,12 @@ except ImportError as error:
 
 
 def unavailable_reason() -> str | None:
-    """Return why this backend cannot be used at all, or None."""
+    """Return why this backend cannot be used on the current device, or None. It looks once and remembers."""
     if _missing is not None:
         return _missing
     if torch.version.cuda is None:  # ROCm's tensors are on "cuda", too
         return "this PyTorch is built without CUDA"
-    return None if torch.cuda.is_available() else "no CUDA device"
+    return device_reason(torch.cuda.current_device()) if torch.cuda.is_available() else "no CUDA device"
 
 
 def detail() -> str:
@@ -67,12 +67,81 @@ def detail() -> str:
     return f"compiled for {_cuda.architectures}; the device is {major}.{minor}"
 
 
+@functools.cache
+def _looked_up(device: int) -> str | None:
+    runtime, driver = _cuda.versions()
+    capability = torch.cuda.get_device_capability(device)
+    return driver_reason(runtime, driver) or architecture_reason(_cuda.architectures, capability, runtime, driver)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def device_reason(device: int) -> str | None:
+    """Return why no kernel of this build can be launched on a device, or None. It looks once and remembers.
+
+    Args:
+        device: its index.
+    """
+    return _looked_up(device)
+
+
+def driver_reason(runtime: int, driver: int) -> str | None:
+    """Return why a driver cannot run a CUDA runtime, or None: it runs any of its own major version, and older ones.
+
+    Args:
+        runtime: version of the runtime, as 12040.
+        driver: the newest version that the driver supports; 0 without a driver.
+    """
+    if driver == 0:
+        return "no NVIDIA driver"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"built with CUDA {_dotted(runtime)}, and the driver supports up to {_dotted(driver)}: update the driver, "
+            f"or build with nvcc {driver // 1000}"
+        )
+    return None
+
+
+def architecture_reason(compiled: str, capability: tuple[int, int], runtime: int, driver: int) -> str | None:
+    """Return why a device cannot run what was compiled, or None.
+
+    Machine code runs on the later devices of its major version. PTX runs on every later device, if the driver knows
+    the version of CUDA that it is of. A suffix (9.0a) means that device alone.
+
+    Args:
+        compiled: architectures in TORCH_CUDA_ARCH_LIST's notation.
+        capability: of the device.
+        runtime: version that the kernels were compiled with, as 12040.
+        driver: the newest version that the driver supports.
+    """
+    major, minor = capability
+    too_new = ""
+    for name in compiled.split():
+        number, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
+        of = int(number.split(".")[0]), int(number.split(".")[1].rstrip("af"))
+        if of == (major, minor) or (number[-1].isdigit() and of[0] == major and of[1] <= minor):
+            return None
+        if ptx and number[-1].isdigit() and of <= capability:
+            if driver >= runtime:
+                return None
+            too_new = f", and the driver cannot compile PTX of CUDA {_dotted(runtime)}"
+    return (
+        f"compiled for {compiled}, and the device is {major}.{minor}{too_new}: build on this machine, or set "
+        f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+    )
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _tensor_unsupported_reason(tensor: Tensor) -> str | None:
     if _missing is not None:
         return _missing
     if not tensor.is_cuda:
         return f"tensors are on {tensor.device}, it serves cuda"
-    return unavailable_reason()
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    return device_reason(tensor.device.index)  # type: ignore[no-any-return, unused-ignore]
 
 
 def row_stats_unsupported_reason(call: StatsCall) -> str | None:

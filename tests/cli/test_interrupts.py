@@ -95,7 +95,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path, start):
     while kills < KILLS or finished == 0:
         folder = tmp_path / f"part-{finished}"
         resumable = (folder / "options.json").exists()
-        arguments = ["resume", folder.name] if resumable else [*TRAIN, "--out", folder.name]
+        arguments = ["resume", "--trust-code", folder.name] if resumable else [*TRAIN, "--out", folder.name]
         process = start(tmp_path, arguments)
         # Without an end of the killing a slow machine might never see a checkpoint.
         process.join(draw.uniform(0.0, 0.3 * seconds) if kills < KILLS else None)
@@ -240,11 +240,11 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
 
     assert go("whole", [*arguments, "--out", "whole"])[0] == 0
     assert go("part", [*arguments, "--out", "part"], limit=20_000)[0] == 2
-    code, said = go("again", ["resume", "part"], limit=20_000)
+    code, said = go("again", ["resume", "--trust-code", "part"], limit=20_000)
     assert code == 2
     assert said.splitlines()[-1] == "error: part/checkpoint.pt cannot be written: File too large"
     assert sorted(os.listdir(tmp_path / "part")) == ["options.json"]
-    assert go("resumed", ["resume", "part"])[0] == 0
+    assert go("resumed", ["resume", "--trust-code", "part"])[0] == 0
     found, wanted = outcome(tmp_path / "part"), outcome(tmp_path / "whole")
     assert found[0] == wanted[0]
     same(found[1:], wanted[1:])

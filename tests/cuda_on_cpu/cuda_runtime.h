@@ -256,6 +256,11 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 12040;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
   *value = cuda_on_cpu::kMultiprocessors;
   return cudaSetDevice(device);

@@ -112,12 +112,12 @@ LOADERS = {
 }  # fmt: skip
 
 
-def run(loader, folder=None, stop_at=None, seed=0, evaluate=False):
+def run(loader, folder=None, stop_at=None, seed=0, evaluate=False, policy="dense"):
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.Linear(16, 6))
-    trainer = SparseTrainer(model, policy="dense", lr=1e-2)
+    trainer = SparseTrainer(model, policy=policy, lr=1e-2)
     steps = 0
 
     def stop():
@@ -139,6 +139,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, stop_at):
     assert part.interrupted
     log, resumed = run(LOADERS[name](), tmp_path, seed=1)
     assert log.steps == 17
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("stop_at", [9, 13])
+def test_a_stopped_run_of_the_default_goes_on_bit_for_bit(tmp_path, name, stop_at):
+    """Rows are left out from the second epoch on, and drawn ahead where there are workers."""
+    log, whole = run(LOADERS[name](), policy=None)
+    assert log.rows_trained < log.rows_seen == 17 * 8
+    run(LOADERS[name](), tmp_path, stop_at, policy=None)
+    again, resumed = run(LOADERS[name](), tmp_path, seed=1, policy=None)
+    assert again.rows_trained == log.rows_trained
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
@@ -224,7 +236,8 @@ def test_set_epoch_reaches_whatever_has_one():
 @pytest.mark.parametrize("method", ["importance", "infobatch", "adaptive"])
 def test_an_epoch_begins_when_it_is_iterated_not_at_its_first_batch(method):
     """Some trainers ask for the length between the two."""
-    sampler = HistorySampler(100, batch_size=10, method=method, epochs=2, delta=0.5)
+    switched = {"deduplicate": True, "duplicate_counts": [1] * 100} if method == "adaptive" else {}
+    sampler = HistorySampler(100, batch_size=10, method=method, epochs=2, delta=0.5, **switched)
     losses = torch.linspace(0.0, 1.0, 100)
     for batch in sampler:
         index = torch.tensor(batch)

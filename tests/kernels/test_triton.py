@@ -354,10 +354,11 @@ def test_what_is_not_served_says_why():
 
 
 def test_a_call_that_names_no_backend_never_comes_here(monkeypatch):
-    """On a CPU the interpreter is for tests; on a GPU the kernels are used by name."""
+    """On a CPU the interpreter is for tests."""
     monkeypatch.setattr(triton_backend, "row_stats", lambda call: pytest.fail("served by default"))
     sk.row_stats(torch.randn(2, 5), torch.tensor([0, 1]))
-    assert all(server.by_name for servers in sk._dispatch.TABLE.values() for server in servers if server[0] == "triton")
+    servers = [server for servers in sk._dispatch.TABLE.values() for server in servers if server.backend == "triton"]
+    assert {server.kinds for server in servers} == {("cuda",)}
 
 
 @runs

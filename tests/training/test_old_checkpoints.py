@@ -13,7 +13,7 @@ from sparse_training.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "data" / "checkpoints-0.1.0"
 RUNS = {
-    "adaptive": {"policy": "adaptive", "accumulate": 2, "ema": 0.9},
+    "adaptive": {"policy": "adaptive+denoise+deduplicate+balance", "accumulate": 2, "ema": 0.9},
     "gate": {"policy": "gate"},
     "gate-early": {"policy": "gate@early:1"},
     "gate-history": {"policy": "gate@history"},

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainer_parts import CLASSES, ROWS, Fixed, network, resident, same, shuffled_stream, weights
-from trainers import make_trainer
+from trainers import NAMES, make_trainer
 
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import POLICIES
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.types import Scores, SelectedBatch
 from sparse_training.trainer import SparseTrainer
@@ -184,7 +183,7 @@ def test_one_row_trains_with_batchnorm_over_a_vector():
     assert model[2].training
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", NAMES)
 @pytest.mark.parametrize(("rate", "batch_size"), [(1.0, 16), (0.1, 1), (0.3, 44), (0.5, 43)])
 def test_rates_and_batch_sizes_at_their_ends(policy, rate, batch_size):
     trainer = make_trainer(network(), policy=policy, rate=rate, dense_start=0, dense_end=0)

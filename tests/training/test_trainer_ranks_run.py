@@ -14,13 +14,12 @@ import torch.distributed as dist
 from rank_parts import CLASSES, PLAIN, ROWS, network, split, weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from trainers import make_trainer
+from trainers import NAMES, make_trainer
 
 from sparse_training import SparseTrainer
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
 from sparse_training.files import read_json
-from sparse_training.selection.registry import POLICIES
 from sparse_training.training.clock import Clock
 
 # --- a run --------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def resumed(rank: int, ranks: int, group: Any, options: dict[str, Any], folder: 
 
 @pytest.mark.parametrize(
     "options",
-    [{"policy": name, "rate": 0.4} for name in POLICIES]
+    [{"policy": name, "rate": 0.4} for name in NAMES]
     + [{"policy": "gate", "accumulate": 3, "ema": 0.9}, {"policy": "gate@early:1", "rate": 0.4}],
     ids=lambda options: "-".join(map(str, options.values())),
 )

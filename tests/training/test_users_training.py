@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def same(a, b):
 # --- modes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["dense", "gate", "adaptive"])
+@pytest.mark.parametrize("policy", ["dense", "gate", "infobatch"])
 def test_a_model_in_evaluation_mode_is_trained_and_given_back(policy):
     """As from_pretrained leaves it: dropout draws, BatchNorm's statistics move, and the mode comes back."""
     live, quiet = classifier(), classifier().eval()
@@ -165,10 +166,10 @@ def test_schedulers_that_cannot_be_followed_are_refused():
 # --- a rate that changes nothing ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [None, "adaptive", "infobatch", "dense", "infobatch@self"])
+@pytest.mark.parametrize("policy", [None, "adaptive+denoise", "infobatch", "dense", "infobatch@self"])
 def test_a_rate_that_the_policy_does_not_use_is_refused(policy):
-    words = f"`rate` is used by the policies random, gate, .*, got 0.1 with {policy or 'adaptive'}"
-    with pytest.raises(UserError, match=words):
+    words = re.escape(f"got 0.1 with {policy or 'infobatch'}; give none")
+    with pytest.raises(UserError, match=rf"`rate` is used by the policies random, gate, .*, {words}"):
         SparseTrainer(classifier(), policy=policy, rate=0.1)
     assert SparseTrainer(classifier(), policy=policy).fit(digits(), steps=2).steps == 2
 
@@ -188,7 +189,7 @@ def test_the_default_rate_is_a_tenth(policy):
 # --- several runs -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["adaptive", "importance", "infobatch", "gate@history"])
+@pytest.mark.parametrize("policy", ["adaptive+denoise+deduplicate+balance", "importance", "infobatch", "gate@history"])
 def test_a_second_run_is_that_of_a_new_trainer(policy):
     """On other data of as many rows, with other labels: nothing of the first data is left in the policy."""
     data = load_data("digits").train

@@ -6,12 +6,10 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparse_training.cli.display import Display
 from sparse_training.cli.folders import prepare, refuse_torchrun
 from sparse_training.cli.options import DATA_AND_MODEL, PRECISION, SCORER_NAMES, fractions, scorers, with_options
-from sparse_training.cli.signals import Invocation
 from sparse_training.data.load import load_data
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.models.build import build_model
@@ -25,37 +23,21 @@ from sparse_training.training.settings import TrainerSettings
 @with_options(*DATA_AND_MODEL, PRECISION)
 @click.option("--scorers", default="self,early:2,proxy,history", callback=scorers, help=f"Some of {SCORER_NAMES}.")
 @click.option("--rates", default="0.1,0.3", callback=fractions, help="Fractions of rows to keep.")
-@click.pass_obj
-def command(invocation: Invocation, /, **options: Any) -> None:
+def command(**options: Any) -> None:
     """Measure how fast each scorer lets a step be.
 
     A gate asks each scorer; random, which asks none, is measured too. Needs an idle machine. Nothing is written.
     """
     refuse_torchrun("bounds")
     device = prepare(options)
-    data = load_data(options["data"], options["root"])
+    data = load_data(options["data"], options["root"], size=options["image_size"])
     torch.manual_seed(0)
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes))
     settings = TrainerSettings(scoring_precision=options["precision"])
     trainer = SparseTrainer(model, policy="dense", device=device, settings=settings)
     loader = ResidentLoader(data.train, batch_size=options["batch_size"], mean=data.mean, std=data.std, device=device)
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("timing"),
-        BarColumn(24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("timing", total=1.0)
-
-        def show(share: float) -> None:
-            bar.update(task, completed=share)
-            if invocation.signals.stop():
-                raise KeyboardInterrupt
-
-        policies = [*(f"gate@{scorer}" for scorer in options["scorers"]), "random"]
-        bounds = speedup_bounds(trainer, loader, policies, options["rates"], progress=show)
-    print_speedup_bounds(bounds)
+    policies = [*(f"gate@{scorer}" for scorer in options["scorers"]), "random"]
+    with Display(total=1) as display:
+        bounds = speedup_bounds(trainer, loader, policies, options["rates"], progress=display.calibrating)
+    batches = f"batches of {options['batch_size']}"
+    print_speedup_bounds(bounds, of=f"{options['model']} on {options['data']}, {batches}, {device}:")

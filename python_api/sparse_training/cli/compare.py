@@ -9,8 +9,18 @@ import click
 
 from sparse_training.cli.display import Display
 from sparse_training.cli.folders import choose_folder, prepare, print_resume, refuse_torchrun, write_options
-from sparse_training.cli.options import COUNT, POLICY_NAMES, PRECISION, RUN, RUN_SECONDS, SEEDS, methods, with_options
+from sparse_training.cli.options import (
+    POLICY_NAMES,
+    PRECISION,
+    RUN,
+    RUN_SECONDS,
+    SEEDS,
+    check_rate_is_used,
+    methods,
+    with_options,
+)
 from sparse_training.cli.signals import Invocation
+from sparse_training.cli.values import COUNT
 from sparse_training.data.load import load_data
 from sparse_training.experiments.compare import METHODS, comparison_design, comparison_result, comparison_runner
 from sparse_training.experiments.runner import Interrupted
@@ -35,6 +45,7 @@ DESIGN = (
 @click.pass_obj
 def command(invocation: Invocation, /, out: str | None, resume: bool, **options: Any) -> None:
     """Train methods side by side at equal wall-clock."""
+    options["rate"] = check_rate_is_used(options["methods"], options["rate"])
     folder, resume = choose_folder(out, "compare", resume)
     run(invocation, folder, {"command": "compare", "line": invocation.line, **options}, resume)
 
@@ -47,7 +58,7 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
     """
     refuse_torchrun("compare")
     device = prepare(options)
-    data = load_data(options["data"], options["root"])
+    data = load_data(options["data"], options["root"], size=options.get("image_size"))
     design = comparison_design(**{name: options[name] for name in DESIGN})
     runner = comparison_runner(
         data, design, folder=folder, device=device, resume=resume, command=options["line"]
@@ -55,7 +66,7 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
     if not resume:
         write_options(folder, options)
     try:
-        with Display(total=len(runner.missing())) as display:
+        with Display(total=len(runner.missing())) as display, invocation.signals.at_next_step():
             runner.run(
                 progress=lambda cell, status: display.update(cell.method, cell.seed, status),
                 stop=invocation.signals.stop,

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparse_training.callbacks.display import PHASES
 from sparse_training.experiments.design import Cell
 from sparse_training.training.log import Status
 
 REFRESH = 0.1  # seconds between updates of a terminal
+
+
+_D = TypeVar("_D", bound="Display")
 
 
 class Display:
@@ -26,6 +32,7 @@ class Display:
         self.current: tuple[str, int] | None = None
         self.finished = 0
         self.last = -math.inf
+        self.quarters = -1  # of the calibration that were shown
         self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -37,12 +44,20 @@ class Display:
         )
         self.task = self.bar.add_task("calibrating", total=total)
 
-    def __enter__(self) -> Display:
+    def __enter__(self: _D) -> _D:
         self.bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
+
+    def calibrating(self, fraction: float) -> None:
+        """Show how far the calibration is: on a terminal's bar, or in a line for each quarter."""
+        if self.console.is_terminal:
+            self.refresh(0.0, [f"calibrating the clock {fraction:.0%}"], fraction >= 1.0)
+        elif int(4 * fraction) > self.quarters:
+            self.quarters = int(4 * fraction)
+            print(f"calibrating the clock {self.quarters / 4:.0%}", file=sys.stderr, flush=True)
 
     def update(self, method: str, seed: int, status: Status) -> None:
         """Show where a run is, after one of its steps."""
@@ -51,7 +66,7 @@ class Display:
             self.current = (method, seed)
         ended = status.progress >= 1.0
         if self.console.is_terminal:
-            description = [f"{method} seed {seed}", status.phase, *self.figures(status)]
+            description = [f"{method} seed {seed}", PHASES[status.phase], *self.figures(status)]
             self.refresh(self.finished + min(status.progress, 1.0), description, ended)
         elif ended:
             steps = f"{status.step} steps in {status.seconds:.1f} s"
@@ -61,7 +76,7 @@ class Display:
         """Move the bar, a few times a second and at the end of a run."""
         if ended or time.monotonic() - self.last > REFRESH:
             self.last = time.monotonic()
-            self.bar.update(self.task, completed=completed, description="  ".join(description))
+            self.bar.update(self.task, completed=completed, description="  ".join(filter(None, description)))
 
     def figures(self, status: Status) -> list[str]:
         """Accuracy and rate, where they are known."""
@@ -94,7 +109,7 @@ class StudyDisplay(Display):
         shorter = f" x{cell.fraction:g}" if cell.fraction != 1.0 else ""
         what = f"{cell.task} {cell.method} seed {cell.seed}{shorter}"
         if self.console.is_terminal:
-            description = [f"{self.done}/{self.runs}", what, status.phase, *self.figures(status)]
+            description = [f"{self.done}/{self.runs}", what, PHASES[status.phase], *self.figures(status)]
             self.refresh(spent, description, ended)
         elif ended:
             elapsed = time.monotonic() - self.began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -77,14 +78,23 @@ def read_options(folder: Path) -> dict[str, Any]:
     """Read the options that a run was made with, under today's names.
 
     Raises:
-        UserError: none there.
+        UserError: none there, or something else.
     """
-    return {_FORMER_NAMES.get(name, name): value for name, value in files.read_json(folder / OPTIONS).items()}
+    found = files.read_json_object(folder / OPTIONS)
+    return {_FORMER_NAMES.get(name, name): value for name, value in found.items()}
 
 
 def print_resume(folder: Path) -> None:
     """Say how a stopped run is continued."""
-    print(f"stopped; to go on: sparse-train resume {shlex.quote(str(folder))}", file=sys.stderr)
+    print(f"stopped; to go on: {resume_line(folder)}", file=sys.stderr)
+
+
+def resume_line(folder: Path) -> str:
+    """Return the command line that continues a run, with the flag that a module:factory needs."""
+    options = read_options(folder)
+    scorers = " ".join(str(options.get(name)) for name in ("policy", "scorer", "methods"))
+    code = ":" in str(options.get("model")) or re.search(r"proxy:[\w.]+:", scorers)
+    return f"sparse-train resume {'--trust-code ' if code else ''}{shlex.quote(str(folder))}"
 
 
 def refuse_torchrun(command: str) -> None:

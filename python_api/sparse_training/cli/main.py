@@ -17,6 +17,7 @@ from importlib import import_module
 
 import click
 
+from sparse_training.cli.output import tolerant_output
 from sparse_training.cli.signals import Invocation, catch_signals
 from sparse_training.errors import UserError
 
@@ -27,7 +28,7 @@ COMMANDS = {
     "study": "Compare methods with random on several tasks.",
     "bounds": "Measure how fast each scorer lets a step be.",
     "resume": "Continue what was interrupted in FOLDER.",
-    "report": "Draw the comparison or study in FOLDER again.",
+    "report": "Draw the comparison or study in FOLDER again, or print the run.",
 }
 # Names of version 0.1.0.
 FORMER_COMMANDS = {"ceilings": "bounds"}
@@ -38,7 +39,15 @@ FORMER_OPTIONS = {
     "--policies": "--methods",
     "--warmup": "--dense-start",
 }
-EXTRAS = ("jinja2", "markupsafe", "matplotlib", "PIL", "rich", "scipy")  # modules that the extra "train" installs
+EXTRAS = (
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
+    "PIL",
+    "rich",
+    "scipy",
+    "tomli",
+)  # modules that the extra "train" installs
 
 
 class Commands(click.Group):
@@ -94,7 +103,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    with tolerant_output() as output:
+        code = _run(argv)
+        output.flush()
+        if output.failed is not None:
+            print(f"error: standard output cannot be written: {output.failed.strerror}", file=sys.stderr)
+            code = code or 1
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    """Run a command, and print what the user can mend as one line."""
     try:
+        for number, argument in enumerate(argv, 1):
+            _check_text(argument, f"argument {number}")
         with catch_signals() as signals:
             invocation = Invocation(shlex.join(["sparse-train", *argv]), signals)
             cli.main(argv, prog_name="sparse-train", standalone_mode=False, obj=invocation)
@@ -110,6 +132,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
     print(f"error: {_rank()}{' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _check_text(text: str, name: str) -> None:
+    """Refuse bytes that are no UTF-8, which no file of the run could hold as they are.
+
+    Raises:
+        UserError: there are some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} must be UTF-8, got {os.fsencode(text)!r}") from None
 
 
 def _message(error: Exception) -> str | None:

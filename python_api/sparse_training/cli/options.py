@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
 
+from sparse_training.cli.config import CONFIG
+from sparse_training.cli.values import COUNT, FRACTION, POSITIVE, SHARE, THREADS
 from sparse_training.data.load import DATASETS
 from sparse_training.errors import UserError
 from sparse_training.experiments.design import AGAIN
 from sparse_training.experiments.tasks import TASKS
 from sparse_training.models.build import MODELS
 from sparse_training.precision import PRECISIONS
+from sparse_training.selection.registry import DEFAULT_RATE, POLICIES, make_policy, make_scorer, uses_rate
 from sparse_training.selection.registry import FORMS as SCORER_FORMS
-from sparse_training.selection.registry import POLICIES, make_policy, make_scorer
 
 Decorator = Callable[..., Any]
 
-
-class _Positive(click.FloatRange):
-    """A finite number above 0; click's own range lets NaN through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not finite", param, ctx)
-        return number
-
-
-POSITIVE = _Positive(min=0, min_open=True)
-FRACTION = click.FloatRange(0, 1)
-COUNT = click.IntRange(min=1)
 
 # --- values -----------------------------------------------------------------------------------------
 
@@ -53,7 +42,7 @@ def seeds(context: click.Context, parameter: click.Parameter, text: str) -> list
 def fractions(context: click.Context, parameter: click.Parameter, text: str) -> list[float]:
     """Read fractions in (0, 1], separated by commas."""
     try:
-        values = [float(part) for part in text.split(",")]
+        values = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         values = []
     if not values or not all(0.0 < value <= 1.0 for value in values):
@@ -106,6 +95,13 @@ def scorers(context: click.Context, parameter: click.Parameter, text: str) -> li
     return names
 
 
+def model(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    """Let the module of a factory be found in the current folder, behind all that is installed."""
+    if ":" in text and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    return text
+
+
 def tasks(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
     """Read tasks, separated by commas."""
     names = _each_once(text, "task")
@@ -115,25 +111,32 @@ def tasks(context: click.Context, parameter: click.Parameter, text: str) -> list
 
 
 def _each_once(text: str, kind: str) -> list[str]:
-    names = [part.strip() for part in text.split(",")]
-    if len(set(names)) != len(names):
-        raise click.BadParameter(f"{text!r} must name each {kind} once")
+    names = [name for part in text.split(",") if (name := part.strip())]
+    if not names or len(set(names)) != len(names):
+        raise click.BadParameter(f"{text!r} must name each {kind} once, and one at least")
     return names
 
 
 # --- options ----------------------------------------------------------------------------------------
 
 DATA_AND_MODEL: tuple[Decorator, ...] = (
+    CONFIG,
     click.option("--data", type=click.Choice(DATASETS), default="digits", help="Data set."),
     click.option("--root", type=click.Path(), help="Folder of the data set."),
-    click.option("--model", default="cnn-620k", help=f"Model: {', '.join(MODELS)}, or module:factory."),
+    click.option("--image-size", type=COUNT, help="Side in pixels that an image folder's images are resized to."),
+    click.option(
+        "--model",
+        default="cnn-620k",
+        callback=model,
+        help=f"Model: {', '.join(MODELS)}, or module:factory, from the current folder too.",
+    ),
     click.option("--batch-size", type=COUNT, default=128, help="Rows in a batch."),
     click.option("--device", default="cpu", help="PyTorch device, such as cuda:0."),
-    click.option("--threads", type=COUNT, help="CPU threads.  [default: PyTorch's choice]"),
+    click.option("--threads", type=THREADS, help="CPU threads.  [default: PyTorch's choice]"),
 )
 RUN: tuple[Decorator, ...] = (
     *DATA_AND_MODEL,
-    click.option("--rate", type=click.FloatRange(0, 1, min_open=True), default=0.1, help="Fraction of rows to keep."),
+    click.option("--rate", type=SHARE, help="Fraction of rows to keep, of methods that have one.  [default: 0.1]"),
     click.option("--lr", type=POSITIVE, default=1e-3, help="Learning rate."),
     click.option(
         "--dense-start", type=FRACTION, default=0.05, help="Fraction of the run that trains on every row at the start."
@@ -154,6 +157,23 @@ RUN_SECONDS: Decorator = click.option(
 )
 POLICY_NAMES = f"{', '.join(POLICIES)}, or policy@scorer, such as gate@early:3"
 SCORER_NAMES = SCORER_FORMS
+
+
+def check_rate_is_used(names: Iterable[str], rate: float | None) -> float:
+    """Return the rate of the methods that have one.
+
+    Args:
+        names: policies, or policy@scorer.
+        rate: --rate; None for its default.
+
+    Raises:
+        UserError: a rate that none of them uses.
+    """
+    named = list(names)
+    if rate is not None and not any(uses_rate(name) for name in named):
+        those = ", ".join(name for name in POLICIES if uses_rate(name))
+        raise UserError(f"--rate is used by the methods {those}, got {rate:g} with {', '.join(named)}; leave it out")
+    return DEFAULT_RATE if rate is None else rate
 
 
 def with_options(*options: Decorator) -> Decorator:

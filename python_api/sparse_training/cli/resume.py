@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sparse_training.cli.folders import OPTIONS, read_options
 from sparse_training.cli.signals import Invocation
 from sparse_training.errors import UserError
+from sparse_training.models.build import ModelFactory, without_code
 
-RESUMABLE = ("train", "compare", "study")
+# Commands that can be resumed, with the options that every version wrote down; others have their former defaults.
+_OF_ALL = ("data", "root", "model", "batch_size", "device", "threads", "rate", "lr", "dense_start", "dense_end")
+RESUMABLE = {
+    "train": (*_OF_ALL, "seed"),
+    "compare": (*_OF_ALL, "methods", "seeds", "seconds", "precision", "evaluations"),
+    "study": (*_OF_ALL, "methods", "seeds", "seconds", "evaluations"),
+}
 
 
 @click.command(name="resume")
 @click.argument("folder", type=click.Path())
+@click.option(
+    "--trust-code", is_flag=True, help="Import the module of a module:factory that FOLDER names; it runs that code."
+)
 @click.pass_obj
-def command(invocation: Invocation, folder: str) -> None:
+def command(invocation: Invocation, folder: str, trust_code: bool) -> None:
     """Continue what was interrupted in FOLDER."""
     path = Path(folder)
-    options = read_options(path)
-    name = options.get("command")
-    if name not in RESUMABLE:
-        raise UserError(f"{path / OPTIONS} has the command {name!r}; only {', '.join(RESUMABLE)} can be resumed")
-    import_module(f"sparse_training.cli.{name}").run(invocation, path, options, resume=True)
+    advice = (
+        f"which {path / OPTIONS} names and resume does not import by itself; "
+        f"if you trust it: sparse-train resume --trust-code {shlex.quote(folder)}"
+    )
+    with nullcontext() if trust_code else without_code(advice):
+        name, options = resumed_options(path)
+        ModelFactory(options["model"])
+        import_module(f"sparse_training.cli.{name}").run(invocation, path, options, resume=True)
+
+
+def resumed_options(path: Path) -> tuple[str, dict[str, Any]]:
+    """Read the options of a run, checked as those of the command line are.
+
+    Args:
+        path: folder of the run.
+
+    Returns:
+        The name of its command, and the options.
+
+    Raises:
+        UserError: options of no command that can be resumed, or that the command line would refuse.
+    """
+    found = read_options(path)
+    name = found.pop("command", None)
+    if not isinstance(name, str) or name not in RESUMABLE:
+        raise UserError(f"{path / OPTIONS} has the command {name!r:.60}; only {', '.join(RESUMABLE)} can be resumed")
+    line = found.pop("line", "")
+    command: click.Command = import_module(f"sparse_training.cli.{name}").command
+    known = {parameter.name for parameter in command.params}
+    if unknown := [option for option in found if option not in known]:
+        raise UserError(f"{path / OPTIONS} has the option {unknown[0]!r:.60}, which {name} does not take")
+    if missing := [option for option in RESUMABLE[name] if option not in found]:
+        raise UserError(f"{path / OPTIONS} must have the option {missing[0]}, which {name} needs")
+    given = {option: _as_typed(value) for option, value in found.items() if value is not None}
+    try:
+        context = command.make_context(name, [], default_map=given)
+    except click.UsageError as error:
+        raise UserError(f"{path / OPTIONS}: {error.format_message()}") from None
+    options = {option: value for option, value in context.params.items() if option in found}
+    return name, {"command": name, "line": str(line), **options}
+
+
+def _as_typed(value: Any) -> Any:
+    """Return a value as it is typed on the command line: lists with commas."""
+    if not isinstance(value, list):
+        return value if isinstance(value, bool) else str(value)
+    end = "," if all(isinstance(part, int) for part in value) else ""  # "4," is the seed 4, "4" are four
+    return ",".join(map(str, value)) + end

@@ -10,20 +10,34 @@ from types import FrameType
 
 
 class Signals:
-    """The first SIGINT or SIGTERM asks a command to end at its next step; a second one ends it at once."""
+    """Ends a command at once by SIGINT or SIGTERM; while it trains, by the first one at the next step.
+
+    Attributes:
+        received: number of the first signal; 0 before one came.
+    """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the signal; 0 before one came
+        self.received = 0
+        self._waits = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Take note of a signal.
 
         Raises:
-            KeyboardInterrupt: it is the second one.
+            KeyboardInterrupt: nothing is being trained, or it is the second one.
         """
-        if self.received:
+        first, self.received = not self.received, self.received or number
+        if not (first and self._waits):
             raise KeyboardInterrupt
-        self.received = number
+
+    @contextmanager
+    def at_next_step(self) -> Iterator[None]:
+        """Let the first signal inside end the command where ``stop`` is asked, with everything on the disk."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
 
     def stop(self) -> bool:
         """True once a signal has come."""

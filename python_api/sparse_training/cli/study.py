@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,31 @@ from typing import Any
 import click
 
 from sparse_training.cli.display import StudyDisplay
-from sparse_training.cli.folders import choose_folder, prepare, print_resume, refuse_torchrun, write_options
+from sparse_training.cli.folders import (
+    choose_folder,
+    prepare,
+    print_resume,
+    refuse_torchrun,
+    resume_line,
+    write_options,
+)
 from sparse_training.cli.options import (
-    COUNT,
-    FRACTION,
     POLICY_NAMES,
-    POSITIVE,
     RUN,
     RUN_SECONDS,
     SEEDS,
+    check_rate_is_used,
     fractions,
     study_methods,
     tasks,
     with_options,
 )
 from sparse_training.cli.signals import Invocation
+from sparse_training.cli.values import COUNT, PART, POSITIVE
 from sparse_training.data.load import load_data
 from sparse_training.data.splits import VALIDATION, take_part
 from sparse_training.errors import UserError
-from sparse_training.experiments.design import AGAIN, BASELINE, RANDOM
+from sparse_training.experiments.design import AGAIN, BASELINE, RANDOM, policy_of
 from sparse_training.experiments.presets import PRESETS, preset
 from sparse_training.experiments.runner import Interrupted, Runner
 from sparse_training.experiments.store import CALIBRATION
@@ -39,13 +44,25 @@ from sparse_training.precision import PRECISIONS
 from sparse_training.reporting.pages import write_study
 from sparse_training.reporting.tables import print_calibration, print_study
 
-_NOT_OF_THE_DESIGN = ("command", "line", "data", "root", "out", "device", "threads", "rows", "preset", "margin")
+_NOT_OF_THE_DESIGN = (
+    "command",
+    "line",
+    "data",
+    "root",
+    "out",
+    "device",
+    "threads",
+    "image_size",
+    "rows",
+    "preset",
+    "margin",
+)
 
 
 def _apply_preset(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
     """Let a preset's options stand in for the command's defaults; what the user gives goes before them."""
     if name is not None:
-        context.default_map = {**(context.default_map or {}), **preset(name).options}
+        context.default_map = {**preset(name).options, **(context.default_map or {})}
     return name
 
 
@@ -85,7 +102,7 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
 @click.option(
     "--amp", type=click.Choice(["auto", *PRECISIONS]), default="auto", help="Precision of training and scoring."
 )
-@click.option("--validation", type=FRACTION, default=VALIDATION, help="Share of the training rows to make choices on.")
+@click.option("--validation", type=PART, default=VALIDATION, help="Share of the training rows to make choices on.")
 @click.option("--margin", type=POSITIVE, default=MARGIN, help="Largest loss against dense that counts as none.")
 @click.option(
     "--shard", callback=_shard, help="Part of the runs to do, such as 1/2, in a folder that other processes share."
@@ -110,6 +127,7 @@ def command(
     step: a method that keeps the fraction r is offered batch size / r rows. Choices are made on validation rows; the
     test rows are read once, at the end of each run.
     """
+    options["rate"] = check_rate_is_used(map(policy_of, options["methods"]), options["rate"])
     folder, resume = choose_folder(out, "study", resume)
     options = {"command": "study", "line": invocation.line, **options}
     run(invocation, folder, options, resume, calibrate_only, shard)
@@ -130,7 +148,7 @@ def run(
     """
     refuse_torchrun("study")
     device = prepare(options)
-    data = load_data(options["data"], options["root"])
+    data = load_data(options["data"], options["root"], size=options.get("image_size"))
     if options.get("rows") is not None:
         data = take_part(data, options["rows"])
     given = {name: value for name, value in options.items() if name not in _NOT_OF_THE_DESIGN}
@@ -145,14 +163,14 @@ def run(
     if calibrate_only:
         for bench in runner.benches():
             print_calibration(runner.costs(bench))
-        print(f"written: {folder / CALIBRATION}; to go on: sparse-train resume {shlex.quote(str(folder))}")
+        print(f"written: {folder / CALIBRATION}; to go on: {resume_line(folder)}")
         return
     missing = runner.missing()
     print(f"{len(missing)} of {len(design.cells)} runs to do", file=sys.stderr)
     margin = options.get("margin", MARGIN)
     display = StudyDisplay({cell: cell.fraction * design.plan(cell.task).seconds for cell in missing})
     try:
-        with display:
+        with display, invocation.signals.at_next_step():
             runner.run(progress=display.step, stop=invocation.signals.stop)
     except Interrupted:
         if any(cell.method == BASELINE and cell.fraction == 1.0 for cell in runner.finished()):

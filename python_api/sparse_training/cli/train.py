@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,50 +11,62 @@ import click
 import torch
 
 from sparse_training import files
+from sparse_training.callbacks.checkpoints import BestModel, KeepLast
+from sparse_training.callbacks.scalars import CsvLogger
+from sparse_training.callbacks.stopping import EarlyStopping
+from sparse_training.callbacks.tensorboard import TensorBoard
+from sparse_training.callbacks.wandb import WeightsAndBiases
 from sparse_training.cli.display import Display
 from sparse_training.cli.folders import new_folder, prepare, print_resume, write_options
+from sparse_training.cli.optimizers import OPTIMIZER, make_optimizer
 from sparse_training.cli.options import (
-    COUNT,
-    FRACTION,
     POLICY_NAMES,
-    POSITIVE,
     PRECISION,
     RUN,
     SCORER_NAMES,
+    check_rate_is_used,
     policy,
     scorer,
     with_options,
 )
 from sparse_training.cli.signals import Invocation
+from sparse_training.cli.values import COUNT, FRACTION, PART, POSITIVE, SEED
 from sparse_training.data.load import load_data
 from sparse_training.data.resident import ResidentLoader
-from sparse_training.data.splits import ImageData
+from sparse_training.data.splits import VALIDATION, ImageData, Split, split_validation
 from sparse_training.errors import UserError
 from sparse_training.experiments.environment import environment
-from sparse_training.experiments.runner import evaluation_loader
 from sparse_training.models.build import build_model
 from sparse_training.precision import PRECISIONS
+from sparse_training.profiling.calibration import Stopped, calibrate
 from sparse_training.ranks import connect, rank_seed
-from sparse_training.selection.policies.base import check_rate
-from sparse_training.selection.registry import uses_rate
+from sparse_training.reporting.run import RESULT, run_lines
+from sparse_training.selection.registry import DEFAULT_POLICY, uses_rate
 from sparse_training.trainer import SparseTrainer
+from sparse_training.training.callbacks import Callback
+from sparse_training.training.clock import Clock
 from sparse_training.training.log import Status, TrainingLog
-from sparse_training.training.schedule import SHAPES
+from sparse_training.training.schedule import LR_WARMUP, SHAPES
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CHECKPOINT
-from sparse_training.training.tensorboard import TensorBoard
 
 BUDGETS = ("epochs", "steps", "rows", "seconds")
 ONE_BUDGET = f"Give exactly one of {', '.join(f'--{name}' for name in BUDGETS)}"
-MODEL, RESULT, BOARD = "model.pt", "result.json", "tensorboard"
+MODEL, BEST, CSV, BOARD = "model.pt", "best.pt", "log.csv", "tensorboard"
+EVALUATED_ROWS = 1000  # rows of a batch
+
+# Options that change nothing of what is trained.
+LOGS = (
+    click.option("--csv", is_flag=True, help=f"Write loss, learning rate and evaluations into {CSV}."),
+    click.option("--tensorboard", is_flag=True, help="Write the same as TensorBoard's scalars."),
+    click.option("--wandb", metavar="PROJECT", help="Log the same to a project of Weights & Biases."),
+)
 
 
 @click.command(name="train")
 @with_options(*RUN)
 @PRECISION
-@click.option(
-    "--policy", callback=policy, help=f"Method: {POLICY_NAMES}.  [default: adaptive, or gate with a --scorer]"
-)
+@click.option("--policy", callback=policy, help=f"Method: {POLICY_NAMES}.  [default: {DEFAULT_POLICY}]")
 @click.option(
     "--scorer", callback=scorer, help=f"Scorer that the policy asks: {SCORER_NAMES}.  [default: the policy's]"
 )
@@ -62,23 +74,42 @@ MODEL, RESULT, BOARD = "model.pt", "result.json", "tensorboard"
 @click.option("--steps", type=COUNT, help="Budget in batches.")
 @click.option("--rows", type=COUNT, help="Budget in rows of the data, trained on or not.")
 @click.option("--seconds", type=POSITIVE, help="Budget in seconds of the calibrated clock.")
+@with_options(*OPTIMIZER)
 @click.option("--schedule", type=click.Choice(SHAPES), default="cosine", help="Shape of the learning rate.")
+@click.option(
+    "--lr-warmup", type=FRACTION, default=LR_WARMUP, help="Fraction of the run over which the learning rate rises."
+)
 @click.option("--accumulate", type=COUNT, default=1, help="Batches in an optimizer step.")
 @click.option("--clip-norm", type=POSITIVE, help="Largest norm of the gradient.  [default: no clipping]")
 @click.option("--ema", type=FRACTION, help="Decay of an average of the weights, which is then evaluated and saved.")
 @click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Precision of training.  [default: the model's]")
 @click.option("--compile", is_flag=True, help="Compile the model.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of weights, order of data and draws.")
-@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's scalars into the run's folder.")
+@click.option("--seed", type=SEED, default=0, help="Seed of weights, order of data and draws.")
+@click.option(
+    "--validation",
+    type=PART,
+    default=VALIDATION,
+    help="Fraction of the training rows that is held out to evaluate on; the test set is read once at the end. 0 for "
+    "none: the test set is read throughout, and nothing may be chosen.",
+)
+@click.option("--evaluations", type=COUNT, default=20, help="Evaluations in a run, not charged to the clock.")
+@click.option("--patience", type=COUNT, help="Evaluations without a better one that end the run.  [default: no end]")
+@click.option("--best", is_flag=True, help="End with the weights of the best evaluation.")
+@click.option(
+    "--monitor", type=click.Choice(["accuracy", "loss"]), default="accuracy", help="What --patience and --best go by."
+)
 @click.option(
     "--checkpoint-interval", type=COUNT, help="Steps between checkpoints.  [default: at the end, and when stopped]"
 )
+@click.option("--keep-last", type=COUNT, help="Checkpoints to keep, by step.  [default: the newest two]")
+@with_options(*LOGS)
 @click.pass_obj
 def command(invocation: Invocation, /, out: str | None, **options: Any) -> None:
     """Train one model with one method.
 
     On several processes: torchrun -m sparse_training train.
     """
+    check_rate_is_used([_policy_name(options)], options["rate"])
     run(invocation, new_folder(out, "train"), {"command": "train", **options})
 
 
@@ -91,41 +122,54 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
     budget = _budget(options)
     connect()
     device = prepare(options)
-    data = load_data(options["data"], options["root"])
+    data, validation = _data(options)
     trainer = _trainer(options, data, device)
     seed, ranks = options["seed"], trainer.ranks
     facts: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
     loader = ResidentLoader(data.train, batch_size=options["batch_size"], seed=seed, **facts)
-    test = evaluation_loader(data, device, ranks.size)
-    folder = ranks.all(folder)[0]  # the first one's, if named by the time
+
+    def in_order(split: Split) -> ResidentLoader:
+        rows = min(EVALUATED_ROWS, -(-len(split) // ranks.size))
+        return ResidentLoader(split, batch_size=rows, shuffle=False, **facts)
+
+    test, folder = in_order(data.test), ranks.all(folder)[0]  # the first one's, if named by the time
+    callbacks = _callbacks(options, folder)
     first = ranks.rank == 0  # it alone writes and prints
     if not first:
         torch.manual_seed(rank_seed(seed, ranks.rank))
     elif not resume:
         write_options(folder, options)
-    board = TensorBoard(folder / BOARD, trainer.optimizer) if first and options.get("tensorboard") else None
 
     def show(status: Status) -> None:
         if display is not None:
-            display.update(options["policy"], seed, status)
-        if board is not None:
-            board(status)
+            display.update(trainer.policy.name, seed, status)
 
-    with Display(total=1) if first else nullcontext() as display, board or nullcontext():
+    with Display(total=1) if first else nullcontext() as display, invocation.signals.at_next_step():
         log = trainer.fit(
             loader,
             **budget,
-            evaluate=test,
+            evaluate=test if validation is None else in_order(validation),
+            evaluations=options.get("evaluations", 20),
+            clock=_clock(trainer, loader, options, folder, display, invocation.signals.stop),
             checkpoint=folder,
             checkpoint_interval=options.get("checkpoint_interval"),
             resume=resume,
-            progress=show if first else None,
+            callbacks=callbacks,
+            progress=show if first else False,
             stop=invocation.signals.stop,
         )
+        if not log.interrupted:
+            numbers = log.evals[-1] if validation is None else trainer.evaluate(test)
+            result = _write(trainer, log, numbers, folder, options) if first else {}
     if first and log.interrupted:
         print_resume(folder)
     elif first:
-        _write(trainer, log, folder, options)
+        print(*run_lines(result), sep="\n")
+        print(f"written: {folder / MODEL}, {folder / RESULT}, {folder / CHECKPOINT}")
+
+
+def _policy_name(options: dict[str, Any]) -> str:
+    return options.get("policy") or DEFAULT_POLICY
 
 
 def _budget(options: dict[str, Any]) -> dict[str, Any]:
@@ -136,10 +180,22 @@ def _budget(options: dict[str, Any]) -> dict[str, Any]:
     return budget
 
 
+def _data(options: dict[str, Any]) -> tuple[ImageData, Split | None]:
+    """Load the data; take a validation split from it, where there is to be one."""
+    fraction = options.get("validation", 0.0)
+    chosen = [f"--{name}" for name in ("patience", "best") if options.get(name)]
+    if chosen and not fraction:
+        raise UserError(f"{' and '.join(chosen)} must choose by a --validation above 0, not by the test set")
+    if options.get("keep_last") is not None and options.get("checkpoint_interval") is None:
+        raise UserError("--keep-last needs --checkpoint-interval, the steps between checkpoints")
+    data = load_data(options["data"], options["root"], size=options.get("image_size"))
+    return split_validation(data, fraction=fraction) if fraction else (data, None)
+
+
 def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> SparseTrainer:
     torch.manual_seed(options["seed"])
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes))
-    names = ("policy", "scorer", "rate", "dense_start", "dense_end", "lr", "schedule", "seed")
+    names = ("policy", "scorer", "rate", "dense_start", "dense_end", "lr", "lr_warmup", "schedule", "seed")
     settings = TrainerSettings(
         accumulate=options.get("accumulate", 1),
         clip_norm=options.get("clip_norm"),
@@ -149,24 +205,52 @@ def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> 
         compile=options.get("compile", False),
     )
     given = {name: options[name] for name in names if name in options}
-    if not uses_rate(options.get("policy") or ("gate" if options.get("scorer") else "adaptive")):
-        check_rate(given.pop("rate", 1.0))  # the command's default is for the methods that have one
-    return SparseTrainer(model, device=device, settings=settings, **given)
+    if not uses_rate(_policy_name(options)):
+        given.pop("rate", None)  # version 0.1.0 wrote its default for every policy
+    return SparseTrainer(model, device=device, optimizer=make_optimizer(options, device), settings=settings, **given)
 
 
-def _write(trainer: SparseTrainer, log: TrainingLog, folder: Path, options: dict[str, Any]) -> None:
-    """Write the result and the model, and print what the run came to."""
-    result = {"settings": options, "environment": environment(trainer.device), "run": log.to_dict()}
+def _callbacks(options: dict[str, Any], folder: Path) -> list[Callback]:
+    monitor = options.get("monitor", "accuracy")
+    made: list[tuple[Any, Callable[[Any], Callback]]] = [
+        (options.get("patience"), lambda patience: EarlyStopping(monitor, patience)),
+        (options.get("best"), lambda best: BestModel(folder / BEST, monitor, restore=True)),
+        (options.get("keep_last"), KeepLast),
+        (options.get("csv"), lambda csv: CsvLogger(folder / CSV)),
+        (options.get("tensorboard"), lambda board: TensorBoard(folder / BOARD)),
+        (options.get("wandb"), lambda project: WeightsAndBiases(project=project, dir=str(folder))),
+    ]
+    return [make(value) for value, make in made if value]
+
+
+def _clock(
+    trainer: SparseTrainer,
+    loader: ResidentLoader,
+    options: dict[str, Any],
+    folder: Path,
+    display: Display | None,
+    stop: Callable[[], bool],
+) -> Clock | None:
+    """Calibrate the clock of a new run of seconds, and show how far that is; None for the trainer's choice."""
+    if options.get("seconds") is None or display is None or not trainer.ranks.alone or (folder / CHECKPOINT).exists():
+        return None
+    try:
+        return Clock(calibrate(trainer, loader, progress=display.calibrating, stop=stop))
+    except Stopped:
+        return None  # the trainer asks again, and ends before it begins
+
+
+def _write(
+    trainer: SparseTrainer, log: TrainingLog, test: dict[str, float], folder: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the result and the model, and return the result."""
+    result = {
+        "settings": options,
+        "environment": environment(trainer.device),
+        "policy": trainer.policy.name,
+        "test": {name: value for name, value in test.items() if name not in ("seconds", "step")},
+        "run": log.to_dict(),
+    }
     files.write_json(folder / RESULT, result)
     files.write_torch(folder / MODEL, trainer.update.evaluated.state_dict())
-    final, rate = log.evals[-1], log.rate
-    kept = "" if rate is None else f", {rate:.1%} of the rows kept in the sparse phase"
-    print(
-        f"accuracy {final['accuracy']:.2%} after {log.steps} steps, {log.seconds:.1f} s, "
-        f"{int(log.rows_trained)} of {log.rows_seen} rows trained on{kept}"
-    )
-    energy = "energy not measured" if log.joules is None else f"{log.joules:.1f} J measured ({log.meter})"
-    print(f"{sum(log.operations.values()):.3g} FLOPs counted, {energy}")
-    for warning in log.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"written: {folder / MODEL}, {folder / RESULT}, {folder / CHECKPOINT}")
+    return result

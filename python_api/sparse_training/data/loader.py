@@ -2,19 +2,22 @@
 
 A loader yields *items*, one per batch. ``offer`` returns the indices of an item's rows, a policy chooses among them,
 and ``load`` turns the item and the choice into a ``Batch`` on the device. For data resident on the device an item is a
-list of row indices: a policy may choose any row, of this item or not, and rows left out are never read. For any other
-iterable an item is the batch itself, and rows are chosen after it was loaded.
+list of row indices: a policy may choose any row, of this item or not, and rows left out are never read. For a
+DataLoader whose rows have numbers, rows are chosen when its workers are sent for them, and an item is what they bring.
+For any other iterable an item is the batch itself, and rows are chosen after it was loaded.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from sparse_training.selection.types import Batch, CandidateIndices, WeightedIndices
+
+Choose = Callable[[CandidateIndices], WeightedIndices | None]
 
 
 class Loader(ABC):
@@ -41,6 +44,25 @@ class Loader(ABC):
     @abstractmethod
     def offer(self, item: Any) -> CandidateIndices:
         """Return the indices of an item's rows."""
+
+    def draw_by(self, choose: Choose) -> None:
+        """Choose the rows of items that are drawn from now on, in a loader that draws them ahead of training.
+
+        Called before each item is asked for; others leave it to ``choose``.
+
+        Args:
+            choose: the policy's ``choose`` for the present phase.
+        """
+        return
+
+    def choose(self, item: Any, choose: Choose) -> WeightedIndices | None:
+        """Choose the rows to load of an item, or in its place; None for all of it, or where they were chosen before.
+
+        Args:
+            item: an item that iterating yields.
+            choose: the policy's ``choose``.
+        """
+        return choose(self.offer(item))
 
     @abstractmethod
     def load(self, item: Any, choice: WeightedIndices | None = None) -> Batch:

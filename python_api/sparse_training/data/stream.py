@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -67,21 +68,34 @@ class StreamLoader(Loader):
             return None
 
     def __iter__(self) -> Iterator[Any]:
-        for part in _epoch_parts(self.source):
-            part.set_epoch(self.epoch)
-        if self.position and self._epoch_rng is not None:
-            source = self._replayed()
-        else:
-            self._set_own(self._own_rng)
-            self._epoch_rng = {**rng_state(CPU), "own": self._own_states()}
-            source = iter(self.source)
-        self._own_rng = None
-        for batch in source:
+        for batch in self.rest_of_epoch(self.position):
             self.position += 1
             yield batch
         if not self.position:
             raise UserError("the training data yielded no batch; it must be an iterable that can be iterated again")
         self.epoch, self.position = self.epoch + 1, 0
+
+    def rest_of_epoch(self, used: int, ahead: Mapping[str, Any] | None = None) -> Iterator[Any]:
+        """Begin or continue an epoch.
+
+        Args:
+            used: number of the epoch's batches that were already used.
+            ahead: states of the global generators before the next batch was read, where it was read, too. Default
+                None: it was not.
+
+        Returns:
+            The batches that follow, their generators where they were.
+        """
+        for part in _epoch_parts(self.source):
+            part.set_epoch(self.epoch)
+        if self.position and self._epoch_rng is not None:
+            source = self._replayed(used, ahead)
+        else:
+            self._set_own(self._own_rng)
+            self._epoch_rng = {**rng_state(CPU), "own": self._own_states()}
+            source = iter(self.source)
+        self._own_rng = None
+        return source
 
     def _own_states(self) -> dict[str, Any]:
         return {path: generator_state(generator) for path, generator in own_generators(self.source).items()}
@@ -97,7 +111,7 @@ class StreamLoader(Loader):
         for path, generator in own.items():
             set_generator_state(generator, states[path])
 
-    def _replayed(self) -> Iterator[Any]:
+    def _replayed(self, used: int, ahead: Mapping[str, Any] | None) -> Iterator[Any]:
         """Iterate from the epoch's start, past the batches already used; the global generators stay as they are."""
         now, began = rng_state(CPU), self._epoch_rng
         if isinstance(began, Tensor):
@@ -106,11 +120,15 @@ class StreamLoader(Loader):
             set_rng_state(began, CPU)
             self._set_own(began["own"])
         source = iter(self.source)
-        for _ in range(self.position):
+        for _ in range(used):
             next(source, None)
+        read = []
+        if ahead is not None:
+            set_rng_state(ahead, CPU)
+            read.append(next(source))
         set_rng_state(now, CPU)
         self._set_own(self._own_rng)  # an evaluation on the same data may have drawn from them too
-        return source
+        return itertools.chain(read, source)
 
     def check_resumable(self) -> None:
         """Refuse data that a checkpoint cannot be continued with bit for bit.
@@ -126,21 +144,37 @@ class StreamLoader(Loader):
 
     def offer(self, item: Any) -> CandidateIndices:
         """Return the positions of an item's rows in the batch."""
-        return CandidateIndices(torch.arange(self.targets(item).shape[0]), self.epoch)
+        return CandidateIndices(torch.arange(self._targets_of(item).shape[0]), self.epoch)
+
+    def _targets_of(self, item: Any) -> Tensor:
+        targets: Any = self.targets(item)
+        if not isinstance(targets, Tensor):
+            raise UserError(
+                f"the targets of a batch must be one tensor, got a {type(targets).__name__}; give "
+                "TrainerSettings(targets=...), a function that makes a tensor of them"
+            )
+        return targets
 
     def load(self, item: Any, choice: WeightedIndices | None = None) -> Batch:
         """Move an item to the device, or the rows of it that were chosen."""
-
-        def to_device(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, non_blocking=True)
-
-        parts = (self.inputs(item), self.targets(item))
+        parts = (self.inputs(item), self._targets_of(item))
         offered = parts[1].shape[0]
         if choice is not None:
             parts = rows_at(parts, choice.index, offered)
-        weight = None if choice is None else choice.weight
-        inputs, targets, weight = pytree.tree_map_only(Tensor, to_device, (*parts, weight))
-        return Batch(inputs, targets, None, offered, weight)
+        return self.to_device(*parts, None if choice is None else choice.weight)._replace(offered=offered)
+
+    def to_device(self, inputs: Any, targets: Tensor, weight: Tensor | None) -> Batch:
+        """Move the parts of a batch without numbers to the device."""
+
+        def move(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return part.to(self.device, non_blocking=True)
+            if isinstance(part, Mapping):  # one that pytree does not open, such as a tokenizer's BatchEncoding
+                return {name: pytree.tree_map(move, value) for name, value in part.items()}
+            return part
+
+        inputs, targets, weight = pytree.tree_map(move, (inputs, targets, weight))
+        return Batch(inputs, targets, None, targets.shape[0], weight)
 
     def probe(self) -> Iterator[Any]:
         """Yield batches without end, for timing.

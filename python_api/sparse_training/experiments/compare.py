@@ -19,7 +19,7 @@ from sparse_training.profiling.speedup import speedup_bound
 from sparse_training.selection.policies.base import Policy
 from sparse_training.training.clock import Costs
 
-METHODS = ("dense", "random", "adaptive", "gate")
+METHODS = ("dense", "random", "infobatch", "gate")
 GALLERY_METHOD = "gate"
 _OF_THE_RUNNER = ("task", "arm", "fraction", "planted")  # entries of a run that this format does not have
 
@@ -48,7 +48,7 @@ def compare(
     """Train every method with every seed for equal seconds of one calibrated clock.
 
     Example:
-        >>> result = compare(load_data("digits"), comparison_design(("dense", "adaptive"), seconds=5.0))
+        >>> result = compare(load_data("digits"), comparison_design(("dense", "infobatch"), seconds=5.0))
 
     Args:
         data: data set to train and test on.

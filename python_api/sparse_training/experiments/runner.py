@@ -207,7 +207,7 @@ class Runner:
             checkpoint=self.store.checkpoints(self._checkpoint_name(cell)) if saves else None,
             checkpoint_interval=design.checkpoint_interval,
             resume=saves,
-            progress=None if progress is None else lambda status: progress(cell, status),
+            progress=False if progress is None else lambda status: progress(cell, status),
             stop=stop,
         )
         if log.interrupted:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_kernels import ControlState
 from sparse_kernels.control_law import Sums, advance, means, single, sums
+from sparse_training.rank_failures import wait_for
 
 
 class Exchange:
@@ -62,7 +63,7 @@ class Exchange:
             element each.
         """
         if self.work is not None:
-            self.work.wait()
+            wait_for(self.work, self.gathered[0].device)
         with torch.no_grad():
             of_ranks = torch.stack(self.gathered)
             *added, kept, valid, overflow = of_ranks.sum(0).unbind()

@@ -37,16 +37,27 @@ class SampleGate:
             )
         self.policy = GatePolicy(gate=self.gate)
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Selection:
+    def __call__(
+        self, logits: Tensor | None, targets: Tensor | None, criterion: Criterion | None = None, *,
+        losses: Tensor | None = None,
+    ) -> Selection:  # fmt: skip
         """Select samples by their significance.
 
         Args:
-            logits: logits [B, classes], or [B, classes, ...] with several targets per sample, whose mean counts.
-            targets: class indices, [B] or [B, ...].
+            logits: outputs [B, ...]; for classes [B, classes], or with several targets per sample, whose mean counts.
+                None with ``losses``.
+            targets: targets, [B] or [B, ...]. None with ``losses``.
+            criterion: loss of the samples. Default: cross-entropy.
+            losses: losses [B], where they are all that is known. Default: those of the criterion.
         """
-        self.gate.to(logits.device)
-        selection = self.policy.gated(Scores(targets, Criterion(), logits=logits.detach()))
-        least = min(LEAST, len(targets))
+        known = logits if losses is None else losses
+        assert known is not None
+        self.gate.to(known.device)
+        scores = Scores(
+            targets, criterion or Criterion(), logits=None if logits is None else logits.detach(), losses=losses
+        )
+        selection = self.policy.gated(scores)
+        least = min(LEAST, len(known))
         if len(selection.index) >= least:
             return selection
         assert self.gate.last is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,10 +43,28 @@ def build_model(name: str, *, shape: Shape, classes: int) -> nn.Module:
         return _FACTORIES[name](shape=shape, classes=classes)
     if ":" not in name:
         raise UserError(f"unknown model {name!r}; use one of {', '.join(MODELS)} or module:factory")
-    model = _import_factory(name)(shape=shape, classes=classes)
+    model = _import_factory(ModelFactory(name).name)(shape=shape, classes=classes)
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+@contextmanager
+def without_code(advice: str) -> Iterator[None]:
+    """Context in which models that are named as module:factory are refused: names that the user did not type.
+
+    Args:
+        advice: the rest of the error: where the name is from, and what the user can do.
+    """
+    global _advice
+    before, _advice = _advice, advice
+    try:
+        yield
+    finally:
+        _advice = before
+
+
+_advice = ""
 
 
 @dataclass(frozen=True)
@@ -54,9 +73,16 @@ class ModelFactory:
 
     Attributes:
         name: as for ``build_model``.
+
+    Raises:
+        UserError: a module:factory where those are refused.
     """
 
     name: str
+
+    def __post_init__(self) -> None:
+        if _advice and ":" in self.name:
+            raise UserError(f"model {self.name!r} is Python code, {_advice}")
 
     def __call__(self, *, shape: Shape, classes: int) -> nn.Module:
         """Build the model; see ``build_model``."""

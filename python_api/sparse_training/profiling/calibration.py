@@ -40,6 +40,7 @@ def calibrate(
     rounds: int | None = None,
     seconds: float = CALIBRATION_SECONDS,
     progress: Callable[[float], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Costs:
     """Time every stage of every policy's step, interleaved, on copies; nothing of the trainer changes.
 
@@ -52,11 +53,16 @@ def calibrate(
         rounds: number of rounds over all policies and batch sizes. Default: as many as fit into ``seconds``, from 5
             to 101, after a warm-up.
         seconds: duration of the timed rounds where ``rounds`` is not given. Default 5.
-        progress: called after every round with the fraction done, in [0, 1]. Default None.
+        progress: called after every round with the fraction done, in [0, 1], and once with 0. Default None.
+        stop: asked before every step; once it returns true, the calibration ends. Default None.
 
     Returns:
         The median seconds of each stage.
+
+    Raises:
+        Stopped: ``stop`` returned true.
     """
+    show, go_on = progress or (lambda fraction: None), _Asks(stop)
     twin = copy.deepcopy(trainer)
     twin.update.scheduler = None
     twin.compile()
@@ -72,22 +78,39 @@ def calibrate(
         for source in sources:
             twin.policy = source.policy
             twin.check(loader.load(source.items()[0]))
-            _fill(twin, source)
-            _warm_up(twin, source)
+        show(0.0)
+        for source in sources:
+            twin.policy = source.policy
+            _fill(twin, source, go_on)
+            _warm_up(twin, source, go_on)
         done, began = 0, time.perf_counter()
         while done < (rounds or MIN_ROUNDS) or (rounds is None and done < MAX_ROUNDS and _since(began) < seconds):
             for source in sources:
                 for item, steps in zip(source.items(), (BLOCK, SHORT_BLOCK), strict=False):
-                    _time_block(twin, source, item, steps, samples)
+                    _time_block(twin, source, item, steps, samples, go_on)
             done += 1
-            if progress is not None:
-                least = min(done / MIN_ROUNDS, _since(began) / max(seconds, 1e-9))
-                progress(min(1.0, done / rounds if rounds else max(least, done / MAX_ROUNDS)))
+            least = min(done / MIN_ROUNDS, _since(began) / max(seconds, 1e-9))
+            show(min(1.0, done / rounds if rounds else max(least, done / MAX_ROUNDS)))
     shared = {stage: _curve(samples, "", stage) for stage in ("load", "train")}
     stages = ("score", "select", "observe")
     names = [source.policy.name for source in sources]
     own = {name: {stage: _curve(samples, name, stage) for stage in stages} for name in names}
     return Costs(shared, own, done)
+
+
+class Stopped(Exception):
+    """A calibration was stopped; nothing has changed."""
+
+
+class _Asks:
+    """Raises ``Stopped`` once its function returns true."""
+
+    def __init__(self, stop: Callable[[], bool] | None) -> None:
+        self.stop = stop
+
+    def __call__(self) -> None:
+        if self.stop is not None and self.stop():
+            raise Stopped
 
 
 class _Source:
@@ -104,7 +127,12 @@ class _Source:
 
 
 def _time_block(
-    twin: TrainingStep, source: _Source, item: Any, steps: int, samples: dict[tuple[str, str, int], list[float]]
+    twin: TrainingStep,
+    source: _Source,
+    item: Any,
+    steps: int,
+    samples: dict[tuple[str, str, int], list[float]],
+    go_on: _Asks,
 ) -> None:
     """Time consecutive steps of a policy on one item, then training on the other likely numbers of rows.
 
@@ -116,6 +144,7 @@ def _time_block(
     twin.policy = policy
     watch = _LapTimer(twin.device)
     for step in range(steps):
+        go_on()
         watch.lap()
         choice = policy.choose(loader.offer(item))
         choose = watch.lap()
@@ -144,6 +173,7 @@ def _time_block(
     if len(policy.likely_rows(batch.rows)) == 1:
         return
     for rows in row_counts if batch.rows else ():
+        go_on()
         kept = twin.head(batch, rows)
         twin.learn(kept)
         watch.lap()
@@ -158,7 +188,7 @@ def _row_counts(likely: range, rows: int) -> list[int]:
     return sorted({1, likely[0], likely[len(likely) // 3], likely[-1], max(1, rows // 2), rows})
 
 
-def _fill(twin: TrainingStep, source: _Source) -> None:
+def _fill(twin: TrainingStep, source: _Source, go_on: _Asks) -> None:
     """Pass a policy losses for every row, as in the midst of a run, so that choosing by past losses is timed."""
     size = source.loader.size
     batch = source.loader.load(source.items()[0])
@@ -167,13 +197,14 @@ def _fill(twin: TrainingStep, source: _Source) -> None:
         return
     losses = torch.linspace(0.0, 1.0, size, device=batch.targets.device)
     for start in range(0, size, OBSERVED):
+        go_on()
         ids = torch.arange(start, min(start + OBSERVED, size), device=losses.device)
         of_rows = ids % batch.rows
         logits = pytree.tree_map_only(Tensor, operator.itemgetter(of_rows), result.logits)
         source.policy.observe(ids, losses[ids], logits)
 
 
-def _warm_up(twin: TrainingStep, source: _Source) -> None:
+def _warm_up(twin: TrainingStep, source: _Source, go_on: _Asks) -> None:
     """Train once on each likely number of rows, the middle ones first, for at most CALIBRATION_SECONDS.
 
     Libraries prepare a kernel for each new shape: a cost per process, not per step.
@@ -186,6 +217,7 @@ def _warm_up(twin: TrainingStep, source: _Source) -> None:
         for rows in sorted(likely, key=lambda rows: abs(rows - middle)):
             if _since(began) > CALIBRATION_SECONDS:
                 return
+            go_on()
             twin.learn(twin.head(batch, rows))
 
 

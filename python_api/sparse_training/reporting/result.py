@@ -91,11 +91,11 @@ def read_result(path: str | Path, kind: ResultFormat) -> dict[str, Any]:
     if version not in range(1, kind.version + 1):
         known = "version 1" if kind.version == 1 else f"versions 1 to {kind.version}"
         raise UserError(f"{name!r} has version {version!r}; this program reads {known}")
-    fault = _fault(result, SHAPES[kind], "")
-    if fault is None and kind == COMPARISON and not all(arm["runs"] for arm in (result["arms"] or _NONE).values()):
-        fault = "arms have no runs"
-    if fault:
-        raise UserError(f"{name!r} is a damaged result of a {kind.kind}: {fault}")
+    wrong = fault(result, SHAPES[kind])
+    if wrong is None and kind == COMPARISON and not all(arm["runs"] for arm in (result["arms"] or _NONE).values()):
+        wrong = "arms have no runs"
+    if wrong:
+        raise UserError(f"{name!r} is a damaged result of a {kind.kind}: {wrong}")
     return _from_version_1(result) if kind == STUDY and version == 1 else result
 
 
@@ -158,12 +158,18 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _fault(value: Any, shape: Any, where: str) -> str | None:
-    """Describe the first fault of a value's shape; None for none."""
+def fault(value: Any, shape: Any, where: str = "") -> str | None:
+    """Describe the first fault of a value's shape; None for none.
+
+    Args:
+        value: the value.
+        shape: a type or types; {key: shape}, where ... stands for every key; or [shape of every item].
+        where: path of the value, in the description.
+    """
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{where} is not a list"
-        faults = (_fault(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value))
+        faults = (fault(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value))
     elif isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"{where} is not an object"
@@ -171,7 +177,7 @@ def _fault(value: Any, shape: Any, where: str) -> str | None:
         missing = [key for key in keys if key not in value]
         if missing:
             return f"{where} lacks {missing[0]!r}"
-        faults = (_fault(value[key], shape.get(..., shape.get(key)), f"{where}/{key}") for key in keys)
+        faults = (fault(value[key], shape.get(..., shape.get(key)), f"{where}/{key}") for key in keys)
     else:
         return None if isinstance(value, shape) else f"{where} is {str(value)[:40]!r}"
     return next(filter(None, faults), None)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import Sampler
 
+from sparse_training.announcements import announce
 from sparse_training.errors import UserError
-from sparse_training.ranks import rank_and_world_size
-from sparse_training.samplers.adaptive_weights import SamplingWeights
+from sparse_training.ranks import gather_numbers, rank_and_world_size
+from sparse_training.samplers.adaptive_weights import BALANCE_FROM, SamplingWeights, check_switches
 from sparse_training.samplers.importance import Importance
 from sparse_training.samplers.indexed import Indexed, rows_of
 from sparse_training.samplers.infobatch import InfoBatch, no_rows, whole_batch
@@ -45,20 +46,23 @@ class HistorySampler(Sampler[list[int]]):
         batch_size: number of rows in a batch of this process, at least 1.
         method: "importance" (the default): an epoch is ``rate`` of the rows, drawn in proportion to their scores,
             after a first pass over all of them; see ``Importance``. "infobatch": an epoch is every row that is not
-            pruned; see ``InfoBatch``. "adaptive": an epoch is ``rate`` of the rows, drawn as the trainer's default
-            policy draws them, all with weight 1; see ``SamplingWeights``.
+            pruned; see ``InfoBatch``. "adaptive": an epoch is ``rate`` of the rows, drawn by the switches that are on,
+            all with weight 1; see ``AdaptivePolicy`` for what each assumes.
         rate: rows of an epoch by rows of the data set, for "importance" and "adaptive", in (0, 1]. Default 1.
         uniform: share of draws that ignore the scores, for "importance", in (0, 1]. Default 0.1.
         prune: probability of leaving out a well-learned row, for "infobatch", in [0, 1). Default 0.5.
-        epochs: number of epochs of the run. With it the last 1 - ``delta`` of them have every row for "infobatch", and
-            for "adaptive" classes are drawn equally often in the last 40% of the run. None (the default): neither
-            happens, and training with "infobatch" should end with epochs of every row.
+        epochs: number of epochs of the run. With it the last 1 - ``delta`` of them have every row for "infobatch";
+            ``balance`` needs it, and acts in the last 40% of the run. None (the default): training with "infobatch"
+            should end with epochs of every row.
         delta: fraction of the epochs that are pruned, for "infobatch", in [0, 1]. Default 0.875.
-        targets: class of every row of the data set, whatever this process's rows are, for "adaptive": int64 [rows].
-            None (the default), or anything else that is one a row, where there are none; then neither label errors
-            nor classes count.
+        denoise: for "adaptive", draw rows with suspected label errors rarely; needs ``targets``. Default False.
+        deduplicate: for "adaptive", let duplicates share one row's draws; needs ``duplicate_counts``. Default False.
+        balance: for "adaptive", draw classes equally often late in the run; needs ``targets`` and ``epochs``. Default
+            False.
+        targets: class of every row of the data set, whatever this process's rows are, for ``denoise`` and ``balance``:
+            integers [rows], at least 0. Default None.
         duplicate_counts: number of rows of the data set that have the same inputs as each, itself included, for
-            "adaptive": int64 [rows]. Duplicates share one row's draws. None (the default) where it is unknown.
+            ``deduplicate``: int64 [rows]. Default None.
         seed: seed of the draws, the same on every process. Default 0.
         rank: number of this process; None (the default) for the one of torch.distributed, or 0.
         num_replicas: number of processes; None (the default) for the one of torch.distributed, or 1.
@@ -87,6 +91,9 @@ class HistorySampler(Sampler[list[int]]):
         prune: float = 0.5,
         epochs: int | None = None,
         delta: float = 0.875,
+        denoise: bool = False,
+        deduplicate: bool = False,
+        balance: bool = False,
         targets: Tensor | Sequence[Any] | None = None,
         duplicate_counts: Tensor | Sequence[int] | None = None,
         seed: int = 0,
@@ -116,8 +123,9 @@ class HistorySampler(Sampler[list[int]]):
             raise UserError(f"`rate` must be in (0, 1], got {rate}")
         if epochs is not None and epochs < 1:
             raise UserError(f"`epochs` must be None or at least 1, got {epochs}")
-        if method != "adaptive" and (targets is not None or duplicate_counts is not None):
-            raise UserError(f'`targets` and `duplicate_counts` need method="adaptive", got method={method!r}')
+        switches = {"denoise": denoise, "deduplicate": deduplicate, "balance": balance}
+        self.switches = tuple(name for name, on in switches.items() if on)
+        _check_switches(method, self.switches, targets=targets, duplicate_counts=duplicate_counts, epochs=epochs)
         self.method, self.batch_size, self.rate, self.seed, self.drop_last = method, batch_size, rate, seed, drop_last
         self.epochs, self.dense_from = epochs, None if epochs is None else round(delta * epochs)
         self.rows = -(-(self.size - self.rank) // self.replicas)  # of this process
@@ -127,7 +135,15 @@ class HistorySampler(Sampler[list[int]]):
         self.sampler: Importance | InfoBatch | SamplingWeights
         if method == "adaptive":
             classes, duplicates = self._own("targets", targets), self._own("duplicate_counts", duplicate_counts)
-            self.sampler = SamplingWeights(self.rows, classes, duplicates, seed=seed)
+            self.sampler = SamplingWeights(
+                self.rows,
+                classes,
+                duplicates,
+                denoise=denoise,
+                balance_from=BALANCE_FROM if balance else None,
+                seed=seed,
+            )
+            self._announce()
         elif method == "importance":
             self.sampler = Importance(ScoreTable(self.rows), seed=seed, uniform=uniform)
         else:
@@ -204,13 +220,23 @@ class HistorySampler(Sampler[list[int]]):
     def _draw(self) -> WeightedIndices:
         """Draw the next batch, of rows of this process."""
         if isinstance(self.sampler, InfoBatch):
-            return self._draw_kept()
+            drawn = self._draw_kept()
+            self._announce()
+            return drawn
         count = min(self.batch_size, self._epoch_rows() - self._drawn * self.batch_size)
         if isinstance(self.sampler, Importance):
             return self.sampler.draw(count)
         # Without epochs the progress is unknown: never late enough to balance.
         progress = 0.0 if self.epochs is None else (self.epoch + self._drawn / len(self)) / self.epochs
-        return WeightedIndices(self.sampler.draw(count, progress), torch.ones(count))
+        rows = self.sampler.draw(count, progress)
+        self._announce()
+        return WeightedIndices(rows, torch.ones(count))
+
+    def _announce(self) -> None:
+        """Print what the sampler has begun to do."""
+        if not isinstance(self.sampler, Importance):
+            for sentence in self.sampler.take_news():
+                announce(sentence)
 
     def _draw_kept(self) -> WeightedIndices:
         """Draw the next batch of an InfoBatch epoch: no more rows are looked at than it needs."""
@@ -246,10 +272,7 @@ class HistorySampler(Sampler[list[int]]):
         whole = self.drop_last and self.replicas == 1 and rows >= self.batch_size
         batches = rows // self.batch_size if whole else -(-rows // self.batch_size)
         if isinstance(self.sampler, InfoBatch) and self.replicas > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            most = torch.tensor(batches, device=device)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            batches = int(most)
+            batches = int(gather_numbers(batches).max())
         return batches
 
     # --- training -------------------------------------------------------------------------------
@@ -281,8 +304,7 @@ class HistorySampler(Sampler[list[int]]):
             index: row numbers in the data set, int64 [n], all of this process.
             scores: scores of the rows, [n]; see ``ScoreTable.update``. For "adaptive" the losses, which must be
                 cross-entropies where there are no logits.
-            logits: the model's class logits, [n, classes], for "adaptive". None (the default): label errors are not
-                detected.
+            logits: the model's class logits, [n, classes], which ``denoise`` needs. Default None.
 
         Raises:
             UserError: rows of another process, or tensors that do not fit one another.
@@ -305,6 +327,18 @@ class HistorySampler(Sampler[list[int]]):
 
     # --- state ----------------------------------------------------------------------------------
 
+    def _acts_as_formerly(self) -> bool:
+        """Tell whether the switches are those that "adaptive" had by itself for the same arguments."""
+        assert isinstance(self.sampler, SamplingWeights)
+        former = []
+        if self.sampler.targets is not None:
+            former.append("denoise")
+        if self.sampler.duplicate_weight is not None:
+            former.append("deduplicate")
+        if self.sampler.targets is not None and self.epochs is not None:
+            former.append("balance")
+        return self.switches == tuple(former)
+
     def _settings(self) -> dict[str, Any]:
         """Settings that must agree for one state to be the continuation of another, under their names on disk."""
         return {
@@ -312,7 +346,7 @@ class HistorySampler(Sampler[list[int]]):
             "processes": self.replicas,
             "rank": self.rank,
             "batch size": self.batch_size,
-            "law": self.method,
+            "law": "+".join((self.method, *self.switches)),
             "rate": self.rate,
             "seed": self.seed,
         }
@@ -340,6 +374,8 @@ class HistorySampler(Sampler[list[int]]):
             UserError: the state is of other data, another rank or other settings.
         """
         settings = self._settings()
+        if state["settings"].get("law") == "adaptive" and self._acts_as_formerly():
+            settings["law"] = "adaptive"
         if differing := [name for name, value in settings.items() if state["settings"].get(name) != value]:
             changes = ", ".join(
                 f"{'method' if name == 'law' else name} {state['settings'].get(name)} is now {settings[name]}"
@@ -353,3 +389,26 @@ class HistorySampler(Sampler[list[int]]):
         self._drawn, self._total, self._order.position = state["drawn"], state["total"], state["position"]
         self._pending.extend(WeightedIndices(index, weight) for index, weight in state["pending"])
         self._restored = True
+
+
+def _check_switches(method: str, switches: Sequence[str], **given: Any) -> None:
+    """Refuse switches of another method or without what they need, and what no switch needs.
+
+    Raises:
+        UserError: something is missing or without effect.
+    """
+    if method != "adaptive":
+        extra = [*switches, *(name for name in ("targets", "duplicate_counts") if given[name] is not None)]
+        if extra:
+            raise UserError(f'`{extra[0]}` needs method="adaptive", got method={method!r}')
+        return
+    check_switches(switches)
+    needs = {"denoise": ("targets",), "deduplicate": ("duplicate_counts",), "balance": ("targets", "epochs")}
+    for switch in switches:
+        if missing := [name for name in needs[switch] if given[name] is None]:
+            raise UserError(f"`{switch}` needs `{missing[0]}`, got none")
+    needed = {name for switch in switches for name in needs[switch]}
+    for name in ("targets", "duplicate_counts"):
+        if given[name] is not None and name not in needed:
+            users = " or ".join(switch for switch, names in needs.items() if name in names)
+            raise UserError(f"`{name}` needs {users} switched on, got {', '.join(switches)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_kernels.sum_tree import uniform_double
 from sparse_training.errors import UserError
+from sparse_training.ranks import gather_numbers
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.selection.types import WeightedIndices
 
@@ -60,6 +61,29 @@ def whole_batch(waiting: WeightedIndices, kept: WeightedIndices, size: int) -> t
     return WeightedIndices(index[:count], weight[:count]), WeightedIndices(index[count:], weight[count:])
 
 
+def common_batch(waiting: WeightedIndices, kept: WeightedIndices, size: int) -> tuple[WeightedIndices, WeightedIndices]:
+    """Collect kept rows until those of all processes fill a batch of each; all processes call this together.
+
+    Processes keep different numbers of rows. Each gives all that it has, and weights correct for batches that are
+    larger than whole ones: divided by their rows, they estimate the sum over rows that a whole batch would be divided
+    by.
+
+    Args:
+        waiting: rows kept earlier and not yet in a batch.
+        kept: rows kept now; they come after those waiting.
+        size: number of rows of a whole batch of this process.
+
+    Returns:
+        The batch, of at least one row on every process or of none on any, and the rows that go on waiting.
+    """
+    index = torch.cat((waiting.index, kept.index))
+    weight = torch.cat((waiting.weights(), kept.weights()))
+    rows, sizes = gather_numbers(len(index), size).unbind(1)
+    if int(rows.min()) == 0 or int(rows.sum()) < int(sizes.sum()):
+        return no_rows(), WeightedIndices(index, weight)
+    return WeightedIndices(index, weight * float(rows.sum() / sizes.sum())), no_rows()
+
+
 def no_rows() -> WeightedIndices:
     """No rows: the start of ``whole_batch``."""
     return WeightedIndices(torch.empty(0, dtype=torch.int64), torch.empty(0))
@@ -85,18 +109,42 @@ class InfoBatch:
         self.table, self.seed, self.probability = table, seed, check_prune(prune)
         self.epoch = -1
         self.threshold = 0.0
+        self._pruned, self._news = False, list[str]()
 
     def begin(self, epoch: int) -> None:
         """Take the threshold of a new epoch; no effect if it is the current one."""
         if epoch != self.epoch:
             self.epoch, self.threshold = epoch, self.table.mean
 
-    def prune(self, index: Tensor, epoch: int) -> WeightedIndices:
-        """Rows of ``index`` that are kept in this epoch, in their order, with their weights."""
+    def prune(self, index: Tensor, epoch: int, places: Tensor | None = None) -> WeightedIndices:
+        """Choose the rows that are kept in an epoch.
+
+        Args:
+            index: row numbers, int64 [n].
+            epoch: number of the epoch, from 0.
+            places: numbers that the draws depend on, int64 [n], each used once in the epoch; for rows that may come
+                several times in one. None (the default) for the row numbers.
+
+        Returns:
+            The rows kept, in their order, with their weights.
+        """
         self.begin(epoch)
         probability = prune_probability(self.table.scores[index], self.threshold, self.probability)
-        keep = uniform_double(index, seed=self.seed, step=epoch + _INFOBATCH) >= probability
+        numbers = index if places is None else places
+        keep = uniform_double(numbers, seed=self.seed, step=epoch + _INFOBATCH) >= probability
+        if not self._pruned and not keep.all():
+            self._pruned = True
+            self._news.append(
+                f"infobatch: from now on rows whose last loss is below the mean are left out with probability "
+                f"{self.probability:g}, and otherwise weigh {1.0 / (1.0 - self.probability):g}; the expected gradient "
+                "stays that of all rows"
+            )
         return WeightedIndices(index[keep], (1.0 / (1.0 - probability[keep])).float())
+
+    def take_news(self) -> list[str]:
+        """Return what has begun since the last call, in sentences."""
+        news, self._news = self._news, []
+        return news
 
     def state_dict(self) -> dict[str, Any]:
         """State of the epoch; the table's is its own."""

@@ -46,7 +46,7 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 FORMS = "self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE, history"
 
-
+DEFAULT_POLICY = InfoBatchPolicy.name  # the one that is unbiased and assumes nothing
 DEFAULT_RATE = 0.1
 
 
@@ -59,8 +59,14 @@ def uses_rate(policy: str | Policy | Gate) -> bool:
     Returns:
         True for a name, with or without a scorer, whose policy keeps a fraction of the rows that is given.
     """
-    kind = POLICIES.get(policy.partition("@")[0]) if isinstance(policy, str) else None
+    kind = _kind(policy) if isinstance(policy, str) else None
     return kind is not None and kind.target is not Policy.target
+
+
+def _kind(name: str) -> type[Policy] | None:
+    """Find the class of a policy's name, with or without switches and a scorer; None for an unknown name."""
+    bare, plus, _ = name.partition("@")[0].partition("+")
+    return POLICIES.get(bare) if not plus or bare == AdaptivePolicy.name else None
 
 
 def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
@@ -76,7 +82,7 @@ def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
     if rate is None:
         return
     check_rate(rate)
-    if isinstance(policy, str) and policy.partition("@")[0] in POLICIES and not uses_rate(policy):
+    if isinstance(policy, str) and _kind(policy) is not None and not uses_rate(policy):
         those = ", ".join(name for name in POLICIES if uses_rate(name))
         raise UserError(f"`rate` is used by the policies {those}, got {rate} with {policy}; give none")
     if not isinstance(policy, str) and rate != policy.rate:
@@ -92,11 +98,13 @@ def make_policy(
     share its threshold. Other policies made here draw by a seed of each process.
 
     Args:
-        policy: a name in ``POLICIES``, or policy@scorer, such as "gate@early:3", which is then its name; a Gate; or a
-            Policy, which is returned as it is.
+        policy: a name in ``POLICIES``, where "adaptive" has its switches behind it, such as "adaptive+denoise+balance";
+            or policy@scorer, such as "gate@early:3", which is then its name; a Gate; or a Policy, which is returned as
+            it is.
         rate: fraction of the rows to keep, in (0, 1]; None for ``DEFAULT_RATE``.
         seed: seed of the policy's draws.
-        loss: the loss that the model is trained on, or its ``Criterion``; None (the default) where it is unknown.
+        loss: the loss that the model is trained on, or its ``Criterion``; None (the default) where it is unknown. Where
+            its rows are tokens, "infobatch" and "importance" draw among those of a batch.
         scorer: a scorer or its name, see ``make_scorer``; None (the default) for the policy's own.
 
     Returns:
@@ -117,21 +125,23 @@ def make_policy(
         made = policy
     elif isinstance(policy, Gate):
         made = GatePolicy(seed=seed, gate=policy)
-    elif policy not in POLICIES:
+    elif (kind := _kind(policy)) is None:
         raise UserError(f"`policy` must be one of {', '.join(POLICIES)}, got {policy!r}")
+    elif issubclass(kind, AdaptivePolicy):
+        made = kind.from_name(policy, seed=rank_seed(seed, rank))
     elif policy == "gate":
         known = ("ignore_index", "label_smoothing")
         settings = {} if loss is None else {name: loss_setting(loss, name) for name in known}
         shared = {name: value for name, value in settings.items() if value is not None}
         made = GatePolicy(rate, seed, process_group="world" if ranks > 1 else None, **shared)
     else:
-        kinds = POLICIES if scorer is None or scorer.before_loading else {**POLICIES, **BY_SCORES}
-        made = kinds[policy](rate, rank_seed(seed, rank))
+        in_batch = getattr(loss, "granularity", None) == "token" if scorer is None else not scorer.before_loading
+        made = (BY_SCORES.get(policy, kind) if in_batch else kind)(rate, rank_seed(seed, rank))
     if scorer is not None and not (scorer.before_loading and isinstance(made, HistoryPolicy)):
         if not made.uses_scores or isinstance(made, MaskedPolicy):
             raise UserError(f"scorer {scorer.name} for the policy {made.name}, which takes none; leave the scorer out")
         made.scorer = scorer
-    if isinstance(given, str):
+    if isinstance(given, str) and not isinstance(made, AdaptivePolicy):  # whose own name has its switches in order
         made.name = given
     return made
 

@@ -20,10 +20,14 @@ class CandidateIndices(NamedTuple):
     Attributes:
         ids: int64 [B], on the CPU: row numbers in the data set; for a stream, positions in the batch.
         epoch: number of the epoch, from 0.
+        places: int64 [B], numbers that draws may depend on, each offered once in an epoch; None where ``ids`` are such.
+        together: True where rows make a batch with these others only, as a batch sampler of the user's arranged them.
     """
 
     ids: Tensor
     epoch: int
+    places: Tensor | None = None
+    together: bool = False
 
 
 class WeightedIndices(NamedTuple):

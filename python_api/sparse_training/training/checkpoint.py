@@ -165,15 +165,20 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     Raises:
         UserError: no checkpoint there, or both it and the previous one are damaged.
     """
+    return read_checkpoint(path, device)[0]
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], str]:
+    """Read a checkpoint as ``load_checkpoint`` does, and return the digest of the file that was read too."""
     try:
         return _read(path, device)
     except UserError as error:
         previous = previous_of(path)
         if not previous.exists():
             raise
-        state = _read(previous, device)
-        warnings.warn(f"{error}; the previous one, {previous.name}, is used", stacklevel=2)
-        return state
+        read = _read(previous, device)
+        warnings.warn(f"{error}; the previous one, {previous.name}, is used", stacklevel=3)
+        return read
 
 
 def previous_of(path: Path) -> Path:
@@ -181,7 +186,7 @@ def previous_of(path: Path) -> Path:
     return path.with_name(path.name + ".prev")
 
 
-def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
+def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], str]:
     if path.exists() and not path.is_file():  # opening a FIFO or a device may never return
         raise UserError(f"{path}: a checkpoint must be a regular file")
     try:
@@ -191,7 +196,8 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
                 header = file.read(len(MAGIC))
                 fault = "its digest does not match" if header.startswith(MAGIC[:24]) else "its header is another"
                 raise UserError(f"{path} is damaged or not a checkpoint: {fault}")
-            file.seek(_HEADER)
+            file.seek(len(MAGIC))
+            digest = file.read(_HEADER - len(MAGIC)).decode().strip()
             xla = torch.device(device).type == "xla"  # torch.load cannot map to it
             state: dict[str, Any] = torch.load(file, map_location="cpu" if xla else device, weights_only=True)
             if xla:
@@ -208,7 +214,7 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
         raise UserError(f"{path} holds nothing that torch.save writes, and is not loaded: {one_line(error)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} must hold a mapping, got a {type(state).__name__}; it is no checkpoint")
-    return state
+    return state, digest
 
 
 def one_line(error: Exception) -> str:

@@ -34,7 +34,9 @@ class TrainingLog:
         meter: name of the energy meter, or "no meter".
         operations: floating-point operations counted, by kind: "score" and "train".
         warnings: sentences for the reader of the results.
-        interrupted: True where the run was stopped before its end.
+        notes: sentences on what the policy began to do to the training, in order.
+        interrupted: True where the run was stopped before its end, to be resumed.
+        stopped: why a callback ended the run; None where its budget was spent.
         selected: int32 [rows of the data set], how often each row was kept in the sparse phase; None where the loader
             does not know rows by index.
         seen: int32 [rows of the data set], how often each row was scored in it; None where nothing was scored.
@@ -55,7 +57,9 @@ class TrainingLog:
     meter: str = "no meter"
     operations: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    stopped: str | None = None
     selected: Tensor | None = None
     seen: Tensor | None = None
 
@@ -106,7 +110,9 @@ class TrainingLog:
             ],
             "joules": {"measured": self.joules, "by": self.meter},
             "flops": {"counted": sum(self.operations.values()), **self.operations},
+            "stopped": self.stopped,
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
 
@@ -121,6 +127,11 @@ class Status:
         seconds: seconds of the run's clock.
         evaluation: result of the latest evaluation; None before the first.
         policy: policy of the step; reading the values of its ``trace`` waits for the device.
+        loss: mean loss of the rows that the latest batch was trained on, on the device, where reading it waits; with
+            several processes of this one's rows. None before the first batch with rows. Default None.
+        epoch: number of the pass over the data, from 0. Default 0.
+        notes: sentences on what the policy has begun to do to the training, or why it trains on every row, in order.
+            Default none.
     """
 
     progress: float
@@ -129,3 +140,6 @@ class Status:
     seconds: float
     evaluation: Mapping[str, float] | None
     policy: Policy
+    loss: Tensor | None = None
+    epoch: int = 0
+    notes: tuple[str, ...] = ()

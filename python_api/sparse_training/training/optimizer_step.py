@@ -38,6 +38,7 @@ class OptimizerStep:
         defers: True where the ranks exchange gradients in the last batch of an optimizer step alone.
         invalid: number of batches since ``take_invalid`` whose loss was not finite, which are not learned from.
         rejected: True where the last batch was skipped for its loss.
+        loss: loss of the last batch that had rows, without gradient, on the device; None before it.
         batches: number of batches since the last step.
         first: divisor of the first of them that had rows; None before it.
         total: sum of the divisors of all of them.
@@ -61,6 +62,7 @@ class OptimizerStep:
         self.scheduler: LRScheduler | None = None
         self.invalid: int | Tensor = 0
         self.rejected, self.defers = False, False
+        self.loss: Tensor | None = None
         self._local = False  # the gradients of an incomplete step are this rank's
         self._bad: Tensor | None = None  # float32, 1 where a batch since the last step is not finite
         self._shared: Callable[[], Tensor] | None = None  # waits for the rows and divisor of all ranks' batches
@@ -80,13 +82,19 @@ class OptimizerStep:
         return isinstance(kept.rows, Tensor) and not self.skips_on_device() and int(kept.rows) == 0  # waits
 
     def sum_rows(self, kept: SelectedBatch) -> None:
-        """Start to sum the ranks' rows, while their forward passes run; a process alone has nothing to sum."""
+        """Start to sum the ranks' rows; a process alone has nothing to sum.
+
+        An accelerator's forward pass runs meanwhile. On the CPU the sum is waited for, so that a rank that failed is
+        noticed here: in a forward pass PyTorch itself may wait for it.
+        """
         if not self.ranks.alone:
             divisor = kept.targets.shape[0] if kept.weight is None else kept.divisor
             # The divisor of an empty padded batch is not its number of rows.
             some = torch.as_tensor(kept.rows, device=self.device).double().clamp(max=1)
             own = torch.stack((some, some * divisor))
             self._shared = self.ranks.sum_later(own)
+            if self.device.type == "cpu":
+                self._shared()
 
     def add(self, losses: Tensor, kept: SelectedBatch) -> Tensor | None:
         """Add a batch: run the backward pass of its losses, and the optimizer step if the batch completes one.
@@ -109,6 +117,7 @@ class OptimizerStep:
             loss = losses.mean()
         else:
             loss = (losses * kept.weight).sum() / divisor
+        self.loss = loss.detach()
         if (bad := self._is_invalid(loss)) is not None and not self.skips_on_device():
             self.skip()
             self.rejected = True
@@ -151,7 +160,7 @@ class OptimizerStep:
 
     def reset(self) -> None:
         """Forget the batches of an incomplete step."""
-        self._local = False
+        self._local, self.loss = False, None
         self.batches, self.first, self.total, self._bad = 0, None, 0, None
 
     def skip(self) -> None:

@@ -12,6 +12,8 @@ from sparse_training.errors import UserError
 
 PHASES = ("warmup", "sparse", "anneal")  # dense start, sparse, dense end: the names that recorded results have
 SHAPES = ("cosine", "constant")
+LR_WARMUP = 0.02
+COMPARED = 1000  # points of two runs' schedules
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Schedule:
         shape: learning rate: "cosine" to zero or "constant", after a linear rise; or a callable that maps progress
             in [0, 1] to a factor of the learning rate; or a scheduler of PyTorch's, which sets the learning rate
             itself. Default "cosine".
-        rise: fraction of the run over which the learning rate rises, in [0, 1]. Default 0.02.
+        lr_warmup: fraction of the run over which the learning rate of a named shape rises, in [0, 1]. Default 0.02.
 
     Raises:
         UserError: fractions outside [0, 1] or adding up to more than 1; an unknown shape.
@@ -35,10 +37,10 @@ class Schedule:
     dense_start: float = 0.05
     dense_end: float = 0.125
     shape: str | Callable[[float], float] | LRScheduler = "cosine"
-    rise: float = 0.02
+    lr_warmup: float = LR_WARMUP
 
     def __post_init__(self) -> None:
-        for name in ("dense_start", "dense_end", "rise"):
+        for name in ("dense_start", "dense_end", "lr_warmup"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise UserError(f"`{name}` must be a fraction in [0, 1], got {value}")
@@ -55,6 +57,10 @@ class Schedule:
             raise UserError(
                 f"`schedule` must be a scheduler, a callable or one of {', '.join(SHAPES)}, got {self.shape!r}"
             )
+        if self.shape not in SHAPES and self.lr_warmup != LR_WARMUP:
+            raise UserError(
+                f"`lr_warmup` is for the schedules {' and '.join(SHAPES)}, got {self.lr_warmup} with {self.name}"
+            )
 
     @property
     def scheduler(self) -> LRScheduler | None:
@@ -67,7 +73,9 @@ class Schedule:
         shape = self.shape
         if self.scheduler is not None:
             return type(shape).__name__
-        return getattr(shape, "__qualname__", type(shape).__name__) if callable(shape) else str(shape)
+        if callable(shape):
+            return getattr(shape, "__qualname__", type(shape).__name__)
+        return str(shape) if self.lr_warmup == LR_WARMUP else f"{shape} after a rise over {self.lr_warmup:g}"
 
     def phase(self, progress: float) -> str:
         """Return the phase at a progress in [0, 1]: one of PHASES."""
@@ -85,6 +93,20 @@ class Schedule:
         if callable(self.shape):
             return float(self.shape(progress))
         scale = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))) if self.shape == "cosine" else 1.0
-        if progress < self.rise:
-            scale *= 0.1 + 0.9 * progress / self.rise
+        if progress < self.lr_warmup:
+            scale *= 0.1 + 0.9 * progress / self.lr_warmup
         return scale
+
+    def differs(self, once: float, now: float, *, phased: bool) -> bool:
+        """Tell whether learning rates or phases until a point differ by how far in a run it is.
+
+        Args:
+            once: progress at the point in a shorter run.
+            now: progress at the same point in a longer one.
+            phased: True to compare phases, too.
+        """
+
+        def at(progress: float) -> tuple[float, str]:
+            return self.factor(progress), self.phase(progress) if phased else ""
+
+        return any(at(once * point / COMPARED) != at(now * point / COMPARED) for point in range(COMPARED))

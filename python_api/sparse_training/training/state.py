@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
+from sparse_training.gate.gate import Gate
 from sparse_training.generators import rng_state, set_rng_state
-from sparse_training.training.callbacks import EnergyRecord, RateControl
-from sparse_training.training.checkpoint import load_checkpoint, locked, one_line, previous_of, save_checkpoint
+from sparse_training.selection.policies.base import Policy
+from sparse_training.training.callbacks import Callbacks, EnergyRecord, RateControl
+from sparse_training.training.checkpoint import locked, one_line, previous_of, read_checkpoint, save_checkpoint
 from sparse_training.training.clock import Clock
 from sparse_training.training.distributed import Ranks, is_sharded
 from sparse_training.training.log import TrainingLog
@@ -39,9 +43,11 @@ class RunState:
         clock: the run's clock.
         energy: the run's energy.
         folder: folder of ``checkpoint.pt``; None for no checkpoints.
+        callbacks: the run's callbacks.
 
     Attributes:
         log: counts of the run, from 0.
+        former_amount: budget of the checkpoint's run, where this run goes beyond it; None where they are equal.
         rate_control: sets the rate of the sparse steps; None for the policy's own rate.
         path: path of the checkpoint; None for no checkpoints.
     """
@@ -55,6 +61,7 @@ class RunState:
         clock: Clock,
         energy: EnergyRecord,
         folder: str | Path | None,
+        callbacks: Callbacks,
     ) -> None:
         if folder is not None and is_sharded(trainer.model):
             raise UserError(
@@ -62,9 +69,10 @@ class RunState:
             )
         if folder is not None:
             loader.check_resumable()
-        self.trainer, self.loader, self.settings = trainer, loader, settings
+        self.trainer, self.loader, self.settings, self.callbacks = trainer, loader, settings, callbacks
         self.log, self.clock, self.energy = TrainingLog(), clock, energy
         self.rate_control: RateControl | None = None
+        self.former_amount: float | None = None
         self.path = None if folder is None else Path(folder) / CHECKPOINT
 
     def save(self) -> None:
@@ -86,7 +94,9 @@ class RunState:
             UserError: a damaged file, another number of processes, or a run with other settings.
         """
         assert self.path is not None
-        trainer, state = self.trainer, load_checkpoint(self.path, self.trainer.device)
+        trainer = self.trainer
+        state, digest = read_checkpoint(self.path, trainer.device)
+        trainer.ranks.agree({"the digest of the checkpoint": digest[:16]})
         of_ranks = self._of_ranks(state)
         if len(of_ranks) != trainer.ranks.size:
             raise UserError(
@@ -94,7 +104,9 @@ class RunState:
                 f"not {trainer.ranks.size}"
             )
         own: Mapping[str, Any] = of_ranks[trainer.ranks.rank]
-        _compare(_renamed(own["settings"]), self.settings)
+        saved = _renamed(own["settings"])
+        self.former_amount = _former_amount(saved, self.settings)
+        _compare(saved if self.former_amount is None else {**saved, "budget": self.settings["budget"]}, self.settings)
         _compare_models(state["model"], trainer.model.state_dict())
         self._restore("update", trainer.update, state)
         if (gradients := own.get("gradients")) is not None:
@@ -107,7 +119,8 @@ class RunState:
         self._restore("loader", self.loader, own)
         self._restore("energy", self.energy, state)
         self._restore("operations", trainer.operations, own)
-        vars(self.log).update(own["history"], interrupted=False)
+        vars(self.log).update(own["history"], interrupted=False, stopped=None)
+        self._restore("callbacks", self.callbacks, {"callbacks": {}, **state})
         set_rng_state(own["rng"], trainer.device)
         return own
 
@@ -133,6 +146,7 @@ class RunState:
             "update": self.trainer.update.state_dict(),
             "clock": self.clock.state_dict(),
             "energy": self.energy.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
         }
 
     def _own(self) -> dict[str, Any]:
@@ -260,12 +274,78 @@ def run_settings(
     }
 
 
+def agree_on_run(
+    trainer: TrainingStep, settings: Mapping[str, Any], loader: Loader, callbacks: Callbacks, **given: Any
+) -> None:
+    """Refuse a run that the ranks were given different settings for, on all of them and before anything is changed.
+
+    Args:
+        trainer: the run's model, policy and settings.
+        settings: its ``run_settings``.
+        loader: its training data.
+        callbacks: its callbacks.
+        **given: further arguments that must be equal, by name.
+
+    Raises:
+        SharedError: the ranks' values of what differs.
+    """
+    source = getattr(loader, "source", loader)
+    shared = {name: value for name, value in settings.items() if name != "rows"}  # a rank may hold a row more
+    trainer.ranks.agree(
+        {
+            **shared,
+            "loss": describe(trainer.criterion.loss),
+            "optimizer_options": [_numbers(group) for group in trainer.optimizer.param_groups],
+            "policy_options": [
+                _numbers(vars(part)) for part in trainer.policy.modules() if isinstance(part, Policy | Gate)
+            ],
+            "batch_size": getattr(source, "batch_size", None),
+            "callbacks": callbacks.deciding,
+            **given,
+        }
+    )
+
+
+def describe(value: Any) -> str:
+    """Name a function, or the class of an object with its settings that are numbers or words."""
+    if isinstance(value, functools.partial):
+        return f"{describe(value.func)}{_numbers(value.keywords)}"
+    if isinstance(value, types.FunctionType):
+        return value.__qualname__
+    return f"{type(value).__qualname__}{_numbers(getattr(value, '__dict__', {}))}"
+
+
+def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the public entries that are numbers or words, or tuples of such; a policy's seed is the rank's own."""
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in settings.items()
+        if name[:1] != "_" and name not in ("seed", "training")
+        if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(part, plain) for part in value))
+    }
+
+
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a checkpoint under today's names."""
+    if settings.get("policy") == "adaptive":  # before its switches had names, all of them were on
+        settings = {**settings, "policy": "adaptive+denoise+deduplicate+balance"}
     if "warmup" not in settings:
         return dict(settings)
     renamed = {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}
     return {**renamed, "granularity": _FORMER_GRANULARITIES.get(str(settings.get("kept")), settings.get("kept"))}
+
+
+def _former_amount(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> float | None:
+    """Return the amount of the saved budget, where the new one is a larger one of its kind and no cost is bounded."""
+    amount, _, kind = str(saved.get("budget")).partition(" ")
+    more, _, now = settings["budget"].partition(" ")
+    if kind != now or settings["cost_budget"] != "None":
+        return None
+    try:
+        return float(amount) if float(amount) < float(more) else None
+    except ValueError:
+        return None
 
 
 def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

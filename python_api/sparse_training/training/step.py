@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,12 +22,14 @@ from sparse_training.data.loader import Loader
 from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics, forward
+from sparse_training.objective import check_inputs, settle
+from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.types import Batch, CandidateIndices, Scores, SelectedBatch, WeightedIndices
-from sparse_training.training.distributed import Ranks, is_sharded, split_wrapper
+from sparse_training.training.distributed import Ranks, is_sharded, settle_exchange, split_wrapper, tensor_shapes
 from sparse_training.training.flops import Operations
 from sparse_training.training.optimizer_step import OptimizerStep
 from sparse_training.training.settings import TrainerSettings
@@ -89,7 +92,8 @@ class TrainingStep:
                 f'the scorer {policy.scorer.name} cannot be used with granularity="token", which judges the training '
                 "forward's own logits; give no scorer"
             )
-        self.criterion, self.policy, self.dense = criterion, policy, Policy()
+        # A copy: what the model's own loss says of its outputs is of this model alone.
+        self.criterion, self.policy, self.dense = copy.copy(criterion), policy, Policy()
         self.settings, self.amp, self.precision = settings, settings.amp_dtype, settings.scoring_precision
         self.device = devices.find(device) if device is not None else _device_of(model)
         self.ranks = Ranks()
@@ -108,6 +112,7 @@ class TrainingStep:
             group.setdefault("initial_lr", group["lr"])
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
         self.operations = Operations()
+        self.ranks.agree(tensor_shapes(self.model))
         # Training passes alone go through it: a scoring pass has no gradient to average.
         if wrapped is None:
             wrapped = self.model if self.ranks.alone else DistributedDataParallel(self.model)
@@ -117,7 +122,7 @@ class TrainingStep:
         self.update.defers = self._ddp is not None
         self.compile()
         self._norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
-        self._checked = False
+        self._checked, self._settled = False, False
 
     def compile(self) -> None:
         """Compile the model where the settings say so; to be called again on a deep copy, which is not compiled."""
@@ -173,9 +178,10 @@ class TrainingStep:
             samples = loader.load(item)
             with self.operations.of("train", samples.rows):
                 return self._step_on_tokens(policy, samples)
-        batch = loader.load(item, policy.choose(loader.offer(item)))
-        if not self._checked:
+        batch = loader.load(item, loader.choose(item, policy.choose))
+        if not self._checked and batch.rows:
             self.check(batch)
+        self._settle(self.model, batch)
         with self.operations.of("score", batch.rows, policy.name):
             kept = policy.select(policy.score(batch), batch)
         with self.operations.of("train", kept.targets.shape[0]):
@@ -186,12 +192,14 @@ class TrainingStep:
         """Run one forward pass of all samples; their logits, one row per token, are the policy's batch."""
         if not self._checked:
             self.check(samples)
+        self._settle(self.model, samples)
         if samples.rows == 0 and not self.ranks.alone:
             inputs, targets = zero_row_like((samples.inputs, samples.targets))
             samples = samples._replace(inputs=inputs, targets=targets.fill_(self.criterion.ignore_index))
         statistics = self._running_statistics()
+        self.ranks.meet(self.device)
         with self._exchange(), self._statistics(samples.rows), self._autocast():
-            rows = self.criterion.tokens(forward(self.parallel, samples.inputs), samples.targets)
+            rows = self.criterion.tokens(forward(self.parallel, samples.inputs, self.criterion), samples.targets)
             counts = rows[1] != self.criterion.ignore_index
             loader = StreamLoader((), device=self.device)
             if (not policy.uses_scores and not policy.before_loading) or isinstance(policy, GatePolicy):
@@ -241,7 +249,7 @@ class TrainingStep:
         self.update.sum_rows(kept)
         statistics = self._running_statistics()
         with self._exchange(), self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
-            logits = forward(self.parallel, kept.inputs)
+            logits = forward(self.parallel, kept.inputs, self.criterion)
             losses = self.criterion(logits, kept.targets)
         with self._exchange():
             self._statistics_back(statistics, self.update.add(losses, kept))
@@ -294,7 +302,8 @@ class TrainingStep:
             batch: a batch of the training data.
 
         Raises:
-            UserError: a tensor whose dim 0 does not count the rows, or a loss not of shape [B].
+            UserError: a tensor whose dim 0 does not count the rows, a loss not of shape [B], or a loss that is not the
+                model's own where no loss was given.
         """
         for tensor in pytree.tree_leaves(batch.inputs):
             if isinstance(tensor, Tensor) and tensor.shape[:1] != (batch.rows,):
@@ -302,15 +311,31 @@ class TrainingStep:
                     f"inputs and targets must have the same number of rows in dim 0, got an input of shape "
                     f"{list(tensor.shape)} and {batch.rows} targets"
                 )
-        with torch.no_grad(), evaluation_statistics(self.model), self._autocast():
-            logits, targets = forward(self.model, batch.inputs), batch.targets
-            if self.criterion.granularity == "token":
-                self.criterion(*self.criterion.tokens(logits, targets))
-            else:
-                self.criterion(logits, targets)
+        check_inputs(self.model, batch.inputs)
+        with torch.no_grad():
+            self._settle(self.model, batch)
+            logits, _ = self._try(self.model, batch)
+        if self._ddp is not None:
+            self.ranks.meet(self.device)
+            settle_exchange(self._ddp, lambda: self._try(self.parallel, batch)[1].sum(), self.device)
         if self.criterion.granularity == "sample":
             self.scorer.build(batch, logits)
         self._checked = True
+
+    @torch.no_grad()
+    def _settle(self, model: nn.Module, batch: Batch) -> None:
+        """Pair outputs and targets as the model's own loss does, where nothing else is said."""
+        if not self._settled and batch.rows:
+            with evaluation_statistics(model), self._autocast():
+                self._settled = settle(self.criterion, model, batch.inputs, batch.targets)
+
+    def _try(self, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
+        """Return the model's output for a batch, with evaluation statistics, and its losses."""
+        with evaluation_statistics(self.model), self._autocast():
+            logits, targets = forward(model, batch.inputs, self.criterion), batch.targets
+            if self.criterion.granularity == "token":
+                return logits, self.criterion(*self.criterion.tokens(logits, targets))
+            return logits, self.criterion(logits, targets)
 
     def head(self, batch: Batch, rows: int) -> SelectedBatch:
         """Select the first rows of a batch."""
@@ -334,6 +359,7 @@ class TrainingStep:
 
     # --- evaluation -----------------------------------------------------------------------------
 
+    @together()
     @torch.no_grad()
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
         """Measure the mean loss of a row, and the accuracy where targets are classes, over one pass.
@@ -353,7 +379,8 @@ class TrainingStep:
         with torch.random.fork_rng(devices=[]), evaluation_statistics(model):
             for item in loader:
                 batch = loader.load(item)
-                logits, targets = forward(model, batch.inputs), batch.targets
+                self._settle(model, batch)
+                logits, targets = forward(model, batch.inputs, self.criterion), batch.targets
                 rows: int | Tensor = batch.rows
                 if self.criterion.granularity == "token":
                     logits, targets = self.criterion.tokens(logits, targets)

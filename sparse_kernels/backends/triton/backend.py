@@ -41,19 +41,18 @@ def _backward_kernels() -> Any:
     return importlib.import_module("sparse_kernels.backends.triton.row_stats_backward")
 
 
-@functools.cache
-def _missing() -> str | None:
-    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+_missing = "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def interpreted() -> bool:
-    """Return True if kernels run on CPU tensors, in Python."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and _missing() is None and bool(_kernels().INTERPRETED)
+    """Return True if kernels run on CPU tensors, in Python. A compiler takes the answer as it is."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and _missing is None and bool(_kernels().INTERPRETED)
 
 
 def unavailable_reason() -> str | None:
     """Return why this backend cannot be used at all, or None."""
-    reason = _missing()
+    reason = _missing
     if reason is None and not torch.cuda.is_available() and not interpreted():
         reason = "no CUDA device, and not interpreted (TRITON_INTERPRET=1)"
     return reason
@@ -67,8 +66,8 @@ def detail() -> str:
 def row_stats_unsupported_reason(call: StatsCall) -> str | None:
     """Return why this call is not served, or None."""
     logits = call.logits
-    if _missing() is not None:
-        return _missing()
+    if _missing is not None:
+        return _missing
     if not logits.is_cuda and not (logits.is_cpu and interpreted()):
         return f"tensors are on {logits.device}, where Triton only runs interpreted (TRITON_INTERPRET=1)"
     reason = tensor_unsupported_reason(logits)

@@ -67,6 +67,11 @@ class Policy(nn.Module):
         return self.uses_scores and self.scorer.before_loading
 
     @property
+    def needs_numbers(self) -> bool:
+        """True if the policy knows rows by their numbers, from one epoch to the next."""
+        return self.uses_scores and self.scorer.before_loading
+
+    @property
     def target(self) -> float | None:
         """Fraction of rows that the policy aims to keep; None where it has no such aim."""
         return None
@@ -187,6 +192,13 @@ class Policy(nn.Module):
         where there is no controller.
         """
         return None
+
+    def take_news(self) -> list[str]:
+        """Return what the policy has begun to do to the training since the last call, in sentences; each is said once.
+
+        The trainer asks after every step and prints the sentences.
+        """
+        return []
 
     def warnings(self, rate: float | None) -> list[str]:
         """Warnings for a reader of the run's results.

@@ -34,6 +34,11 @@ class PastPolicy(Policy):
         """True: rows left out are never loaded."""
         return True
 
+    @property
+    def needs_numbers(self) -> bool:
+        """True: rows are known by their numbers."""
+        return True
+
     def prepare(
         self,
         rows: int | None,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from sparse_training.samplers.infobatch import InfoBatch, check_prune, no_rows, prune_probability, whole_batch
+from sparse_training.ranks import rank_and_world_size
+from sparse_training.samplers.infobatch import (
+    InfoBatch,
+    check_prune,
+    common_batch,
+    no_rows,
+    prune_probability,
+    whole_batch,
+)
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.selection.policies.drawing import DrawingPolicy
 from sparse_training.selection.policies.history import HistoryPolicy
@@ -17,40 +25,90 @@ from sparse_training.selection.types import CandidateIndices, WeightedIndices
 class InfoBatchPolicy(HistoryPolicy):
     """Keeps every row but some of the well-learned ones; see ``InfoBatch``.
 
-    As published, steps are as large as without it and fewer: the rows kept wait until they fill a batch, and in the
-    meantime a step does nothing. The rate follows from the losses. The trainer's dense end, an eighth of the run by
-    default, is the published delta = 0.875.
+    A row whose last loss is below the mean loss is left out of a pass with probability ``prune``, or weighs
+    1 / (1 - prune). So the expected gradient of a pass is that of all rows, whatever the loss, the classes or the
+    labels. As published, steps are as large as without it and fewer: the rows kept wait until they fill a batch, and in
+    the meantime a step does nothing. The rate follows from the losses. The trainer's dense end, an eighth of the run by
+    default, is the published delta = 0.875. Where a batch sampler of the user's arranged the batches, each of them is
+    pruned by itself, and steps are smaller in place of fewer.
+
+    Processes that train together take their steps together: once all of them have rows enough for a step, each trains
+    on those that it has. A process knows the losses of the rows that it trained on itself.
 
     Args:
         rate: not used. Default 1.
         seed: seed of the draws. Default 0.
         prune: probability of leaving out a well-learned row, in [0, 1). Default 0.5.
+
+    Attributes:
+        every_row: reason for which every row of the run is trained on, because rows have no numbers; None (the
+            default) to refuse such data.
+
+    Raises:
+        UserError: ``prune`` is out of range.
     """
 
     name = "infobatch"
+    every_row: str | None = None
 
     def __init__(self, rate: float = 1.0, seed: int = 0, prune: float = 0.5) -> None:
         super().__init__(rate, seed)
-        self.prune = prune
+        self.prune = check_prune(prune)
         self.sampler: InfoBatch | None = None
         self.waiting = no_rows()
+        self.batch_size = 0  # the largest number of rows offered
 
     def make_sampler(self, table: ScoreTable) -> None:
         """Make the sampler of a table."""
         self.sampler = InfoBatch(table, seed=self.seed, prune=self.prune)
         self.waiting = no_rows()
 
-    def choose(self, candidates: CandidateIndices) -> WeightedIndices:
+    def prepare(
+        self,
+        rows: int | None,
+        targets: Tensor | None = None,
+        duplicate_counts: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        """Allocate the table, or nothing where every row is trained on.
+
+        Args:
+            rows: number of rows of the data set; None where they have no numbers.
+            targets: not used.
+            duplicate_counts: not used.
+
+        Raises:
+            UserError: rows have no numbers, or there are more or fewer than in the state.
+        """
+        if self.every_row is None:
+            super().prepare(rows, targets, duplicate_counts)
+
+    def choose(self, candidates: CandidateIndices) -> WeightedIndices | None:
         """A whole batch of the rows kept so far, or no row while there are too few."""
+        if self.every_row is not None:
+            return None
         self.flush()
         assert self.sampler is not None
-        kept = self.sampler.prune(candidates.ids, candidates.epoch)
-        batch, self.waiting = whole_batch(self.waiting, kept, len(candidates.ids))
+        kept, offered = self.sampler.prune(candidates.ids, candidates.epoch, candidates.places), len(candidates.ids)
+        if candidates.together:  # the loss is divided by the rows loaded, and estimates the mean of the candidates
+            return WeightedIndices(kept.index, kept.weights() * (len(kept.index) / max(offered, 1)))
+        if rank_and_world_size()[1] == 1:
+            batch, self.waiting = whole_batch(self.waiting, kept, offered)
+            return batch
+        self.batch_size = max(self.batch_size, offered)
+        batch, self.waiting = common_batch(self.waiting, kept, self.batch_size)
         return batch
+
+    def take_news(self) -> list[str]:
+        """Return what has begun since the last call, in sentences."""
+        return [] if self.sampler is None else self.sampler.take_news()
+
+    def warnings(self, rate: float | None) -> list[str]:
+        """Warn of rows never trained on, of losses that were not finite, and of a run on every row."""
+        return super().warnings(rate) if self.every_row is None else [self.every_row]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The table's state, the sampler's, and the rows waiting."""
-        state = {**super().get_extra_state(), "waiting": tuple(self.waiting)}
+        state = {**super().get_extra_state(), "waiting": tuple(self.waiting), "batch size": self.batch_size}
         return {**state, "law": self.sampler.state_dict()} if self.sampler is not None else {}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -58,6 +116,7 @@ class InfoBatchPolicy(HistoryPolicy):
         super().set_extra_state(state)
         if self.sampler is not None and state:
             self.sampler.load_state_dict(state["law"])
+            self.batch_size = int(state.get("batch size", 0))  # absent from version 0.1.0
             self.waiting = WeightedIndices(*(part.cpu() for part in state["waiting"]))
 
 

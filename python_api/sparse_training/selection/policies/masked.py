@@ -46,7 +46,11 @@ class MaskedPolicy(Policy):
     def score(self, batch: Batch) -> Scores:
         """Score the batch in training mode."""
         with torch.no_grad():
-            return Scores(batch.targets, self.scorer.criterion, logits=forward(self.scorer.model, batch.inputs))
+            return Scores(
+                batch.targets,
+                self.scorer.criterion,
+                logits=forward(self.scorer.model, batch.inputs, self.scorer.criterion),
+            )
 
     def select(self, scores: Scores | None, batch: Batch) -> SelectedBatch:
         """Select rows above the threshold; the others stay in the batch with weight 0."""

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics, forward
+from sparse_training.rank_failures import wait_for
 from sparse_training.ranks import rank_and_world_size, sum_across_ranks
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.types import LossFunction, SelectedBatch
@@ -49,7 +50,7 @@ class AuxiliaryNetwork:
             return
         if not alone and not self._begun:
             for tensor in (*self.net.parameters(), *self.net.buffers()):
-                dist.broadcast(tensor.detach(), 0)
+                wait_for(dist.broadcast(tensor.detach(), 0, async_op=True), tensor.device)
         self._begun = True
         self.optimizer.zero_grad(set_to_none=True)
         if rows:

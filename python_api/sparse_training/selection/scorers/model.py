@@ -38,7 +38,7 @@ class SelfScorer(Scorer):
         if self.resolution is not None:
             inputs = self._reduced(inputs)
         with evaluation_statistics(self.model):
-            return forward(self.model, inputs)
+            return forward(self.model, inputs, self.criterion)
 
     def build(self, batch: Batch, logits: Any) -> None:
         """Check that the model takes images of the lower resolution."""

@@ -95,7 +95,9 @@ class ReferenceScorer(Scorer):
     def _run(self, inputs: Any, targets: Tensor) -> Tensor:
         assert isinstance(self._reference, nn.Module)
         # A loss that is not finite would be computed again each time.
-        return self.criterion(forward(self._reference, inputs), targets).float().nan_to_num(0.0, 0.0, 0.0)
+        return (
+            self.criterion(forward(self._reference, inputs, self.criterion), targets).float().nan_to_num(0.0, 0.0, 0.0)
+        )
 
     def watch(self) -> Any:
         """Context of the training forward pass of the scorer ``of``."""
