@@ -2,7 +2,7 @@
 
     python benchmarks/figure.py [--check]
 
-Left: accuracy of each method minus that of a random subset at equal time, with 95% intervals, over five tasks.
+Left: each method's measure minus the baseline's at equal time, with 95% intervals, over the tasks of a study.
 Right: the measured speed-up of a training step over a dense one by rate and scorer, beside its bound 3/(s + 3r).
 With --check nothing is drawn, and the exit code is 1 where a figure was drawn from other numbers than the records hold.
 """
@@ -17,22 +17,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from readme import TASKS
+
+from sparse_training.experiments.formats import STUDY as STUDY_FORMAT
+from sparse_training.reporting.result import read_result
+
 ROOT = Path(__file__).parents[1]
 STUDY = "benchmarks/results/study-fashion-mnist-2026-11-26.json"
 STEPS = "benchmarks/results/cpu-2026-11-26.json"
 FOLDER = ROOT / "docs" / "_static"
 
-TASKS = {
-    "clean": "clean",
-    "noise": "wrong labels",
-    "longtail": "long tail",
-    "duplicated": "duplicates",
-    "finetune": "fine-tuning",
-}
-METHODS = {  # light colour, dark colour, marker
+METHODS = {  # light colour, dark colour, marker; those that a record has are drawn
     "adaptive": ("#0b6e4f", "#4fd1a5", "o"),
     "infobatch": ("#1f5fb4", "#7ab8ff", "s"),
     "dense": ("#6b7280", "#b0b7c3", "D"),
+    "random": ("#6b7280", "#b0b7c3", "D"),
+    "adaptive+denoise": ("#0b6e4f", "#4fd1a5", "o"),
+    "adaptive+deduplicate": ("#9a6700", "#e3b341", "^"),
+    "adaptive+balance": ("#c0392b", "#ff8a7a", "v"),
     "importance": ("#9a6700", "#e3b341", "^"),
     "gate": ("#c0392b", "#ff8a7a", "v"),
 }
@@ -51,12 +53,12 @@ LOWEST, HIGHEST = -2.6, 1.6  # points shown; what lies below is written beside a
 
 def plotted() -> dict[str, Any]:
     """The numbers of both panels, from the records."""
-    study = json.loads((ROOT / STUDY).read_text())
-    differences = {
-        f"{row['task']} {row['arm']}": [100 * row["difference"][name] for name in ("mean", "low", "high")]
-        for row in study["table"]
-        if row["task"] in TASKS and row["arm"] in METHODS
-    }
+    study = read_result(ROOT / STUDY, STUDY_FORMAT)
+    differences: dict[str, dict[str, list[float]]] = {}
+    for row in study["table"]:
+        if row["task"] in TASKS and row["arm"] in METHODS and row["difference"] is not None:
+            numbers = [100 * row["difference"][name] for name in ("mean", "low", "high")]
+            differences.setdefault(row["task"], {})[row["arm"]] = numbers
     steps = {}
     for row in json.loads((ROOT / STEPS).read_text())["rows"]:
         if not (match := re.fullmatch(r"step-cnn-620k-(\w+)", row["case"])):
@@ -67,7 +69,7 @@ def plotted() -> dict[str, Any]:
             costs.append(float(cost))
             found.append([float(kept) / 100, row["ratios"][f"dense at {rate}"]])
         steps[match[1]] = {"s": statistics.median(costs), "points": found}
-    return {"differences": differences, "steps": steps}
+    return {"baseline": study["baseline"], "differences": differences, "steps": steps}
 
 
 def digest(numbers: dict[str, Any]) -> str:
@@ -81,12 +83,17 @@ def draw_differences(axes: Any, numbers: dict[str, Any], theme: str) -> None:
     ink, grid, halo = THEMES[theme]
     which = 0 if theme == "light" else 1
     axes.axvline(0, color=ink, linewidth=1.2, zorder=1)
-    for place, task in enumerate(TASKS):
+    tasks = [task for task in TASKS if task in numbers["differences"]]
+    methods = [name for name in METHODS if any(name in numbers["differences"][task] for task in tasks)]
+    for place, task in enumerate(tasks):
         if place % 2:
             axes.axhspan(place - 0.5, place + 0.5, color=grid, alpha=0.28, linewidth=0, zorder=0)
-        for order, (method, style) in enumerate(METHODS.items()):
-            mean, low, high = numbers["differences"][f"{task} {method}"]
-            y, colour = place + 0.15 * (order - 2), style[which]
+        for order, method in enumerate(methods):
+            if (found := numbers["differences"][task].get(method)) is None:
+                continue
+            mean, low, high = found
+            style = METHODS[method]
+            y, colour = place + 0.15 * (order - (len(methods) - 1) / 2), style[which]
             if mean < LOWEST:
                 axes.annotate(
                     f"{mean:.1f}".replace("-", "−"), (LOWEST, y), (LOWEST + 0.5, y), color=colour, va="center",
@@ -94,13 +101,14 @@ def draw_differences(axes: Any, numbers: dict[str, Any], theme: str) -> None:
                 )  # fmt: skip
                 continue
             axes.plot([max(low, LOWEST), high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round", zorder=2)
-            name = {"gate": "gate 10%"}.get(method, method)
+            name = {"gate": "gate 10%"}.get(method, method.replace("adaptive+", "+"))
             axes.plot(mean, y, style[2], color=colour, markersize=6.5, markeredgecolor=halo, zorder=3,
                       label=name if place == 0 else None)  # fmt: skip
     axes.set_xlim(LOWEST, HIGHEST)
-    axes.set_ylim(len(TASKS) - 0.5, -0.5)
-    axes.set_yticks(range(len(TASKS)), TASKS.values())
-    axes.set_xlabel("points of accuracy above a random subset, at equal time")
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_yticks(range(len(tasks)), [TASKS[task] for task in tasks])
+    compared = {"random": "a random subset", "dense": "dense training"}[numbers["baseline"]]
+    axes.set_xlabel(f"points above {compared}, at equal time")
     axes.set_title("What is learned in the same time", loc="left", fontsize=11, fontweight="bold", color=ink, pad=24)
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.02, 0.995), ncol=5, frameon=False, handletextpad=0.1, columnspacing=0.9,
@@ -151,7 +159,13 @@ def draw(theme: str, numbers: dict[str, Any], path: Path) -> None:
         "grid.linewidth": 0.6, "axes.axisbelow": True, "savefig.transparent": True,
     }  # fmt: skip
     with plt.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.5), width_ratios=(1.15, 1), layout="constrained")
+        figure, (left, right) = plt.subplots(
+            1,
+            2,
+            figsize=(10.4, max(4.5, 0.55 * len(numbers["differences"]))),
+            width_ratios=(1.15, 1),
+            layout="constrained",
+        )
         figure.get_layout_engine().set(wspace=0.08)
         draw_differences(left, numbers, theme)
         left.grid(axis="y", visible=False)

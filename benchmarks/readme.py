@@ -7,7 +7,7 @@ nothing is written, and the exit code is 1 where a page and its results differ. 
 
     results   the whole table of a record
     summary   at most six rows of it
-    method    one method of a study, the argument, against random
+    method    one method of a study, the argument, against the baseline
     roofline  bytes, operations and floors of a record of benchmarks
 """
 
@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from sparse_training.experiments.formats import COMPARISON, STUDY
-from sparse_training.reporting.study import again_line, headings, score_line, study_rows
+from sparse_training.reporting.result import read_result
+from sparse_training.reporting.study import (
+    again_line,
+    headings,
+    is_adjusted,
+    ladder_lines,
+    score_line,
+    study_rows,
+)
+from sparse_training.reporting.text import interval, points, probability
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -32,8 +41,16 @@ TASKS = {  # of a study, as a reader knows them
     "longtail": "long tail",
     "duplicated": "duplicates",
     "finetune": "fine-tuning",
+    "imbalanced": "95:5",
+    "longtail-alike": "long tail, test alike",
+    "tabular": "table",
+    "text": "text",
+    "long": "long runs",
 }
-METHODS = ("adaptive", "infobatch", "dense", "importance", "gate")  # of a study's summary, the best first
+METHODS = (  # of a study's summary, where it has them
+    *("dense", "random", "infobatch", "adaptive", "adaptive+denoise", "adaptive+deduplicate", "adaptive+balance"),
+    *("importance", "gate"),
+)
 CASES = {  # of a summary of benchmarks: a few rows of the many
     "gate_rows-float32-1024x32000": "score 1,024×32,000, float32",
     "gate_rows-float32-4096x1000": "score 4,096×1,000, float32",
@@ -42,16 +59,6 @@ CASES = {  # of a summary of benchmarks: a few rows of the many
     "compact-16M-flags": "indices of 16M flags",
 }
 REFERENCES = ("best", "read", "copy")  # sides of a benchmark that do not do the same work, or repeat another
-
-
-def points(value: float) -> str:
-    """A difference of fractions in points, with a sign as wide as its opposite."""
-    return f"{100 * value:+.2f}".replace("-", "−")
-
-
-def probability(p: float) -> str:
-    """A p-value to three places."""
-    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def source_line(record: Mapping[str, Any]) -> str:
@@ -164,45 +171,70 @@ def study_table(result: Mapping[str, Any]) -> str:
     names = headings(result)
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in study_rows(result)]
-    verdicts = [again_line(result), *(score_line(arm, score) for arm, score in result["score"].items())]
-    lines += ["", *(f"- {verdict}" for verdict in verdicts), "", study_source(result)]
+    verdicts = [again_line(result), *(score_line(arm, score, result) for arm, score in result["score"].items())]
+    lines += ["", *(f"- {verdict}" for verdict in (*verdicts, *ladder_lines(result))), "", study_source(result)]
     return "\n".join(lines)
 
 
 def study_summary(result: Mapping[str, Any]) -> str:
-    """One line per method: accuracy minus random's on each task, bold where its 95% interval excludes 0."""
+    """One line per method: its difference from the baseline on each task, bold where chance does not explain it."""
     rows = {(row["task"], row["arm"]): row for row in result["table"]}
-    lines = [f"| method | {' | '.join(TASKS.values())} |", "|---" * (1 + len(TASKS)) + "|"]
-    base = (f"{100 * rows[task, 'random']['accuracy']:.2f} %" for task in TASKS)
-    lines.append(f"| random | {' | '.join(base)} |")
+    tasks, baseline = [task for task in TASKS if task in result["tasks"]], result["baseline"]
+    lines = [f"| method | {' | '.join(TASKS[task] for task in tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    base = (f"{100 * rows[task, baseline]['accuracy']:.2f} %" for task in tasks)
+    lines.append(f"| {baseline} | {' | '.join(base)} |")
     for method in METHODS:
-        cells = []
-        for task in TASKS:
-            difference = rows[task, method]["difference"]
-            text = points(difference["mean"])
-            cells.append(f"**{text}**" if difference["low"] > 0.0 or difference["high"] < 0.0 else text)
+        if method == baseline or not any((task, method) in rows for task in tasks):
+            continue
+        cells = (difference_cell(result, rows.get((task, method))) for task in tasks)
         lines.append(f"| {method} | {' | '.join(cells)} |")
     settings = result["settings"]
     source = f"{len(settings['seeds'])} seeds, {settings['seconds']:g} s a run, {result['environment']['cpu']}"
     return "\n".join([*lines, "", f"{source}, {result['created'][:10]}."])
 
 
+def difference_cell(result: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
+    """A difference in points: bold where it is a claim that holds, "?" where neither it nor "not worse" is shown."""
+    if row is None:
+        return ""
+    difference = row["difference"]
+    text = points(difference["mean"])
+    if is_adjusted(result):
+        certain = row["verdict"] is not None and row["verdict"].startswith(("better", "worse"))
+        text += " ?" if row["verdict"] == "undecided" else ""
+    else:
+        certain = difference["low"] > 0.0 or difference["high"] < 0.0
+    return f"**{text}**" if certain else text
+
+
 def method_table(result: Mapping[str, Any], method: str) -> str:
-    """One line per task: a method's accuracy, and its difference from random's with the 95% interval."""
-    heading = f"| task | random, % | {method}, % | difference, points | 95% interval | p |"
-    lines = [heading, "|---|---|---|---|---|---|"]
+    """One line per task: a method's measure, and its difference from the baseline's with interval, p and verdict."""
+    baseline, adjusted = result["baseline"], is_adjusted(result)
+    if method == baseline:
+        method = "random"  # of the baseline's own page: the one against the other
+    ends = "p (Holm) | verdict" if adjusted else "p"
+    lines = [f"| task | {baseline}, % | {method}, % | difference, points | 95% interval | {ends} |"]
+    lines.append("|---" * (7 if adjusted else 6) + "|")
     rows = {(row["task"], row["arm"]): row for row in result["table"]}
     for task, words in TASKS.items():
-        row, base = rows[task, method], rows[task, "random"]
+        if (row := rows.get((task, method))) is None:
+            continue
         difference = row["difference"]
-        lines.append(
-            f"| {words} | {100 * base['accuracy']:.2f} | {100 * row['accuracy']:.2f} | {points(difference['mean'])} "
-            f"| {points(difference['low'])} to {points(difference['high'])} | {probability(difference['p'])} |"
-        )
+        p = probability(difference.get("p_holm", difference["p"]))
+        cells = [
+            words,
+            f"{100 * rows[task, baseline]['accuracy']:.2f}",
+            f"{100 * row['accuracy']:.2f}",
+            points(difference["mean"]),
+            interval(difference["low"], difference["high"]),
+            p,
+            *([row["verdict"] or "-"] if adjusted else []),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     seeds = len(result["settings"]["seeds"])
     lines += [
         "",
-        f"Equal time, {seeds} seeds, Fashion-MNIST, {result['created'][:10]}; all methods: "
+        f"Equal time, {seeds} seeds, {result['created'][:10]}; all methods: "
         "[training at equal time](../benchmarks/training.md).",
     ]
     return "\n".join(lines)
@@ -211,6 +243,8 @@ def method_table(result: Mapping[str, Any], method: str) -> str:
 def render(kind: str, argument: str | None, path: str) -> str:
     """The table of one results file."""
     record = json.loads((ROOT / path).read_text())
+    if record.get("format") == STUDY.name:
+        record = read_result(ROOT / path, STUDY)
     if kind == "roofline":
         return roofline_table(record)
     if kind == "method":

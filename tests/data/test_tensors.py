@@ -62,7 +62,7 @@ def test_passages_name_neither_speakers_nor_directions(tmp_path):
     assert len(data.train) + len(data.test) == 30 + 28
     # The words in use, padding and, of rare words, none: no name of a speaker, no "exit".
     assert int(data.train.images.max()) == 1 + len(
-        set(["a", "ghost", "walks", "on", "the", "king", "and", "his", "fool", "night", "storm"])
+        {"a", "ghost", "walks", "on", "the", "king", "and", "his", "fool", "night", "storm"}
     )
     assert data.train.images.shape[1] == shakespeare.TOKENS
     with pytest.raises(UserError, match="at least 2, got 0"):

@@ -265,3 +265,10 @@ def test_the_test_rows_are_read_once_and_choices_are_made_on_others(tmp_path, mo
     assert read_rows == [20] * 4 + [100]  # four evaluations on a tenth of 200 rows, then the test's hundred
     (run,) = read(tmp_path).values()
     assert run["validation"] == run["evals"][-1]["accuracy"]
+
+
+def test_a_method_that_a_task_has_too_few_classes_for_is_refused_before_the_folder_is_made(tmp_path):
+    words = "adaptive\\+denoise cannot run on the task imbalanced: .*3 classes.*got 2"
+    with pytest.raises(UserError, match=words):
+        make(tmp_path / "new", tasks=("clean", "imbalanced"), methods=("adaptive+denoise",))
+    assert not (tmp_path / "new").exists()

@@ -9,7 +9,8 @@ During a run the model is evaluated on validation rows; the test rows are read o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ Stop = Callable[[], bool]
 
 class Interrupted(Exception):
     """An experiment was stopped; its store holds the finished runs, and the checkpoint of the one in progress."""
+
+
+@contextmanager
+def refused_for(task: str, method: str) -> Iterator[None]:
+    """Context in which a refusal says of which task and method it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{method} cannot run on the task {task}: {error}") from None
 
 
 class FirstRows(Policy):
@@ -107,7 +117,10 @@ class Runner:
         self._tasks: dict[str, Task] = {}
         for name in design.tasks:  # what can be refused is refused before the folder is made
             for method in design.plan(name).methods:
-                trainer, _ = self.make(self.task(name), method, design.seeds[0])
+                trainer, loader = self.make(self.task(name), method, design.seeds[0])
+                labels = loader.labels if trainer.criterion.classes else None
+                with refused_for(name, method):
+                    trainer.policy.prepare(loader.size, labels, loader.duplicate_counts)
         trainer, _ = self.make(self.task(design.tasks[0]), design.methods[0], design.seeds[0])
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         self.settings = {**settings, "parameters": parameters}

@@ -134,8 +134,9 @@ def overall_rows(result: Result) -> tuple[list[tuple[str, ...]], list[tuple[str,
                 cells.append(f"{100 * row['accuracy']:.2f} %")
             else:
                 difference = row["difference"]
-                span = interval(difference["low"], difference["high"])
-                cells.append(f"{points(difference['mean'])} ({span}) {row['verdict'] or ''}".rstrip())
+                known = difference["high"] is not None
+                half = f" ± {100 * (difference['high'] - difference['mean']):.2f}" if known else ""
+                cells.append(f"{points(difference['mean'])}{half} {row['verdict'] or ''}".rstrip())
         rows.append(tuple(cells))
     measures = {name: task["measure"] for name, task in result["tasks"].items()}
     return rows, [("method", ""), *((task, measures[task]) for task in tasks)]

@@ -108,7 +108,7 @@ def _ladder(ax: Axes, ladder: Mapping[str, Any]) -> None:
     ax.axhline(100 * ladder["x"], color=plots.INK, lw=1, ls="--")
     ax.annotate(
         "X",
-        (0.99, 100 * ladder["x"]),
+        (0.01, 100 * ladder["x"]),
         (0, 3),
         xycoords=ax.get_yaxis_transform(),
         textcoords="offset points",
@@ -117,4 +117,4 @@ def _ladder(ax: Axes, ladder: Mapping[str, Any]) -> None:
     ax.set_xlim(left=0.0)
     ax.set_xlabel("budget of a run, s (calibrated clock)")
     ax.set_ylabel("on validation rows, %")
-    ax.legend(loc="lower right")
+    ax.legend(loc="center right")
