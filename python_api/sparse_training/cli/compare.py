@@ -70,6 +70,7 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
             runner.run(
                 progress=lambda cell, status: display.update(cell.method, cell.seed, status),
                 stop=invocation.signals.stop,
+                calibrating=display.calibrating,
             )
     except Interrupted:
         print_resume(folder)

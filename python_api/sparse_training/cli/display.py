@@ -55,7 +55,7 @@ class Display:
         """Show how far the calibration is: on a terminal's bar, or in a line for each quarter."""
         if self.console.is_terminal:
             self.refresh(0.0, [f"calibrating the clock {fraction:.0%}"], fraction >= 1.0)
-        elif int(4 * fraction) > self.quarters:
+        elif fraction == 0.0 or int(4 * fraction) > self.quarters:
             self.quarters = int(4 * fraction)
             print(f"calibrating the clock {self.quarters / 4:.0%}", file=sys.stderr, flush=True)
 

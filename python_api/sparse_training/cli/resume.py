@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
+from sparse_training.cli.budget import BUDGET, BUDGETS
 from sparse_training.cli.folders import OPTIONS, read_options
+from sparse_training.cli.options import with_options
 from sparse_training.cli.signals import Invocation
 from sparse_training.errors import UserError
 from sparse_training.models.build import ModelFactory, without_code
@@ -29,9 +31,13 @@ RESUMABLE = {
 @click.option(
     "--trust-code", is_flag=True, help="Import the module of a module:factory that FOLDER names; it runs that code."
 )
+@with_options(*BUDGET)
 @click.pass_obj
-def command(invocation: Invocation, folder: str, trust_code: bool) -> None:
-    """Continue what was interrupted in FOLDER."""
+def command(invocation: Invocation, /, folder: str, trust_code: bool, **budget: float | None) -> None:
+    """Continue what was interrupted in FOLDER.
+
+    A larger budget of the kind that it had extends a training run, a finished one too.
+    """
     path = Path(folder)
     advice = (
         f"which {path / OPTIONS} names and resume does not import by itself; "
@@ -40,7 +46,32 @@ def command(invocation: Invocation, folder: str, trust_code: bool) -> None:
     with nullcontext() if trust_code else without_code(advice):
         name, options = resumed_options(path)
         ModelFactory(options["model"])
-        import_module(f"sparse_training.cli.{name}").run(invocation, path, options, resume=True)
+        run = import_module(f"sparse_training.cli.{name}").run
+        if given := {kind: amount for kind, amount in budget.items() if amount is not None}:
+            options = extended(options, name, given)
+        run(invocation, path, options, resume=True)
+
+
+def extended(options: dict[str, Any], command: str, given: dict[str, float]) -> dict[str, Any]:
+    """Return the options of a training run with a larger budget.
+
+    Args:
+        options: those that the run was made with.
+        command: its command.
+        given: the budget by kind.
+
+    Raises:
+        UserError: another command, another kind, or a budget that is not larger.
+    """
+    kinds = " and ".join(f"--{kind}" for kind in given)
+    if command != "train":
+        raise UserError(f"{kinds} extends a run of train, not one of {command}")
+    had = {kind: amount for kind in BUDGETS if (amount := options.get(kind)) is not None}
+    if list(had) != list(given) or not all(given[kind] > amount for kind, amount in had.items()):
+        said = ", ".join(f"--{kind} {amount:g}" for kind, amount in had.items())
+        now = ", ".join(f"--{kind} {amount:g}" for kind, amount in given.items())
+        raise UserError(f"a larger budget of the run's kind extends it: it has {said}, got {now}")
+    return {**options, **given}
 
 
 def resumed_options(path: Path) -> tuple[str, dict[str, Any]]:

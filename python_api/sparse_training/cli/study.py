@@ -161,8 +161,10 @@ def run(
         raise UserError(f"--shard needs a calibration of every task in {folder}; make it first, with --calibrate-only")
     write_options(folder, options)
     if calibrate_only:
-        for bench in runner.benches():
-            print_calibration(runner.costs(bench))
+        with StudyDisplay({}) as bar:
+            costs = [runner.costs(bench, progress=bar.calibrating) for bench in runner.benches()]
+        for cost in costs:
+            print_calibration(cost)
         print(f"written: {folder / CALIBRATION}; to go on: {resume_line(folder)}")
         return
     missing = runner.missing()
@@ -171,7 +173,7 @@ def run(
     display = StudyDisplay({cell: cell.fraction * design.plan(cell.task).seconds for cell in missing})
     try:
         with display, invocation.signals.at_next_step():
-            runner.run(progress=display.step, stop=invocation.signals.stop)
+            runner.run(progress=display.step, stop=invocation.signals.stop, calibrating=display.calibrating)
     except Interrupted:
         if any(cell.method == BASELINE and cell.fraction == 1.0 for cell in runner.finished()):
             _report(runner, folder, margin)

@@ -16,6 +16,7 @@ from sparse_training.callbacks.scalars import CsvLogger
 from sparse_training.callbacks.stopping import EarlyStopping
 from sparse_training.callbacks.tensorboard import TensorBoard
 from sparse_training.callbacks.wandb import WeightsAndBiases
+from sparse_training.cli.budget import BUDGET, BUDGETS, ONE_BUDGET
 from sparse_training.cli.display import Display
 from sparse_training.cli.folders import new_folder, prepare, print_resume, write_options
 from sparse_training.cli.optimizers import OPTIMIZER, make_optimizer
@@ -43,15 +44,13 @@ from sparse_training.ranks import connect, rank_seed
 from sparse_training.reporting.run import RESULT, run_lines
 from sparse_training.selection.registry import DEFAULT_POLICY, uses_rate
 from sparse_training.trainer import SparseTrainer
-from sparse_training.training.callbacks import Callback
+from sparse_training.training.callbacks import Callback, Run
 from sparse_training.training.clock import Clock
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.schedule import LR_WARMUP, SHAPES
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CHECKPOINT
 
-BUDGETS = ("epochs", "steps", "rows", "seconds")
-ONE_BUDGET = f"Give exactly one of {', '.join(f'--{name}' for name in BUDGETS)}"
 MODEL, BEST, CSV, BOARD = "model.pt", "best.pt", "log.csv", "tensorboard"
 EVALUATED_ROWS = 1000  # rows of a batch
 
@@ -70,10 +69,7 @@ LOGS = (
 @click.option(
     "--scorer", callback=scorer, help=f"Scorer that the policy asks: {SCORER_NAMES}.  [default: the policy's]"
 )
-@click.option("--epochs", type=POSITIVE, help=f"Budget in passes over the data. {ONE_BUDGET}.")
-@click.option("--steps", type=COUNT, help="Budget in batches.")
-@click.option("--rows", type=COUNT, help="Budget in rows of the data, trained on or not.")
-@click.option("--seconds", type=POSITIVE, help="Budget in seconds of the calibrated clock.")
+@with_options(*BUDGET)
 @with_options(*OPTIMIZER)
 @click.option("--schedule", type=click.Choice(SHAPES), default="cosine", help="Shape of the learning rate.")
 @click.option(
@@ -133,7 +129,7 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
         return ResidentLoader(split, batch_size=rows, shuffle=False, **facts)
 
     test, folder = in_order(data.test), ranks.all(folder)[0]  # the first one's, if named by the time
-    callbacks = _callbacks(options, folder)
+    callbacks = [*_callbacks(options, folder), _WritesOptions(folder, options)]
     first = ranks.rank == 0  # it alone writes and prints
     if not first:
         torch.manual_seed(rank_seed(seed, ranks.rank))
@@ -166,6 +162,19 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
     elif first:
         print(*run_lines(result), sep="\n")
         print(f"written: {folder / MODEL}, {folder / RESULT}, {folder / CHECKPOINT}")
+
+
+class _WritesOptions(Callback):
+    """Writes the options again once the checkpoint is accepted: a run may have been given a larger budget."""
+
+    passive = True
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self.folder, self.options = folder, options
+
+    def on_fit_start(self, run: Run) -> None:
+        if run.first:
+            write_options(self.folder, self.options)
 
 
 def _policy_name(options: dict[str, Any]) -> str:

@@ -140,18 +140,25 @@ class Runner:
         runs = {cell: self.store.run(self.design.name(cell)) for cell in self.design.cells}
         return {cell: run for cell, run in runs.items() if run is not None}
 
-    def run(self, progress: Progress | None = None, stop: Stop | None = None) -> None:
+    def run(
+        self,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+        calibrating: Callable[[float], None] | None = None,
+    ) -> None:
         """Do the missing runs; a run in progress continues from its checkpoint, if it has one.
 
         Args:
             progress: called after every step of every run. Default: none.
             stop: asked after every step; true ends the experiment. Default: none.
+            calibrating: called with the fraction of the clock's calibration that is done, in [0, 1]. Default: none.
 
         Raises:
             Interrupted: ``stop`` returned true.
         """
         missing = self.missing()
-        costs = {bench: self.costs(bench) for bench in self.benches()}  # all before the first run: the machine is idle
+        # All before the first run: the machine is idle.
+        costs = {bench: self.costs(bench, progress=calibrating, stop=stop) for bench in self.benches()}
         for cell in missing:
             self.run_cell(cell, costs[self.task(cell.task).bench], progress, stop)
 
@@ -293,14 +300,23 @@ class Runner:
             benches.setdefault(self.task(name).bench, []).append(name)
         return benches
 
-    def costs(self, bench: str | None = None) -> Costs:
+    def costs(
+        self,
+        bench: str | None = None,
+        *,
+        progress: Callable[[float], None] | None = None,
+        stop: Stop | None = None,
+    ) -> Costs:
         """Costs of every step: those in the folder, or measured now, which needs an idle machine.
 
         Args:
             bench: the tasks' bench. Default: that of the first task.
+            progress: called with the fraction of the measurement that is done, in [0, 1]. Default: none.
+            stop: asked before every step of it; true ends the experiment. Default: none.
 
         Raises:
             UserError: the folder's costs lack one of the methods.
+            Interrupted: ``stop`` returned true.
         """
         design, benches = self.design, self.benches()
         bench = next(iter(benches)) if bench is None else bench
@@ -325,7 +341,11 @@ class Runner:
             policies[WHOLE_BATCH].name = WHOLE_BATCH
         share = CALIBRATION_SHARE * sum(plan.seconds * len(plan.methods) for plan in plans) * len(design.seeds)
         seconds = max(calibration.CALIBRATION_SECONDS, min(design.calibration_limit, share))
-        return self.store.keep_costs(calibrate(trainer, loader, policies, loaders=loaders, seconds=seconds), bench)
+        try:
+            costs = calibrate(trainer, loader, policies, loaders=loaders, seconds=seconds, progress=progress, stop=stop)
+        except calibration.Stopped:
+            raise Interrupted from None
+        return self.store.keep_costs(costs, bench)
 
 
 def step_costs(costs: Costs, method: str, policy: Policy, offered: int, kept: int) -> dict[str, float]:

@@ -18,6 +18,9 @@ from sparse_training.training.state import CHECKPOINT
 
 SETTINGS, CALIBRATION, RUNS = "settings.json", "calibration.json", "runs"
 
+# Entries without which a run's file is something else.
+OF_A_RUN = ("arm", "seed", "accuracy", "seconds", "steps", "rows_trained", "evals", "trace", "warnings")
+
 LONGEST = 240  # bytes of a file name without suffixes: file systems take 255
 
 Counts = dict[str, Tensor]  # a number for each training row, by kind
@@ -27,7 +30,7 @@ class Store:
     """Finished runs and calibration, kept in a folder between interruptions, or in memory.
 
     Args:
-        folder: folder to keep everything in, made here; None for memory.
+        folder: folder to keep everything in, made when there is something to keep; None for memory.
         settings: what must agree with the settings that the folder was made with, by name.
         resume: True to continue what the folder holds.
         kind: kind of experiment, in messages.
@@ -39,7 +42,7 @@ class Store:
     def __init__(
         self, folder: Path | None, settings: Mapping[str, Any], resume: bool, kind: str = "comparison"
     ) -> None:
-        self.folder = folder
+        self.folder, self.settings = folder, settings
         self._costs: dict[str, Costs] = {}
         self._runs: dict[str, tuple[dict[str, Any], Counts]] = {}
         self._weights: dict[str, dict[str, Any]] = {}
@@ -49,20 +52,28 @@ class Store:
         if path.exists():
             if not resume:
                 raise UserError(f"{folder} holds a {kind} already; resume it, or choose another folder")
-            made = files.read_json(path)
+            made = files.read_json_object(path)
             if differing := [name for name in settings if made.get(name) != settings[name]]:
                 said = ", ".join(f"{name} {made.get(name)} is now {settings[name]}" for name in differing)
                 raise UserError(f"{folder} was made with other settings: {said}")
-        else:
-            (folder / RUNS).mkdir(parents=True, exist_ok=True)
-            files.write_json(path, settings)
+
+    def _make(self) -> None:
+        """Make the folder, if it is not there."""
+        if self.folder is not None and not (self.folder / SETTINGS).exists():
+            (self.folder / RUNS).mkdir(parents=True, exist_ok=True)
+            files.write_json(self.folder / SETTINGS, self.settings)
 
     def costs(self, bench: str = "") -> Costs | None:
         """The clock's costs on a bench; None before they are measured."""
         path = None if self.folder is None else self.folder / _calibration(bench)
         if path is None or not path.exists():
             return self._costs.get(bench)
-        return Costs.from_dict(files.read_json(path))
+        try:
+            return Costs.from_dict(files.read_json_object(path))
+        except UserError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no calibration of a clock: {type(error).__name__} {error}") from None
 
     def has_costs(self, bench: str = "") -> bool:
         """True where the costs of a bench are known."""
@@ -70,6 +81,7 @@ class Store:
 
     def keep_costs(self, costs: Costs, bench: str = "") -> Costs:
         """Keep the clock's costs on a bench and return them."""
+        self._make()
         self._costs[bench] = costs
         if self.folder is not None:
             files.write_json(self.folder / _calibration(bench), costs.to_dict())
@@ -86,14 +98,17 @@ class Store:
         path = self.path(name)
         if not path.exists():
             return None
-        counts = path.with_suffix(".counts")
-        return files.read_json(path), load_checkpoint(counts) if counts.exists() else {}
+        run, counts = files.read_json_object(path), path.with_suffix(".counts")
+        if missing := [entry for entry in OF_A_RUN if entry not in run]:
+            raise UserError(f"{path} is no run of an experiment: it has no {missing[0]!r}")
+        return run, load_checkpoint(counts) if counts.exists() else {}
 
     def keep_run(self, name: str, run: dict[str, Any], counts: Counts) -> None:
         """Keep a finished run."""
         if self.folder is None:
             self._runs[name] = run, counts
             return
+        self._make()
         path = self.path(name)
         if counts:
             save_checkpoint(path.with_suffix(".counts"), counts)
@@ -111,6 +126,7 @@ class Store:
         if self.folder is None:
             self._weights[name] = weights
             return weights
+        self._make()
         path = self.folder / RUNS / f"{name}.pt"
         save_checkpoint(path, weights)
         return load_checkpoint(path, device)

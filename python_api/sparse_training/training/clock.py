@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -85,13 +87,24 @@ class Costs:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Costs:
-        """Restore ``to_dict``."""
+        """Restore ``to_dict``.
 
-        def curves(lists: Mapping[str, Any]) -> dict[str, Curve]:
-            return {stage: (tuple(rows), tuple(seconds)) for stage, (rows, seconds) in lists.items()}
+        Raises:
+            ValueError: curves that are missing or are none; LookupError or TypeError where it is no such state at all.
+        """
 
-        own = {policy: curves(lists) for policy, lists in state["own"].items()}
-        return cls(curves(state["shared"]), own, int(state["rounds"]))
+        def curves(lists: Mapping[str, Any], stages: tuple[str, ...]) -> dict[str, Curve]:
+            found = {stage: (tuple(rows), tuple(seconds)) for stage, (rows, seconds) in lists.items()}
+            for stage in (*stages, *found):
+                rows, seconds = found[stage]
+                if not rows or len(rows) != len(seconds) or any(before >= after for before, after in pairwise(rows)):
+                    raise ValueError(f"{stage} must have a time for each of ascending numbers of rows")
+                if not all(math.isfinite(second) and second >= 0.0 for second in seconds):
+                    raise ValueError(f"{stage} must have finite times of at least 0 seconds")
+            return found
+
+        own = {policy: curves(lists, ("score", "select")) for policy, lists in state["own"].items()}
+        return cls(curves(state["shared"], ("load", "train")), own, int(state["rounds"]))
 
 
 class Clock:
