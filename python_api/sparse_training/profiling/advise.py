@@ -15,7 +15,7 @@ from sparse_training.data.loader import Loader
 from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.profiling.advise_isolation import copied
-from sparse_training.profiling.advise_methods import Access, MethodBound, method_bounds
+from sparse_training.profiling.advise_methods import MethodBound, PlannedRun, method_bounds
 from sparse_training.profiling.advise_result import Advice, recommend
 from sparse_training.profiling.advise_rows import concentration
 from sparse_training.profiling.advise_steps import Budget, Observed, observe
@@ -25,7 +25,7 @@ from sparse_training.training.modes import training_mode
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
-SECONDS = 30.0
+SECONDS, LR = 30.0, 1e-3
 LEAST_STEPS = 6
 TRAINING = 0.75  # of the seconds; the rest is for scoring and for smaller batches
 MANY_COPIES, MUCH_LOADING = 0.05, 0.4
@@ -37,7 +37,7 @@ def advise(
     *,
     loss: Loss | Criterion | None = None,
     optimizer: torch.optim.Optimizer | OptimizerFactory | None = None,
-    lr: float = 1e-3,
+    lr: float = LR,
     steps: int | None = None,
     seconds: float | None = None,
     epochs: float = 10.0,
@@ -74,7 +74,7 @@ def advise(
     Raises:
         UserError: an argument is out of range or cannot be measured, or the loss does not fit the batches.
     """
-    settings = settings or TrainerSettings()
+    given_settings, settings = settings, settings or TrainerSettings()
     _check(model, loader, optimizer, settings, steps=steps, seconds=seconds, epochs=epochs)
     device = next(parameter.device for parameter in model.parameters())
     seconds = SECONDS if steps is None and seconds is None else seconds
@@ -94,10 +94,15 @@ def advise(
             )  # fmt: skip
             if not len(seen.losses):
                 raise UserError(f"`loss` must be finite to measure anything, got none of {seen.invalid} rows that is")
-            access = Access(_is_numbered(loader), isinstance(loader, Loader) and loader.size is not None)
-            methods = method_bounds(step, seen, access, epochs)
+            named = {"loss": loss, "optimizer": optimizer, "settings": given_settings}
+            arguments = ", ".join(["model", *(f"{name}={name}" for name, value in named.items() if value is not None)])
+            run = PlannedRun(
+                epochs, arguments if lr == LR else f"{arguments}, lr={lr:g}", _is_numbered(loader),
+                in_memory=isinstance(loader, Loader) and loader.size is not None,
+            )  # fmt: skip
+            methods = method_bounds(step, seen, run)
     copies = None if counts is None else 1.0 - float((1.0 / counts.double()).mean())
-    return _advice(seen, methods, epochs, copies, loader)
+    return _advice(seen, methods, run, copies, loader)
 
 
 def _check(
@@ -160,7 +165,7 @@ def _repeats(loader: Any) -> bool:
 
 
 def _advice(
-    seen: Observed, methods: list[MethodBound], epochs: float, copies: float | None, loader: Iterable[Any]
+    seen: Observed, methods: list[MethodBound], run: PlannedRun, copies: float | None, loader: Iterable[Any]
 ) -> Advice:
     """Put measurements and bounds together."""
     counts, losses = seen.counts, seen.losses
@@ -171,14 +176,14 @@ def _advice(
         "copies": counts.share("copies", "hashed") if copies is None else copies,
         "below_mean": float((losses < losses.mean()).float().mean()),
     }
-    method, recommendation, code = recommend(seen.times, methods, epochs)
+    method, recommendation, code = recommend(seen.times, methods, run)
     return Advice(
         times=seen.times,
         batch_size=seen.batch.rows,
         device=str(seen.batch.targets.device),
         steps=seen.steps,
         rows=counts.rows,
-        epochs=epochs,
+        epochs=run.epochs,
         facts=facts,
         losses=concentration(losses.clamp(min=0.0)),
         gradients=concentration(seen.squares.sqrt()) if len(seen.squares) else None,

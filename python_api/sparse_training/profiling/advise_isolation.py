@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -120,8 +119,10 @@ def _fresh(data: Any, shared: dict[int, Any]) -> Any:
     memo = {**shared, **_datasets(dataset)}
     for name in ("sampler", "batch_sampler"):
         if held.get(name) is not None:
-            with contextlib.suppress(Exception):  # one that has no copy is used as it is, its generators set back
+            try:
                 held[name] = copy.deepcopy(held[name], memo)
+            except Exception:  # what it holds has no copy; its own attributes have
+                held[name] = copy.copy(held[name])
     return twin
 
 

@@ -77,60 +77,66 @@ class MethodBound:
         return gains and self.saving >= LEAST_SAVING and self.unbiased and not self.assumes
 
 
-class Access(NamedTuple):
-    """Ways in which a loader's rows can be chosen.
+class PlannedRun(NamedTuple):
+    """A run of the trainer that savings are of.
 
     Attributes:
+        epochs: its length in passes over the data, above 0.
+        arguments: arguments of ``SparseTrainer`` as they stand in code, without policy and rate.
         numbered: True where rows can be left out before they are loaded.
         in_memory: True where a policy of the trainer can draw any row at any time.
     """
 
+    epochs: float
+    arguments: str
     numbered: bool
     in_memory: bool
 
+    def code(self, policy: str, rate: float | None = None) -> str:
+        """Return the line of code that trains with a policy, at a rate where it has one."""
+        at = "" if rate is None else f", rate={rate:g}"
+        return f'SparseTrainer({self.arguments}, policy="{policy}"{at}).fit(loader, epochs={self.epochs:g})'
 
-def method_bounds(step: TrainingStep, seen: Observed, access: Access, epochs: float) -> list[MethodBound]:
+
+def method_bounds(step: TrainingStep, seen: Observed, run: PlannedRun) -> list[MethodBound]:
     """Compute what each method could save, timing what the watched steps do not tell.
 
     Args:
         step: the training step that was watched; it may be changed.
         seen: what was seen of it.
-        access: ways in which rows can be chosen.
-        epochs: length of the run that is spoken of, in passes, above 0.
+        run: the run that savings are of.
 
     Returns:
         The methods that can be used on this model and data.
     """
     found = []
     if step.criterion.granularity == "sample" and len(seen.losses) > 1 and seen.batch.rows > 1:
-        found += _by_rows(step, seen, access, epochs)
+        found += _by_rows(step, seen, run)
     if seen.head is not None and seen.counts.ignored and (saved := _by_targets(step, seen, seen.head)) is not None:
         found.append(saved)
     return found
 
 
-def _by_rows(step: TrainingStep, seen: Observed, access: Access, epochs: float) -> list[MethodBound]:
+def _by_rows(step: TrainingStep, seen: Observed, run: PlannedRun) -> list[MethodBound]:
     """Bounds of the methods that leave out rows."""
     losses, squares = seen.losses, seen.squares
     graded = len(squares) == len(losses) and bool((squares > 0.0).any())
     by_norm = squares if graded else torch.ones_like(losses)
     rates: dict[str, tuple[float, float | None]] = {"importance@self": advise_rows.within_batch(losses, by_norm, NOISE)}
     rates["gate"] = (advise_rows.fewest(by_norm.sqrt(), HELD), None)
-    if access.numbered:
+    if run.numbered:
         rates["importance"] = advise_rows.importance(losses, by_norm, NOISE)
     score, train, flops = _measure(step, seen, sorted({rate for rate, _ in rates.values()}))
     times, schedule = seen.times, Schedule()
     middle = 1.0 - schedule.dense_start - schedule.dense_end
-    call = 'SparseTrainer(model, loss=loss, policy="{}"{}).fit(loader, epochs={:g})'
     found = []
-    if access.numbered:
+    if run.numbered:
         rate, pruned = advise_rows.infobatch(losses, by_norm)
-        sparse = max(0.0, 1.0 - max(schedule.dense_start, 1.0 / epochs) - schedule.dense_end)
+        sparse = max(0.0, 1.0 - max(schedule.dense_start, 1.0 / run.epochs) - schedule.dense_end)
         saved = sparse * (1.0 - rate)
-        code = call.format("infobatch", "", epochs)
         found.append(
             MethodBound("infobatch", rate, 0.0, 1.0 / rate, 1.0 / rate, sparse, saved, saved, saved if flops else None,
-                        pruned if graded else None, True, "", code)
+                        pruned if graded else None, True, "", run.code("infobatch"))
         )  # fmt: skip
     for method, (rate, noise) in rates.items():
         scoring = 0.0 if method == "importance" else score
@@ -138,8 +144,8 @@ def _by_rows(step: TrainingStep, seen: Observed, access: Access, epochs: float) 
         bound = times.total / (load + scoring + rate * times.compute)
         speedup = times.total / (load + scoring + train[rate] * times.compute)
         spent = None if not flops else (rate * flops["train"] + (flops["score"] if scoring else 0.0)) / flops["train"]
-        code = call.format(method, f", rate={rate:g}", epochs)
-        if method == "importance" and not access.in_memory:
+        code = run.code(method, rate)
+        if method == "importance" and not run.in_memory:
             code = f'HistorySampler(dataset, batch_size={seen.batch.rows}, method="importance", rate={rate:g})'
         found.append(
             MethodBound(

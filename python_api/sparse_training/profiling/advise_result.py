@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparse_training.profiling.advise_methods import LEAST_SAVING, MethodBound
+from sparse_training.profiling.advise_methods import LEAST_SAVING, MethodBound, PlannedRun
 from sparse_training.profiling.advise_rows import TOP, Concentration
 from sparse_training.profiling.advise_steps import STAGES, StepTimes
 
+WIDTH = 100  # characters of a line of text
 HEADINGS = ("method", "kept", "scoring", "at most", "measured", "noise", "saves")
 FACTS = {
     "ignored": "targets that are ignored",
@@ -91,9 +93,10 @@ class Advice:
             aligned(self.fact_rows()),
             aligned([("share of the sum in", *(f"top {percent}%" for percent in TOP), "effective"), *self.shares()]),
             aligned([HEADINGS, *self.method_rows()]) if self.methods else "No method can be used on this data.",
-            *([LEGEND] if self.methods else []),
-            f"{self.recommendation}\n\n    {self.code}",
-            *self.notes,
+            *([textwrap.fill(LEGEND, WIDTH)] if self.methods else []),
+            textwrap.fill(self.recommendation, WIDTH),
+            f"    {self.code}",
+            *(textwrap.fill(note, WIDTH) for note in self.notes),
         ]
         return "\n\n".join(parts)
 
@@ -139,13 +142,13 @@ LEGEND = (
 )
 
 
-def recommend(times: StepTimes, methods: Sequence[MethodBound], epochs: float) -> tuple[str, str, str]:
+def recommend(times: StepTimes, methods: Sequence[MethodBound], run: PlannedRun) -> tuple[str, str, str]:
     """Choose the method that saves most without a bias or an assumption.
 
     Args:
         times: seconds of a step.
         methods: what each method could save.
-        epochs: length of the run, in passes.
+        run: the run that savings are of.
 
     Returns:
         The method's name, the recommendation and the line of code that follows it.
@@ -156,12 +159,11 @@ def recommend(times: StepTimes, methods: Sequence[MethodBound], epochs: float) -
     bound_by = f"{shares[slowest]:.0%} of a step is {names[slowest]}"
     worthwhile = [bound for bound in methods if bound.worthwhile]
     if not worthwhile:
-        code = f'SparseTrainer(model, loss=loss, policy="dense").fit(loader, epochs={epochs:g})'
-        return "dense", f"Nothing to gain here: {_why_nothing(methods)}; {bound_by}.", code
+        return "dense", f"Nothing to gain here: {_why_nothing(methods)}; {bound_by}.", run.code("dense")
     best = max(worthwhile, key=lambda bound: bound.saving)
     unread = ", and rows left out are not even read" if slowest == "load" and best.method == "infobatch" else ""
     text = (
-        f"{_DOES[best.method].capitalize()} ({best.method}): it saves {best.saving:.0%} of the time of {epochs:g} "
+        f"{_DOES[best.method].capitalize()} ({best.method}): it saves {best.saving:.0%} of the time of {run.epochs:g} "
         f"epochs without a bias; {bound_by}{unread}."
     )
     return best.method, text, best.code
