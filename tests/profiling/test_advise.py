@@ -12,8 +12,9 @@ from slow_parts import Slow, SlowLinear, SlowRows, classifier, install, mostly_e
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
+from trainer_parts import network, resident
 
-from sparse_training import Compact, ResidentLoader, SparseTrainer, advise
+from sparse_training import Compact, SparseTrainer, advise
 
 LOSS = nn.CrossEntropyLoss(reduction="none")
 LR = 0.03
@@ -175,10 +176,7 @@ def test_a_run_of_one_pass_has_no_past_losses_to_prune_by(clock):
 
 
 def test_data_in_memory_and_the_trainer_alone_reach_the_advice(clock):
-    from trainer_parts import network, resident
-
     advice = advise(network(), resident(), steps=12)
-    assert isinstance(resident(), ResidentLoader)
     assert {"infobatch", "importance", "importance@self", "gate"} == {bound.method for bound in advice.methods}
 
 

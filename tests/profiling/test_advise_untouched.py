@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from trainer_parts import network as image_network
+from trainer_parts import resident
 
-from sparse_training import HistorySampler, ResidentLoader, SparseTrainer, StreamLoader, UserError, advise
+from sparse_training import HistorySampler, SparseTrainer, StreamLoader, UserError, advise
 from sparse_training.criterion import Criterion
 
 LOSS = nn.CrossEntropyLoss(reduction="none")
@@ -28,7 +30,7 @@ class Augmented(Dataset):
 
     def __getitem__(self, row):
         noise = torch.rand(1, generator=self.own) + torch.rand(1) + self.numpy.random() + self.python.random()
-        return self.inputs[row] + 0.01 * (noise + random.random() + np.random.rand()), self.targets[row]
+        return self.inputs[row] + 0.01 * (noise + random.random() + np.random.rand())  # noqa: NPY002, self.targets[row]
 
 
 def network():
@@ -47,7 +49,7 @@ def everything(model, optimizer, dataset, *generators):
             "optimizer": optimizer.state_dict(),
             "torch": torch.get_rng_state(),
             "own": [generator.get_state() for generator in (dataset.own, *generators)],
-            "numpy": (np.random.get_state()[1].tolist(), dataset.numpy.bit_generator.state),
+            "numpy": (np.random.get_state()[1].tolist(), dataset.numpy.bit_generator.state),  # noqa: NPY002
             "python": (random.getstate(), dataset.python.getstate()),
             "hooks": [
                 [list(hooks) for name, hooks in vars(module).items() if name.endswith("hooks")]
@@ -94,7 +96,7 @@ def test_everything_is_bit_for_bit_as_before():
 
 def test_the_users_training_goes_on_as_without_it():
     def run(asks):
-        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002
         loader = DataLoader(Augmented(), batch_size=16, shuffle=True)
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -120,6 +122,10 @@ def test_a_loss_that_reaches_the_model_leaves_its_gradients():
     loader = DataLoader(dataset, batch_size=16)
     advise(model, loader, loss=loss, steps=6)
     assert all(parameter.grad is None for parameter in model.parameters())
+    trained(model, loader, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    advise(model, loader, loss=loss, steps=6)
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], before, rtol=0, atol=0)
 
 
 def test_a_loss_with_weights_of_its_own_keeps_them():
@@ -143,9 +149,10 @@ def test_a_loader_in_the_midst_of_an_epoch_goes_on_with_it():
     running = iter(loader)
     first = next(running)
     workers = loader._iterator
-    advise(network(), loader, loss=LOSS, steps=6)
+    assert advise(network(), loader, loss=LOSS, steps=9).steps % len(loader) != 1  # else it could end where it began
     assert loader._iterator is workers
-    assert len([first, *running]) == 6
+    targets = torch.cat([targets for _, targets in (first, *running)])
+    assert targets.equal(dataset.targets)
 
 
 @pytest.mark.parametrize(
@@ -181,29 +188,47 @@ def test_a_history_sampler_keeps_its_place():
 
 
 def test_data_in_memory_keeps_its_epoch_and_position():
-    from trainer_parts import network as images, resident
-
     loader = resident()
     next(iter(loader))
-    advise(images(), loader, steps=8)
+    advise(image_network(), loader, steps=8)
     assert (loader.epoch, loader.position) == (0, 1)
-    assert isinstance(loader, ResidentLoader)
 
 
-def test_an_epoch_is_not_set_in_data_of_the_users():
-    class Epochs(IterableDataset):
-        epoch = 5
+class Numbered(Dataset):
+    """Rows that know the epoch."""
 
-        def set_epoch(self, epoch):
-            self.epoch = epoch
+    epoch = 5
 
-        def __iter__(self):
-            return iter([(torch.randn(16, 6), torch.randint(0, 3, (16,)))] * 3)
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
-    dataset = Epochs()
-    for loader in (dataset, DataLoader(dataset, batch_size=None), StreamLoader(DataLoader(dataset, batch_size=None))):
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, row):
+        return torch.randn(6), row % 3
+
+
+class Placed(IterableDataset):
+    """A stream that keeps its place, and its epoch."""
+
+    epoch, place = 5, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for _ in range(3):
+            self.place += 1
+            yield torch.randn(16, 6), torch.randint(0, 3, (16,))
+
+
+def test_neither_epoch_nor_place_is_set_in_data_of_the_users():
+    numbered, placed = Numbered(), Placed()
+    loaders = (DataLoader(numbered, batch_size=16), placed, DataLoader(placed, batch_size=None))
+    for loader in (*loaders, *map(StreamLoader, loaders)):
         advise(network(), loader, loss=LOSS, steps=8)
-        assert dataset.epoch == 5
+        assert (numbered.epoch, placed.epoch, placed.place) == (5, 5, 0)
 
 
 def test_an_error_on_the_way_leaves_everything_too():

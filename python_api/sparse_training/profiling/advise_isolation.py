@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from sparse_training.criterion import Criterion, Loss
+from sparse_training.criterion import Loss
 from sparse_training.data.loader import Loader
 from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
@@ -68,8 +68,7 @@ def copied(
     shared = {id(generator): generator for generators in found for generator in generators.values()}
     states = [(generator, generator_state(generator)) for generator in shared.values()]
     everywhere = rng_state(device)
-    function = loss.loss if isinstance(loss, Criterion) else loss
-    parameters = [*model.parameters(), *(function.parameters() if isinstance(function, nn.Module) else ())]
+    parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
