@@ -30,7 +30,7 @@ class Augmented(Dataset):
 
     def __getitem__(self, row):
         noise = torch.rand(1, generator=self.own) + torch.rand(1) + self.numpy.random() + self.python.random()
-        return self.inputs[row] + 0.01 * (noise + random.random() + np.random.rand())  # noqa: NPY002, self.targets[row]
+        return self.inputs[row] + 0.01 * (noise + random.random() + np.random.rand()), self.targets[row]  # noqa: NPY002
 
 
 def network():
