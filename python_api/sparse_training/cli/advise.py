@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +24,15 @@ from sparse_training.errors import UserError
 from sparse_training.models.build import build_model
 from sparse_training.precision import PRECISIONS
 from sparse_training.profiling.advise import advise
+from sparse_training.profiling.advise_result import Advice
 from sparse_training.reporting.advice import write_advice
+from sparse_training.selection.registry import uses_rate
 from sparse_training.training.settings import TrainerSettings
 
 # Options that say what --script says instead.
 INSTEAD = ("data", "root", "model", "batch_size", "device")
+# Options that train takes too.
+KEPT = (*INSTEAD, "threads", "lr", "amp")
 
 
 @click.command(name="advise")
@@ -67,11 +72,15 @@ def command(context: click.Context, /, **options: Any) -> None:
             if invocation.signals.stop():
                 raise KeyboardInterrupt
 
+        settings = None if options["amp"] is None else TrainerSettings(amp=options["amp"])
         advice = advise(
             model, loader, loss=loss, lr=options["lr"], steps=options["steps"], seconds=options["seconds"],
-            epochs=options["epochs"], settings=TrainerSettings(amp=options["amp"]), progress=show,
+            epochs=options["epochs"], settings=settings, progress=show,
         )  # fmt: skip
     click.echo(str(advice))
+    if options["script"] is None:
+        given = [name for name in KEPT if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+        click.echo(f"\nor  {_train_command({name: options[name] for name in given}, advice)}")
     if folder is not None:
         written = write_advice(advice, folder)
         click.echo(f"\nwritten: {', '.join(map(str, written))}")
@@ -83,6 +92,16 @@ def _from_options(options: dict[str, Any], device: torch.device) -> tuple[Any, A
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes)).to(device)
     loader = ResidentLoader(data.train, batch_size=options["batch_size"], mean=data.mean, std=data.std, device=device)
     return model, loader, None
+
+
+def _train_command(given: dict[str, Any], advice: Advice) -> str:
+    """Return the command that trains as advised."""
+    rate = next((bound.rate for bound in advice.methods if bound.method == advice.method), None)
+    options = {**given, "policy": advice.method, "rate": rate if uses_rate(advice.method) else None}
+    words = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items() if value is not None
+    ]
+    return f"sparse-train train {' '.join(words)} --epochs {advice.epochs:g}"
 
 
 def _from_script(name: str) -> tuple[Any, Any, Any]:
@@ -108,5 +127,6 @@ def _function(name: str) -> Callable[[], Any]:
         raise UserError(f"--script {name}: cannot import {module_name}: {reason}") from error
     function: Callable[[], Any] | None = getattr(module, attribute, None)
     if not callable(function):
-        raise UserError(f"--script {name}: module {module_name} must have a function {attribute}, got none")
+        what = "none" if function is None else type(function).__name__
+        raise UserError(f"--script {name}: module {module_name} must have a function {attribute}, got {what}")
     return function

@@ -47,8 +47,8 @@ def advise(
     """Measure whether training on fewer rows would help, in some steps of the user's own training.
 
     The steps are real ones, on deep copies of model, optimizer and loss, because losses at initialisation say little.
-    The user's own, the loader, the gradients and every random generator are afterwards as they were. Batches are read
-    from the user's data set. The machine should be idle.
+    The user's own, the loader, the gradients and every random generator are afterwards as they were. Hooks of the
+    model run on its copy; batches are read from the user's data set. The machine should be idle.
 
     Example:
         >>> print(advise(model, loader, loss=nn.CrossEntropyLoss(reduction="none")))
@@ -74,8 +74,9 @@ def advise(
     Raises:
         UserError: an argument is out of range or cannot be measured, or the loss does not fit the batches.
     """
-    given_settings, settings = settings, settings or TrainerSettings()
-    _check(model, loader, optimizer, settings, steps=steps, seconds=seconds, epochs=epochs)
+    named = {"loss": loss, "optimizer": optimizer, "settings": settings}
+    settings = TrainerSettings() if settings is None else settings
+    _check(model, loader, loss, optimizer, settings, steps=steps, seconds=seconds, epochs=epochs)
     device = next(parameter.device for parameter in model.parameters())
     seconds = SECONDS if steps is None and seconds is None else seconds
     with copied(model, loader, Criterion() if loss is None else loss, optimizer, device) as twins:
@@ -94,7 +95,6 @@ def advise(
             )  # fmt: skip
             if not len(seen.losses):
                 raise UserError(f"`loss` must be finite to measure anything, got none of {seen.invalid} rows that is")
-            named = {"loss": loss, "optimizer": optimizer, "settings": given_settings}
             arguments = ", ".join(["model", *(f"{name}={name}" for name, value in named.items() if value is not None)])
             run = PlannedRun(
                 epochs, arguments if lr == LR else f"{arguments}, lr={lr:g}", _is_numbered(loader),
@@ -108,8 +108,9 @@ def advise(
 def _check(
     model: Any,
     loader: Any,
+    loss: Any,
     optimizer: Any,
-    settings: TrainerSettings,
+    settings: Any,
     *,
     steps: int | None,
     seconds: float | None,
@@ -129,6 +130,10 @@ def _check(
     for name, amount in (("seconds", seconds), ("epochs", epochs)):
         if amount is not None and not 0.0 < amount < math.inf:
             raise UserError(f"`{name}` must be above 0 and finite, got {amount}")
+    if loss is not None and not callable(loss):
+        raise UserError(f"`loss` must be a function of logits and targets, or a Criterion, got {type(loss).__name__}")
+    if not isinstance(settings, TrainerSettings):
+        raise UserError(f"`settings` must be TrainerSettings, got {type(settings).__name__}")
     if settings.compile:
         raise UserError(f"`settings.compile` must be False, got {settings.compile}; give torch.compile(model) instead")
     if rank_and_world_size()[1] > 1:
@@ -203,6 +208,6 @@ def _notes(seen: Observed, facts: dict[str, float | None], loader: Any) -> Itera
     if waits >= MUCH_LOADING and getattr(loader, "num_workers", None) == 0:
         yield f"{waits:.0%} of a step waits for a DataLoader without workers; num_workers= would load meanwhile."
     if seen.invalid:
-        yield f"{seen.invalid} rows had a loss that is not finite."
+        yield f"Rows whose loss is not finite: {seen.invalid}."
     if not len(seen.squares):
         yield "No gradient of the model's output was seen; the noise of the methods is unknown."

@@ -146,6 +146,8 @@ class _Watch:
     def __call__(self, logits: Any, targets: Any) -> Any:
         values = self.loss(logits, targets)
         self.lap("forward")
+        if torch.is_grad_enabled() and isinstance(values, Tensor) and not values.requires_grad:
+            raise UserError("the loss must depend on the model's output, got one without a gradient")
         if self.looking and isinstance(logits, Tensor) and logits.requires_grad and isinstance(values, Tensor):
             self.values, self.targets, self.logits = values.detach(), targets, logits.detach()
             logits.register_hook(self.gradients.append)  # type: ignore[no-untyped-call]
@@ -235,7 +237,8 @@ def observe(
     while budget.done < LEAST or budget.spent() < SETTLED / 2 or (budget.done < ahead and budget.spent() < SETTLED):
         take(next(items)[0])
     times = _timed(watch, items, budget, take)
-    losses, squares, counts, invalid = [], [], RowCounts(), 0
+    looks: list[tuple[Tensor, Tensor | None]] = []
+    counts, invalid = RowCounts(), 0
     watch.looking, looked = True, 0
     whole: Batch | None = None
     while looked < LEAST or budget.spent() < 1.0:
@@ -251,17 +254,18 @@ def observe(
             counts.add_inputs(batch.inputs, batch.rows)
         finite = of_rows.isfinite()
         invalid += int((~finite).sum())
-        losses.append(of_rows[finite])
-        if of_gradients is not None:
-            squares.append(of_gradients[finite])
+        looks.append((of_rows[finite], None if of_gradients is None else of_gradients[finite]))
         whole = batch if whole is None or batch.rows >= whole.rows else whole
     assert whole is not None
     head = watch.head()
     watch.looking = False
     watch.forget()
     flops = step.operations.total.get("train", 0.0) / budget.done
-    together = torch.cat(squares) if len(squares) == len(losses) else torch.empty(0)
-    return Observed(times, torch.cat(losses), together, counts, whole, head, budget.done, flops, invalid)
+    # A batch with a loss that is not finite has no gradient: the others stand for it.
+    graded = [(losses, squares) for losses, squares in looks if squares is not None]
+    losses = torch.cat([losses for losses, _ in graded or looks])
+    squares = torch.cat([squares for _, squares in graded]) if graded else torch.empty(0)
+    return Observed(times, losses, squares, counts, whole, head, budget.done, flops, invalid)
 
 
 def _timed(watch: _Watch, items: Iterator[tuple[Any, bool]], budget: Budget, take: Callable[[Any], None]) -> StepTimes:
