@@ -1,4 +1,4 @@
-"""What each method could save on a model and a loader that were watched, and which one is worth its noise."""
+"""Savings of each method on a model and a loader that were watched, and the noise that they cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ASSUMES = {"importance": "past losses tell gradients", "gate": "hard rows are w
 
 @dataclass(frozen=True)
 class MethodBound:
-    """What one method could save.
+    """Savings of one method, and their price.
 
     Attributes:
         method: the policy's name, or "head": the last layer and the loss on the targets that count alone.

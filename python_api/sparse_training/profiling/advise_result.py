@@ -29,7 +29,7 @@ _DOES = {
 
 @dataclass(frozen=True)
 class Advice:
-    """What was measured on a model, its loader and its loss, and what follows from it.
+    """Measurements of a model, its loader and its loss, and a recommendation.
 
     ``str()`` gives a table in plain text.
 
