@@ -247,7 +247,7 @@ class SparseTrainer(TrainingStep):
                 '(ResidentLoader), a map-style DataLoader, or policy="dense"'
             )
         policy.every_row = f"every row is trained on, because {reason}"
-        warnings.warn(f'{policy.every_row}; policy="dense" says that this is meant', stacklevel=3)
+        warnings.warn(f'{policy.every_row}; policy="dense" says that this is meant', stacklevel=4)
         return loader
 
     def _set_scheduler(self, scheduler: LRScheduler | None) -> None:
