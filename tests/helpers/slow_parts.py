@@ -54,6 +54,18 @@ class Slow(nn.Module):
         return _Tick.apply(x, self.clock, *self.seconds)
 
 
+class SlowBatch(nn.Module):
+    """Passes its input on, and takes its time for each batch, however small."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def forward(self, x):
+        self.clock.spend(self.seconds)
+        return x
+
+
 class SlowLinear(nn.Linear):
     """A linear layer that takes its time for each row of its input, forward and twice that backward."""
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_parts import Slow, SlowLinear, SlowRows, classifier, install, mostly_easy
+from slow_parts import Slow, SlowBatch, SlowLinear, SlowRows, classifier, install, mostly_easy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,6 +165,23 @@ def test_scoring_that_costs_a_forward_pass_is_on_the_bill(clock):
     assert bound.scorer_cost == pytest.approx(1.0, rel=1e-3)
     assert bound.bound == pytest.approx(3.0 / (1.0 + 3.0 * bound.rate), rel=1e-2)
     assert bound.saving == pytest.approx(0.825 * (1.0 - 1.0 / bound.speedup))
+
+
+def test_batches_that_the_user_arranged_get_smaller_in_place_of_fewer(clock):
+    x, y = mostly_easy(640)
+    batches = [list(range(start, start + 32)) for start in range(0, 640, 32)]
+    loader = DataLoader(SlowRows(clock, 1e-5, x, y), batch_sampler=batches)
+
+    def model():
+        return classifier(SlowBatch(clock, 0.1), Slow(clock, 1e-5, 2e-5))
+
+    advice = advise(model(), loader, loss=LOSS, lr=LR, steps=60)
+    (bound,) = [bound for bound in advice.methods if bound.method == "infobatch"]
+    assert bound.saving < 0.02  # the batch's own price stays
+    dense, _ = seconds(clock, lambda: SparseTrainer(
+        model(), loss=LOSS, lr=LR, policy="dense").fit(loader, epochs=10))  # fmt: skip
+    sparse, _ = seconds(clock, lambda: follow(bound.code, model(), loader))
+    assert 1.0 - sparse / dense == pytest.approx(bound.saving, abs=0.01)
 
 
 def test_a_run_of_one_pass_has_no_past_losses_to_prune_by(clock):

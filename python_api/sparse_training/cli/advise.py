@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparse_training.cli.folders import new_folder, prepare, refuse_torchrun
-from sparse_training.cli.options import COUNT, DATA_AND_MODEL, POSITIVE, with_options
-from sparse_training.cli.signals import Invocation
+from sparse_training.cli.options import DATA_AND_MODEL, with_options
+from sparse_training.cli.values import COUNT, POSITIVE
 from sparse_training.data.load import load_data
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
@@ -30,7 +30,7 @@ from sparse_training.selection.registry import uses_rate
 from sparse_training.training.settings import TrainerSettings
 
 # Options that say what --script says instead.
-INSTEAD = ("data", "root", "model", "batch_size", "device")
+INSTEAD = ("data", "root", "image_size", "model", "batch_size", "device")
 # Options that train takes too.
 KEPT = (*INSTEAD, "threads", "lr", "amp")
 
@@ -53,7 +53,6 @@ def command(context: click.Context, /, **options: Any) -> None:
     method could save, and what to do. Needs an idle machine.
     """
     refuse_torchrun("advise")
-    invocation: Invocation = context.obj
     if options["script"] is not None:
         given = [name for name in INSTEAD if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
         if given:
@@ -69,25 +68,23 @@ def command(context: click.Context, /, **options: Any) -> None:
 
         def show(share: float) -> None:
             bar.update(task, completed=share)
-            if invocation.signals.stop():
-                raise KeyboardInterrupt
 
         settings = None if options["amp"] is None else TrainerSettings(amp=options["amp"])
         advice = advise(
             model, loader, loss=loss, lr=options["lr"], steps=options["steps"], seconds=options["seconds"],
             epochs=options["epochs"], settings=settings, progress=show,
         )  # fmt: skip
+    written = [] if folder is None else write_advice(advice, folder)  # before printing, which may fail
     click.echo(str(advice))
     if options["script"] is None:
         given = [name for name in KEPT if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
         click.echo(f"\nor  {_train_command({name: options[name] for name in given}, advice)}")
-    if folder is not None:
-        written = write_advice(advice, folder)
+    if written:
         click.echo(f"\nwritten: {', '.join(map(str, written))}")
 
 
 def _from_options(options: dict[str, Any], device: torch.device) -> tuple[Any, Any, Any]:
-    data = load_data(options["data"], options["root"])
+    data = load_data(options["data"], options["root"], size=options["image_size"])
     torch.manual_seed(0)
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes)).to(device)
     loader = ResidentLoader(data.train, batch_size=options["batch_size"], mean=data.mean, std=data.std, device=device)
@@ -118,8 +115,8 @@ def _function(name: str) -> Callable[[], Any]:
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise UserError(f"--script must be module:make, such as train:make, got {name!r}")
-    if (here := os.getcwd()) not in sys.path:  # an installed script's path has its own folder in place of this one
-        sys.path.insert(0, here)
+    if (here := os.getcwd()) not in sys.path:  # behind all that is installed
+        sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

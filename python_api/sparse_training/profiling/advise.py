@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader
 
 from sparse_training.criterion import Criterion, Loss
-from sparse_training.data.loader import Loader
+from sparse_training.data.row_numbers import unnumbered_reason
 from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.profiling.advise_isolation import copied
@@ -96,9 +96,12 @@ def advise(
             if not len(seen.losses):
                 raise UserError(f"`loss` must be finite to measure anything, got none of {seen.invalid} rows that is")
             arguments = ", ".join(["model", *(f"{name}={name}" for name, value in named.items() if value is not None)])
+            source = data.source if isinstance(data, StreamLoader) else data
             run = PlannedRun(
-                epochs, arguments if lr == LR else f"{arguments}, lr={lr:g}", _is_numbered(loader),
-                in_memory=isinstance(loader, Loader) and loader.size is not None,
+                epochs, arguments if lr == LR else f"{arguments}, lr={lr:g}",
+                numbered=data.size is not None
+                or (isinstance(data, StreamLoader) and unnumbered_reason(source, data.targets) is None),
+                own_batches=isinstance(source, DataLoader) and type(source.batch_sampler) is not BatchSampler,
             )  # fmt: skip
             methods = method_bounds(step, seen, run)
     copies = None if counts is None else 1.0 - float((1.0 / counts.double()).mean())
@@ -145,18 +148,6 @@ def _check(
             raise UserError("`optimizer` must be of the model's parameters, got one of none of them")
     elif optimizer is not None and not callable(optimizer):
         raise UserError(f"`optimizer` must be an optimizer or a factory of one, got {type(optimizer).__name__}")
-
-
-def _is_numbered(loader: Any) -> bool:
-    """Tell whether rows of the data can be left out before they are loaded."""
-    if isinstance(loader, Loader) and not isinstance(loader, StreamLoader):
-        return loader.size is not None
-    source = loader.source if isinstance(loader, StreamLoader) else loader
-    return (
-        isinstance(source, DataLoader)
-        and not isinstance(source.dataset, IterableDataset)
-        and source.batch_sampler is not None
-    )
 
 
 def _loaded_ahead(loader: Any) -> int:

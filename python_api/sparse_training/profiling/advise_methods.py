@@ -15,7 +15,7 @@ from sparse_training.nn import Compact
 from sparse_training.profiling import advise_rows
 from sparse_training.profiling.advise_steps import Head, Observed
 from sparse_training.selection.policies.base import Policy
-from sparse_training.selection.registry import make_policy
+from sparse_training.selection.registry import make_policy, uses_rate
 from sparse_training.selection.types import Batch
 from sparse_training.training.flops import Operations
 from sparse_training.training.schedule import Schedule
@@ -25,6 +25,7 @@ REPEATS, MORE_REPEATS, REPEAT_SECONDS = 3, 15, 4.0  # of what is timed here, the
 NOISE = 1.1  # the most that a drawn gradient's mean square may be, relative to the dense one's
 HELD = 0.9  # share of the gradient norms that a hard gate's rows hold
 LEAST_SAVING, LEAST_EFFICIENCY = 0.05, 1.05  # below these there is nothing to gain
+_PACKED = "(hidden, targets), _ = Compact()((hidden.flatten(0, -2), targets.flatten()), targets.flatten() != {})"
 _ASSUMES = {"importance": "past losses tell gradients", "gate": "hard rows are worth more"}
 
 
@@ -84,13 +85,13 @@ class PlannedRun(NamedTuple):
         epochs: its length in passes over the data, above 0.
         arguments: arguments of ``SparseTrainer`` as they stand in code, without policy and rate.
         numbered: True where rows can be left out before they are loaded.
-        in_memory: True where a policy of the trainer can draw any row at any time.
+        own_batches: True where a batch sampler of the user's arranged the batches, which then are pruned one by one.
     """
 
     epochs: float
     arguments: str
     numbered: bool
-    in_memory: bool
+    own_batches: bool
 
     def code(self, policy: str, rate: float | None = None) -> str:
         """Return the line of code that trains with a policy, at a rate where it has one."""
@@ -122,38 +123,41 @@ def _by_rows(step: TrainingStep, seen: Observed, run: PlannedRun) -> list[Method
     losses, squares = seen.losses, seen.squares
     graded = len(squares) == len(losses) and bool((squares > 0.0).any())
     by_norm = squares if graded else torch.ones_like(losses)
-    rates: dict[str, tuple[float, float | None]] = {"importance@self": advise_rows.within_batch(losses, by_norm, NOISE)}
-    rates["gate"] = (advise_rows.fewest(by_norm.sqrt(), HELD), None)
+    rates: dict[str, tuple[float, float | None]] = {}
     if run.numbered:
+        rates["infobatch"] = advise_rows.infobatch(losses, by_norm)
         rates["importance"] = advise_rows.importance(losses, by_norm, NOISE)
-    score, train, flops = _measure(step, seen, sorted({rate for rate, _ in rates.values()}))
-    times, schedule = seen.times, Schedule()
-    middle = 1.0 - schedule.dense_start - schedule.dense_end
-    found = []
-    if run.numbered:
-        rate, pruned = advise_rows.infobatch(losses, by_norm)
-        sparse = max(0.0, 1.0 - max(schedule.dense_start, 1.0 / run.epochs) - schedule.dense_end)
-        saved = sparse * (1.0 - rate)
-        found.append(
-            MethodBound("infobatch", rate, 0.0, 1.0 / rate, 1.0 / rate, sparse, saved, saved, saved if flops else None,
-                        pruned if graded else None, True, "", run.code("infobatch"))
-        )  # fmt: skip
+    rates["importance@self"] = advise_rows.within_batch(losses, by_norm, NOISE)
+    rates["gate"] = (advise_rows.fewest(by_norm.sqrt(), HELD), None)
+    score, part, flops = _measure(step, seen, sorted({rate for rate, _ in rates.values()}))
+    times, schedule, found = seen.times, Schedule(), []
     for method, (rate, noise) in rates.items():
-        scoring = 0.0 if method == "importance" else score
-        load = times.load * (rate if method == "importance" else 1.0)
-        bound = times.total / (load + scoring + rate * times.compute)
-        speedup = times.total / (load + scoring + train[rate] * times.compute)
-        spent = None if not flops else (rate * flops["train"] + (flops["score"] if scoring else 0.0)) / flops["train"]
-        code = run.code(method, rate)
-        if method == "importance" and not run.in_memory:
-            code = f'HistorySampler(dataset, batch_size={seen.batch.rows}, method="importance", rate={rate:g})'
+        unread = method in ("infobatch", "importance")
+        load, scoring = (times.load * rate, 0.0) if unread else (times.load, score)
+        # Infobatch's steps are whole batches, and fewer of them; the others' are smaller.
+        train = rate if method == "infobatch" and not run.own_batches else part[rate]
+        speedup = times.total / (load + scoring + train * times.compute)
+        # Past losses are there from the second pass on. Importance begins with the rows that have none.
+        start = max(schedule.dense_start, 1.0 / run.epochs) if method == "infobatch" else schedule.dense_start
+        sparse = max(0.0, 1.0 - start - schedule.dense_end)
+        spent = None if not flops else rate + (flops["score"] / flops["train"] if scoring else 0.0)
         found.append(
             MethodBound(
-                method, rate, 3.0 * scoring / times.compute, bound, speedup, middle, middle * (1.0 - 1.0 / speedup),
-                middle * (1.0 - rate), None if spent is None else middle * (1.0 - spent),
-                noise if graded else None, method != "gate", _ASSUMES.get(method, ""), code,
+                method=method,
+                rate=rate,
+                scorer_cost=3.0 * scoring / times.compute,
+                bound=times.total / (load + scoring + rate * times.compute),
+                speedup=speedup,
+                sparse=sparse,
+                saving=sparse * (1.0 - 1.0 / speedup),
+                saved_rows=sparse * (1.0 - rate),
+                saved_flops=None if spent is None else sparse * (1.0 - spent),
+                noise=noise if graded else None,
+                unbiased=method != "gate",
+                assumes=_ASSUMES.get(method, ""),
+                code=run.code(method, rate if uses_rate(method) else None),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -249,7 +253,17 @@ def _by_targets(step: TrainingStep, seen: Observed, head: Head) -> MethodBound |
     total, saved = seen.times.total, whole - part
     spared = counted[False].total["train"] - counted[True].total["train"]
     return MethodBound(
-        "head", rate, 0.0, total / (total - (1.0 - rate) * whole), total / (total - saved), 1.0, saved / total,
-        1.0 - rate, spared / seen.flops if seen.flops else None, 1.0, True, "",
-        f"(hidden, targets), _ = Compact()((hidden.flatten(0, -2), targets.flatten()), targets.flatten() != {ignored})",
-    )  # fmt: skip
+        method="head",
+        rate=rate,
+        scorer_cost=0.0,
+        bound=total / (total - (1.0 - rate) * whole),
+        speedup=total / (total - saved),
+        sparse=1.0,
+        saving=saved / total,
+        saved_rows=1.0 - rate,
+        saved_flops=spared / seen.flops if seen.flops else None,
+        noise=1.0,
+        unbiased=True,
+        assumes="",
+        code=_PACKED.format(ignored),
+    )
