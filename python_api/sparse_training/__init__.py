@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sparse_training.gate import Budget, Gate, PIController, Ramp, Significance
     from sparse_training.models.build import build_model
     from sparse_training.nn import Compact, Expand
+    from sparse_training.profiling.advise import advise
+    from sparse_training.profiling.advise_result import Advice
     from sparse_training.samplers.batch_sampler import HistorySampler, Indexed
     from sparse_training.selection.policies.base import Policy
     from sparse_training.selection.registry import POLICIES
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "POLICIES",
+    "Advice",
     "Budget",
     "Callback",
     "Compact",
@@ -53,6 +56,7 @@ __all__ = [
     "TrainerSettings",
     "UserError",
     "__version__",
+    "advise",
     "build_model",
     "load_data",
     "nn",
@@ -68,6 +72,8 @@ _MODULES = {
     "sparse_training.gate": ("Budget", "Gate", "PIController", "Ramp", "Significance"),
     "sparse_training.models.build": ("build_model",),
     "sparse_training.nn": ("Compact", "Expand"),
+    "sparse_training.profiling.advise": ("advise",),
+    "sparse_training.profiling.advise_result": ("Advice",),
     "sparse_training.samplers.batch_sampler": ("HistorySampler", "Indexed"),
     "sparse_training.selection.policies.base": ("Policy",),
     "sparse_training.selection.registry": ("POLICIES",),

@@ -36,7 +36,7 @@ def write_comparison(result: Result, folder: str | Path) -> tuple[Path, Path, Pa
     """
     image = plots.png(result, comparison.titles(result))
     contents = (to_json(result, indent=1), image, comparison_page(result).encode())
-    data, png, page = _write(folder, dict(zip(COMPARISON_FILES, contents, strict=True)))
+    data, png, page = write_files(folder, dict(zip(COMPARISON_FILES, contents, strict=True)))
     return data, png, page
 
 
@@ -57,10 +57,15 @@ def write_study(result: Result, folder: str | Path) -> tuple[Path, ...]:
     """
     page = study_page(result).encode()
     data = {STUDY.file: to_json(result)} if result["version"] == STUDY.version else {}
-    return tuple(_write(folder, {**data, PAGE: page}))
+    return tuple(write_files(folder, {**data, PAGE: page}))
 
 
-def _write(folder: str | Path, contents: dict[str, bytes]) -> list[Path]:
+def write_files(folder: str | Path, contents: dict[str, bytes]) -> list[Path]:
+    """Write files by their names into a folder, made if missing; return their paths.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,7 +85,7 @@ def comparison_page(result: Result) -> str:
     runs = {method: arm["runs"] for method, arm in result["arms"].items()}
     energy, energy_headings = energy_rows(runs)
     return (
-        _templates()
+        templates()
         .get_template("comparison.html.j2")
         .render(
             result=result,
@@ -133,7 +138,7 @@ def study_page(result: Result) -> str:
         for section in study.task_sections(result)
     ]
     return (
-        _templates()
+        templates()
         .get_template("study.html.j2")
         .render(
             result=result,
@@ -167,7 +172,7 @@ def study_page(result: Result) -> str:
     )
 
 
-def _templates() -> Environment:
+def templates() -> Environment:
     """Templates of the pages; they escape what is put into them."""
     return Environment(
         loader=PackageLoader(__package__, "templates"),
