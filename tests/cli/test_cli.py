@@ -154,13 +154,13 @@ def test_study_says_whether_chance_shows_before_any_difference(here, capsys, mon
     assert main(["resume", "--trust-code", "out"]) == 0
     assert (here / "out" / "calibration.json").read_bytes() == timed
     lines = capsys.readouterr().out.splitlines()
-    assert sum(" left  " in line for line in lines) == 2 * 3 * 2 * 2
-    said = lines[24]
+    assert sum(" left  " in line for line in lines) == 2 * 4 * 2 * 2
+    said = lines[32]
     assert said.startswith("A/A")
     result = read(here / "out" / "study.json")
     assert result["command"].endswith("--calibrate-only")
     assert {(row["task"], row["arm"]) for row in result["table"]} == {
-        (task, arm) for task in ("clean", "noise") for arm in ("random", "random-again", "gate")
+        (task, arm) for task in ("clean", "noise") for arm in ("dense", "random", "random-again", "gate")
     }
     assert main(["report", "out"]) == 0
     assert said in capsys.readouterr().out
@@ -179,7 +179,7 @@ def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
         patch.setattr(StudyDisplay, "step", signalled)
         assert main([*STUDY, "--out", "out"]) == 143
     assert "sparse-train resume --trust-code out" in capsys.readouterr().err
-    assert read(here / "out" / "study.json")["missing"] == 10
+    assert read(here / "out" / "study.json")["missing"] == 13
     before = (here / "out/runs/clean-random-1-0.json").read_bytes()
     assert main([*STUDY, "--out", "out", "--resume"]) == 0
     assert (here / "out/runs/clean-random-1-0.json").read_bytes() == before
@@ -384,7 +384,7 @@ def test_a_folder_of_the_former_version_is_resumed(here, capsys, monkeypatch, co
     settings = read(here / "out" / written)["settings"]
     key, value = {"train": ("dense_end", 0.125)}.get(command, ("anneal", 0.125))
     assert settings[key] == value
-    assert settings.get("policies", settings.get("arms")) in (None, ["random", "gate"])
+    assert settings.get("policies", settings.get("arms")) in (None, ["random", "gate"], ["dense", "gate"])
 
 
 def test_a_folder_of_another_command_is_refused(here, capsys):

@@ -112,7 +112,6 @@ def _ladder(ax: Axes, ladder: Mapping[str, Any]) -> None:
         (0, 3),
         xycoords=ax.get_yaxis_transform(),
         textcoords="offset points",
-        ha="right",
     )
     ax.set_xlim(left=0.0)
     ax.set_xlabel("budget of a run, s (calibrated clock)")
