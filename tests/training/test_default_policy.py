@@ -238,6 +238,20 @@ def test_the_loader_is_kept_as_it_is_and_its_settings_are_used():
     assert set(used[2:]) == {12}  # but for the trial of the function: batches are filled
 
 
+@pytest.mark.parametrize("policy", [None, "adaptive+deduplicate"])
+def test_draws_follow_the_trainers_seed(policy):
+    def kept(seed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(6, CLASSES))
+        loader = ResidentLoader(images(), batch_size=8, mean=(0.5,), std=(0.1,))
+        trainer = SparseTrainer(model, policy=policy, seed=seed, dense_start=0, dense_end=0)
+        trainer.fit(loader, epochs=5)
+        return trainer.model.state_dict()["1.weight"]
+
+    assert torch.equal(kept(3), kept(3))
+    assert not torch.equal(kept(3), kept(4))
+
+
 # --- what cannot be numbered --------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The gate and the kernels under other trainers, one file per host.
 
 - ``hugging_face``: a ``Trainer`` that trains on the samples, or the tokens, that a gate keeps;
+- ``hugging_face_pruning``: a ``Trainer`` that leaves out well-learned samples without bias;
 - ``lightning``: a ``LightningModule`` whose training step receives the samples that a gate keeps;
 - ``trl``: the log-probabilities and entropies of TRL's trainers from one read of the logits.
 
