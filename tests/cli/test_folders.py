@@ -50,7 +50,7 @@ def test_a_finished_run_is_extended_and_its_folder_says_so(here, capsys):
     [
         ("--steps 5", "a larger budget of the run's kind extends it: it has --steps 10, got --steps 5"),
         ("--epochs 9", "it has --steps 10, got --epochs 9"),
-        ("--steps 20 --epochs 9", "it has --steps 10, got --epochs 9, --steps 20"),
+        ("--steps 20 --epochs 9", "it has --steps 10, got --steps 20, --epochs 9"),
         ("--seconds nan", "seconds"),
     ],
 )
