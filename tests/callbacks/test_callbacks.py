@@ -388,6 +388,15 @@ def test_a_terminal_sees_a_progress_line_by_default(monkeypatch):
         assert stream.text == ""
 
 
+def test_the_line_shows_what_the_run_does_beside_training(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.warns(UserWarning, match="every row is trained on"):
+        SparseTrainer(nn.Linear(8, 2)).fit([(torch.randn(4, 8), torch.zeros(4).long())], steps=2)
+    assert "every row is trained on, because " in terminal.text.split("\r")[-1]
+
+
 def test_a_terminal_that_is_gone_ends_no_run():
     class Gone(Terminal):
         def write(self, text):

@@ -132,7 +132,7 @@ def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Display, "update", signalled)
         assert main([*arguments, "--out", "out"]) == 143
-    assert os.listdir("out/runs") == ["dense-0.json"]
+    assert sorted(os.listdir("out/runs")) == ["dense-0.counts", "dense-0.json"]
     before = (here / "out/runs/dense-0.json").read_bytes()
     assert main(["resume", "--trust-code", "out"]) == 0
     assert (here / "out/runs/dense-0.json").read_bytes() == before
@@ -247,6 +247,16 @@ def test_a_signal_ends_the_timing_of_bounds(here, monkeypatch, number, code):
         ("train --steps 3 --momentum 0.5", "--momentum must be of sgd and rmsprop, not of adamw"),
         ("train --steps 3 --optimizer sgd --momentum 1", "--momentum must be below 1, got 1.0"),
         ("train --steps 3 --weight-decay -1", "weight-decay"),
+        ("train --steps 3 --policy-options prune", "'prune' must be settings, each once, such as prune=0.3"),
+        ("train --steps 3 --policy-options prune=0.1,prune=0.2", "must be settings, each once"),
+        ("train --steps 3 --policy-options floor=1", "the policy infobatch has the options prune, got 'floor'"),
+        ("train --steps 3 --policy-options prune=2", "`prune` must be in [0, 1), got 2"),
+        ("train --steps 3 --policy dense --policy-options a=2", "the policy dense has the options none, got 'a'"),
+        ("train --steps 3 --policy importance --policy-options uniform=0", "`uniform` must be in (0, 1], got 0"),
+        ("train --steps 3 --policy gate --policy-options floor=x", "floor"),
+        ("train --steps 3 --augment blur", "augmentation must be flip, shift or shift:PIXELS, or two with a comma"),
+        ("train --steps 3 --augment flip,flip", "got 'flip,flip'"),
+        ("train --steps 3 --augment shift:-1", "got 'shift:-1'"),
         ("train --steps 3 --optimizer lion", "'lion' is not one of"),
         ("train --steps 3 --lr-warmup 2", "lr-warmup"),
         ("train --steps 3 --seed 99999999999999999999", "seed"),
@@ -270,7 +280,7 @@ def test_a_signal_ends_the_timing_of_bounds(here, monkeypatch, number, code):
         ("compare --methods gate,gate", "'gate,gate' must name each method once"),
         ("compare --seeds some", "'some' must say how many"),
         ("compare --seeds 1,1", "'1,1' must say how many"),
-        ("compare --batch-size 5000", "batch_size` must be 1 to 1437, the rows of the data set, got 5000"),
+        ("compare --batch-size 5000", "batch_size` must be 1 to 1293, the rows of the data set, got 5000"),
         ("compare --model vgg", "'vgg'"),
         ("compare --resume", "--resume needs --out"),
         ("study --tasks hard", "'hard' is unknown; use some of clean, noise, longtail, duplicated, finetune"),
@@ -399,5 +409,5 @@ def test_python_dash_m_and_an_unknown_backend(here):
     command = [sys.executable, "-m", "sparse_training", "train", "--steps", "3"]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 2
-    assert ran.stderr == "error: unknown backend 'abacus'; use one of cpp, triton, torch, cuda\n"
+    assert ran.stderr == "error: unknown backend 'abacus'; use one of cpp, triton, torch, cuda, gpu\n"
     assert os.listdir() == []

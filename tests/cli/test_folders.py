@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 
 import pytest
 import torch
 
 from sparse_training.__main__ import main
+from sparse_training.cli.display import Display
 from sparse_training.experiments.store import Store
 
 TRAIN = ["train", "--model", "test_folders:model", "--policy", "dense", "--batch-size", "256"]
@@ -50,7 +52,7 @@ def test_a_finished_run_is_extended_and_its_folder_says_so(here, capsys):
     [
         ("--steps 5", "a larger budget of the run's kind extends it: it has --steps 10, got --steps 5"),
         ("--epochs 9", "it has --steps 10, got --epochs 9"),
-        ("--steps 20 --epochs 9", "it has --steps 10, got --epochs 9, --steps 20"),
+        ("--steps 20 --epochs 9", "it has --steps 10, got --steps 20, --epochs 9"),
         ("--seconds nan", "seconds"),
     ],
 )
@@ -82,6 +84,31 @@ def test_a_study_that_was_killed_before_its_settings_were_written_is_taken_up(he
     # Whatever it is killed before, options.json is the first of its files.
     made = [os.path.getmtime(f"out/{name}") for name in ("settings.json", "calibration.json")]
     assert made == sorted(made)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "study"])
+def test_a_signal_while_the_clock_is_calibrated_ends_what_can_be_taken_up(here, capsys, monkeypatch, command):
+    calibrating = Display.calibrating
+
+    def signalled(self, fraction):
+        calibrating(self, fraction)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = {
+        "train": [*TRAIN, "--seconds", "0.05"],
+        "compare": ["compare", *STUDY[1:7], "--methods", "dense,random", "--seeds", "1", "--evaluations", "1"],
+        "study": STUDY,
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "calibrating", signalled)
+        assert main([*arguments[command], "--out", "out"]) == 130
+    said = capsys.readouterr()
+    assert "calibrating the clock 0%\n" in said.err
+    assert "calibrating the clock 25%" not in said.err
+    assert said.err.endswith("stopped; to go on: sparse-train resume --trust-code out\n")
+    assert os.listdir("out") == ["options.json"]
+    assert main(["resume", "out", "--trust-code"]) == 0
+    assert "calibrating the clock 100%" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

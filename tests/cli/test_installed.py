@@ -70,7 +70,7 @@ def test_options_from_a_file_and_the_command_line_before_them(here):
     (here / "run.toml").write_text(
         'model = "mine:net"\nbatch-size = 128\nsteps = 12\nlr = 0.05\noptimizer = "sgd"\nmomentum = 0.5\n'
         "weight_decay = 1e-4\nlr-warmup = 0.5\ncsv = true\nvalidation = 0.25\nbest = true\npatience = 9\n"
-        'monitor = "loss"\npolicy = "random"\nrate = 0.5\ncheckpoint-interval = 4\nkeep-last = 2\nevaluations = 4\n'
+        'monitor = "loss"\npolicy = "random"\nrate = 0.5\ncheckpoint-interval = 4\nkeep-last = 2\nevaluations = 4\naugment = "shift:1,flip"\n'
     )
     ran = call("train", "--config", "run.toml", "--steps", "8", "--seed", "3", "--out", "out")
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -108,7 +108,7 @@ def test_a_signal_while_the_clock_is_calibrated_ends_the_run_and_it_can_be_taken
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait() == 130
-    assert rest.splitlines()[-1] == "stopped; to go on: sparse-train resume out"
+    assert rest.splitlines()[-1] == "stopped; to go on: sparse-train resume --trust-code out"
     assert "100%" not in rest
     assert os.listdir("out") == ["options.json"]
 

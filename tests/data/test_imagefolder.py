@@ -35,7 +35,8 @@ def test_imagefolder_keeps_rows_and_columns(folder: Path) -> None:
 def test_imagefolder_sizes(folder: Path) -> None:
     assert load_data("imagefolder", folder, size=16).shape == (3, 16, 16)
     save_image(folder / "test/cat/y.png", 0, size=(10, 12), mode="L")
-    assert load_data("imagefolder", folder).shape == (3, 32, 32)
+    with pytest.warns(UserWarning, match=r"sizes from 10x12 to 12x10 pixels and are resized to 32x32; name another by"):
+        assert load_data("imagefolder", folder).shape == (3, 32, 32)
     assert "got 0" in refuses(load_data, "imagefolder", folder, size=0)
 
 
@@ -128,3 +129,8 @@ def test_root_may_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", os.fspath(tmp_path))
     write(tmp_path / "sets", fashion_files())
     assert len(load_data("fashion-mnist", "~/sets").train) == 5
+
+
+def test_a_class_whose_name_is_no_utf8_is_refused_at_the_start(folder: Path) -> None:
+    (folder / "train" / "cat").rename(os.fsdecode(os.fsencode(folder / "train") + b"/caf\xe9"))
+    assert "a folder's name must be UTF-8, got b'caf\\xe9'" in refuses(load_data, "imagefolder", folder)

@@ -20,7 +20,7 @@ def calibrated(monkeypatch):
     """Known costs instead of measured ones, and the arms and loaders that they were asked for."""
     asked = []
 
-    def calibrate(trainer, loader, policies, *, loaders, seconds):
+    def calibrate(trainer, loader, policies, *, loaders, seconds, progress, stop):
         asked.append((policies, loaders))
         return COSTS
 

@@ -135,7 +135,7 @@ class ProgressLine(Callback):
         left = f"{_clock(spent * (1.0 - done) / gained)} left" if done < 1.0 and gained > 0 else _clock(spent)
         losses = [] if status.loss is None else [f"loss {float(status.loss):.3g}"]
         bar = f"{done:4.0%} [{'#' * filled}{' ' * (WIDTH - filled)}]"
-        parts = [bar, f"step {status.step}", left, *losses, *figures(status), PHASES[status.phase]]
+        parts = [bar, f"step {status.step}", left, *losses, *figures(status), PHASES[status.phase], *status.notes[-1:]]
         text = "  ".join(part for part in parts if part)[: max(shutil.get_terminal_size().columns - 1, 20)]
         self._write("\r" + text.ljust(self._length))
         self._length = len(text)

@@ -24,12 +24,13 @@ from sparse_training.cli.values import COUNT
 from sparse_training.data.load import load_data
 from sparse_training.experiments.compare import METHODS, comparison_design, comparison_result, comparison_runner
 from sparse_training.experiments.runner import Interrupted
+from sparse_training.precision import PRECISIONS
 from sparse_training.reporting.pages import write_comparison
 from sparse_training.reporting.tables import print_comparison
 
 # Options that are fields of the design.
 DESIGN = (
-    *("methods", "seeds", "model", "rate", "batch_size", "seconds", "lr"),
+    *("methods", "seeds", "model", "rate", "batch_size", "seconds", "lr", "amp"),
     *("dense_start", "dense_end", "precision", "evaluations"),
 )
 
@@ -40,6 +41,7 @@ DESIGN = (
 @click.option("--methods", default=",".join(METHODS), callback=methods, help=f"Some of {POLICY_NAMES}.")
 @RUN_SECONDS
 @SEEDS
+@click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Precision of training.  [default: the model's]")
 @click.option("--evaluations", type=COUNT, default=20, help="Evaluations in a run, not charged to the clock.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted comparison in --out.")
 @click.pass_obj
@@ -59,7 +61,7 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
     refuse_torchrun("compare")
     device = prepare(options)
     data = load_data(options["data"], options["root"], size=options.get("image_size"))
-    design = comparison_design(**{name: options[name] for name in DESIGN})
+    design = comparison_design(**{name: options[name] for name in DESIGN if name in options})
     runner = comparison_runner(
         data, design, folder=folder, device=device, resume=resume, command=options["line"]
     )  # what can be refused is refused here, before the folder is made

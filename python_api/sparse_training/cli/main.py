@@ -26,7 +26,7 @@ COMMANDS = {
     "advise": "Measure in a minute whether training on fewer rows would help.",
     "train": "Train one model with one method.",
     "compare": "Train methods side by side at equal wall-clock.",
-    "study": "Compare methods with random on several tasks.",
+    "study": "Compare methods with dense training on several tasks.",
     "bounds": "Measure how fast each scorer lets a step be.",
     "resume": "Continue what was interrupted in FOLDER.",
     "report": "Draw the comparison or study in FOLDER again, or print the run.",

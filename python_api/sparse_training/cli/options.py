@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from sparse_training.data.load import DATASETS
 from sparse_training.errors import UserError
 from sparse_training.experiments.design import AGAIN
 from sparse_training.experiments.tasks import TASKS
+from sparse_training.models.augment import read_augmentation
 from sparse_training.models.build import MODELS
 from sparse_training.precision import PRECISIONS
 from sparse_training.selection.registry import DEFAULT_RATE, POLICIES, make_policy, make_scorer, uses_rate
@@ -57,6 +59,45 @@ def policy(context: click.Context, parameter: click.Parameter, text: str | None)
             make_policy(text, rate=1.0, seed=0)
     except UserError as error:
         raise click.BadParameter(str(error)) from None
+    return text
+
+
+def augmentation(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Check the name of an augmentation."""
+    try:
+        if text is not None:
+            read_augmentation(text)
+    except UserError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
+
+
+def policy_options(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Check that a text is settings, separated by commas."""
+    if text is not None:
+        read_policy_options(text)
+    return text
+
+
+def read_policy_options(text: str) -> dict[str, Any]:
+    """Read settings of a policy: "prune=0.3" or "floor=0.1,temperature=0.5".
+
+    Raises:
+        click.BadParameter: a text of another form, or a name that is there twice.
+    """
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not (name and equals and value) or name in found:
+            raise click.BadParameter(f"{text!r} must be settings, each once, such as {OPTIONS_HELP}")
+        found[name] = _number(value)
+    return found
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
     return text
 
 
@@ -157,6 +198,7 @@ RUN_SECONDS: Decorator = click.option(
 )
 POLICY_NAMES = f"{', '.join(POLICIES)}, or policy@scorer, such as gate@early:3"
 SCORER_NAMES = SCORER_FORMS
+OPTIONS_HELP = "prune=0.3 of infobatch, uniform=0.2 of importance, or floor=0.1,temperature=0.5 of gate"
 
 
 def check_rate_is_used(names: Iterable[str], rate: float | None) -> float:

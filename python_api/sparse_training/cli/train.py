@@ -21,12 +21,16 @@ from sparse_training.cli.display import Display
 from sparse_training.cli.folders import new_folder, prepare, print_resume, write_options
 from sparse_training.cli.optimizers import OPTIMIZER, make_optimizer
 from sparse_training.cli.options import (
+    OPTIONS_HELP,
     POLICY_NAMES,
     PRECISION,
     RUN,
     SCORER_NAMES,
+    augmentation,
     check_rate_is_used,
     policy,
+    policy_options,
+    read_policy_options,
     scorer,
     with_options,
 )
@@ -37,12 +41,13 @@ from sparse_training.data.resident import ResidentLoader
 from sparse_training.data.splits import VALIDATION, ImageData, Split, split_validation
 from sparse_training.errors import UserError
 from sparse_training.experiments.environment import environment
+from sparse_training.models.augment import augment_inputs, read_augmentation
 from sparse_training.models.build import build_model
 from sparse_training.precision import PRECISIONS
 from sparse_training.profiling.calibration import Stopped, calibrate
 from sparse_training.ranks import connect, rank_seed
 from sparse_training.reporting.run import RESULT, run_lines
-from sparse_training.selection.registry import DEFAULT_POLICY, uses_rate
+from sparse_training.selection.registry import DEFAULT_POLICY, make_policy, uses_rate
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.callbacks import Callback, Run
 from sparse_training.training.clock import Clock
@@ -69,11 +74,15 @@ LOGS = (
 @click.option(
     "--scorer", callback=scorer, help=f"Scorer that the policy asks: {SCORER_NAMES}.  [default: the policy's]"
 )
+@click.option("--policy-options", callback=policy_options, help=f"Settings of the policy, such as {OPTIONS_HELP}.")
 @with_options(*BUDGET)
 @with_options(*OPTIMIZER)
 @click.option("--schedule", type=click.Choice(SHAPES), default="cosine", help="Shape of the learning rate.")
 @click.option(
     "--lr-warmup", type=FRACTION, default=LR_WARMUP, help="Fraction of the run over which the learning rate rises."
+)
+@click.option(
+    "--augment", callback=augmentation, help="flip, shift or shift:PIXELS of training images, or two with a comma."
 )
 @click.option("--accumulate", type=COUNT, default=1, help="Batches in an optimizer step.")
 @click.option("--clip-norm", type=POSITIVE, help="Largest norm of the gradient.  [default: no clipping]")
@@ -204,6 +213,8 @@ def _data(options: dict[str, Any]) -> tuple[ImageData, Split | None]:
 def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> SparseTrainer:
     torch.manual_seed(options["seed"])
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes))
+    if options.get("augment"):
+        augment_inputs(model, read_augmentation(options["augment"]))
     names = ("policy", "scorer", "rate", "dense_start", "dense_end", "lr", "lr_warmup", "schedule", "seed")
     settings = TrainerSettings(
         accumulate=options.get("accumulate", 1),
@@ -216,6 +227,14 @@ def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> 
     given = {name: options[name] for name in names if name in options}
     if not uses_rate(_policy_name(options)):
         given.pop("rate", None)  # version 0.1.0 wrote its default for every policy
+    if options.get("policy_options"):
+        given["policy"] = make_policy(
+            _policy_name(options),
+            rate=given.pop("rate", None),
+            seed=options["seed"],
+            scorer=given.pop("scorer", None),
+            options=read_policy_options(options["policy_options"]),
+        )
     return SparseTrainer(model, device=device, optimizer=make_optimizer(options, device), settings=settings, **given)
 
 

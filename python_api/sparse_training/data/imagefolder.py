@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -32,13 +34,13 @@ def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
     Args:
         roots: folders to search, in order.
         size: height and width in pixels, at least 1; None for the images' own size if they all share one, else 32.
-            Default None.
+            Default None. Where they differ, a warning says to which size they are brought.
 
     Returns:
         The training and test split, with the class names and the channel statistics.
 
     Raises:
-        UserError: no such folders, no Pillow, or an image that cannot be read.
+        UserError: no such folders, no Pillow, a class whose name is no UTF-8, or an image that cannot be read.
     """
     if size is not None and size < 1:
         raise UserError(f"`size` must be at least 1 pixel, got {size}")
@@ -75,7 +77,11 @@ def _find(roots: Sequence[Path]) -> Path:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    for name in (str(folder), *names):
+        if name.encode(errors="replace").decode() != name:  # no report could hold it
+            raise UserError(f"{str(folder)!r}: a folder's name must be UTF-8, got {os.fsencode(name)!r}")
+    return names
 
 
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
@@ -106,7 +112,15 @@ def _pillow() -> ModuleType:
 def _common_size(pillow: ModuleType, files: Sequence[tuple[Path, int]]) -> tuple[int, int]:
     """Return (width, height) of all images, from their headers; the default size if they differ."""
     sizes = {_read_size(pillow, path) for path, _ in files}
-    return sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
+    if len(sizes) == 1:
+        return sizes.pop()
+    least, most = (f"{width}x{height}" for width, height in (min(sizes), max(sizes)))
+    warnings.warn(
+        f"the images have sizes from {least} to {most} pixels and are resized to {DEFAULT_SIZE}x{DEFAULT_SIZE}; name "
+        "another by size= (--image-size)",
+        stacklevel=4,
+    )
+    return DEFAULT_SIZE, DEFAULT_SIZE
 
 
 def _open(pillow: ModuleType, path: Path) -> Any:

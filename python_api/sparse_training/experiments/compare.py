@@ -120,6 +120,7 @@ def comparison_settings(design: Design, data: ImageData, device: torch.device) -
         "lr": design.lr,
         "warmup": design.dense_start,
         "anneal": design.dense_end,
+        "amp": design.amp,
         "precision": str(scoring_dtype(design.precision, device) or torch.get_default_dtype()).removeprefix("torch."),
         "validation": design.validation,
         "train_rows": len(data.train),

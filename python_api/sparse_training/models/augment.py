@@ -46,3 +46,36 @@ class RandomShiftFlip(nn.Module):
         row = torch.arange(rows, device=device)[:, None, None]
         # Indices around the channels' slice put the channels last; they go back to their place.
         return padded[row, :, down[:, :, None], (across + moves[1])[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def read_augmentation(text: str) -> RandomShiftFlip:
+    """Make the layer that a text names.
+
+    Args:
+        text: "flip", "shift" (by up to 2 pixels) or "shift:PIXELS", or two of them with a comma between.
+
+    Raises:
+        UserError: a text of another form.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, pixels = part.strip().partition(":")
+        valid = not pixels if name == "flip" else name == "shift" and (not pixels or pixels.isdecimal())
+        if not valid or name in found:
+            raise UserError(f"augmentation must be flip, shift or shift:PIXELS, or two with a comma, got {text!r}")
+        found[name] = int(pixels or 2)
+    return RandomShiftFlip(shift=found.get("shift", 0), flip="flip" in found)
+
+
+def augment_inputs(model: nn.Module, augmentation: nn.Module) -> None:
+    """Let a model in training see its first input through a layer; its ``state_dict`` stays as it is.
+
+    Args:
+        model: the model.
+        augmentation: a layer without parameters, such as ``RandomShiftFlip``.
+    """
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (augmentation(inputs[0]), *inputs[1:]) if module.training else None
+
+    model.register_forward_pre_hook(before)

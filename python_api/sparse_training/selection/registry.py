@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sparse_training.criterion import loss_setting
@@ -48,6 +49,12 @@ FORMS = "self, self:SCALE, early:LAYER, proxy, proxy:MODEL, reference:FILE, hist
 
 DEFAULT_POLICY = InfoBatchPolicy.name  # the one that is unbiased and assumes nothing
 DEFAULT_RATE = 0.1
+# Settings of policies beside rate, seed and scorer.
+POLICY_OPTIONS = {
+    "infobatch": ("prune",),
+    "importance": ("uniform",),
+    "gate": ("temperature", "p_min", "floor", "capacity", "decision", "ties"),
+}
 
 
 def uses_rate(policy: str | Policy | Gate) -> bool:
@@ -90,7 +97,13 @@ def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
 
 
 def make_policy(
-    policy: str | Policy | Gate, *, rate: float | None, seed: int, loss: Any = None, scorer: str | Scorer | None = None
+    policy: str | Policy | Gate,
+    *,
+    rate: float | None,
+    seed: int,
+    loss: Any = None,
+    scorer: str | Scorer | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Policy:
     """Make a policy from its name or from a gate.
 
@@ -106,12 +119,14 @@ def make_policy(
         loss: the loss that the model is trained on, or its ``Criterion``; None (the default) where it is unknown. Where
             its rows are tokens, "infobatch" and "importance" draw among those of a batch.
         scorer: a scorer or its name, see ``make_scorer``; None (the default) for the policy's own.
+        options: further settings of a policy that is named, see ``POLICY_OPTIONS``; None (the default) for none.
 
     Returns:
         The policy, with its scorer.
 
     Raises:
-        UserError: the name is unknown, the rate is out of range, two scorers are named, or the policy uses none.
+        UserError: the name is unknown, the rate is out of range, two scorers are named, the policy uses none, or it
+            has no such option.
     """
     rate = DEFAULT_RATE if rate is None else check_rate(rate)
     rank, ranks = rank_and_world_size()
@@ -121,6 +136,7 @@ def make_policy(
             raise UserError(f"`policy` {policy!r} names a scorer, and `scorer` is {scorer!r}; give one scorer")
         policy, _, scorer = policy.partition("@")
     scorer = None if scorer is None else make_scorer(scorer)
+    options = _check_options(policy, options)
     if isinstance(policy, Policy):
         made = policy
     elif isinstance(policy, Gate):
@@ -133,10 +149,10 @@ def make_policy(
         known = ("ignore_index", "label_smoothing")
         settings = {} if loss is None else {name: loss_setting(loss, name) for name in known}
         shared = {name: value for name, value in settings.items() if value is not None}
-        made = GatePolicy(rate, seed, process_group="world" if ranks > 1 else None, **shared)
+        made = GatePolicy(rate, seed, process_group="world" if ranks > 1 else None, **shared, **options)
     else:
         in_batch = getattr(loss, "granularity", None) == "token" if scorer is None else not scorer.before_loading
-        made = (BY_SCORES.get(policy, kind) if in_batch else kind)(rate, rank_seed(seed, rank))
+        made = (BY_SCORES.get(policy, kind) if in_batch else kind)(rate, rank_seed(seed, rank), **options)
     if scorer is not None and not (scorer.before_loading and isinstance(made, HistoryPolicy)):
         if not made.uses_scores or isinstance(made, MaskedPolicy):
             raise UserError(f"scorer {scorer.name} for the policy {made.name}, which takes none; leave the scorer out")
@@ -144,6 +160,15 @@ def make_policy(
     if isinstance(given, str) and not isinstance(made, AdaptivePolicy):  # whose own name has its switches in order
         made.name = given
     return made
+
+
+def _check_options(policy: str | Policy | Gate, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Refuse options that a policy does not have."""
+    known = POLICY_OPTIONS.get(policy, ()) if isinstance(policy, str) else ()
+    if unknown := [name for name in options or () if name not in known]:
+        name = policy if isinstance(policy, str) else type(policy).__name__
+        raise UserError(f"the policy {name} has the options {', '.join(known) or 'none'}, got {unknown[0]!r}")
+    return dict(options or {})
 
 
 def make_scorer(scorer: str | Scorer) -> Scorer:

@@ -29,7 +29,7 @@ class ImportancePolicy(HistoryPolicy):
 
     def __init__(self, rate: float = 0.1, seed: int = 0, uniform: float = 0.1) -> None:
         super().__init__(rate, seed)
-        self.uniform = uniform
+        self.uniform = check_uniform(uniform)
         self.sampler: Importance | None = None
 
     @property
