@@ -64,8 +64,8 @@ test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CP
 bench: $(READY) $(PEERS)  ## speed, as ratios; needs an idle machine
 	$(BIN)/pytest benchmarks --benchmark-only --record
 
-gpu:  ## PARTS="build check bench:300" for some, WHEELS=folder for packages to compare with; see benchmarks/gpu.py
-	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(PARTS)
+gpu:  ## 12 minutes at most; PARTS="build check bench:300" for some, RESUME=1 for what is left, WHEELS=folder for peers
+	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(RESUME),--resume) $(PARTS)
 
 # Everything below build/sanitize is built with the address and undefined-behaviour sanitizers.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1

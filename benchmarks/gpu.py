@@ -1,25 +1,29 @@
-"""Everything that is to be done where there is a GPU, in one command, without a network.
+"""Everything that is to be done where there is a GPU, in one command of 12 minutes, without a network.
 
     python benchmarks/gpu.py                            all parts, in order of worth
     python benchmarks/gpu.py build check bench:300      those parts; bench stops after 300 s
-    python benchmarks/gpu.py bench --only compact       the rows whose name holds that
+    python benchmarks/gpu.py --resume                   what an earlier run of these sources did not finish
+    python benchmarks/gpu.py bench --only compact       the rows whose name holds that, a regular expression
     python benchmarks/gpu.py bench --missing            the rows that the record does not have yet
     python benchmarks/gpu.py --wheels DIR               liger-kernel, quack-kernels, trl from a folder, to compare with
     python benchmarks/gpu.py --device cpu --small       every line of this, without a GPU and without a figure
 
-Parts: build (the extension, with the compiler and nvcc at hand), check (float64 reference, fresh inputs), bench
-(gpu_cases.py, gpu_steps.py), tests (those marked gpu, then the kernels' suite with Triton compiled), sanitize
-(compute-sanitizer over small cases). Each is a process of its own, so that one that dies leaves the others. Rows are
-written to benchmarks/results/<device>-<date>.json as they are measured; a row measured again replaces the old one.
+Parts, each with its seconds: see PARTS. Each is a process of its own, so that one that dies leaves the others, and all
+of them end within --seconds. Rows are written to benchmarks/results/<device>-<date>.json as they are measured; a row
+measured again replaces the old one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import platform
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "benchmarks"
@@ -47,9 +51,8 @@ def run(options: argparse.Namespace, command: list[str], **more: str) -> int:
     """The command's exit code; 124 where it ran past what is left of its part's time."""
     print("$", " ".join(command), flush=True)
     process = subprocess.Popen(command, cwd=ROOT, env=environment(options, **more), start_new_session=True)
-    left = options.until - time.monotonic()
     try:
-        return process.wait(None if left == float("inf") else max(1.0, left))
+        return process.wait(max(1.0, options.until - time.monotonic()))
     except subprocess.TimeoutExpired:
         return 124
     finally:  # with whatever it started, such as a compiler's workers
@@ -70,25 +73,33 @@ def build(options: argparse.Namespace) -> Outcome:
 
 
 def check(options: argparse.Namespace) -> Outcome:
-    """The float64 reference, on fresh inputs."""
-    small = ["--small"] if options.small else []
-    code = run(options, [sys.executable, str(HERE / "gpu_check.py"), "--device", options.device, *small])
+    """The self-check in full, whose verdicts later runs find; then on fresh inputs, whose verdicts nobody keeps."""
+    command = [sys.executable, "-m", "sparse_kernels", "check", "--device", options.device]
+    codes = [run(options, [*command, *(["--quick"] if options.small else [])])]
+    if not options.small:
+        seed = str(random.SystemRandom().randrange(2**31))
+        with tempfile.TemporaryDirectory() as folder:
+            codes.append(run(options, [*command, "--quick", "--seed", seed], SPARSE_KERNELS_CACHE=folder))
+    code = next((code for code in codes if code), 0)
     return code == 0, "agrees with the float64 reference" if code == 0 else said(code)
 
 
-def tests(options: argparse.Namespace) -> Outcome:
-    """What is marked gpu, and the kernels' suite with the Triton kernels compiled instead of interpreted."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    compiled = {"TRITON_INTERPRET": "0"}
-    codes = {"marked gpu": run(options, [*pytest, "-m", "gpu", "tests"], **compiled)}
-    if options.device == "cuda":
-        codes["kernels, compiled"] = run(options, [*pytest, "tests/kernels"], **compiled)
+def pytest(options: argparse.Namespace, *arguments: str) -> Outcome:
+    """The tests, with the Triton kernels compiled instead of interpreted."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    code = run(options, [*command, *arguments], TRITON_INTERPRET="0")
     none = 5  # pytest's code for having collected nothing
-    return (
-        all(code in (0, none) for code in codes.values()),
-        ", ".join(f"{name}: {'passed' if not code else 'none' if code == none else said(code)}"
-                  for name, code in codes.items()),
-    )  # fmt: skip
+    return code in (0, none), "passed" if not code else "none" if code == none else said(code)
+
+
+def tests(options: argparse.Namespace) -> Outcome:
+    """What is marked gpu."""
+    return pytest(options, "-m", "gpu", "tests")
+
+
+def suite(options: argparse.Namespace) -> Outcome:
+    """The kernels' suite, compiled."""
+    return pytest(options, "tests/kernels") if options.device == "cuda" else (True, "left out: no GPU")
 
 
 def sanitize(options: argparse.Namespace) -> Outcome:
@@ -99,21 +110,22 @@ def sanitize(options: argparse.Namespace) -> Outcome:
     found = {}
     for kind in ("memcheck", "racecheck", "synccheck"):
         command = [tool, "--tool", kind, "--error-exitcode", "99", "--print-limit", "20"]
-        command += [sys.executable, str(HERE / "gpu_check.py"), "--small", "--seed", "0"]
+        command += [sys.executable, "-m", "sparse_kernels", "check", "--quick"]
         # Without its caching, PyTorch's allocations end where the tensors do.
-        found[kind] = run(options, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        with tempfile.TemporaryDirectory() as folder:  # for verdicts that nobody keeps
+            more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "SPARSE_KERNELS_CACHE": folder}
+            found[kind] = run(options, command, **more)
     return not any(found.values()), ", ".join(f"{k}: {said(c) if c else 'clean'}" for k, c in found.items())
 
 
-def bench(options: argparse.Namespace) -> Outcome:
-    """The rows of gpu_cases.py, in processes that are begun anew where the device was lost."""
-    code = LOST
-    with tempfile.TemporaryDirectory() as folder:
-        begun = Path(folder) / "begun"
-        begun.touch()
-        while code == LOST:
-            code = run(options, [sys.executable, __file__, "--rows", str(begun), *options.arguments])
-        return code == 0, f"{len(begun.read_text().split())} rows" + (f", {said(code)}" if code else "")
+def bench(options: argparse.Namespace, only: str = "") -> Outcome:
+    """The rows of gpu_cases.py and gpu_steps.py that this run has not begun, after a lost device in a new process."""
+    code, before = LOST, len(options.begun.read_text().split())
+    while code == LOST:
+        arguments = [*options.arguments, "--only", only or options.only]
+        code = run(options, [sys.executable, __file__, "--rows", str(options.begun), *arguments])
+    rows = len(options.begun.read_text().split()) - before
+    return code == 0, f"{rows} rows" + (f", {said(code)}" if code else "")
 
 
 def rows(options: argparse.Namespace) -> int:
@@ -129,7 +141,7 @@ def rows(options: argparse.Namespace) -> int:
     path = options.out or timing.record_path(machine["device"])
     present = {row["case"] for row in json.loads(path.read_text())["rows"] if row["ratios"]} if path.exists() else set()
     begun = options.rows.read_text().split()
-    names = [name for name in gpu_bench.CASES if options.only in name and name not in begun]
+    names = [name for name in gpu_bench.CASES if re.search(options.only, name) and name not in begun]
     names = [name for name in names if not (options.missing and name in present)]
     setting = gpu_bench.Bench(device, options.small)
     for name in names:
@@ -207,13 +219,58 @@ def table(path: Path) -> list[str]:
     return lines
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
-    "build": build,
-    "check": check,
-    "bench": bench,
-    "tests": tests,
-    "sanitize": sanitize,
+class Part(NamedTuple):
+    """A part and the most seconds that it may take."""
+
+    seconds: int
+    run: Callable[[argparse.Namespace], Outcome]
+    what: str
+
+
+# In order of worth; together they take 12 minutes at most.
+PARTS = {
+    "build": Part(180, build, "the extension, with the compiler and nvcc at hand"),
+    "check": Part(90, check, "the kernels against the float64 reference, and their speed beside a copy's"),
+    "row": Part(60, functools.partial(bench, only="^gate_rows-bfloat16-8192x151936$"), "the row that TRL publishes"),
+    "gate": Part(60, functools.partial(bench, only="^gate-"), "the whole gate"),
+    "compact": Part(30, functools.partial(bench, only="^compact-"), "compaction"),
+    "tests": Part(90, tests, "the tests marked gpu"),
+    "bench": Part(120, bench, "all other rows"),
+    "sanitize": Part(60, sanitize, "compute-sanitizer over the quick check"),
+    "suite": Part(300, suite, "the kernels' tests with Triton compiled, in the time that is left"),
 }
+SECONDS = 720
+
+
+def progress_path(options: argparse.Namespace) -> Path:
+    return ROOT / "build" / f"gpu-{options.device}.json"
+
+
+def finished(options: argparse.Namespace) -> list[str]:
+    """Parts that went well in an earlier run of the same sources."""
+    try:
+        record = json.loads(progress_path(options).read_text())
+    except (OSError, ValueError):
+        return []
+    return list(record["done"]) if record.get("sources") == sources() else []
+
+
+def note_finished(options: argparse.Namespace, name: str) -> None:
+    path = progress_path(options)
+    path.parent.mkdir(exist_ok=True)
+    done = sorted({*finished(options), name})
+    path.write_text(json.dumps({"sources": sources(), "done": done}))
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of the Python and C++ files."""
+    digest = hashlib.sha256()
+    for folder in ("csrc", "sparse_kernels", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def has_gpu() -> bool:
@@ -224,10 +281,17 @@ def has_gpu() -> bool:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART[:SECONDS]", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART[:SECONDS]",
+        help="; ".join(f"{name} ({part.seconds} s): {part.what}" for name, part in PARTS.items()),
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes: that it runs, not how fast")
-    parser.add_argument("--only", default="", help="the rows of bench whose name holds this")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts; {SECONDS} by default")
+    parser.add_argument("--resume", action="store_true", help="only what an earlier run of these sources left")
+    parser.add_argument("--only", default="", help="the rows of bench whose name holds this, a regular expression")
     parser.add_argument("--missing", action="store_true", help="the rows of bench that the record does not have")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to compare with")
     parser.add_argument("--out", type=Path, help="the record; benchmarks/results/<device>-<date>.json by default")
@@ -237,12 +301,13 @@ def parse() -> argparse.Namespace:
     for part in options.parts:
         name, _, seconds = part.partition(":")
         if name not in PARTS or (seconds and not seconds.isdigit()):
-            parser.error(f"{part!r}: wanted one of {', '.join(PARTS)}, with :SECONDS or without")
+            parser.error(f"{part!r}: a part must be one of {', '.join(PARTS)}, with :SECONDS or without")
     if options.device == "cuda" and not has_gpu():
         parser.error("no CUDA device here; with --device cpu --small it shows that it runs")
     if options.small and options.out is None:
-        parser.error("--small measures nothing: wanted --out, where its record may go")
-    options.arguments = ["--device", options.device, "--only", options.only]
+        parser.error("--small measures nothing: give --out, where its record may go")
+    options.missing = options.missing or options.resume
+    options.arguments = ["--device", options.device]
     options.arguments += ["--small"] if options.small else []
     options.arguments += ["--missing"] if options.missing else []
     options.arguments += ["--out", str(options.out)] if options.out else []
@@ -256,21 +321,30 @@ def main() -> int:
     began = time.monotonic()
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:
+        options.begun = Path(folder) / "begun"
+        options.begun.touch()
         if options.wheels:
-            options.site = Path(folder)
+            options.site = Path(folder) / "site"
             unpack(options.wheels, options.site)
-        for part in options.parts or PARTS:
+        left_out = finished(options) if options.resume else []
+        for part in options.parts or [name for name in PARTS if name not in left_out]:
             name, _, seconds = part.partition(":")
             start = time.monotonic()
-            options.until = start + (float(seconds) if seconds else float("inf"))
-            well, line = PARTS[name](options)
+            left = began + options.seconds - start
+            if left < 5:
+                outcomes[name] = (True, "left for another run: --resume")
+                continue
+            options.until = start + min(float(seconds or PARTS[name].seconds), left)
+            well, line = PARTS[name].run(options)
             outcomes[name] = (well, f"{line} ({time.monotonic() - start:.0f} s)")
+            if well:
+                note_finished(options, name)
     import timing
 
     record = options.out or max(
         timing.RESULTS.glob(f"*-{timing.today()}.json"), key=lambda p: p.stat().st_mtime, default=None
     )
-    if "bench" in outcomes and record and record.exists():
+    if outcomes.keys() & {"row", "gate", "compact", "bench"} and record and record.exists():
         print(f"\n{record}", *table(record), sep="\n")
     print()
     for name, (well, line) in outcomes.items():

@@ -44,7 +44,7 @@ class Bench:
 
     def served(self) -> contextlib.AbstractContextManager[None]:
         """Within it the kernels for a GPU serve what is called without a name."""
-        return _dispatch.forced("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
+        return _dispatch.forced("gpu") if self.device.type == "cuda" else contextlib.nullcontext()
 
     def shape(self, *sizes: int) -> tuple[int, ...]:
         return tuple(min(size, 16) for size in sizes) if self.small else sizes

@@ -10,6 +10,7 @@ Example:
 from sparse_kernels._dispatch import BackendUnavailable
 from sparse_kernels._info import backend_info
 from sparse_kernels._version import __version__
+from sparse_kernels._warm_up import warm_up
 from sparse_kernels.ops import (
     compact,
     control,
@@ -42,4 +43,5 @@ __all__ = [
     "row_stats",
     "scatter_rows",
     "select",
+    "warm_up",
 ]

@@ -61,7 +61,7 @@ def _servers(op: str, default: str, by_name: str = "") -> tuple[Server, ...]:
 
 
 # The kernels of each kind of device come first and the reference, which serves everything, last. An operation without
-# the reference is made of others, and a backend here has it as one call. The scores of ``cuda`` are those of ``triton``.
+# the reference is made of others, and a backend here has it as one call. The scores of ``cuda`` are ``triton``'s.
 TABLE: dict[str, tuple[Server, ...]] = {
     "row_stats": _servers("row_stats", "cpp triton torch", "cuda"),
     "gate_rows": _servers("gate_rows", "cpp triton torch", "cuda"),
@@ -73,8 +73,8 @@ TABLE: dict[str, tuple[Server, ...]] = {
     "gate_step": _servers("gate_step", "cpp cuda"),
 }
 _logged: set[str] = set()
-_forced = os.environ.get("SPARSE_KERNELS_BACKEND") or None
-_preferred = os.environ.get("SPARSE_KERNELS_PREFER") or None
+_forced: str | None = os.environ.get("SPARSE_KERNELS_BACKEND") or None
+_preferred: str | None = os.environ.get("SPARSE_KERNELS_PREFER") or None
 
 
 class BackendUnavailable(ValueError):

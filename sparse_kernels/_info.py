@@ -42,14 +42,13 @@ def backend_info(device: str | torch.device = "cpu") -> BackendInfo:
         row_stats     cpp (avx512, 2 threads)
                         not torch: cpp comes first
     """
-    where = torch.device(device)
-    if where.type == "cuda" and where.index is None and torch.cuda.is_available():
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = with_index(torch.device(device))
     info = BackendInfo()
     for op, servers in TABLE.items():
         if not any(server.backend == "torch" for server in servers):
             continue  # made of the others
-        demand, preference = _dispatch._forced, _dispatch._preferred
+        demand: str | None = _dispatch._forced
+        preference: str | None = _dispatch._preferred
         order = servers if preference is None else _dispatch.preferring(op, preference)
         entry: dict[str, Any] = {"active": "none", "detail": "", "others": {}}
         for server in order:
@@ -70,6 +69,18 @@ def backend_info(device: str | torch.device = "cpu") -> BackendInfo:
                 entry["others"].setdefault(name, reason)
         info[op] = entry
     return info
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Return a device as tensors on it name it: a GPU without a number is the current one.
+
+    Args:
+        device: any.
+    """
+    index: int | None = device.index
+    if device.type == "cuda" and index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _reaches(op: str, demand: str, device: torch.device) -> bool:

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import baselines
 import control
-import gpu_check
+import gpu
 import numpy as np
 import pytest
 import readme
 import timing
 import torch
 from timing import Row
-
-import sparse_kernels as sk
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,17 +57,46 @@ def test_without_a_gpu_the_command_says_so():
     assert done.stderr.splitlines()[-1].endswith("no CUDA device here; with --device cpu --small it shows that it runs")
 
 
-def test_the_gpu_check_sees_a_wrong_kernel(monkeypatch, capsys):
-    right = sk.row_stats
+def test_the_parts_of_the_gpu_command_fit_in_twelve_minutes():
+    names = list(gpu.PARTS)
+    assert names[:5] == ["build", "check", "row", "gate", "compact"]  # the most valuable first
+    assert names[-1] == "suite"  # which takes what is left
+    assert sum(part.seconds for name, part in gpu.PARTS.items() if name != "suite") <= gpu.SECONDS - 30 <= 690
 
-    def wrong(logits, labels, **settings):
-        found = right(logits, labels, **settings)
-        return found if settings["backend"] == "torch" else found._replace(entropy=found.entropy + 1e-3)
 
-    monkeypatch.setattr(sk, "row_stats", wrong)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--small"])
-    assert gpu_check.main() == 1
-    assert "entropy" in capsys.readouterr().out
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """The command with parts that are instant, and without a GPU."""
+    ran = []
+
+    def part(name, well=True, seconds=5):
+        return gpu.Part(seconds, lambda options: (ran.append((name, options.until)), (well, "done"))[1], "")
+
+    monkeypatch.setattr(gpu, "PARTS", {"one": part("one"), "two": part("two", well=False), "three": part("three")})
+    monkeypatch.setattr(gpu, "progress_path", lambda options: tmp_path / "build" / "progress.json")
+    monkeypatch.setattr(gpu, "sources", lambda: "these")
+
+    def call(*arguments):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", str(tmp_path / "out"), *arguments])
+        code = gpu.main()
+        return code, [name for name, _ in ran]
+
+    return call
+
+
+def test_a_part_that_fails_leaves_the_others_and_is_taken_up_again(command, monkeypatch, capsys):
+    assert command() == (1, ["one", "two", "three"])
+    assert "FAILED two: done (0 s)" in capsys.readouterr().out
+    assert command("--resume") == (1, ["two"])
+    monkeypatch.setattr(gpu, "sources", lambda: "others")
+    assert command("--resume") == (1, ["one", "two", "three"])
+    assert command("three") == (0, ["three"])
+
+
+def test_what_does_not_fit_is_left_for_another_run(command, capsys):
+    assert command("--seconds", "4") == (0, [])
+    assert "one: left for another run: --resume" in capsys.readouterr().out
 
 
 def test_the_study_of_control_runs_small_and_ours_holds_the_rate(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,10 +93,13 @@ def _controlled(setup: Setup, shape: tuple[int, ...], settings: Settings, with_m
             significance[..., ::97], significance[..., 1::101] = math.nan, math.inf
         labels = torch.randint(0, 10, shape, generator=setup.generator, device="cpu")
         mass = torch.rand(shape, generator=setup.generator, dtype=torch.float32, device="cpu") if with_mass else None
-        operands = [significance, setpoint, labels, mass, overflow]
-        given = [None if tensor is None else tensor.to(setup.device) for tensor in operands]
         before = _copied(moved, torch.device("cpu"))
-        setup.backend.control(ControlCall(moved, *given, settings))  # type: ignore[arg-type]
+        setup.backend.control(
+            ControlCall(
+                moved, significance.to(setup.device), setpoint.to(setup.device), labels.to(setup.device),
+                None if mass is None else mass.to(setup.device), overflow.to(setup.device), settings,
+            )
+        )  # fmt: skip
         name = f"control, {shape[-1]} rows, step {step}"
         valid = labels != settings.ignore_index
         yield from _compared(name, before, moved, significance, setpoint, valid, mass, overflow, settings)
@@ -113,11 +115,19 @@ def select(setup: Setup) -> Iterator[Comparison]:
     for shape, temperature in ((Shape(rows_of[0], 10), 0.0), (Shape(rows_of[1], 21, 1), 0.5)):
         call = gate_call(shape, setup, temperature)
         rows = call.targets.numel()
-        tree = [torch.arange(rows, device="cpu"), torch.rand(rows, 5, generator=setup.generator, device="cpu")]
+        tree = [
+            torch.arange(rows, device="cpu"),
+            torch.rand(rows, 5, generator=setup.generator, dtype=torch.float32, device="cpu"),
+        ]
         given = on_device(call, setup.device)
         for capacity in (None, rows // 3):
             packed = [tensor.to(setup.device) for tensor in tree]
-            found: Selected = setup.backend.select(SelectCall(*_operands(given), packed, capacity))
+            found: Selected = setup.backend.select(
+                SelectCall(
+                    given.logits, given.targets, given.outputs, given.dim, given.settings, given.threshold,
+                    given.weights, given.offset, packed, capacity,
+                )
+            )  # fmt: skip
             yield from decisions(setup, call, found.gated)
             yield from _packed(f"select, capacity {capacity}", found, capacity)
             for tensor, taken in zip(tree, found.packed, strict=True):
@@ -126,13 +136,6 @@ def select(setup: Setup) -> Iterator[Comparison]:
 
 def _large(setup: Setup) -> bool:
     return setup.device.type != "cpu"
-
-
-def _operands(call: Any) -> tuple[Any, ...]:
-    """Return the fields that every gate's call begins with."""
-    return (
-        call.logits, call.targets, call.outputs, call.dim, call.settings, call.threshold, call.weights, call.offset,
-    )  # fmt: skip
 
 
 def _packed(name: str, found: Selected, capacity: int | None) -> list[Comparison]:

@@ -64,8 +64,8 @@ def compact(setup: Setup) -> Iterator[Comparison]:
 def _selection(setup: Setup) -> tuple[Selection, Selection]:
     """Return a selection with padding, on the CPU and on the device."""
     selection = reference.compact(CompactCall(_mask(_ROWS, 0.4, setup.generator), None, _SLOTS))
-    *tensors, size = selection
-    return selection, Selection(*(tensor.to(setup.device) for tensor in tensors), size)
+    index, weight, count, overflow = (tensor.to(setup.device) for tensor in selection[:4])
+    return selection, Selection(index, weight, count, overflow, selection.size)
 
 
 def _bytes(rows: int, row_bytes: int, offset: int, setup: Setup) -> tuple[Tensor, Tensor]:

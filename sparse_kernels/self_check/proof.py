@@ -44,6 +44,7 @@ if mode not in MODES:
 _known: dict[Part, str] = {}
 _kept: dict[torch.device, dict[str, str]] = {}  # as they were on disk at the first look
 _spent: dict[torch.device, float] = {}
+_unfinished: set[Part] = set()
 _told: set[str] = set()
 _lock = threading.RLock()
 # What says nothing about a kernel: another process may find it mended.
@@ -123,6 +124,21 @@ def record(device: torch.device, found: dict[tuple[str, str, torch.dtype | None]
         return verdicts.save(device, {part_name(*part): reason for part, reason in found.items()})
 
 
+@contextlib.contextmanager
+def without_limit() -> Iterator[None]:
+    """Let checks in the block take the time that they need; what ran out of it before is checked again."""
+    global LIMIT
+    with _lock:
+        before, LIMIT = LIMIT, float("inf")
+        for part in _unfinished:
+            _known.pop(part, None)
+        _unfinished.clear()
+    try:
+        yield
+    finally:
+        LIMIT = before
+
+
 def _decided(name: str, backend: Any, part: Part) -> str:
     """Return the verdict, kept or found now."""
     _, op, dtype, device = part
@@ -146,7 +162,7 @@ def _decided(name: str, backend: Any, part: Part) -> str:
 
 
 def _may_check(device: torch.device) -> bool:
-    if not unwatched() or torch.jit.is_tracing():
+    if not unwatched() or torch._C._is_tracing():
         return False
     if device.type != "cuda":
         return True
@@ -167,6 +183,7 @@ def _checked(name: str, backend: Any, part: Part) -> tuple[str, bool]:
                 compared += 1
                 spent = time.monotonic() - began
                 if before + spent > LIMIT:
+                    _unfinished.add(part)
                     return f"the check ran out of its {LIMIT:.0f} s after {compared} comparisons, which agreed", False
                 if spent > SAY_AFTER:
                     _tell(f"checking the {name} kernels on {_title(device)}, once for these versions")

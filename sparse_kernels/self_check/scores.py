@@ -123,7 +123,7 @@ def row_stats(setup: Setup) -> Iterator[Comparison]:
             continue
         found, maximum, total = setup.backend.row_stats_saving(given)
         yield from _statistics(name, setup, found, exact, plain, capped)
-        yield _gradient(name, setup, call, given, (maximum, total, found.entropy), exact.loss.isfinite())
+        yield _gradient(name, setup, call, given, (maximum, total, found.entropy), _present(exact.loss).isfinite())
     if setup.device.type != "cpu":  # there a bad target is an error, before any kernel runs
         yield from _bad_targets(setup)
 
@@ -134,8 +134,10 @@ def _bad_targets(setup: Setup) -> Iterator[Comparison]:
     targets = torch.tensor([0, 10, -1, 2**40], device="cpu")
     call = StatsCall(logits.to(setup.device), targets.to(setup.device), STATISTICS, -1, _PLAIN)
     found = setup.backend.row_stats(call)
-    yield equal("NaN of bad targets", found.loss.isnan(), targets != 0)
-    yield equal("argmax of bad targets", found.argmax[1:], torch.full((3,), -1, dtype=torch.int64, device="cpu"))
+    yield equal("NaN of bad targets", _present(found.loss).isnan(), targets != 0)
+    yield equal(
+        "argmax of bad targets", _present(found.argmax)[1:], torch.full((3,), -1, dtype=torch.int64, device="cpu")
+    )
 
 
 def _statistics(
@@ -212,9 +214,13 @@ def on_device(call: GateCall, device: torch.device) -> Any:
         call: on the CPU.
         device: to move to.
     """
-    offset = None if call.offset is None else call.offset.to(device)
-    moved = {"logits": call.logits.to(device), "targets": call.targets.to(device), "offset": offset}
-    return replace(call, threshold=call.threshold.to(device), **moved)
+    return replace(
+        call,
+        logits=call.logits.to(device),
+        targets=call.targets.to(device),
+        threshold=call.threshold.to(device),
+        offset=None if call.offset is None else call.offset.to(device),
+    )
 
 
 def gated(setup: Setup, call: GateCall, serve: Any) -> Iterator[Comparison]:
@@ -245,7 +251,8 @@ def decisions(setup: Setup, call: GateCall, found: GatedRows) -> Iterator[Compar
     if call.settings.gate_temperature:
         low, high = (_shifted(call, by) for by in (-margin, margin))
         sure = low.mask == high.mask
-        yield near(f"weight {name}", *_where(sure, found.weight, exact.weight, plain.weight), 1e-3)
+        weights = [torch.where(sure, _present(made.weight).cpu(), 0.0) for made in (found, exact, plain)]
+        yield near(f"weight {name}", weights[0], weights[1].double(), weights[2], 1e-3)
     yield equal(f"mask {name}", torch.where(sure, found.mask.cpu(), exact.mask), exact.mask)
     yield equal(f"invalid {name}", found.invalid, exact.invalid)
     for output in call.outputs:
@@ -257,5 +264,6 @@ def _shifted(call: GateCall, by: Tensor) -> GatedRows:
     return reference.gate_rows(replace(call, logits=call.logits.double(), threshold=call.threshold + by))
 
 
-def _where(sure: Tensor, found: Tensor, exact: Tensor, plain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.where(sure, found.cpu(), 0.0), torch.where(sure, exact, 0.0).double(), torch.where(sure, plain, 0.0)
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

@@ -10,7 +10,7 @@ from sparse_kernels.self_check import proof
 
 def forget(monkeypatch):
     """As in a new process."""
-    for name, empty in (("_known", {}), ("_kept", {}), ("_spent", {}), ("_told", set())):
+    for name, empty in (("_known", {}), ("_kept", {}), ("_spent", {}), ("_told", set()), ("_unfinished", set())):
         monkeypatch.setattr(proof, name, empty)
     monkeypatch.setattr(proof, "mode", "auto")
     monkeypatch.setattr(_dispatch, "_logged", set())
