@@ -245,7 +245,7 @@ class Output:
 
 Pair = namedtuple("Pair", ["logits", "hidden"])
 DATA = [(torch.randn(16, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3)]
-POLICIES = ["adaptive", "dense", "gate", "topk", "masked", "random"]
+POLICIES = [None, "dense", "gate", "topk", "masked", "random"]
 
 
 @pytest.mark.parametrize("structure", [lambda z: Output(z, z), lambda z: Pair(z, z), lambda z: {"logits": z, "h": z}])
