@@ -58,7 +58,7 @@ def row_stats(
         inplace_backward: let the gradient take the memory of the logits, whose values are then gone. A kernel does
             so in eager mode; a compiler and the reference may use new memory. If another operation needs the logits
             for a gradient, PyTorch raises its error for a modified tensor. Default: False.
-        backend: ``cpp``, ``triton``, ``cuda`` or ``torch``. Default: the first that serves the call.
+        backend: ``cpp``, ``triton``, ``cuda``, ``gpu`` (either) or ``torch``. Default: the first that serves the call.
 
     Returns:
         RowStats. ``loss`` and ``entropy`` are differentiable in the logits. Without a softcap, a logit of -inf has
@@ -162,7 +162,7 @@ def compact(
         capacity: number of slots of the result, whatever the mask holds. The rest is padded with index 0 and weight
             0, and nothing waits for the device; rows that do not fit are counted in ``overflow``. Default: exactly
             ``count`` slots, which costs one synchronisation on an accelerator.
-        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
+        backend: ``cpp``, ``cuda``, ``gpu`` or ``torch``. Default: the first that serves the call.
 
     Returns:
         Selection.
@@ -224,7 +224,7 @@ def select(
         p_min: least probability of a draw, in [0, 1]. Default: 0.
         seed: of the draws. Default: 0.
         step: number of the draw, an int or a one-element int64 tensor. Default: 0.
-        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
+        backend: ``cpp``, ``cuda``, ``gpu`` or ``torch``. Default: the first that serves the call.
 
     Returns:
         Selected. ``packed`` is differentiable in the tree.
@@ -287,7 +287,7 @@ def gate_step(
         gate_temperature: as in :func:`gate_rows`. Default: 0.
         p_min: least probability of a draw, in [0, 1]. Default: 0.
         seed: of the draws. Default: 0.
-        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
+        backend: ``cpp``, ``cuda``, ``gpu`` or ``torch``. Default: the first that serves the call.
 
     Returns:
         Selected, with nothing packed; with ``by_mass`` its statistics hold ``grad_norm``.
@@ -380,7 +380,7 @@ def control(
             automatic start keeps whole. Default: nothing is added.
         gate_temperature: of the gate that uses the threshold, as in :func:`gate_rows`. Default: 0.
         p_min: of the gate that uses the threshold, as in :func:`gate_rows`. Default: 0.
-        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
+        backend: ``cpp``, ``cuda``, ``gpu`` or ``torch``. Default: the first that serves the call.
 
     Raises:
         ValueError: a wrong dtype, shape, device or setting.
@@ -406,7 +406,7 @@ def gather_rows(tree: Any, selection: Selection, *, backend: str | None = None) 
             dataclasses and what ``torch.utils._pytree`` knows are opened and made anew. None, numbers, texts and other
             objects without length, shape or items stay. An array is indexed by the host, which waits for a device.
         selection: the rows, from :func:`compact` or :func:`select`.
-        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
+        backend: ``cpp``, ``cuda``, ``gpu`` or ``torch``. Default: the first that serves the call.
 
     Returns:
         The same structure with ``len(selection.index)`` rows.
@@ -432,7 +432,7 @@ def scatter_rows(tree: Any, selection: Selection, *, backend: str | None = None)
     Args:
         tree: as in :func:`gather_rows`, with ``len(selection.index)`` rows in dim 0.
         selection: the rows' places.
-        backend: ``cpp``, ``cuda`` or ``torch``. Default: the first that serves the call.
+        backend: ``cpp``, ``cuda``, ``gpu`` or ``torch``. Default: the first that serves the call.
 
     Returns:
         The same structure with ``selection.size`` rows; padding slots are dropped.
