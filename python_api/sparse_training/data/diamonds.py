@@ -37,7 +37,7 @@ def load(folder: str | Path | None = None) -> TensorData:
         UserError: the package is not installed, or the file is missing or has other columns.
     """
     if folder is None:
-        folder = package_folder("plotnine", data="diamonds", requirement="sparse-kernels[study]") / "data"
+        folder = package_folder("plotnine", data="diamonds", requirement="--no-deps plotnine") / "data"
     path = Path(folder) / FILE
     features, prices = _read(path)
     train, test = part(TensorSplit(features, prices), TEST_SHARE, SEED)

