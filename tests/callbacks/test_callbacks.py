@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -330,7 +331,10 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert {"train/loss", "train/learning_rate", "eval/accuracy"} <= set(rows[-1][1])
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (record,) = folder.glob("*.wandb")
-    assert b"train/learning_rate" in record.read_bytes()
+    end = time.monotonic() + 60.0
+    while b"train/learning_rate" not in record.read_bytes():  # written by a process of wandb's own
+        assert time.monotonic() < end, f"{record} holds {record.stat().st_size} bytes"
+        time.sleep(0.1)
 
 
 def test_messages_are_logged_and_warnings_are_seen_without_a_word():
