@@ -195,7 +195,7 @@ def test_bounds_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written(h
     assert main([*BOUNDS, "--scorers", "self,early:1,history"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     arms = ("gate@self", "gate@early:1", "gate@history", "random")
-    assert rows[0] == "test_cli:model on digits, batches of 256, cpu:".split()
+    assert rows[0] == ["test_cli:model", "on", "digits,", "batches", "of", "256,", "cpu:"]
     rows = [row for row in rows if len(row) > 4 and row[0] != "Fastest:" and set(arms) & set(row)]
     rows = [row[2:] if row[1] == "%" else row for row in rows]
     assert [row[0] for row in rows] == [*arms, *arms]

@@ -70,7 +70,8 @@ def test_options_from_a_file_and_the_command_line_before_them(here):
     (here / "run.toml").write_text(
         'model = "mine:net"\nbatch-size = 128\nsteps = 12\nlr = 0.05\noptimizer = "sgd"\nmomentum = 0.5\n'
         "weight_decay = 1e-4\nlr-warmup = 0.5\ncsv = true\nvalidation = 0.25\nbest = true\npatience = 9\n"
-        'monitor = "loss"\npolicy = "random"\nrate = 0.5\ncheckpoint-interval = 4\nkeep-last = 2\nevaluations = 4\naugment = "shift:1,flip"\n'
+        'monitor = "loss"\npolicy = "random"\nrate = 0.5\ncheckpoint-interval = 4\nkeep-last = 2\n'
+        'evaluations = 4\naugment = "shift:1,flip"\n'
     )
     ran = call("train", "--config", "run.toml", "--steps", "8", "--seed", "3", "--out", "out")
     assert (ran.returncode, ran.stderr) == (0, "")
