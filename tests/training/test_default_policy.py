@@ -167,6 +167,14 @@ def test_rows_left_out_are_not_read():
     assert min(data.reads) >= 1
 
 
+def test_a_row_that_comes_twice_a_pass_is_drawn_for_twice():
+    """Else what was learned of it the first time would decide on the second."""
+    data = Counted()
+    loader = DataLoader(data, batch_size=8, sampler=[*range(ROWS), *range(ROWS)])
+    SparseTrainer(linear(), dense_start=0, dense_end=0).fit(loader, epochs=6)
+    assert sum(reads % 2 for reads in data.reads) > 8  # at most a batch of rows is still to come
+
+
 def test_rare_classes_are_not_drawn_more_than_others():
     """95:5, test alike: the loss is the user's, and so are the classes' shares."""
     generator = torch.Generator().manual_seed(0)
