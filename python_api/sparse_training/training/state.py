@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 import os
 import types
 from collections.abc import Mapping
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
@@ -267,6 +269,8 @@ def run_settings(
         "schedule": schedule.name,
         "lr": [float(group["initial_lr"]) for group in trainer.optimizer.param_groups],
         "optimizer": type(trainer.optimizer).__name__,
+        "loss": describe(trainer.criterion.loss),
+        "policy_options": [_options(part) for part in trainer.policy.modules() if isinstance(part, Policy | Gate)],
         "clip_norm": trainer.settings.clip_norm,
         "accumulate": trainer.settings.accumulate,
         "ema": trainer.settings.ema,
@@ -302,11 +306,7 @@ def agree_on_run(
     trainer.ranks.agree(
         {
             **shared,
-            "loss": describe(trainer.criterion.loss),
             "optimizer_options": [_numbers(group) for group in trainer.optimizer.param_groups],
-            "policy_options": [
-                _numbers(vars(part)) for part in trainer.policy.modules() if isinstance(part, Policy | Gate)
-            ],
             "batch_size": getattr(source, "batch_size", None),
             "callbacks": callbacks.deciding,
             **given,
@@ -315,23 +315,48 @@ def agree_on_run(
 
 
 def describe(value: Any) -> str:
-    """Name a function, or the class of an object with its settings that are numbers or words."""
+    """Name a function, or the class of an object with what it was made with: numbers, words and tensors."""
     if isinstance(value, functools.partial):
         return f"{describe(value.func)}{_numbers(value.keywords)}"
     if isinstance(value, types.FunctionType):
         return value.__qualname__
-    return f"{type(value).__qualname__}{_numbers(getattr(value, '__dict__', {}))}"
+    buffers = dict(value.named_buffers(recurse=False)) if isinstance(value, nn.Module) else {}
+    return f"{type(value).__qualname__}{_given(value, {**getattr(value, '__dict__', {}), **buffers})}"
+
+
+def _given(value: Any, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes that an object was made with: others, such as counts of its calls, are its state."""
+    names = inspect.signature(type(value).__init__).parameters
+    return _numbers({name: attribute for name, attribute in attributes.items() if name in names})
+
+
+def _options(part: Policy | Gate) -> dict[str, Any]:
+    """Return what a policy or a gate was made with; its rate may follow a schedule, and its seed is the rank's own."""
+    options = _given(part, {name: value for name, value in vars(part).items() if name != "rate"})
+    return {**options, "significance": dict(part.significance.weights)} if isinstance(part, Gate) else options
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the public entries that are numbers or words, or tuples of such; a policy's seed is the rank's own."""
+    """Return the public entries that are numbers or words, or tuples of such, but a seed; of a tensor its digest."""
     plain = (bool, int, float, str, type(None))
+
+    def comparable(value: Any) -> bool:
+        return isinstance(value, (*plain, Tensor)) or (
+            isinstance(value, tuple) and all(isinstance(part, plain) for part in value)
+        )
+
     return {
-        name: value
+        name: _digest(value) if isinstance(value, Tensor) else value
         for name, value in settings.items()
         if name[:1] != "_" and name not in ("seed", "training")
-        if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(part, plain) for part in value))
+        if isinstance(value, (*plain, Tensor))
+        or (isinstance(value, tuple) and all(isinstance(part, plain) for part in value))
     }
+
+
+def _digest(tensor: Tensor) -> str:
+    values = tensor.detach().cpu().double().contiguous().numpy().tobytes()
+    return f"{list(tensor.shape)} {hashlib.sha256(values).hexdigest()[:8]}"
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,7 +383,9 @@ def _former_amount(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> flo
 
 def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     settings = {**settings, "rate": saved.get("rate") if settings["rate"] is None else settings["rate"]}
-    if differing := [name for name, value in settings.items() if saved.get(name) != value]:
+    later = ("loss", "policy_options")  # not in checkpoints of version 0.1.0
+    known = {name: value for name, value in settings.items() if name in saved or name not in later}
+    if differing := [name for name, value in known.items() if saved.get(name) != value]:
         changes = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
         raise UserError(f"the checkpoint was made with other settings: {changes}")
 
