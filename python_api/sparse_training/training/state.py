@@ -307,7 +307,7 @@ def agree_on_run(
             "policy_options": [
                 _numbers(vars(part)) for part in trainer.policy.modules() if isinstance(part, Policy | Gate)
             ],
-            "batch_size": getattr(source, "batch_size", None),
+            "batch_size": getattr(source, "batch_size", None) or getattr(loader, "batch_size", None),
             "callbacks": callbacks.deciding,
             **given,
         }
