@@ -96,7 +96,6 @@ class SparseTrainer(TrainingStep):
         UserError: an argument out of range or without effect, or a loss that reduces over rows.
     """
 
-    @together()
     def __init__(
         self,
         model: nn.Module,
@@ -116,27 +115,29 @@ class SparseTrainer(TrainingStep):
         device: torch.device | str | None = None,
         settings: TrainerSettings | None = None,
     ) -> None:
-        if not isinstance(loss, Criterion):
-            loss = Criterion(loss, granularity=granularity or "sample")
-        elif granularity not in (None, loss.granularity):
-            raise UserError(f"`granularity` is {granularity!r} and the criterion's is {loss.granularity!r}; give one")
-        self._by_default = policy is None
-        policy = DEFAULT_POLICY if policy is None else policy
-        check_rate_is_used(policy, rate)
-        self.schedule = Schedule(dense_start, dense_end, schedule, lr_warmup)
-        self.seed = seed
-        super().__init__(
-            model,
-            criterion=loss,
-            policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer),
-            optimizer=optimizer,
-            lr=lr,
-            settings=settings or TrainerSettings(),
-            device=device,
-        )
-        self._set_scheduler(self.schedule.scheduler)
+        with together():
+            if not isinstance(loss, Criterion):
+                loss = Criterion(loss, granularity=granularity or "sample")
+            elif granularity not in (None, loss.granularity):
+                raise UserError(
+                    f"`granularity` is {granularity!r} and the criterion's is {loss.granularity!r}; give one"
+                )
+            self._by_default = policy is None
+            policy = DEFAULT_POLICY if policy is None else policy
+            check_rate_is_used(policy, rate)
+            self.schedule = Schedule(dense_start, dense_end, schedule, lr_warmup)
+            self.seed = seed
+            super().__init__(
+                model,
+                criterion=loss,
+                policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer),
+                optimizer=optimizer,
+                lr=lr,
+                settings=settings or TrainerSettings(),
+                device=device,
+            )
+            self._set_scheduler(self.schedule.scheduler)
 
-    @together()
     def fit(
         self,
         train: Iterable[Any],
@@ -195,38 +196,40 @@ class SparseTrainer(TrainingStep):
 
         Raises:
             UserError: no budget or several, a checkpoint in the folder without ``resume``, a folder that another run
-                is using, a checkpoint made with other settings, or a batch or loss of the wrong shape.
+                is using, a checkpoint made with other settings, or a batch or loss of the wrong shape. With several
+                processes also ``rank_failures.SharedError``: they were given different things, or another one failed.
         """
-        followers = Callbacks([*usual_callbacks(progress), *callbacks])
-        loader = self._training_loader(train)
-        length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
-        settings = run_settings(
-            self, self.schedule, loader,
-            seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
-        )  # fmt: skip
-        agree_on_run(
-            self, settings, loader, followers,
-            stop=stop is not None, evaluate=evaluate is not None and not callable(evaluate),
-            checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
-        )  # fmt: skip
-        held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
-        with training_mode(self.model, self.parallel), held as folder:
-            try:
-                state = self._run_state(
-                    loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
-                    resumes=folder.resumes, callbacks=followers, stop=stop,
-                )  # fmt: skip
-            except Stopped:  # in the calibration: nothing has begun
-                return TrainingLog(interrupted=True)
-            reason = getattr(self.policy, "every_row", None)
-            if reason is not None and reason not in state.log.notes:
-                state.log.notes.append(reason)
-            folder.make()
-            loop = TrainingLoop(
-                state, length, self.schedule, evaluate=evaluate, evaluations=evaluations, stop=stop,
-                checkpoint_interval=checkpoint_interval,
+        with together():  # not a decorator, whose frame warnings would name in place of the caller's
+            followers = Callbacks([*usual_callbacks(progress), *callbacks])
+            loader = self._training_loader(train)
+            length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
+            settings = run_settings(
+                self, self.schedule, loader,
+                seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
             )  # fmt: skip
-            return loop.run()
+            agree_on_run(
+                self, settings, loader, followers,
+                stop=stop is not None, evaluate=evaluate is not None and not callable(evaluate),
+                checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
+            )  # fmt: skip
+            held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
+            with training_mode(self.model, self.parallel), held as folder:
+                try:
+                    state = self._run_state(
+                        loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
+                        resumes=folder.resumes, callbacks=followers, stop=stop,
+                    )  # fmt: skip
+                except Stopped:  # in the calibration: nothing has begun
+                    return TrainingLog(interrupted=True)
+                reason = getattr(self.policy, "every_row", None)
+                if reason is not None and reason not in state.log.notes:
+                    state.log.notes.append(reason)
+                folder.make()
+                loop = TrainingLoop(
+                    state, length, self.schedule, evaluate=evaluate, evaluations=evaluations, stop=stop,
+                    checkpoint_interval=checkpoint_interval,
+                )  # fmt: skip
+                return loop.run()
 
     def _training_loader(self, train: Iterable[Any]) -> Loader:
         """Return the data as a Loader whose rows have numbers, where the policy asks for rows by number."""
@@ -247,7 +250,7 @@ class SparseTrainer(TrainingStep):
                 '(ResidentLoader), a map-style DataLoader, or policy="dense"'
             )
         policy.every_row = f"every row is trained on, because {reason}"
-        warnings.warn(f'{policy.every_row}; policy="dense" says that this is meant', stacklevel=4)
+        warnings.warn(f'{policy.every_row}; policy="dense" says that this is meant', stacklevel=3)
         return loader
 
     def _set_scheduler(self, scheduler: LRScheduler | None) -> None:

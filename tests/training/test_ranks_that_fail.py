@@ -71,7 +71,7 @@ def train(rank, size, *, where, one, folder=None, **given):
     loader = DataLoader(data, batch_size=8, sampler=DistributedSampler(data))
     options = {}
     if where == "progress":
-        options["progress"] = fail if this else None
+        options["progress"] = fail if this else False
     if where == "evaluation":
         options |= {"evaluations": 4, "evaluate": lambda model: fail() if this else {"a": 0.0}}
     if where == "checkpoint":

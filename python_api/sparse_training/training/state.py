@@ -307,7 +307,7 @@ def agree_on_run(
         {
             **shared,
             "optimizer_options": [_numbers(group) for group in trainer.optimizer.param_groups],
-            "batch_size": getattr(source, "batch_size", None),
+            "batch_size": getattr(source, "batch_size", None) or getattr(loader, "batch_size", None),
             "callbacks": callbacks.deciding,
             **given,
         }
