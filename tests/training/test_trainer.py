@@ -257,7 +257,7 @@ def test_selected_rows_are_counted_by_their_number_in_the_data_set():
 
 
 def test_learning_rate_follows_progress():
-    schedule = Schedule(shape="cosine", rise=0.1)
+    schedule = Schedule(shape="cosine", lr_warmup=0.1)
     assert schedule.factor(0.0) == pytest.approx(0.1)
     assert schedule.factor(0.5) == pytest.approx(0.5)
     assert schedule.factor(1.0) == pytest.approx(0.0)
