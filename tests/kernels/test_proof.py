@@ -205,6 +205,16 @@ def test_another_version_is_checked_anew(what, monkeypatch):
     assert verdicts.load(device) == {}
 
 
+def test_a_file_of_another_machine_is_checked_anew():
+    device = torch.device("cpu")
+    assert verdicts.save(device, {"triton row_stats float32": ""})
+    file = verdicts.path(device)
+    record = json.loads(file.read_text())
+    record["surroundings"]["driver"] = "another"
+    file.write_text(json.dumps(record))
+    assert verdicts.load(device) == {}
+
+
 def test_a_home_that_cannot_be_written_works(monkeypatch, tmp_path, forwards, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPARSE_KERNELS_CACHE", str(tmp_path / "file" / "folder"))
