@@ -1,5 +1,6 @@
 """The registry: what is active is what runs, and a named backend never falls back."""
 
+import functools
 import logging
 import os
 import subprocess
@@ -66,6 +67,16 @@ def run_with(script=EVERY_OPERATION, **variables):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@functools.cache
+def run_by_default():
+    return run_with().stdout
+
+
+def active(table):
+    """Operation and backend of each line that names one."""
+    return [line.split()[:2] for line in table.splitlines() if not line.startswith(" ")]
+
+
 def test_environment_forces_a_backend():
     forced = run_with(SPARSE_KERNELS_BACKEND="torch")
     assert "compact       torch (reference" in forced.stdout
@@ -78,8 +89,7 @@ def test_environment_forces_a_backend():
 def test_a_gpu_s_backend_for_the_process_leaves_cpu_tensors_and_other_operations_alone(variable, name):
     done = run_with(**{variable: name})
     assert done.returncode == 0, done.stderr
-    active = [line.split()[:2] for line in run_with().stdout.splitlines() if not line.startswith(" ")]
-    assert [line.split()[:2] for line in done.stdout.splitlines() if not line.startswith(" ")] == active
+    assert active(done.stdout) == active(run_by_default())
 
 
 @pytest.mark.parametrize("variable", ["SPARSE_KERNELS_BACKEND", "SPARSE_KERNELS_PREFER"])
