@@ -73,7 +73,7 @@ def make_folder(folder: Path, name: str) -> None:
         probe = _temporary(folder / name)
         with open(probe, "wb"):
             pass
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have been faster
     except (OSError, ValueError) as error:  # ValueError: a NUL character
         raise UserError(f"{folder} cannot be written to: {getattr(error, 'strerror', None) or error}") from None
 

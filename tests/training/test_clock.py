@@ -62,7 +62,11 @@ def test_choosing_goes_by_the_rows_offered_and_keeping_losses_is_charged_in_ever
 
 
 def test_costs_survive_json_bit_for_bit():
-    odd = Costs({"load": ((1,), (0.1 + 0.2,)), "train": ((3,), (1 / 3,))}, {"a": {"score": ((1,), (1e-9,))}}, 3)
+    odd = Costs(
+        {"load": ((1,), (0.1 + 0.2,)), "train": ((3,), (1 / 3,))},
+        {"a": {"score": ((1,), (1e-9,)), "select": ((1,), (2e-9,))}},
+        3,
+    )
     assert Costs.from_dict(json.loads(json.dumps(odd.to_dict()))) == odd
 
 

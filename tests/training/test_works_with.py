@@ -203,7 +203,9 @@ def test_tokens_refuse_what_they_cannot_be():
     with pytest.raises(UserError, match="needs one class index per token"):
         SparseTrainer(segmenter(), granularity="token").fit(batches(images, soft), steps=1)
     with pytest.raises(UserError, match="asks for rows by their number"):
-        SparseTrainer(segmenter(), granularity="token", policy="importance").fit(batches(images, pixels), steps=1)
+        SparseTrainer(segmenter(), granularity="token", policy="adaptive+deduplicate").fit(
+            batches(images, pixels), steps=1
+        )
     costs = Costs({"load": ((1,), (1.0,)), "train": ((1,), (1.0,))}, {}, 1)
     with pytest.raises(UserError, match="a calibrated clock cannot be used with granularity"):
         SparseTrainer(segmenter(), granularity="token").fit(batches(images, pixels), seconds=1.0, clock=Clock(costs))
