@@ -191,7 +191,7 @@ def keys():
     return by_kind
 
 def run(job):
-    return compile_all(*job) if job else keys()
+    return [job[0], compile_all(*job)] if job else ["keys", keys()]
 
 since_3_6 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 jobs = [(90, ()), *((arch, SOME) for arch in OTHERS), *([None] if since_3_6 else [])]
@@ -217,8 +217,8 @@ def ahead_of_time(request, tmp_path_factory):
     environment["PYTHONPATH"] = os.pathsep.join([helpers, *filter(None, [environment.get("PYTHONPATH")])])
     script = f"OTHERS = {OTHERS}\n{AHEAD_OF_TIME}"
     done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return dict(zip((90, *OTHERS), found, strict=False)), found[-1]
+    found = dict(json.loads(done.stdout.splitlines()[-1]))
+    return found, found.pop("keys", None)
 
 
 @pytest.fixture(scope="session")

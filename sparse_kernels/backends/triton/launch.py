@@ -87,7 +87,7 @@ def slices(tile: Launch, programs: int, classes: int, processors: int) -> tuple[
     """Return the number of slices to cut the rows into, and a slice's columns: a multiple of a block's.
 
     The number is the one that takes least time, counted in blocks: programs run in waves of as many as there is room
-    for, and the last wave takes as long as a full one.
+    for, and the last wave takes as long as a full one. One slice if that is no more than a sixteenth slower.
 
     Args:
         tile: of each program.
@@ -103,9 +103,11 @@ def slices(tile: Launch, programs: int, classes: int, processors: int) -> tuple[
         return waves * (blocks_of_slice + START) + (SECOND_LAUNCH if count > 1 else 0), count
 
     fewest = -(-blocks // MOST_SLICES)
-    best = min(range(fewest, blocks + 1), key=time, default=1)
-    count = -(-blocks // best)
-    return (1, classes) if count == 1 else (count, best * tile.columns)
+    best = min(range(fewest, blocks + 1), key=time)
+    quickest, count = time(best)
+    if 15 * time(blocks)[0] <= 16 * quickest:
+        return 1, classes
+    return count, best * tile.columns
 
 
 MANY_ROWS = 16384
