@@ -142,8 +142,8 @@ def accesses(access, built):
     return [(w, len(found) - w) for w, found in zip(wide, every, strict=True) if found]
 
 def in_flight(code):
-    # Of machine instructions: loads of 16 bytes before the first exponential.
-    first = next(i for i, word in enumerate(code) if "MUFU.EX2" in word)
+    # Of machine instructions: loads of 16 bytes before the first exponential, if there is one.
+    first = next((i for i, word in enumerate(code) if "MUFU.EX2" in word), len(code))
     loads = ["LDG" in word and ".128" in word for word in code]
     return sum(loads[:first])
 
