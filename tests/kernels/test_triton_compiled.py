@@ -36,6 +36,16 @@ def test_launches_fit_triton_and_slices_cover_a_row(itemsize, class_stride):
     assert launch.merged(launch.choose(1000, 1, 2), 1, 4096) is None  # a gate of three launches
 
 
+@pytest.mark.parametrize("rows", [100, 200, 300, 600])
+def test_programs_of_few_long_rows_fill_whole_waves(rows):
+    """Nine tenths of the time of a GPU's processors is loads: a last wave takes as long as a full one."""
+    tile = launch.choose(151_936, 1, 2)
+    count, columns = launch.slices(tile, rows, 151_936, 132)
+    room, blocks = 132 * launch.WARPS // tile.warps, -(-151_936 // tile.columns)
+    waves = -(-rows * count // room)
+    assert rows * blocks >= 0.89 * room * waves * (columns // tile.columns)
+
+
 TRITON = tuple(map(int, version("triton").split(".")[:2]))
 pytestmark = pytest.mark.slow  # compiles for four GPUs
 
