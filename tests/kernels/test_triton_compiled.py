@@ -141,8 +141,12 @@ CASES = {
     "everything short": lambda: stats((4096, 64), torch.float64, -1, STATISTICS, softcap=30.0, label_smoothing=0.1),
 }
 
-# The rest on one GPU alone: it differs little from one to the next.
+# The rest on one GPU alone: it differs little from one to the next. Triton 3.2 has no bfloat16 for sm_75.
 SOME = ("long", "gate's step", "gate 10", "backward", "all eight", "everything", "nchw")
+since_3_6 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+def some(arch):
+    return SOME if arch > 75 or since_3_6 else ("gate's step", "gate 10", "nchw")
 
 def accesses(access, built):
     # The number of wide and of other accesses in each stretch of code without a label, if there are any.
@@ -203,8 +207,7 @@ def keys():
 def run(job):
     return [job[0], compile_all(*job)] if job else ["keys", keys()]
 
-since_3_6 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-jobs = [(90, ()), *((arch, SOME) for arch in OTHERS), *([None] if since_3_6 else [])]
+jobs = [(90, ()), *((arch, some(arch)) for arch in OTHERS), *([None] if since_3_6 else [])]
 with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
     print(json.dumps(pool.map(run, jobs, chunksize=1)))
 """
@@ -243,7 +246,8 @@ REGISTERS = {"all eight": 255, "everything": 255, "everything short": 255, "floa
 
 @pytest.mark.parametrize("arch", [90, *OTHERS])
 def test_compiles_for_gpus_and_fits_registers(arch, compiled):
-    assert len(compiled[arch]) == (19 if arch == 90 else 7)  # "apart" and "slices" are two launches
+    # "apart" and "slices" are two launches.
+    assert len(compiled[arch]) == (19 if arch == 90 else 3 if arch == 75 and TRITON < (3, 6) else 7)
     for kernel in compiled[arch]:
         assert kernel["registers"] <= REGISTERS.get(kernel["case"], 128), kernel
         assert kernel["stack"] == 0, kernel

@@ -1,7 +1,7 @@
 """Assignment of a batch's rows and columns to programs. Triton is not imported here.
 
-No speed is measured yet. The choices follow from the instructions, registers and spills that the compiler reports for
-sm_75 to sm_100, and from the need for enough 16-byte loads in flight.
+No speed is measured yet. The choices follow from the instructions, registers and spills that the compilers of Triton
+3.2, 3.6 and 3.8 report for sm_75 to sm_120, and from the need for enough 16-byte loads in flight.
 """
 
 from __future__ import annotations
