@@ -7,7 +7,7 @@
 #include "compact_tiles.cuh"
 #include "launch.h"
 
-// After the tiles: in the other order nvcc 13 unrolls this kernel's controller sums differently.
+// After the tiles: in the other order nvcc 13 unrolls these kernels' controller sums differently.
 #include "compact_shares.cuh"
 #include "sparse_kernels/cuda/compact.h"
 
@@ -18,7 +18,7 @@ constexpr int64_t kAligned = 256;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAligned - 1) / kAligned * kAligned; }
 
-// One block per multiprocessor always fits (__launch_bounds__); fewer where there are fewer steps.
+// Above kMaxTiled a block for each multiprocessor, or fewer where there are fewer steps.
 int blocks_for(int32_t rows, const DeviceStream& device_stream) {
   if (rows <= kMaxTiled)
     return rows ? (rows + kTile - 1) / kTile : 1;  // at least one, for the padding
@@ -43,6 +43,7 @@ int64_t lay_out(int32_t rows, int blocks, bool with_control, void* storage, Scra
   }
   if (rows > kMaxTiled) {
     take(scratch.block_counts, blocks);
+    take(scratch.warp_counts, int64_t(blocks) * kWarps);
     take(scratch.flag_bits, int64_t(steps_of(rows, 15)) * kWarp);
   }
   return int64_t(address - reinterpret_cast<uintptr_t>(storage));
@@ -62,9 +63,13 @@ void compact(const CompactArgs& args, const ControlArgs* control, void* storage,
   Scratch scratch{};
   if (lay_out(args.rows, blocks, control != nullptr, storage, scratch) > storage_bytes)
     throw std::invalid_argument("compact: the storage is smaller than compact_storage_bytes");
-  const bool tiled = args.rows <= kMaxTiled;
-  launch("compact", tiled ? compact_tiles : compact_shares, blocks, kThreads, device_stream, !tiled,
-         args, control ? *control : ControlArgs{}, scratch);
+  const ControlArgs controlled = control ? *control : ControlArgs{};
+  if (args.rows <= kMaxTiled) {
+    launch("compact", compact_tiles, blocks, kThreads, device_stream, args, controlled, scratch);
+    return;
+  }
+  launch("count_shares", count_shares, blocks, kThreads, device_stream, args, controlled, scratch);
+  launch("pack_shares", pack_shares, blocks, kThreads, device_stream, args, controlled, scratch);
 }
 
 }  // namespace sparse_kernels::cuda

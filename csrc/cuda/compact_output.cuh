@@ -15,11 +15,12 @@
 
 namespace sparse_kernels::cuda {
 
-// Memory that the blocks of a launch share, in compact's storage.
+// Memory that the blocks of a compaction share, in compact's storage.
 struct Scratch {
   unsigned* blocks_finished;  // their number; of compact_tiles with a controller
   ControlSums* block_sums;    // [blocks]; null: no controller
   int32_t* block_counts;      // [blocks], flags set in each share
+  int32_t* warp_counts;       // [blocks, kWarps], flags set in each warp's part of it
   uint16_t* flag_bits;        // [steps, kWarp], 16 flags for each lane
 };
 

@@ -1,9 +1,14 @@
-// Compaction of more than kMaxTiled rows: a block for each share of the flags. The warps of the
-// grid divide the flags among themselves in steps of kStep flags; step 0 begins at the last
-// multiple of 16 bytes before the mask, so that loads are aligned.
+// Compaction of more than kMaxTiled rows, in two launches: in each, a block for each share of the
+// flags. The warps of the grid divide the flags among themselves in steps of kStep flags; step 0
+// begins at the last multiple of 16 bytes before the mask, so that loads are aligned. Both launches
+// must have the same number of blocks: the second reads what the first wrote for each.
+//
+// The launch is the barrier between counting and packing. A barrier within one launch would need
+// all blocks on the device at once: beside a resident kernel, such as a collective's, they would
+// wait for its processors, for ever where it waits for this stream. A look-back with a ticket would
+// not, but its blocks spin, and the controller's sums need all shares in a fixed order anyway.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -100,35 +105,47 @@ __device__ inline void pack_steps(const CompactArgs& args, int begin, int end,
   }
 }
 
-// A cooperative launch: all blocks are on the device at once, so they may wait for one another.
+// Writes each share's flags as bits, their number, and its part of the controller's sums.
 __global__ void __launch_bounds__(kThreads, 1)
-    compact_shares(CompactArgs args, ControlArgs control, Scratch scratch) {
-  __shared__ int warp_counts[kWarps], counts_before[kWarps], counts_all[kWarps];
-  __shared__ uint16_t staged[kWarps][kStep];
+    count_shares(CompactArgs args, ControlArgs control, Scratch scratch) {
+  __shared__ int warp_counts[kWarps];
   __shared__ WarpSums warp_sums;
   const int lane = lane_in_warp(), warp = warp_in_block();
   const int block = int(blockIdx.x), blocks = int(gridDim.x);
-  const int before_mask = flags_before(args.mask), steps = steps_of(args.rows, before_mask);
 
-  if (scratch.block_sums) {  // first, because no other values occupy registers yet
+  // First, because no other values occupy registers yet; `steps` is computed anew after it.
+  if (scratch.block_sums) {
+    const int before_mask = flags_before(args.mask), steps = steps_of(args.rows, before_mask);
     const int64_t from = int64_t(first_step(steps, block, blocks)) * kStep - before_mask;
     const int64_t to = int64_t(first_step(steps, block + 1, blocks)) * kStep - before_mask;
     control_sum_rows(control, from > 0 ? from : 0, to < args.rows ? to : args.rows, warp_sums);
   }
+  const int steps = steps_of(args.rows, flags_before(args.mask));
   const int begin = first_step(steps, block * kWarps + warp, blocks * kWarps);
   const int end = first_step(steps, block * kWarps + warp + 1, blocks * kWarps);
   const int own_count = count_steps(args, begin, end, scratch.flag_bits);
-  if (lane == 0) warp_counts[warp] = own_count;
-  __syncthreads();
-  if (warp == 0) {
-    const int block_count = sum_over_lanes(warp_counts[lane]);
-    if (lane == 0) scratch.block_counts[block] = block_count;
-    if (scratch.block_sums) {
-      const ControlSums sums = control_sum_of(warp_sums.get(), kWarps);
-      if (lane == 0) scratch.block_sums[block] = sums;
-    }
+  if (lane == 0) {
+    warp_counts[warp] = own_count;
+    scratch.warp_counts[block * kWarps + warp] = own_count;
   }
-  cooperative_groups::this_grid().sync();
+  __syncthreads();
+  if (warp != 0) return;
+  const int block_count = sum_over_lanes(warp_counts[lane]);
+  if (lane == 0) scratch.block_counts[block] = block_count;
+  if (scratch.block_sums) {
+    const ControlSums sums = control_sum_of(warp_sums.get(), kWarps);
+    if (lane == 0) scratch.block_sums[block] = sums;
+  }
+}
+
+// Packs each share behind those before it. The first block takes the controller's step.
+__global__ void __launch_bounds__(kThreads, 1)
+    pack_shares(CompactArgs args, ControlArgs control, Scratch scratch) {
+  __shared__ int counts_before[kWarps], counts_all[kWarps];
+  __shared__ uint16_t staged[kWarps][kStep];
+  const int lane = lane_in_warp(), warp = warp_in_block();
+  const int block = int(blockIdx.x), blocks = int(gridDim.x);
+  const int steps = steps_of(args.rows, flags_before(args.mask));
 
   int before = 0, all = 0;
   for (int i = int(threadIdx.x); i < blocks; i += kThreads) {
@@ -143,8 +160,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     counts_all[warp] = all;
   }
   __syncthreads();
-  const int slot = sum_over_lanes(counts_before[lane] + (lane < warp ? warp_counts[lane] : 0));
+  const int in_block = lane < warp ? scratch.warp_counts[block * kWarps + lane] : 0;
+  const int slot = sum_over_lanes(counts_before[lane] + in_block);
   const int total = sum_over_lanes(counts_all[lane]);
+  const int begin = first_step(steps, block * kWarps + warp, blocks * kWarps);
+  const int end = first_step(steps, block * kWarps + warp + 1, blocks * kWarps);
   pack_steps(args, begin, end, scratch.flag_bits, slot, staged[warp]);
   write_totals(args, total);
   if (scratch.block_sums && block == 0 && warp == 0) {

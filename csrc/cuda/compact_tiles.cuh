@@ -38,9 +38,10 @@ __device__ inline int count_share(const uint8_t* mask, int begin, int end) {
 }
 
 // To be called by warp 0 of each block. The block that finishes last adds up the sums of all, in
-// the blocks' order, and takes the controller's step. Hazard: the first fence puts a block's sums
-// into memory before the block is counted as finished; the second lets the last block see them. All
-// blocks have read the threshold by then.
+// the blocks' order, and takes the controller's step. No block waits for another. Hazard: the first
+// fence puts a block's sums into memory before the block is counted as finished; the second, with
+// the barrier that carries it from the lane that counted to those that read, lets the last block
+// see them: a shuffle orders nothing but its own value. All blocks have read the threshold by then.
 __device__ inline void control_by_last_block(const ControlArgs& control, ControlSums sums,
                                              int overflow, const Scratch& scratch) {
   const int lane = lane_in_warp();
@@ -53,6 +54,7 @@ __device__ inline void control_by_last_block(const ControlArgs& control, Control
     }
     if (__shfl_sync(kAllLanes, finished_before, 0) + 1 != gridDim.x) return;
     __threadfence();
+    __syncwarp();
     sums = control_sum_of(scratch.block_sums, int(gridDim.x));
   }
   if (lane == 0) control_step(control, sums, overflow);

@@ -31,7 +31,7 @@ void control(const ControlArgs& args, const int32_t* overflow, int64_t states, i
              const DeviceStream& device_stream) {
   set_device(device_stream);
   if (states > 0)
-    launch("control", control_states, states, kThreads, device_stream, false, args, overflow, rows);
+    launch("control", control_states, states, kThreads, device_stream, args, overflow, rows);
 }
 
 }  // namespace sparse_kernels::cuda

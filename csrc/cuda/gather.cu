@@ -40,7 +40,7 @@ void move(const RowsToMove* tensors, int count, const int64_t* index, int64_t sl
         throw std::invalid_argument("too many rows for the blocks of one grid");
     }
     if (blocks > 0)
-      launch("move_rows", move_rows<kScatter>, blocks, kMoveThreads, device_stream, false, table);
+      launch("move_rows", move_rows<kScatter>, blocks, kMoveThreads, device_stream, table);
   }
 }
 

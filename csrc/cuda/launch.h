@@ -22,21 +22,15 @@ inline void set_device(const DeviceStream& device_stream) {
   check(cudaSetDevice(device_stream.device), "cudaSetDevice");
 }
 
-// `cooperative`: the blocks may wait for one another, and it is an error where they do not all fit
-// on the device at once.
+// Blocks may run in any order, one after the other: none waits for another.
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
-            const DeviceStream& device_stream, bool cooperative, Parameters... arguments) {
+            const DeviceStream& device_stream, Parameters... arguments) {
   if (blocks > INT32_MAX) throw std::invalid_argument(std::string(name) + ": too many blocks");
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
   config.stream = static_cast<cudaStream_t>(device_stream.stream);
-  config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 

@@ -4,8 +4,8 @@
 //
 // The fibers of a block run in an order that changes with every round, so that a missing barrier
 // shows. A thread that waits for others that never arrive ends the program. Blocks run one after
-// the other, in any order; those of a cooperative launch take turns, each with its own shared
-// memory, which is initially filled with arbitrary bytes, as on a GPU.
+// the other, in any order, so one that waits for another never ends; shared memory is initially
+// filled with arbitrary bytes, as on a GPU.
 #pragma once
 
 #include <ucontext.h>
@@ -23,7 +23,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
-// All shared memory is one section, which is saved when another block has its turn.
+// All shared memory is one section, which each block finds filled anew.
 #define __shared__ static __attribute__((section("cuda_shared")))
 extern char cuda_shared_begin[] __asm__("__start_cuda_shared")
     __attribute__((weak, visibility("hidden")));
@@ -46,7 +46,7 @@ namespace cuda_on_cpu {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
-constexpr int kMultiprocessors = 3;  // each holds one block of a cooperative launch
+constexpr int kMultiprocessors = 3;
 
 // A barrier that `expected` threads wait at.
 struct Barrier {
@@ -62,12 +62,10 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<uint64_t> lanes;  // the value that each thread last passed to its warp
   std::vector<Barrier> warps;
-  std::vector<char> shared;
   Barrier all;
 };
-inline Block* block = nullptr;   // the one whose turn it is
-inline Barrier* grid = nullptr;  // of a cooperative launch
-inline bool progress = false;    // of any thread, since this round began
+inline Block* block = nullptr;  // the one whose turn it is
+inline bool progress = false;   // of any thread, since this round began
 inline const std::function<void()>* body = nullptr;
 inline ucontext_t scheduler;
 
@@ -84,11 +82,6 @@ inline void wait(Barrier& barrier) {
     ++barrier.generation;
   }
   while (barrier.generation == generation) swapcontext(&block->threads[me].context, &scheduler);
-}
-
-inline void wait_for_grid() {
-  if (!grid) die("a launch that is not cooperative waits for its grid");
-  wait(*grid);
 }
 
 // Passes this thread's value to its warp and calls `read` with the values of all 32 lanes.
@@ -114,10 +107,9 @@ Value shuffle(uint32_t mask, Value value, unsigned from) {
   return value;
 }
 
-// Byte by byte: the section may hold the sanitizer's red zones, which memcpy may not touch.
-__attribute__((no_sanitize("address"))) inline void copy(volatile char* to, const char* from,
-                                                         size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) to[i] = from[i];
+// Byte by byte: the section may hold the sanitizer's red zones, which memset may not touch.
+__attribute__((no_sanitize("address"))) inline void fill_shared_memory() {
+  for (volatile char* at = cuda_shared_begin; at < cuda_shared_end; ++at) *at = char(0xa5);
 }
 
 inline void run_thread() {
@@ -127,22 +119,19 @@ inline void run_thread() {
   progress = true;
 }
 
-// `slot` numbers the blocks that run at the same time; later blocks use the same stacks.
-inline std::unique_ptr<Block> make_block(unsigned index, unsigned size, unsigned slot) {
-  static std::unique_ptr<char[]> stacks[kMultiprocessors];
-  if (!stacks[slot]) stacks[slot].reset(new char[1024 * kStack]);  // untouched until used
+inline std::unique_ptr<Block> make_block(unsigned index, unsigned size) {
+  static std::unique_ptr<char[]> stacks(new char[1024 * kStack]);  // untouched until used
   auto made = std::make_unique<Block>();
   made->index = index;
   made->left = size;
   made->threads.resize(size);
   made->lanes.resize(size);
   made->warps.assign(size / kWarp, Barrier{kWarp});
-  made->shared.assign(cuda_shared_end - cuda_shared_begin, char(0xa5));
   made->all.expected = size;
   for (unsigned i = 0; i < size; ++i) {
     ucontext_t& context = made->threads[i].context;
     getcontext(&context);
-    context.uc_stack.ss_sp = &stacks[slot][i * kStack];
+    context.uc_stack.ss_sp = &stacks[i * kStack];
     context.uc_stack.ss_size = kStack;
     context.uc_link = &scheduler;
     makecontext(&context, run_thread, 0);
@@ -160,37 +149,24 @@ void in_some_order(unsigned size, const Visit& visit) {
   for (unsigned k = 0; k < size; ++k) visit((start + (backwards ? size - k : k)) % size);
 }
 
-// Runs each thread of the block as far as possible.
-inline void take_turn(Block& current) {
-  block = &current;
-  blockIdx.x = current.index;
-  copy(cuda_shared_begin, current.shared.data(), current.shared.size());
-  in_some_order(unsigned(current.threads.size()), [&](unsigned i) {
-    if (current.threads[i].done) return;
-    threadIdx.x = i;
-    swapcontext(&scheduler, &current.threads[i].context);
-  });
-  copy(current.shared.data(), cuda_shared_begin, current.shared.size());
-}
-
-inline void run(dim3 blocks, dim3 threads, bool cooperative, const std::function<void()>& kernel) {
+inline void run(dim3 blocks, dim3 threads, const std::function<void()>& kernel) {
   if (threads.x % kWarp || threads.x > 1024) die("a block that is not whole warps, or over 1,024");
   gridDim = blocks;
   blockDim = threads;
   body = &kernel;
-  const unsigned together = cooperative ? blocks.x : 1;
-  Barrier grid_barrier{blocks.x * threads.x};
-  grid = cooperative ? &grid_barrier : nullptr;
-  std::vector<std::unique_ptr<Block>> live(together);
-  in_some_order(blocks.x / together, [&](unsigned first) {
-    for (unsigned b = 0; b < together; ++b) live[b] = make_block(first + b, threads.x, b);
-    for (bool left = true; left;) {
-      progress = left = false;
-      in_some_order(together, [&](unsigned b) {
-        if (live[b]->left) take_turn(*live[b]);
-        left |= live[b]->left > 0;
+  in_some_order(blocks.x, [&](unsigned index) {
+    const auto live = make_block(index, threads.x);
+    block = live.get();
+    blockIdx.x = index;
+    fill_shared_memory();
+    while (live->left > 0) {  // each turn runs each thread as far as possible
+      progress = false;
+      in_some_order(threads.x, [&](unsigned i) {
+        if (live->threads[i].done) return;
+        threadIdx.x = i;
+        swapcontext(&scheduler, &live->threads[i].context);
       });
-      if (left && !progress) die("threads wait for others that never come");
+      if (live->left > 0 && !progress) die("threads wait for others that never come");
     }
   });
 }
@@ -234,25 +210,13 @@ Value __shfl_up_sync(uint32_t mask, Value value, unsigned back) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorCooperativeLaunchTooLarge };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    int cooperative;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal"
-                                         : "too many blocks in cooperative launch";
-}
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid device ordinal"; }
 inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
@@ -275,10 +239,7 @@ extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_c
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
-  const bool cooperative = config->numAttrs > 0 && config->attrs->val.cooperative;
-  if (cooperative && config->gridDim.x > unsigned(cuda_on_cpu::kMultiprocessors))
-    return cudaErrorCooperativeLaunchTooLarge;
   ++cuda_on_cpu::launches;
-  cuda_on_cpu::run(config->gridDim, config->blockDim, cooperative, [&] { kernel(arguments...); });
+  cuda_on_cpu::run(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -342,6 +342,7 @@ def test_classes_in_dim_1(classes):
     compare(logits, targets, dim=1)
     compare(logits.to(memory_format=torch.channels_last), targets, dim=1)
     compare(torch.randn(2, classes + 1, 5, 33)[:, 1:], targets, dim=1)
+    compare(torch.randn(2, classes, 5, 32), targets[..., :32].contiguous(), dim=1)  # whole words of several pixels
     compare(torch.randn(2, classes, 7), targets[:, 0, :7], dim=1)
     compare(torch.randn(classes, 2, 7), targets[:, 0, :7], dim=0)
 

@@ -22,7 +22,18 @@ from torch import Tensor
 from sparse_kernels import reference
 from sparse_kernels._arguments import GateCall, StatsCall
 from sparse_kernels._tracing import tensor_unsupported_reason
-from sparse_kernels.backends.triton.launch import BYTES, Launch, choose, merged, slices
+from sparse_kernels.backends.triton.launch import (
+    BYTES,
+    MERGE,
+    SLICE,
+    WHOLE,
+    Launch,
+    choose,
+    merged,
+    most_registers,
+    pixels,
+    slices,
+)
 from sparse_kernels.types import STATISTICS, WEIGHABLE, GatedRows, RowStats
 
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first dimension
@@ -134,6 +145,30 @@ class _Plan:
         itemsize, classes = dtype.itemsize, shape[dim]
         class_stride = 1 if classes == 1 else max(loop[2] for loop in loops)
         self.tile = choose(classes, class_stride, itemsize, len(strides))
+        width = BYTES // itemsize
+        whole = classes <= self.tile.columns
+        adjacent = not self.tile.contiguous and classes > 1 and all(loop[1] == 1 for loop in loops)
+        if adjacent:  # all rows must start on so many logits
+            width = pixels(itemsize)
+            aligned = self.inner % width == 0 and all(
+                start % width == loop[0] % width == loop[2] % width == 0
+                for start, loop in zip(starts, loops, strict=True)
+            )
+        else:  # rows of one block must start on 16 bytes, longer ones as the logits' do
+            aligned = (
+                (whole or self.tile.contiguous)
+                and all(
+                    (start - (0 if whole else starts[0])) % width == 0
+                    and all(
+                        (stride - (0 if whole else stride_0)) % width == 0
+                        for stride, stride_0 in zip(loop[:2], loops[0][:2], strict=True)
+                    )
+                    for start, loop in zip(starts, loops, strict=True)
+                )
+                and (not whole or classes % width == 0)
+            )
+        if adjacent and not aligned:  # single loads: half of the rows, or registers spill
+            self.tile = replace(self.tile, rows=self.tile.rows // 2)
         programs = self.programs(self.tile)
         self.slices, slice_columns = 1, classes
         if programs > MAX_PROGRAMS:
@@ -143,16 +178,6 @@ class _Plan:
             )
         if programs:
             self.slices, slice_columns = slices(self.tile, programs, classes, processors)
-        width = BYTES // itemsize
-        whole = classes <= self.tile.columns  # in one block: then rows must start on 16 bytes; else as the logits' do
-        aligned = all(
-            (start - (0 if whole else starts[0])) % width == 0
-            and all(
-                (stride - (0 if whole else stride_0)) % width == 0
-                for stride, stride_0 in zip(loop[:2], loops[0][:2], strict=True)
-            )
-            for start, loop in zip(starts, loops, strict=True)
-        ) and (not whole or classes % width == 0)
         names = ("outer_stride", "inner_stride", "class_stride")
         self.arguments: dict[str, Any] = {
             f"{prefix}{name}": stride
@@ -165,6 +190,7 @@ class _Plan:
             "classes": classes,
             "slice_columns": slice_columns,
             "DOUBLE": itemsize == 8,
+            "PIXELS": pixels(itemsize) if adjacent else 0,
             "ALIGNED": aligned,
             # A row that is one block, but not aligned, is loaded as a loop's last block is: thread by thread.
             "LOOP": not whole or (self.tile.lanes > 1 and not aligned),
@@ -177,19 +203,22 @@ class _Plan:
     def launch(self, kernel: Any, call: StatsCall, tile: Launch, slices: int, arguments: dict[str, Any]) -> None:
         """Run the programs of ``tile`` for every row and slice."""
         settings = call.settings
+        many = settings.softcap > 0 or any(arguments.get(name) for name in ("SQUARES", "MARGIN", "ARGMAX"))
         with torch.cuda.device(call.logits.device) if call.logits.is_cuda else torch.no_grad():
             kernel[(self.programs(tile), slices)](
                 ignore_index=settings.ignore_index,
                 inverse_temperature=1.0 / settings.temperature,
                 softcap=float(settings.softcap),
                 label_smoothing=float(settings.label_smoothing),
+                SMOOTHING=settings.label_smoothing > 0,
+                SOFTCAP=settings.softcap > 0,
                 CONTIGUOUS=tile.contiguous,
                 ROWS=tile.rows,
                 CHUNKS=tile.chunks,
                 LANES=tile.lanes,
                 WIDTH=tile.width,
                 num_warps=tile.warps,
-                maxnreg=tile.registers,
+                maxnreg=most_registers(tile, many),
                 **self.arguments,
                 **arguments,
             )
@@ -266,13 +295,13 @@ def _forward(
         arguments["w_" + name] = float(weight)
     merge = merged(plan.tile, plan.slices, rows)
     if merge is None:
-        arguments["PHASE"] = kernels.WHOLE
+        arguments["PHASE"] = WHOLE
         plan.launch(kernels.row_stats_kernel, call, plan.tile, 1, arguments)
         return results
     arguments["sums_ptr"] = torch.empty((7, plan.slices, rows), dtype=call.accumulator, device=targets.device)
     arguments["lowest_ptr"] = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
-    plan.launch(kernels.row_stats_kernel, call, plan.tile, plan.slices, arguments | {"PHASE": kernels.SLICE})
-    plan.launch(kernels.row_stats_kernel, call, merge, 1, arguments | {"PHASE": kernels.MERGE})
+    plan.launch(kernels.row_stats_kernel, call, plan.tile, plan.slices, arguments | {"PHASE": SLICE})
+    plan.launch(kernels.row_stats_kernel, call, merge, 1, arguments | {"PHASE": MERGE})
     return results
 
 

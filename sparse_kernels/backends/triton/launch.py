@@ -1,29 +1,30 @@
 """Assignment of a batch's rows and columns to programs. Triton is not imported here.
 
-No speed is measured yet. The choices follow from the instructions, registers and spills that the compiler reports for
-sm_75 to sm_100, and from the need for enough 16-byte loads in flight.
+No speed is measured yet. The choices follow from the instructions, registers and spills that the compilers of Triton
+3.2, 3.6 and 3.8 report for sm_75 to sm_120, and from the need for enough 16-byte loads in flight.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 BYTES = 16  # of a thread's load, the widest there is
+WHOLE, SLICE, MERGE = 0, 1, 2  # phases of row_stats.py: a row in one launch, or its slices and their sum
 CHUNKS = 4  # such loads in flight a thread: with 16 warps on a processor, 32 KB, more than latency x bandwidth
+WARP_BYTES = 32 * CHUNKS * BYTES  # that a warp loads at once
 
 
 @dataclass(frozen=True)
 class Launch:
     """A tile (see tiles.py) and its warps."""
 
-    classes: int  # the most that it is for
     rows: int
     chunks: int
     lanes: int
     width: int
     warps: int
     contiguous: bool = True  # the class stride is 1
-    registers: int | None = None  # the most for a thread; None for the compiler's choice
+    limited: bool = False  # in registers
 
     @property
     def columns(self) -> int:
@@ -31,27 +32,13 @@ class Launch:
         return self.chunks * self.lanes * self.width
 
 
-NO_LIMIT = 2**63
-# Classes next to each other in memory, several rows to a program: a block holds all classes.
-SHORT = (
-    # A thread to a row: one thread does all that follows a row's last logit; the first-level cache joins the loads.
-    Launch(32, 128, 1, 1, 32, 4, contiguous=False),
-    # A warp and 32 logits a thread: no barrier, few exchanges a row.
-    Launch(64, 16, 1, 1, 64, 1),
-    Launch(128, 8, 1, 1, 128, 1),
-    Launch(256, 4, 1, 1, 256, 1),
-    Launch(512, 2, 1, 1, 512, 1),
-)
-# One row to a program: most classes, warps, registers.
-LONG = (
-    # A warp: no barrier at all, and one warp does all that follows a row's last logit.
-    (8192, 1, None),
-    # 16 warps on a processor; without the limit the compiler takes up to 220 registers, because of softcap.
-    (NO_LIMIT, 4, 128),
-)
-# Rows next to each other in memory, as the pixels of NCHW. A thread owns a pixel, so nothing is exchanged; a warp
-# reads 32 of them.
-STRIDED = Launch(NO_LIMIT, 128, 1, 1, 8, 4, contiguous=False)
+SHORT = 32  # most classes of a row that is a thread's
+ONE_WARP = 8192  # most classes of a row that is a warp's: no barrier, and one warp does all that follows a row's end
+
+
+def pixels(itemsize: int) -> int:
+    """Return the number of adjacent rows that a thread owns where rows lie side by side: 16 bytes, 4 at most."""
+    return min(4, BYTES // itemsize)
 
 
 def choose(classes: int, class_stride: int, itemsize: int, tensors: int = 1) -> Launch:
@@ -64,26 +51,43 @@ def choose(classes: int, class_stride: int, itemsize: int, tensors: int = 1) -> 
         tensors: number of tensors of logits that are moved; 2 for a backward.
     """
     if class_stride != 1 and classes != 1:
-        tile = STRIDED
-    else:
-        short = next((tile for tile in SHORT if classes <= tile.classes), None)
-        if short is None:
-            most, warps, registers = next(rung for rung in LONG if classes <= rung[0])
-            return Launch(most, 1, CHUNKS // tensors, 32 * warps, BYTES // itemsize, warps, registers=registers)
-        tile = replace(short, width=16) if short.rows == 128 and classes <= 16 else short
+        # Rows side by side, as the pixels of NCHW: a thread owns some, so nothing is exchanged.
+        return Launch(128 * pixels(itemsize), 1, 1, CHUNKS, 4, contiguous=False)
+    if classes <= SHORT:
+        # One thread does all that follows a row's last logit; the first-level cache joins the loads.
+        warps = 2 if itemsize == 8 else 4
+        return Launch(32 * warps, 1, 1, 16 if classes <= 16 else SHORT, warps, contiguous=False)
     # float64 takes two registers a number.
-    return replace(tile, rows=tile.rows // 2) if itemsize == 8 else tile
+    width = 1 << (classes - 1).bit_length()
+    rows = WARP_BYTES // (width * itemsize) // (2 if itemsize == 8 else 1)
+    if rows > 1:  # a warp to some rows: few exchanges a row
+        return Launch(rows, 1, 1, width, 1)
+    if classes <= ONE_WARP:
+        return Launch(1, CHUNKS // tensors, 32, BYTES // itemsize, 1)
+    return Launch(1, CHUNKS // tensors, 128, BYTES // itemsize, 4, limited=True)
+
+
+def most_registers(tile: Launch, many: bool) -> int | None:
+    """Return the most registers for a thread, None for the compiler's choice.
+
+    16 warps on a processor, or 12 where ``many`` statistics or a softcap spill at that: they have two blocks in flight.
+    """
+    return 128 if tile.limited and not many else None
 
 
 WARPS = 16  # that a processor needs to keep the memory busy, at CHUNKS loads a thread
 MOST_SLICES = 64  # joined by phase MERGE in one go
 
 
+START = 1  # blocks that a program's start and end are worth
+SECOND_LAUNCH = 2  # blocks that phase MERGE is worth
+
+
 def slices(tile: Launch, programs: int, classes: int, processors: int) -> tuple[int, int]:
     """Return the number of slices to cut the rows into, and a slice's columns: a multiple of a block's.
 
-    As many slices as give each processor of a GPU its warps, none of less than one block. One slice if there are
-    programs enough: a second launch and its scratch memory then cost more than they save.
+    The number is the one that takes least time, counted in blocks: programs run in waves of as many as there is room
+    for, and the last wave takes as long as a full one. One slice if that is no more than a sixteenth slower.
 
     Args:
         tile: of each program.
@@ -91,13 +95,19 @@ def slices(tile: Launch, programs: int, classes: int, processors: int) -> tuple[
         classes: of a row.
         processors: of the GPU.
     """
-    blocks = -(-classes // tile.columns)
-    warps = programs * tile.warps
-    if blocks == 1 or 2 * warps > processors * WARPS:
+    blocks, room = -(-classes // tile.columns), max(1, processors * WARPS // tile.warps)
+
+    def time(blocks_of_slice: int) -> tuple[int, int]:
+        count = -(-blocks // blocks_of_slice)
+        waves = -(-programs * count // room)
+        return waves * (blocks_of_slice + START) + (SECOND_LAUNCH if count > 1 else 0), count
+
+    fewest = -(-blocks // MOST_SLICES)
+    best = min(range(fewest, blocks + 1), key=time)
+    quickest, count = time(best)
+    if 15 * time(blocks)[0] <= 16 * quickest:
         return 1, classes
-    useful = -(-processors * WARPS // warps)
-    blocks_of_slice = -(-blocks // min(useful, blocks, MOST_SLICES))
-    return -(-blocks // blocks_of_slice), blocks_of_slice * tile.columns
+    return count, best * tile.columns
 
 
 MANY_ROWS = 16384
@@ -119,4 +129,4 @@ def merged(tile: Launch, count: int, rows: int) -> Launch | None:
         return None
     lanes = 1 << (count - 1).bit_length()
     # A thread to a row.
-    return Launch(NO_LIMIT, 128 if count == 1 else 4, 1, lanes, 1, 4 if count == 1 else 1, contiguous=False)
+    return Launch(128 if count == 1 else 4, 1, lanes, 1, 4 if count == 1 else 1, contiguous=False)

@@ -34,9 +34,9 @@ Rounding: x_j - m is exact or one rounding, t_j one more, so e_j carries |t_j| 2
 2 ulp of exp2; |t| e^t is at most 0.54, so no statistic gains more than a rounding of itself from it.
 
 Bytes: the logits once, a sector a row for the target's logit, 4 or 8 bytes a row for the target and for each output.
-Ignored rows are not read if rows are long. A GPU with 128 lanes on a processor must spend less than 14 instructions on
-a bfloat16 logit to read 4.3 TB/s (H200). The loop over whole blocks has 9.5 with loss and entropy; one of them is for
-the 16 lanes of exp2, which are then 58% busy.
+Of an ignored row only the first block is read if rows are long. The first block is loaded before the target is known,
+and every other while the one before it is summed. A GPU with 128 lanes on a processor must spend less than 14
+instructions on a bfloat16 logit to read 4.3 TB/s (H200).
 
 Hazards, each with a comment where it is handled: a maximum here drops NaN, so NaN must come through a sum; -inf must
 add 0 and never 0 * -inf; offsets pass 2^31, so they are 64-bit.
@@ -46,12 +46,13 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
+from sparse_kernels.backends.triton import launch
 from sparse_kernels.backends.triton.math import LOG2E
-from sparse_kernels.backends.triton.scan import join, read_slices, scan_block, scan_blocks, write_slice
+from sparse_kernels.backends.triton.scan import join, read_slices, scan_block, scan_pixels, scan_row, write_slice
 from sparse_kernels.backends.triton.statistics import decide, write_statistics
-from sparse_kernels.backends.triton.tiles import load_logits, rows_of_program
+from sparse_kernels.backends.triton.tiles import rows_at, rows_of_program
 
-WHOLE, SLICE, MERGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # phases
+SLICE, MERGE = tl.constexpr(launch.SLICE), tl.constexpr(launch.MERGE)
 
 # Not specialised: a value that changes from call to call must not recompile if it is 1, divisible by 16 or above 2^31.
 RUN_TIME = (
@@ -142,10 +143,13 @@ def row_stats_kernel(
     W_MAX_PROB: tl.constexpr,
     W_MARGIN: tl.constexpr,
     W_LOGSUMEXP: tl.constexpr,
+    SMOOTHING: tl.constexpr,  # label_smoothing > 0
+    SOFTCAP: tl.constexpr,  # softcap > 0
     PHASE: tl.constexpr,
     DOUBLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,  # class_stride is 1
-    ALIGNED: tl.constexpr,  # and the classes, and where rows start, are multiples of 16 bytes
+    PIXELS: tl.constexpr,  # of a thread, if inner_stride is 1 and class_stride is not; else 0
+    ALIGNED: tl.constexpr,  # rows start, and end, at multiples of 16 bytes; of PIXELS logits, if there are any
     LOOP: tl.constexpr,  # more columns than a tile's
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -153,55 +157,57 @@ def row_stats_kernel(
     WIDTH: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    UNITS: tl.constexpr = 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    if ALIGNED and PHASE != MERGE:
+        UNITS: tl.constexpr = 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
+        if PIXELS:
+            inner_rows = inner_rows // PIXELS * PIXELS
+            class_stride = class_stride // PIXELS * PIXELS
+        elif not LOOP:
+            classes = classes // UNITS * UNITS
     outer, first, inner, row, inside, target, live = rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS)
     ignored = target == ignore_index
     bad = ((target < 0) | (target >= classes)) & (ignored == 0)
     y = tl.where(ignored | bad, 0, target).to(tl.int32)
 
     scale = tl.full((), inverse_temperature, ACC) * LOG2E
-    cap = tl.full((), softcap, ACC)
-    base = logits_ptr + outer * outer_stride + inner * inner_stride
-    if ALIGNED and not LOOP:  # no change in value, but Triton sees it, and loads 16 bytes at a time
-        base = tl.multiple_of(base, 16)
-        classes = classes // UNITS * UNITS
     if PHASE == MERGE:
-        x_y = tl.load(sums_ptr + 6 * rows.to(tl.int64) * slices + row, mask=inside, other=0.0)
-    else:
-        x_y = load_logits(base + y.to(tl.int64) * class_stride, live, softcap, cap, DOUBLE)
-    # Origin of sum_d: not a masked target, whose distance to all the others would overflow upwards.
-    origin = tl.where(tl.abs(x_y) < 1e30, x_y, 0.0)
-
-    if PHASE == MERGE:
-        peaks, sums, sum_d = read_slices(
+        m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y = read_slices(
             sums_ptr, lowest_ptr, row, inside, rows, slices, ROWS, LANES, LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX,
             DOUBLE,
         )  # fmt: skip
-    elif LOOP:
-        peaks, sums, sum_d = scan_blocks(
-            logits_ptr, base, outer, first, y, live, origin, outer_stride, inner_stride, class_stride, misaligned,
-            classes, slice_columns, scale, softcap, cap, label_smoothing, LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX,
-            DOUBLE, CONTIGUOUS, ROWS, CHUNKS, LANES, WIDTH,
+    elif not LOOP:
+        base = rows_at(logits_ptr, outer, first, inner, outer_stride, inner_stride, ALIGNED, PIXELS)
+        m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y = scan_block(
+            base, inside, y, class_stride, classes, scale, softcap, LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX, SMOOTHING,
+            SOFTCAP, DOUBLE, CONTIGUOUS, ROWS, CHUNKS, LANES, WIDTH,
+        )  # fmt: skip
+    elif CONTIGUOUS:
+        m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y = scan_row(
+            logits_ptr, outer * outer_stride + first * inner_stride, y, live, misaligned, classes, slice_columns,
+            scale, softcap, LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX, SMOOTHING, SOFTCAP, DOUBLE, CHUNKS, LANES, WIDTH,
         )  # fmt: skip
     else:
-        peaks, sums, sum_d = scan_block(
-            base, y, live, origin, class_stride, classes, scale, softcap, cap, label_smoothing, LOSS, ENTROPY,
-            SQUARES, MARGIN, ARGMAX, DOUBLE, CONTIGUOUS, ROWS, CHUNKS, LANES, WIDTH,
+        base = rows_at(logits_ptr, outer, first, inner, outer_stride, inner_stride, ALIGNED, PIXELS)
+        m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y = scan_pixels(
+            base, inside, y, class_stride, classes, slice_columns, scale, softcap, LOSS, ENTROPY, SQUARES, MARGIN,
+            ARGMAX, SMOOTHING, SOFTCAP, DOUBLE, ROWS, WIDTH,
         )  # fmt: skip
-    peaks, sums = join(peaks, sums, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
+    m, second, lowest, rest, rest_t, rest_sq = join(
+        m, second, lowest, rest, rest_t, rest_sq, scale, ENTROPY, SQUARES, MARGIN, ARGMAX
+    )  # fmt: skip
     sum_d = tl.sum(sum_d, 1)
     if PHASE == SLICE:
         write_slice(
-            sums_ptr, lowest_ptr, peaks, sums, sum_d, x_y, row, inside, rows, slices, LOSS, ENTROPY, SQUARES, MARGIN,
-            ARGMAX,
+            sums_ptr, lowest_ptr, m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y, row, inside, rows, slices,
+            LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX,
         )  # fmt: skip
     else:
         significance = write_statistics(
-            peaks, sums, sum_d, row, inside, ignored, bad, y, x_y, origin, classes, scale, inverse_temperature,
-            label_smoothing, loss_ptr, entropy_ptr, grad_norm_ptr, sum_squares_ptr, max_prob_ptr, margin_ptr,
-            argmax_ptr, logsumexp_ptr, maximum_ptr, total_ptr, w_loss, w_entropy, w_grad_norm, w_sum_squares,
-            w_max_prob, w_margin, w_logsumexp, LOSS, ENTROPY, SQUARES, MARGIN, W_LOSS, W_ENTROPY, W_GRAD_NORM,
-            W_SUM_SQUARES, W_MAX_PROB, W_MARGIN, W_LOGSUMEXP, DOUBLE, ROWS,
+            m, second, lowest, rest, rest_t, rest_sq, sum_d, row, inside, ignored, bad, y, x_y, classes, scale,
+            inverse_temperature, label_smoothing, loss_ptr, entropy_ptr, grad_norm_ptr, sum_squares_ptr, max_prob_ptr,
+            margin_ptr, argmax_ptr, logsumexp_ptr, maximum_ptr, total_ptr, w_loss, w_entropy, w_grad_norm,
+            w_sum_squares, w_max_prob, w_margin, w_logsumexp, LOSS, ENTROPY, SQUARES, MARGIN, SMOOTHING, W_LOSS,
+            W_ENTROPY, W_GRAD_NORM, W_SUM_SQUARES, W_MAX_PROB, W_MARGIN, W_LOGSUMEXP, DOUBLE, ROWS,
         )  # fmt: skip
         if mask_ptr is not None:
             decide(

@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
-# ruff: noqa: SIM108 (what is known at compile time decides by itself whether the rest is compiled)
 """Gradient of loss and entropy in the logits, in one pass over them.
 
 The forward saved each row's m, S and entropy H; a logsumexp, rounded at 1e4 to 1e-3, would not do. With
@@ -20,9 +19,12 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, tanh
 from sparse_kernels.backends.triton.tiles import (
     columns_of_tile,
+    edges_of_row,
+    rows_at,
     rows_of_program,
     slice_of_program,
-    unaligned_columns,
+    words_of_row,
+    words_of_tile,
 )
 
 RUN_TIME = (
@@ -45,17 +47,89 @@ ADDRESSES = (
 
 
 @triton.jit
-def gradient_of(x, row, softcap, DOUBLE: tl.constexpr):
-    """Return (2^t (A + B t) - C) * slope of a tile, and the slope: softcap's derivative."""
-    m, scale, cap, a, b, c = row
+def gradient_of(block, column, y, alive, m, scale, a, b, c, d, softcap, SOFTCAP: tl.constexpr):
+    """Return the gradient of a tile of logits as they were loaded: (2^t (A + B t) - C - D [column = y]) * slope."""
+    x = block.to(m.dtype)
     slope = tl.full(x.shape, 1.0, x.dtype)
-    if softcap > 0.0:
-        bend = tanh(x / cap, DOUBLE)
+    if SOFTCAP:
+        cap = tl.full((), softcap, x.dtype)
+        bend = tanh(x / cap, x.dtype == tl.float64)
         slope = 1.0 - bend * bend
         x = cap * bend
     t = (x - m) * scale
     # 2^-inf = 0 times a finite number: p ln p -> 0 as p -> 0.
-    return (tl.exp2(t) * (a + b * tl.maximum(t, -FAR)) - c) * slope, slope
+    g = (tl.exp2(t) * (a + b * tl.maximum(t, -FAR)) - c) * slope - tl.where(column == y, d * slope, 0.0)
+    return tl.where(alive, g, 0.0).to(block.dtype)
+
+
+@triton.jit
+def write_block(
+    base, out, inside, alive, y, class_stride, gradient_class_stride, classes, m, scale, a, b, c, d, softcap,
+    SOFTCAP: tl.constexpr, CONTIGUOUS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of rows that one tile holds."""
+    place = columns_of_tile(CHUNKS, LANES, WIDTH)
+    here = (place < classes) & inside[:, None, None, None]
+    offset = place if CONTIGUOUS else place.to(tl.int64) * class_stride
+    out_offset = place if CONTIGUOUS else place.to(tl.int64) * gradient_class_stride
+    block = tl.load(base[:, None, None, None] + offset, mask=here)
+    g = gradient_of(block, place, y, alive, m, scale, a, b, c, d, softcap, SOFTCAP)
+    tl.store(out[:, None, None, None] + out_offset, g, mask=here)
+
+
+@triton.jit
+def write_row(
+    row_ptr, out_ptr, start_of_row, alive, y, misaligned, classes, slice_columns, m, scale, a, b, c, d, softcap,
+    SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the program's slice of its one row, block after block, each loaded before it is due."""
+    COLUMNS: tl.constexpr = CHUNKS * LANES * WIDTH
+    begin, columns = slice_of_program(classes, slice_columns)
+    head, body = words_of_row(start_of_row + begin, misaligned, columns, WIDTH)
+    word, place = words_of_tile(CHUNKS, LANES, WIDTH), columns_of_tile(CHUNKS, LANES, WIDTH)
+    edge, outside = edges_of_row(head, body, columns, LANES, WIDTH)
+    edge += begin
+    edges = tl.load(row_ptr + edge, mask=outside)
+    words = row_ptr + begin + head
+    out_words = out_ptr + begin + head
+    block = tl.load(tl.multiple_of(words, 16) + place, mask=word < body)
+    tl.store(out_ptr + edge, gradient_of(edges, edge, y, alive, m, scale, a, b, c, d, softcap, SOFTCAP), mask=outside)
+    start = columns * 0
+    while start < body:
+        after = start + COLUMNS
+        loaded = block
+        block = tl.load(tl.multiple_of(words + after, 16) + place, mask=(after + word < body) & alive)
+        g = gradient_of(loaded, begin + head + start + place, y, alive, m, scale, a, b, c, d, softcap, SOFTCAP)
+        pointer = out_words + start
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        tl.store(pointer + place, g, mask=start + word < body)
+        start = after
+
+
+@triton.jit
+def write_pixels(
+    base, out, inside, alive, y, class_stride, gradient_class_stride, classes, slice_columns, m, scale, a, b, c, d,
+    softcap, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the program's slice of rows side by side, WIDTH classes after WIDTH classes."""
+    begin, columns = slice_of_program(classes, slice_columns)
+    place = columns_of_tile(1, 1, WIDTH)
+    inside_tile = inside[:, None, None, None]
+    pointers = base[:, None, None, None]
+    out_pointers = out[:, None, None, None]
+    block = tl.load(pointers + (begin + place).to(tl.int64) * class_stride, mask=(place < columns) & inside_tile)
+    start = columns * 0
+    while start < columns:
+        column = begin + start + place
+        after = start + WIDTH
+        here = (after + place < columns) & inside_tile
+        loaded = block
+        block = tl.load(pointers + (column + WIDTH).to(tl.int64) * class_stride, mask=here)
+        g = gradient_of(loaded, column, y, alive, m, scale, a, b, c, d, softcap, SOFTCAP)
+        here = (start + place < columns) & inside_tile
+        tl.store(out_pointers + column.to(tl.int64) * gradient_class_stride, g, mask=here)
+        start = after
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ADDRESSES)
@@ -82,8 +156,11 @@ def row_stats_backward_kernel(
     softcap: tl.float64,
     label_smoothing: tl.float64,
     slice_columns,
+    SMOOTHING: tl.constexpr,  # label_smoothing > 0
+    SOFTCAP: tl.constexpr,  # softcap > 0
     DOUBLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,  # the classes of both are next to each other
+    PIXELS: tl.constexpr,  # of both, as in the forward
     ALIGNED: tl.constexpr,
     LOOP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -92,95 +169,62 @@ def row_stats_backward_kernel(
     WIDTH: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    COLUMNS: tl.constexpr = CHUNKS * LANES * WIDTH
-    UNITS: tl.constexpr = 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    if ALIGNED:
+        UNITS: tl.constexpr = 16 * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
+        if PIXELS:
+            inner_rows = inner_rows // PIXELS * PIXELS
+            class_stride = class_stride // PIXELS * PIXELS
+            gradient_class_stride = gradient_class_stride // PIXELS * PIXELS
+        elif not LOOP:
+            classes = classes // UNITS * UNITS
     outer, first, inner, row, inside, target, live = rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS)
-    base = logits_ptr + outer * outer_stride + inner * inner_stride
-    out = gradient_ptr + outer * gradient_outer_stride + inner * gradient_inner_stride
-    if LOOP:
-        begin, columns = slice_of_program(classes, slice_columns, inside)
-    else:
-        begin, columns = 0, classes
-        if ALIGNED:  # no change in value, but Triton sees it, and moves 16 bytes at a time
-            base = tl.multiple_of(base, 16)
-            out = tl.multiple_of(out, 16)
-            columns = classes // UNITS * UNITS
-    place = columns_of_tile(CHUNKS, LANES, WIDTH)
-    base = base[:, None, None, None]
-    out = out[:, None, None, None]
-    alive = live[:, None, None, None]
-    y = tl.where(live, target, -1)[:, None, None, None]
-
-    m = tl.load(maximum_ptr + row, mask=live, other=0.0)
-    S = tl.load(total_ptr + row, mask=live, other=1.0)
+    m = tl.load(maximum_ptr + row, mask=inside, other=0.0)
+    S = tl.load(total_ptr + row, mask=inside, other=1.0)
     inverse = tl.full((), inverse_temperature, ACC)
-    smoothing = tl.full((), label_smoothing, ACC)
     a = tl.zeros((ROWS,), ACC)
     b = a
     c = a
     d = a
     if loss_gradient_ptr is not None:
-        g_loss = tl.load(loss_gradient_ptr + row, mask=live, other=0.0).to(ACC) * inverse
+        g_loss = tl.load(loss_gradient_ptr + row, mask=inside, other=0.0).to(ACC) * inverse
         a += g_loss / S
-        c += g_loss * smoothing / classes
-        d += g_loss * (1.0 - smoothing)
+        d += g_loss
+        if SMOOTHING:
+            smoothing = tl.full((), label_smoothing, ACC)
+            c += g_loss * smoothing / classes
+            d = g_loss * (1.0 - smoothing)
     if entropy_gradient_ptr is not None:
-        g_entropy = tl.load(entropy_gradient_ptr + row, mask=live, other=0.0).to(ACC) * inverse / S
-        entropy = tl.load(entropy_ptr + row, mask=live, other=0.0)
+        g_entropy = tl.load(entropy_gradient_ptr + row, mask=inside, other=0.0).to(ACC) * inverse / S
+        entropy = tl.load(entropy_ptr + row, mask=inside, other=0.0)
         a -= g_entropy * (entropy - tl.log(S))
         b -= g_entropy * LN2
-    row_constants = (
-        m[:, None, None, None],
-        inverse * LOG2E,
-        tl.full((), softcap, ACC),
-        a[:, None, None, None],
-        b[:, None, None, None],
-        c[:, None, None, None],
-    )
+    m = m[:, None, None, None]
+    a = a[:, None, None, None]
+    b = b[:, None, None, None]
+    c = c[:, None, None, None]
     d = d[:, None, None, None]
-
-    head = columns * 0
-    full = head
-    if LOOP:
-        if LANES > 1 and CONTIGUOUS:
-            start_of_row = outer * outer_stride + first * inner_stride + begin
-            head = unaligned_columns(start_of_row, misaligned, WIDTH)
-            aligned = logits_ptr + start_of_row + head
-            aligned_out = gradient_ptr + outer * gradient_outer_stride + first * gradient_inner_stride + begin + head
-        full = tl.maximum(columns - head, 0) // COLUMNS * COLUMNS
-        start = columns * 0
-        while start < full:
-            column = begin + head + start + place
-            if LANES > 1 and CONTIGUOUS:
-                pointers = tl.multiple_of(aligned + start, 16) + place
-                out_pointers = aligned_out + start
-                if ALIGNED:
-                    out_pointers = tl.multiple_of(out_pointers, 16)
-                out_pointers += place
-            else:
-                pointers = base + column.to(tl.int64) * class_stride
-                out_pointers = out + column.to(tl.int64) * gradient_class_stride
-            x = tl.load(pointers, mask=alive, other=0.0).to(ACC)
-            g, slope = gradient_of(x, row_constants, softcap, DOUBLE)
-            g -= tl.where(column == y, d * slope, 0.0)
-            g = tl.where(alive, g, 0.0).to(gradient_ptr.dtype.element_ty)
-            if ROWS == 1:
-                tl.store(out_pointers, g)
-            else:
-                tl.store(out_pointers, g, mask=inside[:, None, None, None])
-            start += COLUMNS
-    start = columns * 0
-    while start < columns - full:
-        left = start + place
+    scale = inverse * LOG2E
+    alive = live[:, None, None, None]
+    y = target[:, None, None, None]
+    if LOOP and CONTIGUOUS:
+        start_of_row = outer * outer_stride + first * inner_stride
+        write_row(
+            logits_ptr + start_of_row, gradient_ptr + outer * gradient_outer_stride + first * gradient_inner_stride,
+            start_of_row, alive, y, misaligned, classes, slice_columns, m, scale, a, b, c, d, softcap, SOFTCAP,
+            ALIGNED, CHUNKS, LANES, WIDTH,
+        )  # fmt: skip
+    else:
+        base = rows_at(logits_ptr, outer, first, inner, outer_stride, inner_stride, ALIGNED, PIXELS)
+        out = rows_at(
+            gradient_ptr, outer, first, inner, gradient_outer_stride, gradient_inner_stride, ALIGNED, PIXELS
+        )  # fmt: skip
         if LOOP:
-            column = begin + tl.where(left < head, left, left + full)
+            write_pixels(
+                base, out, inside, alive, y, class_stride, gradient_class_stride, classes, slice_columns, m, scale, a,
+                b, c, d, softcap, SOFTCAP, WIDTH,
+            )  # fmt: skip
         else:
-            column = left
-        here = (left < columns - full) & inside[:, None, None, None]
-        offset = column if CONTIGUOUS else column.to(tl.int64) * class_stride
-        out_offset = column if CONTIGUOUS else column.to(tl.int64) * gradient_class_stride
-        x = tl.load(base + offset, mask=here & alive, other=0.0).to(ACC)
-        g, slope = gradient_of(x, row_constants, softcap, DOUBLE)
-        g -= tl.where(column == y, d * slope, 0.0)
-        tl.store(out + out_offset, tl.where(alive, g, 0.0).to(gradient_ptr.dtype.element_ty), mask=here)
-        start += COLUMNS if LOOP else columns
+            write_block(
+                base, out, inside, alive, y, class_stride, gradient_class_stride, classes, m, scale, a, b, c, d,
+                softcap, SOFTCAP, CONTIGUOUS, CHUNKS, LANES, WIDTH,
+            )  # fmt: skip

@@ -1,17 +1,25 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (Triton has no types, and its compiler reads annotations as its own.)
-# ruff: noqa: SIM102 (what is known at compile time decides by itself whether the rest is compiled)
 """Running peaks and sums of a row over its columns; row_stats.py's header defines and derives them.
 
-Peaks are (m, second, lowest), sums are (rest, rest_t, rest_sq). Each lane keeps its own while the columns are read
-(``absorb``); then they are joined over lanes or slices (``join``).
+Peaks are m, second and lowest, sums are rest, rest_t and rest_sq. Each lane keeps its own while the columns are read
+(``absorb``); then they are joined over lanes or slices (``join``). They are passed one by one: Triton 3.2 takes no
+tuples.
 """
 
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from sparse_kernels.backends.triton.math import FAR, NO_COLUMN
-from sparse_kernels.backends.triton.tiles import columns_of_tile, load_logits, slice_of_program, unaligned_columns
+from sparse_kernels.backends.triton.tiles import (
+    capped,
+    columns_of_tile,
+    edges_of_row,
+    load_logits,
+    slice_of_program,
+    words_of_row,
+    words_of_tile,
+)
 
 
 @triton.jit
@@ -27,9 +35,8 @@ def total(x):
 
 
 @triton.jit
-def rescale(state, delta, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+def rescale(rest, rest_t, rest_sq, delta, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
     """Return the sums in units of a maximum that is delta above theirs, in base 2."""
-    rest, rest_t, rest_sq = state
     delta = tl.minimum(delta, FAR)
     f = tl.exp2(-delta)
     if ENTROPY:
@@ -41,8 +48,12 @@ def rescale(state, delta, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
 
 @triton.jit
 def absorb(
-    peaks,  # (m, second, lowest), [ROWS, LANES] each
-    sums,  # (rest, rest_t, rest_sq), the same
+    m,  # the peaks, [ROWS, LANES] each
+    second,
+    lowest,
+    rest,  # the sums, the same
+    rest_t,
+    rest_sq,
     x,  # a tile; -inf for the target and for what is no column
     column,  # int32
     scale,
@@ -52,7 +63,6 @@ def absorb(
     ARGMAX: tl.constexpr,
 ):
     """Return each lane's peaks and sums with a tile's columns added."""
-    m, second, lowest = peaks
     block_m = across(x)
     if MARGIN or ARGMAX:
         at = tl.min(tl.min(tl.where(x == block_m[:, :, None, None], column, NO_COLUMN), 3), 2)
@@ -64,7 +74,7 @@ def absorb(
         lowest = tl.where(block_m >= m, at, lowest)
     new_m = tl.maximum(m, block_m)
     reference = tl.where(new_m == float("-inf"), 0.0, new_m)  # else t = NaN where all is -inf so far
-    rest, rest_t, rest_sq = rescale(sums, (reference - m) * scale, ENTROPY, SQUARES)
+    rest, rest_t, rest_sq = rescale(rest, rest_t, rest_sq, (reference - m) * scale, ENTROPY, SQUARES)
     t = (x - reference[:, :, None, None]) * scale
     e = tl.exp2(t)
     rest += total(e)
@@ -72,16 +82,18 @@ def absorb(
         rest_t += total(e * tl.maximum(t, -FAR))  # 2^-inf = 0 must add 0; NaN comes through e
     if SQUARES:
         rest_sq += total(e * e)
-    return (new_m, second, lowest), (rest, rest_t, rest_sq)
+    return new_m, second, lowest, rest, rest_t, rest_sq
 
 
 @triton.jit
-def join(peaks, sums, scale, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr):
+def join(
+    m, second, lowest, rest, rest_t, rest_sq, scale, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    MARGIN: tl.constexpr, ARGMAX: tl.constexpr,
+):  # fmt: skip
     """Return the peaks and sums of all lanes (or slices), axis 1, together: [ROWS] each."""
-    m, second, lowest = peaks
     top = tl.max(m, 1)
     reference = tl.where(top == float("-inf"), 0.0, top)
-    rest, rest_t, rest_sq = rescale(sums, (reference[:, None] - m) * scale, ENTROPY, SQUARES)
+    rest, rest_t, rest_sq = rescale(rest, rest_t, rest_sq, (reference[:, None] - m) * scale, ENTROPY, SQUARES)
     if MARGIN:
         lane = tl.arange(0, m.shape[1])[None, :]
         first = tl.min(tl.where(m == top[:, None], lane, NO_COLUMN), 1)
@@ -89,7 +101,13 @@ def join(peaks, sums, scale, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGI
     else:
         second = tl.max(second, 1)
     lowest = tl.min(tl.where(m == top[:, None], lowest, NO_COLUMN), 1)
-    return (top, second, lowest), (tl.sum(rest, 1), tl.sum(rest_t, 1), tl.sum(rest_sq, 1))
+    return top, second, lowest, tl.sum(rest, 1), tl.sum(rest_t, 1), tl.sum(rest_sq, 1)
+
+
+@triton.jit
+def origin_of(x_y):
+    """Return the origin of sum_d: not a masked target, whose distance to all the others would overflow upwards."""
+    return tl.where(tl.abs(x_y) < 1e30, x_y, 0.0)
 
 
 @triton.jit
@@ -98,7 +116,7 @@ def empty_state(ROWS: tl.constexpr, LANES: tl.constexpr, DOUBLE: tl.constexpr):
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     low = tl.full((ROWS, LANES), float("-inf"), ACC)
     zero = tl.zeros((ROWS, LANES), ACC)
-    return (low, low, tl.zeros((ROWS, LANES), tl.int32)), (zero, zero, zero), zero
+    return low, low, tl.zeros((ROWS, LANES), tl.int32), zero, zero, zero, zero
 
 
 @triton.jit
@@ -106,12 +124,8 @@ def read_slices(
     sums_ptr, lowest_ptr, row, inside, rows, slices, ROWS: tl.constexpr, LANES: tl.constexpr, LOSS: tl.constexpr,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """Return the peaks, sums and sum_d that phase SLICE wrote, a lane to a slice."""
-    peaks, sums, sum_d = empty_state(ROWS, LANES, DOUBLE)
-    second = peaks[1]
-    lowest = peaks[2]
-    rest_t = sums[1]
-    rest_sq = sums[2]
+    """Return the peaks, sums, sum_d and targets' logits that phase SLICE wrote, a lane to a slice."""
+    m, second, lowest, rest, rest_t, rest_sq, sum_d = empty_state(ROWS, LANES, DOUBLE)
     piece = tl.arange(0, LANES)[None, :].to(tl.int64)
     at = piece * rows + row[:, None]
     part = rows.to(tl.int64) * slices
@@ -128,110 +142,150 @@ def read_slices(
         rest_sq = tl.load(sums_ptr + 4 * part + at, mask=here, other=0.0)
     if LOSS:
         sum_d = tl.load(sums_ptr + 5 * part + at, mask=here, other=0.0)
-    return (m, second, lowest), (rest, rest_t, rest_sq), sum_d
+    x_y = tl.load(sums_ptr + 6 * part + row, mask=inside, other=0.0)
+    return m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y
 
 
 @triton.jit
 def write_slice(
-    sums_ptr, lowest_ptr, peaks, sums, sum_d, x_y, row, inside, rows, slices, LOSS: tl.constexpr,
-    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr,
+    sums_ptr, lowest_ptr, m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y, row, inside, rows, slices,
+    LOSS: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
     """Write the joined peaks and sums of the program's slice to scratch memory, for phase MERGE."""
-    top, second, lowest = peaks
     at = tl.program_id(1).to(tl.int64) * rows + row
     part = rows.to(tl.int64) * slices
-    tl.store(sums_ptr + at, top, mask=inside)
-    tl.store(sums_ptr + 2 * part + at, sums[0], mask=inside)
+    tl.store(sums_ptr + at, m, mask=inside)
+    tl.store(sums_ptr + 2 * part + at, rest, mask=inside)
     tl.store(sums_ptr + 6 * part + at, x_y, mask=inside)
     if MARGIN:
         tl.store(sums_ptr + part + at, second, mask=inside)
     if ARGMAX:
         tl.store(lowest_ptr + at, lowest, mask=inside)
     if ENTROPY:
-        tl.store(sums_ptr + 3 * part + at, sums[1], mask=inside)
+        tl.store(sums_ptr + 3 * part + at, rest_t, mask=inside)
     if SQUARES:
-        tl.store(sums_ptr + 4 * part + at, sums[2], mask=inside)
+        tl.store(sums_ptr + 4 * part + at, rest_sq, mask=inside)
     if LOSS:
         tl.store(sums_ptr + 5 * part + at, sum_d, mask=inside)
 
 
 @triton.jit
 def scan_block(
-    base, y, live, origin, class_stride, classes, scale, softcap, cap, label_smoothing, LOSS: tl.constexpr,
-    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, DOUBLE: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    base, inside, y, class_stride, classes, scale, softcap, LOSS: tl.constexpr, ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+    DOUBLE: tl.constexpr, CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return the peaks, sums and sum_d of rows that one tile holds."""
-    peaks, sums, sum_d = empty_state(ROWS, LANES, DOUBLE)
+    """Return the peaks, sums and sum_d of rows that one tile holds, and their targets' logits."""
+    m, second, lowest, rest, rest_t, rest_sq, sum_d = empty_state(ROWS, LANES, DOUBLE)
     place = columns_of_tile(CHUNKS, LANES, WIDTH)
-    here = (place < classes) & live[:, None, None, None]
+    here = (place < classes) & inside[:, None, None, None]
     offset = place if CONTIGUOUS else place.to(tl.int64) * class_stride
-    x = load_logits(base[:, None, None, None] + offset, here, softcap, cap, DOUBLE)
-    if LOSS:
-        if label_smoothing > 0.0:
-            sum_d += total(tl.where(here, x - origin[:, None, None, None], 0.0))
+    block = tl.load(base[:, None, None, None] + offset, mask=here)
+    x = capped(block, softcap, SOFTCAP, DOUBLE)
+    if SMOOTHING:
+        x_y = load_logits(base + y.to(tl.int64) * class_stride, inside, softcap, SOFTCAP, DOUBLE)
+        sum_d += total(tl.where(here, x - origin_of(x_y)[:, None, None, None], 0.0))
     x = tl.where(here & (place != y[:, None, None, None]), x, float("-inf"))
-    peaks, sums = absorb(peaks, sums, x, place, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
-    return peaks, sums, sum_d
+    m, second, lowest, rest, rest_t, rest_sq = absorb(
+        m, second, lowest, rest, rest_t, rest_sq, x, place, scale, ENTROPY, SQUARES, MARGIN, ARGMAX
+    )  # fmt: skip
+    if not SMOOTHING:
+        x_y = load_logits(base + y.to(tl.int64) * class_stride, inside, softcap, SOFTCAP, DOUBLE)
+    return m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y
 
 
 @triton.jit
-def scan_blocks(
-    logits_ptr, base, outer, first, y, live, origin, outer_stride, inner_stride, class_stride, misaligned, classes,
-    slice_columns, scale, softcap, cap, label_smoothing, LOSS: tl.constexpr, ENTROPY: tl.constexpr,
-    SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, DOUBLE: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+def scan_row(
+    logits_ptr, start_of_row, y, live, misaligned, classes, slice_columns, scale, softcap, LOSS: tl.constexpr,
+    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr, DOUBLE: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return the peaks, sums and sum_d of the program's slice of its rows, tile after tile."""
+    """Return the peaks, sums and sum_d of the program's slice of its one row, and the target's logit.
+
+    The row is read in whole words of 16 bytes, but for the few columns before and behind them. A block is loaded
+    while the one before it is summed. The first is loaded before the target is known, so of ignored rows as well.
+    """
     COLUMNS: tl.constexpr = CHUNKS * LANES * WIDTH
-    ALONE: tl.constexpr = LANES > 1 and CONTIGUOUS
-    peaks, sums, sum_d = empty_state(ROWS, LANES, DOUBLE)
-    begin, columns = slice_of_program(classes, slice_columns, live)
-    place = columns_of_tile(CHUNKS, LANES, WIDTH)
+    m, second, lowest, rest, rest_t, rest_sq, sum_d = empty_state(1, LANES, DOUBLE)
+    begin, columns = slice_of_program(classes, slice_columns)
+    head, body = words_of_row(start_of_row + begin, misaligned, columns, WIDTH)
+    word, place = words_of_tile(CHUNKS, LANES, WIDTH), columns_of_tile(CHUNKS, LANES, WIDTH)
+    edge, outside = edges_of_row(head, body, columns, LANES, WIDTH)
+    edge += begin
+    row_ptr = logits_ptr + start_of_row
+    edges = tl.load(row_ptr + edge, mask=outside)
+    words = row_ptr + begin + head
+    block = tl.load(tl.multiple_of(words, 16) + place, mask=word < body)
+    if SMOOTHING:
+        x_y = load_logits(row_ptr + y, live, softcap, SOFTCAP, DOUBLE)
+        origin = origin_of(x_y)[:, None, None, None]
     y_tile = y[:, None, None, None]
-    live_tile = live[:, None, None, None]
-    origin_tile = origin[:, None, None, None]
-    base_tile = base[:, None, None, None]
-    # Whole blocks, from the next multiple of 16 bytes on where a row is a program's.
-    head = columns * 0
-    if ALONE:
-        start_of_row = outer * outer_stride + first * inner_stride + begin
-        head = unaligned_columns(start_of_row, misaligned, WIDTH)
-        aligned = logits_ptr + start_of_row + head
-    full = tl.maximum(columns - head, 0) // COLUMNS * COLUMNS
-    stop = full
-    if ROWS == 1:  # the block with the target is one of those that are looked at logit by logit
-        y_at = tl.max(y, 0) - begin - head
-        stop = tl.where((y_at >= 0) & (y_at < full), y_at // COLUMNS * COLUMNS, full)
+
+    edge_x = capped(edges, softcap, SOFTCAP, DOUBLE)
+    if LOSS and SMOOTHING:
+        sum_d += total(tl.where(outside, edge_x - origin, 0.0))
+    edge_x = tl.where(outside & (edge != y_tile), edge_x, float("-inf"))
+    m, second, lowest, rest, rest_t, rest_sq = absorb(
+        m, second, lowest, rest, rest_t, rest_sq, edge_x, edge, scale, ENTROPY, SQUARES, MARGIN, ARGMAX
+    )  # fmt: skip
+
+    y_at = tl.max(y, 0) - begin - head
+    stop = tl.where(tl.max(live.to(tl.int32), 0) > 0, body, 0)
     start = columns * 0
-    left = columns * 0  # of the columns before the first whole block and after the last
-    while (start < full) | (left < columns - full):
-        while start < stop:
-            column = begin + head + start + place
-            if ALONE:
-                pointers = tl.multiple_of(aligned + start, 16) + place
-            else:
-                pointers = base_tile + column.to(tl.int64) * class_stride
-            x = load_logits(pointers, None if ROWS == 1 else live_tile, softcap, cap, DOUBLE)
-            if LOSS:
-                if label_smoothing > 0.0:
-                    sum_d += total(x - origin_tile)
-            if ROWS > 1:
-                x = tl.where(column == y_tile, float("-inf"), x)
-            peaks, sums = absorb(peaks, sums, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
-            start += COLUMNS
-        whole = start < full
-        at = left + place
-        column = begin + tl.where(whole, head + start + place, tl.where(at < head, at, at + full))
-        here = (whole | (at < columns - full)) & live_tile
-        offset = column if CONTIGUOUS else column.to(tl.int64) * class_stride
-        x = load_logits(base_tile + offset, here, softcap, cap, DOUBLE)
-        if LOSS:
-            if label_smoothing > 0.0:
-                sum_d += total(tl.where(here, x - origin_tile, 0.0))
-        x = tl.where(here & (column != y_tile), x, float("-inf"))
-        peaks, sums = absorb(peaks, sums, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX)
-        left += tl.where(whole, 0, COLUMNS)
-        start += tl.where(whole, COLUMNS, 0)
-        stop = full
-    return peaks, sums, sum_d
+    while start < stop:
+        after = start + COLUMNS
+        x = capped(block, softcap, SOFTCAP, DOUBLE)
+        block = tl.load(tl.multiple_of(words + after, 16) + place, mask=after + word < stop)
+        column = begin + head + start + place
+        if LOSS and SMOOTHING:
+            sum_d += total(tl.where(start + word < body, x - origin, 0.0))
+        if (after > body) | ((y_at >= start) & (y_at < after)):  # the last block, or the target's
+            x = tl.where((start + word < body) & (column != y_tile), x, float("-inf"))
+        m, second, lowest, rest, rest_t, rest_sq = absorb(
+            m, second, lowest, rest, rest_t, rest_sq, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX
+        )  # fmt: skip
+        start = after
+    if not SMOOTHING:  # before the loop ptxas would put it, and the wait for the target, ahead of the first block
+        x_y = load_logits(row_ptr + y, live, softcap, SOFTCAP, DOUBLE)
+    return m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y
+
+
+@triton.jit
+def scan_pixels(
+    base, inside, y, class_stride, classes, slice_columns, scale, softcap, LOSS: tl.constexpr, ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+    DOUBLE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return the peaks, sums and sum_d of the program's slice of rows side by side, and their targets' logits.
+
+    WIDTH classes are loaded while those before them are summed. Ignored rows are read like their neighbours, with
+    which they share words.
+    """
+    m, second, lowest, rest, rest_t, rest_sq, sum_d = empty_state(ROWS, 1, DOUBLE)
+    begin, columns = slice_of_program(classes, slice_columns)
+    place = columns_of_tile(1, 1, WIDTH)
+    inside_tile = inside[:, None, None, None]
+    pointers = base[:, None, None, None]
+    block = tl.load(pointers + (begin + place).to(tl.int64) * class_stride, mask=(place < columns) & inside_tile)
+    if SMOOTHING:
+        x_y = load_logits(base + y.to(tl.int64) * class_stride, inside, softcap, SOFTCAP, DOUBLE)
+        origin = origin_of(x_y)[:, None, None, None]
+    start = columns * 0
+    while start < columns:
+        after = start + WIDTH
+        x = capped(block, softcap, SOFTCAP, DOUBLE)
+        here = after + place < columns
+        block = tl.load(pointers + (begin + after + place).to(tl.int64) * class_stride, mask=here & inside_tile)
+        column = begin + start + place
+        here = (start + place < columns) & inside_tile
+        if LOSS and SMOOTHING:
+            sum_d += total(tl.where(here, x - origin, 0.0))
+        x = tl.where(here & (column != y[:, None, None, None]), x, float("-inf"))
+        m, second, lowest, rest, rest_t, rest_sq = absorb(
+            m, second, lowest, rest, rest_t, rest_sq, x, column, scale, ENTROPY, SQUARES, MARGIN, ARGMAX
+        )  # fmt: skip
+        start = after
+    if not SMOOTHING:  # as in `scan_row`
+        x_y = load_logits(base + y.to(tl.int64) * class_stride, inside, softcap, SOFTCAP, DOUBLE)
+    return m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y

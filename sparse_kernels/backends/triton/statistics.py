@@ -7,7 +7,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, divide, draw_limit, log1p, philox_word, root
-from sparse_kernels.backends.triton.scan import rescale
+from sparse_kernels.backends.triton.scan import origin_of, rescale
 
 
 @triton.jit
@@ -22,8 +22,8 @@ def emit(significance, value, weight, pointer, row, inside, WEIGHED: tl.constexp
 
 @triton.jit
 def smoothed_loss(
-    S, rest, e_y, x_y, log_sum, reference, sum_d, origin, classes, inverse_temperature, label_smoothing,
-    DOUBLE: tl.constexpr,
+    S, rest, e_y, x_y, log_sum, reference, sum_d, classes, inverse_temperature, label_smoothing,
+    SMOOTHING: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Return the loss, right for all rows but the ignored ones."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
@@ -32,9 +32,9 @@ def smoothed_loss(
     away = (reference - x_y) * tl.full((), inverse_temperature, ACC)
     ratio = divide(rest, tl.where(confident, e_y, 1.0), DOUBLE)
     loss = tl.where(confident, log1p(tl.where(confident, ratio, 0.0), DOUBLE), log_sum + away)
-    smoothing = tl.full((), label_smoothing, ACC)
-    if label_smoothing > 0.0:  # else 0 * inf where a logit is -inf
-        mean = (sum_d / classes + (origin - reference)) * tl.full((), inverse_temperature, ACC)
+    if SMOOTHING:  # else 0 * inf where a logit is -inf
+        smoothing = tl.full((), label_smoothing, ACC)
+        mean = (sum_d / classes + (origin_of(x_y) - reference)) * tl.full((), inverse_temperature, ACC)
         mean = tl.where(classes <= S, 0.0, mean)  # all logits are equal, and their sum may have overflowed
         loss = (1.0 - smoothing) * loss + smoothing * (log_sum - mean)
     return loss
@@ -42,21 +42,21 @@ def smoothed_loss(
 
 @triton.jit
 def write_statistics(
-    peaks, sums, sum_d, row, inside, ignored, bad, y, x_y, origin, classes, scale, inverse_temperature,
-    label_smoothing, loss_ptr, entropy_ptr, grad_norm_ptr, sum_squares_ptr, max_prob_ptr, margin_ptr, argmax_ptr,
-    logsumexp_ptr, maximum_ptr, total_ptr, w_loss, w_entropy, w_grad_norm, w_sum_squares, w_max_prob, w_margin,
-    w_logsumexp, LOSS: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MARGIN: tl.constexpr,
-    W_LOSS: tl.constexpr, W_ENTROPY: tl.constexpr, W_GRAD_NORM: tl.constexpr, W_SUM_SQUARES: tl.constexpr,
-    W_MAX_PROB: tl.constexpr, W_MARGIN: tl.constexpr, W_LOGSUMEXP: tl.constexpr, DOUBLE: tl.constexpr,
-    ROWS: tl.constexpr,
+    m, second, lowest, rest, rest_t, rest_sq, sum_d, row, inside, ignored, bad, y, x_y, classes, scale,
+    inverse_temperature, label_smoothing, loss_ptr, entropy_ptr, grad_norm_ptr, sum_squares_ptr, max_prob_ptr,
+    margin_ptr, argmax_ptr, logsumexp_ptr, maximum_ptr, total_ptr, w_loss, w_entropy, w_grad_norm, w_sum_squares,
+    w_max_prob, w_margin, w_logsumexp, LOSS: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    MARGIN: tl.constexpr, SMOOTHING: tl.constexpr, W_LOSS: tl.constexpr, W_ENTROPY: tl.constexpr,
+    W_GRAD_NORM: tl.constexpr, W_SUM_SQUARES: tl.constexpr, W_MAX_PROB: tl.constexpr, W_MARGIN: tl.constexpr,
+    W_LOGSUMEXP: tl.constexpr, DOUBLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Store the statistics, and return their weighted sum."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    top, second, lowest = peaks
-    # The target, which the sums left out.
+    # The target, which the peaks and sums left out.
+    top = m
     m = tl.maximum(top, x_y)
     reference = tl.where(m == float("-inf"), 0.0, m)
-    rest, rest_t, rest_sq = rescale(sums, (reference - top) * scale, ENTROPY, SQUARES)
+    rest, rest_t, rest_sq = rescale(rest, rest_t, rest_sq, (reference - top) * scale, ENTROPY, SQUARES)
     t_y = (x_y - reference) * scale
     e_y = tl.exp2(t_y)
     # A maximum may have dropped NaN or met +inf: then rest or e_y is NaN. From here NaN goes everywhere.
@@ -68,12 +68,23 @@ def write_statistics(
 
     if LOSS:
         loss = smoothed_loss(
-            S, rest, e_y, x_y, log_sum, reference, sum_d, origin, classes, inverse_temperature, label_smoothing, DOUBLE
+            S,
+            rest,
+            e_y,
+            x_y,
+            log_sum,
+            reference,
+            sum_d,
+            classes,
+            inverse_temperature,
+            label_smoothing,
+            SMOOTHING,
+            DOUBLE,
         )
         loss = tl.where(ignored, 0.0, loss)
         significance = emit(significance, loss, w_loss, loss_ptr, row, inside, W_LOSS)
     if ENTROPY:
-        entropy = log_sum - divide(LN2 * (rest_t + e_y * tl.maximum(t_y, -FAR)), S, DOUBLE)
+        entropy = log_sum - divide((rest_t + e_y * tl.maximum(t_y, -FAR)) * LN2, S, DOUBLE)
         entropy = tl.where(ignored, 0.0, entropy)
         significance = emit(significance, entropy, w_entropy, entropy_ptr, row, inside, W_ENTROPY)
     if SQUARES:
@@ -112,7 +123,8 @@ def decide(
     tl.store(significance_ptr + row, significance, mask=inside)
     threshold = tl.load(threshold_ptr).to(ACC)
     if weight_ptr is not None:
-        p = 1.0 / (1.0 + tl.exp2((threshold - significance) * (LOG2E / tl.full((), gate_temperature, ACC))))
+        scale = tl.full((), LOG2E, ACC) / tl.full((), gate_temperature, ACC)
+        p = 1.0 / (1.0 + tl.exp2((threshold - significance) * scale))
         low = tl.full((), p_min, ACC)
         p = tl.where(p < low, low, p)  # tl.maximum would turn NaN into p_min
         drawn_step = step

@@ -4,14 +4,14 @@
 
 A tile is a block of [ROWS, LANES, CHUNKS, WIDTH]: for each of ROWS rows, CHUNKS * LANES * WIDTH columns,
 column = (chunk * LANES + lane) * WIDTH + place. Triton gives a thread 16 bytes along the axis whose addresses it knows
-to be contiguous. It deals out further threads along the same axis, then along the first axis, and so on to the last,
-whose share is a thread's own. So
+to be contiguous, and deals out further threads along that axis first. So
 
     LANES > 1      one row: a lane is a thread, which holds CHUNKS times WIDTH = 16 bytes;
     CONTIGUOUS     several whole rows, a few threads to each;
-    neither        a thread to a row, for rows next to each other in memory (NCHW) and very short ones.
+    PIXELS > 0     rows next to each other in memory (NCHW): a thread to so many of them, loaded at once if ALIGNED;
+    none of them   a thread to a row: very short ones, and rows of strided classes.
 
-Strides are not specialised, so that it is CONTIGUOUS alone that tells Triton so.
+Strides are not specialised, so that it is CONTIGUOUS and PIXELS alone that tell Triton so.
 """
 
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -39,39 +39,75 @@ def rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS: tl.constexpr):
 
 
 @triton.jit
+def rows_at(pointer, outer, first, inner, outer_stride, inner_stride, ALIGNED: tl.constexpr, PIXELS: tl.constexpr):
+    """Return pointers to the first column of the program's rows.
+
+    What is ALIGNED begins at multiples of 16 bytes, or of PIXELS logits. There is no change in value in saying so, but
+    Triton sees it, and moves so many at a time.
+    """
+    if PIXELS:
+        start = pointer + outer * outer_stride + first
+        if ALIGNED:
+            start = tl.multiple_of(start, PIXELS * pointer.dtype.element_ty.primitive_bitwidth // 8)
+        return start + tl.arange(0, inner.shape[0])
+    rows = pointer + outer * outer_stride + inner * inner_stride
+    return tl.multiple_of(rows, 16) if ALIGNED else rows
+
+
+@triton.jit
 def columns_of_tile(CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Return the column of each place, int32 [1, LANES, CHUNKS, WIDTH]."""
+    return words_of_tile(CHUNKS, LANES, WIDTH) + tl.arange(0, WIDTH)[None, None, None, :]
+
+
+@triton.jit
+def words_of_tile(CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the column of the first place of each WIDTH, int32 [1, LANES, CHUNKS, 1]."""
     chunk = tl.arange(0, CHUNKS)[None, None, :, None]
     lane = tl.arange(0, LANES)[None, :, None, None]
-    return (chunk * LANES + lane) * WIDTH + tl.arange(0, WIDTH)[None, None, None, :]
+    return (chunk * LANES + lane) * WIDTH
 
 
 @triton.jit
-def slice_of_program(classes, slice_columns, live):
-    """Return the program's first column and its number of columns: none if none of its rows is live."""
+def slice_of_program(classes, slice_columns):
+    """Return the first column of the program's slice, and its number of columns."""
     begin = tl.program_id(1) * slice_columns
-    columns = tl.minimum(classes - begin, slice_columns)
-    return begin, tl.where(tl.max(live.to(tl.int32), 0) > 0, columns, 0)
+    return begin, tl.minimum(classes - begin, slice_columns)
 
 
 @triton.jit
-def unaligned_columns(offset, misaligned, WIDTH: tl.constexpr):
-    """Return the number of columns before the next 16-byte boundary.
+def words_of_row(offset, misaligned, columns, WIDTH: tl.constexpr):
+    """Return the columns up to the next 16-byte boundary, and those in whole words of 16 bytes after it.
 
     Counted from ``offset`` logits behind a pointer that is itself ``misaligned`` logits past a boundary.
     """
     past = ((offset + misaligned) % WIDTH).to(tl.int32)
-    return (WIDTH - past) % WIDTH
+    head = (WIDTH - past) % WIDTH
+    return head, tl.maximum(columns - head, 0) // WIDTH * WIDTH
 
 
 @triton.jit
-def load_logits(pointers, mask, softcap, cap, DOUBLE: tl.constexpr):
-    """Return logits after softcap, in the accumulator's type; mask may be None."""
-    if mask is None:  # noqa: SIM108
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask=mask, other=0.0)
+def edges_of_row(head, body, columns, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the columns outside of whole words, int32 [1, LANES, 1, 1], and which of them there are.
+
+    There are ``head`` before the words and fewer than WIDTH behind: at most one to a thread.
+    """
+    tl.static_assert(LANES >= 2 * WIDTH)
+    at = words_of_tile(1, LANES, 1)
+    return tl.where(at < head, at, at + body), at < columns - body
+
+
+@triton.jit
+def load_logits(pointers, mask, softcap, SOFTCAP: tl.constexpr, DOUBLE: tl.constexpr):
+    """Return logits after softcap, in the accumulator's type."""
+    return capped(tl.load(pointers, mask=mask, other=0.0), softcap, SOFTCAP, DOUBLE)
+
+
+@triton.jit
+def capped(x, softcap, SOFTCAP: tl.constexpr, DOUBLE: tl.constexpr):
+    """Return logits as they were loaded after softcap, in the accumulator's type."""
     x = x.to(tl.float64 if DOUBLE else tl.float32)
-    if softcap > 0.0:
+    if SOFTCAP:
+        cap = tl.full((), softcap, x.dtype)
         x = cap * tanh(x / cap, DOUBLE)
     return x

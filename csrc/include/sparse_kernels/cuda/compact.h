@@ -1,13 +1,13 @@
 // Compaction on the device: from a mask to the packed indices of its set rows, in ascending order.
-// Count and overflow stay on the device. One launch, which can include a step of the threshold
-// controller.
+// Count and overflow stay on the device. One launch up to kMaxTiled rows and two above, which can
+// include a step of the threshold controller.
 //
 // Up to kMaxTiled flags each block packs a tile; to find its first slot it counts all flags itself
-// (at most 64 KB, from L2) instead of waiting for the blocks before it. Above, a cooperative grid
-// has one block per multiprocessor: each counts its share of the flags and stores it as bits, all
-// wait for all, then each packs its share. (CUB's select would be two launches, with a third to
-// pad, and none of them can include the controller's sums. benchmarks/gpu_cases.py times it as
-// well.)
+// (at most 64 KB, from L2) instead of waiting for the blocks before it. Above, one launch counts
+// the flags of a share for each multiprocessor and stores them as bits, and one packs the shares;
+// compact_shares.cuh says why there are two. No block ever waits for another, so the kernels end
+// whatever else is on the device. (CUB's select would be two launches, with a third to pad, and
+// none of them can include the controller's sums. benchmarks/gpu_cases.py times it as well.)
 //
 // Bytes, for R flags, K rows kept, C slots: R read, 12 C written, 4 K read where there are weights;
 // above kMaxTiled R/8 written and read again, within L2. At 4.3 TB/s (an H200's copy, read and
