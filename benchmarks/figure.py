@@ -23,7 +23,7 @@ from sparse_training.experiments.formats import STUDY as STUDY_FORMAT
 from sparse_training.reporting.result import read_result
 
 ROOT = Path(__file__).parents[1]
-STUDY = "benchmarks/results/study-fashion-mnist-2026-11-26.json"
+STUDY = "benchmarks/results/study-2026-11-29.json"
 STEPS = "benchmarks/results/cpu-2026-11-26.json"
 FOLDER = ROOT / "docs" / "_static"
 
