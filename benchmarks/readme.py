@@ -47,6 +47,7 @@ TASKS = {  # of a study, as a reader knows them
     "text": "text",
     "long": "long runs",
 }
+SUMMARY = ("clean", "noise", "longtail", "imbalanced", "text", "long")  # tasks of a study's summary
 METHODS = (  # of a study's summary, where it has them
     *("dense", "random", "infobatch", "adaptive", "adaptive+denoise", "adaptive+deduplicate", "adaptive+balance"),
     *("importance", "gate"),
@@ -179,9 +180,9 @@ def study_table(result: Mapping[str, Any]) -> str:
 def study_summary(result: Mapping[str, Any]) -> str:
     """One line per method: its difference from the baseline on each task, bold where chance does not explain it."""
     rows = {(row["task"], row["arm"]): row for row in result["table"]}
-    tasks, baseline = [task for task in TASKS if task in result["tasks"]], result["baseline"]
+    tasks, baseline = [task for task in SUMMARY if task in result["tasks"]], result["baseline"]
     lines = [f"| method | {' | '.join(TASKS[task] for task in tasks)} |", "|---" * (1 + len(tasks)) + "|"]
-    base = (f"{100 * rows[task, baseline]['accuracy']:.2f} %" for task in tasks)
+    base = (f"{100 * rows[task, baseline]['accuracy']:.2f}%" for task in tasks)
     lines.append(f"| {baseline} | {' | '.join(base)} |")
     for method in METHODS:
         if method == baseline or not any((task, method) in rows for task in tasks):
@@ -201,7 +202,7 @@ def difference_cell(result: Mapping[str, Any], row: Mapping[str, Any] | None) ->
     text = points(difference["mean"])
     if is_adjusted(result):
         certain = row["verdict"] is not None and row["verdict"].startswith(("better", "worse"))
-        text += " ?" if row["verdict"] == "undecided" else ""
+        text += "?" if row["verdict"] == "undecided" else ""
     else:
         certain = difference["low"] > 0.0 or difference["high"] < 0.0
     return f"**{text}**" if certain else text
