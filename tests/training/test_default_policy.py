@@ -395,6 +395,7 @@ def test_every_switch_is_announced(caplog):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     trainer = SparseTrainer(model, policy="adaptive+denoise+deduplicate+balance", lr=1e-2)
-    log = trainer.fit(loader, epochs=10)
+    with caplog.at_level(logging.WARNING, logger="sparse_training"):
+        log = trainer.fit(loader, epochs=10)
     assert [note.partition(":")[0] for note in log.notes] == ["deduplicate", "denoise", "balance"]
     assert [record.getMessage() for record in caplog.records][:3] == log.notes
