@@ -1,7 +1,6 @@
 // Two host queries of the runtime, which need no device.
-#include "sparse_kernels/cuda/versions.h"
-
 #include "launch.h"
+#include "sparse_kernels/cuda/versions.h"
 
 namespace sparse_kernels::cuda {
 
