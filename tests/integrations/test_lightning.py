@@ -184,7 +184,8 @@ SCRIPT = """
             self.net, self.sampler, self.seen = nn.Linear(4, 3), sampler, []
 
         def train_dataloader(self):
-            self.sampler = self.sampler or HistorySampler(64, batch_size=8, rate=0.5, method=sys.argv[2])
+            more = {"deduplicate": True, "duplicate_counts": torch.ones(64)} if sys.argv[2] == "adaptive" else {}
+            self.sampler = self.sampler or HistorySampler(64, batch_size=8, rate=0.5, method=sys.argv[2], **more)
             return DataLoader(Indexed(data), batch_sampler=self.sampler)
 
         def training_step(self, batch, index):
