@@ -12,6 +12,7 @@ import torch
 import sparse_kernels as sk
 from sparse_kernels._arguments import CompactCall, GateCall, Settings, StatsCall, TreeCall
 from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends.triton import backend as triton_backend
 
 OPS = torch.ops.sparse_kernels
 ROWS, CLASSES = 128, 10
@@ -91,3 +92,31 @@ def test_overhead_of_a_small_gradient(interleaved, op):
     assert torch.equal(ours(), operator())
     torch.testing.assert_close(ours(), unfused())
     interleaved(ours, {"operator": operator, "eager": unfused}, rounds=51, calls=50)
+
+
+@pytest.mark.parametrize("op", [pytest.param("gate_rows", id="overhead-triton")])
+def test_overhead_of_a_triton_call(interleaved, monkeypatch, op):
+    """The gate's scores from the backend's function to Triton's launcher, which does nothing here.
+
+    The host code is a GPU's, but for the targets, which are checked on a CPU alone. One row: softmax is all call too.
+    """
+    without = pytest.importorskip("triton_without_gpu")
+    if triton_backend.interpreted():
+        pytest.skip("TRITON_INTERPRET is set")
+    logits, targets = torch.randn(1, CLASSES), torch.zeros(1, dtype=torch.int64)
+    settings = Settings(gate_temperature=0.5)
+    call = GateCall(logits, targets, (), -1, settings, torch.tensor(2.0), WEIGHTS, None)
+    monkeypatch.setattr(triton_backend.reference, "check_targets", lambda call: None)
+    launches = []
+    without.without_gpu(90, lambda *arguments: launches.append(1))
+    try:
+        interleaved(
+            lambda: getattr(triton_backend, op)(call),
+            {"softmax": lambda: torch.softmax(logits, -1)},
+            rounds=51,
+            calls=100,
+        )
+    finally:
+        if torch.cuda.is_available():  # else there is no driver to go back to
+            without.driver.reset_active()
+    assert launches

@@ -365,9 +365,9 @@ def test_a_call_that_names_no_backend_never_comes_here(monkeypatch):
 @runs
 def test_slices_of_rows(many_processors, monkeypatch):
     grids = []
-    launched = triton_backend._Plan.launch
+    launched = triton_backend.Plan.launch
     monkeypatch.setattr(
-        triton_backend._Plan, "launch", lambda *arguments: (grids.append(arguments[4]), launched(*arguments))
+        triton_backend.Plan, "launch", lambda *arguments: (grids.append(arguments[4]), launched(*arguments))
     )
     torch.manual_seed(10)
     logits = 3 * torch.randn(6, 1101)

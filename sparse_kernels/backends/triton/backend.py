@@ -12,7 +12,6 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,21 +21,10 @@ from torch import Tensor
 from sparse_kernels import reference
 from sparse_kernels._arguments import GateCall, StatsCall
 from sparse_kernels._tracing import tensor_unsupported_reason
-from sparse_kernels.backends.triton.launch import (
-    BYTES,
-    MERGE,
-    SLICE,
-    WHOLE,
-    Launch,
-    choose,
-    merged,
-    most_registers,
-    pixels,
-    slices,
-)
-from sparse_kernels.types import STATISTICS, WEIGHABLE, GatedRows, RowStats
+from sparse_kernels.backends.triton.launch import BYTES, MERGE, SLICE, WHOLE, merged
+from sparse_kernels.backends.triton.plan import Plan, Variant, layout
+from sparse_kernels.types import GatedRows, RowStats
 
-MAX_PROGRAMS = 2**31 - 1  # of a grid's first dimension
 MAX_CLASSES = 2**30  # a row's columns are counted in 32 bits, a block past its end included
 _NO_WEIGHTS: dict[str, float] = {}
 _NOTHING: dict[str, Any] = {}
@@ -84,7 +72,7 @@ def row_stats_unsupported_reason(call: StatsCall) -> str | None:
     reason = tensor_unsupported_reason(logits)
     if reason is not None:
         return reason
-    if not logits.is_contiguous() and _layout(logits.shape, call.dim, [logits.stride()]) is None:
+    if not logits.is_contiguous() and layout(logits.shape, call.dim, [logits.stride()]) is None:
         return f"the rows of strides {logits.stride()} are not two nested loops"
     if call.classes > MAX_CLASSES:
         return f"{call.classes} classes; it serves {MAX_CLASSES} at most"
@@ -92,28 +80,6 @@ def row_stats_unsupported_reason(call: StatsCall) -> str | None:
 
 
 gate_rows_unsupported_reason = row_stats_unsupported_reason
-
-
-def _layout(
-    shape: Sequence[int], dim: int, strides: Sequence[Sequence[int]]
-) -> tuple[int, int, list[tuple[int, int, int]]] | None:
-    """Return outer rows, inner rows, and each tensor's strides (outer, inner, class); None if it takes more loops."""
-    dim %= len(shape)
-    loops: list[tuple[int, list[int]]] = []
-    for axis, size in enumerate(shape):
-        if axis == dim or (size == 1 and len(shape) > 2):  # one row has a stride, or it would compile anew
-            continue
-        along = [tensor_strides[axis] for tensor_strides in strides]
-        if loops and all(before == size * stride for before, stride in zip(loops[-1][1], along, strict=True)):
-            loops[-1] = (loops[-1][0] * size, along)
-        else:
-            loops.append((size, along))
-    if len(loops) > 2:
-        return None
-    absent = (1, [0] * len(strides))
-    (outer, outer_strides), (inner, inner_strides) = [absent, absent, *loops][-2:]
-    classes = [tensor_strides[dim] for tensor_strides in strides]
-    return outer, inner, list(zip(outer_strides, inner_strides, classes, strict=True))
 
 
 def _signed(value: int) -> int:
@@ -127,107 +93,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-class _Plan:
-    """Loops, tiles and programs for tensors of a shape and strides, the logits first."""
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        dim: int,
-        dtype: torch.dtype,
-        processors: int,
-        strides: Sequence[Sequence[int]],
-        starts: Sequence[int],  # of each tensor, in elements past a multiple of 16 bytes
-    ) -> None:
-        layout = _layout(shape, dim, strides)
-        assert layout is not None
-        self.outer, self.inner, loops = layout
-        itemsize, classes = dtype.itemsize, shape[dim]
-        class_stride = 1 if classes == 1 else max(loop[2] for loop in loops)
-        self.tile = choose(classes, class_stride, itemsize, len(strides))
-        width = BYTES // itemsize
-        whole = classes <= self.tile.columns
-        adjacent = not self.tile.contiguous and classes > 1 and all(loop[1] == 1 for loop in loops)
-        if adjacent:  # all rows must start on so many logits
-            width = pixels(itemsize)
-            aligned = self.inner % width == 0 and all(
-                start % width == loop[0] % width == loop[2] % width == 0
-                for start, loop in zip(starts, loops, strict=True)
-            )
-        else:  # rows of one block must start on 16 bytes, longer ones as the logits' do
-            aligned = (
-                (whole or self.tile.contiguous)
-                and all(
-                    (start - (0 if whole else starts[0])) % width == 0
-                    and all(
-                        (stride - (0 if whole else stride_0)) % width == 0
-                        for stride, stride_0 in zip(loop[:2], loops[0][:2], strict=True)
-                    )
-                    for start, loop in zip(starts, loops, strict=True)
-                )
-                and (not whole or classes % width == 0)
-            )
-        if adjacent and not aligned:  # single loads: half of the rows, or registers spill
-            self.tile = replace(self.tile, rows=self.tile.rows // 2)
-        programs = self.programs(self.tile)
-        self.slices, slice_columns = 1, classes
-        if programs > MAX_PROGRAMS:
-            raise ValueError(
-                f"{self.outer} x {self.inner} rows of {classes} classes need {programs} programs; "
-                f"the most is {MAX_PROGRAMS}: split the batch"
-            )
-        if programs:
-            self.slices, slice_columns = slices(self.tile, programs, classes, processors)
-        names = ("outer_stride", "inner_stride", "class_stride")
-        self.arguments: dict[str, Any] = {
-            f"{prefix}{name}": stride
-            for prefix, loop in zip(("", "gradient_"), loops, strict=False)
-            for name, stride in zip(names, loop, strict=True)
-        }
-        self.arguments |= {
-            "misaligned": starts[0],
-            "inner_rows": self.inner,
-            "classes": classes,
-            "slice_columns": slice_columns,
-            "DOUBLE": itemsize == 8,
-            "PIXELS": pixels(itemsize) if adjacent else 0,
-            "ALIGNED": aligned,
-            # A row that is one block, but not aligned, is loaded as a loop's last block is: thread by thread.
-            "LOOP": not whole or (self.tile.lanes > 1 and not aligned),
-        }
-
-    def programs(self, tile: Launch) -> int:
-        """Return the number of programs of one slice."""
-        return self.outer * -(-self.inner // tile.rows)
-
-    def launch(self, kernel: Any, call: StatsCall, tile: Launch, slices: int, arguments: dict[str, Any]) -> None:
-        """Run the programs of ``tile`` for every row and slice."""
-        settings = call.settings
-        many = settings.softcap > 0 or any(arguments.get(name) for name in ("SQUARES", "MARGIN", "ARGMAX"))
-        with torch.cuda.device(call.logits.device) if call.logits.is_cuda else torch.no_grad():
-            kernel[(self.programs(tile), slices)](
-                ignore_index=settings.ignore_index,
-                inverse_temperature=1.0 / settings.temperature,
-                softcap=float(settings.softcap),
-                label_smoothing=float(settings.label_smoothing),
-                SMOOTHING=settings.label_smoothing > 0,
-                SOFTCAP=settings.softcap > 0,
-                CONTIGUOUS=tile.contiguous,
-                ROWS=tile.rows,
-                CHUNKS=tile.chunks,
-                LANES=tile.lanes,
-                WIDTH=tile.width,
-                num_warps=tile.warps,
-                maxnreg=most_registers(tile, many),
-                **self.arguments,
-                **arguments,
-            )
+_cached_plan = functools.lru_cache(1024)(Plan)  # a batch is like the one before it
 
 
-_cached_plan = functools.lru_cache(1024)(_Plan)  # a batch is like the one before it
-
-
-def _plan(call: StatsCall, *tensors: Tensor) -> _Plan:
+def _plan(call: StatsCall, *tensors: Tensor) -> Plan:
     logits = call.logits
     itemsize = logits.element_size()
     return _cached_plan(
@@ -238,30 +107,6 @@ def _plan(call: StatsCall, *tensors: Tensor) -> _Plan:
         tuple([tensor.stride() for tensor in tensors]),
         tuple([tensor.data_ptr() % BYTES // itemsize for tensor in tensors]),
     )
-
-
-@functools.lru_cache(1024)
-def _constants(outputs: tuple[str, ...], weights: tuple[str, ...]) -> dict[str, Any]:
-    """Return the forward kernel's constants and defaults: it is compiled for these statistics and no more."""
-    computed = {*outputs, *weights}
-    pointers = (
-        *STATISTICS, "maximum", "total", "sums", "lowest", "mask", "significance", "weight", "offset", "threshold",
-        "invalid", "finished", "step",
-    )  # fmt: skip
-    return {
-        **dict.fromkeys(f"{name}_ptr" for name in pointers),
-        **dict.fromkeys((f"w_{name}" for name in WEIGHABLE), 0.0),
-        "gate_temperature": 1.0,
-        "p_min": 0.0,
-        "seed": 0,
-        "step": 0,
-        "LOSS": "loss" in computed,
-        "ENTROPY": "entropy" in computed,
-        "SQUARES": not computed.isdisjoint(("grad_norm", "sum_squares")),
-        "MARGIN": "margin" in computed,
-        "ARGMAX": "argmax" in computed,
-        **{f"W_{name.upper()}": name in weights for name in WEIGHABLE},
-    }
 
 
 def _forward(
@@ -280,8 +125,8 @@ def _forward(
         return results
     weights = call.weights if isinstance(call, GateCall) else _NO_WEIGHTS
     plan, kernels = _plan(call, call.logits), _kernels()
-    arguments: dict[str, Any] = {
-        **_constants(tuple(results), tuple(weights)),
+    names = tuple(results), tuple(weights)
+    values: dict[str, Any] = {
         **(saved or _NOTHING),
         **(gate or _NOTHING),
         "logits_ptr": call.logits,
@@ -290,18 +135,17 @@ def _forward(
         "slices": plan.slices,
     }
     for name, tensor in results.items():
-        arguments[name + "_ptr"] = tensor
+        values[name + "_ptr"] = tensor
     for name, weight in weights.items():
-        arguments["w_" + name] = float(weight)
-    merge = merged(plan.tile, plan.slices, rows)
+        values["w_" + name] = float(weight)
+    merge, kernel = merged(plan.tile, plan.slices, rows), kernels.row_stats_kernel
     if merge is None:
-        arguments["PHASE"] = WHOLE
-        plan.launch(kernels.row_stats_kernel, call, plan.tile, 1, arguments)
+        plan.launch(kernel, call, plan.tile, 1, Variant(*names, WHOLE), values)
         return results
-    arguments["sums_ptr"] = torch.empty((7, plan.slices, rows), dtype=call.accumulator, device=targets.device)
-    arguments["lowest_ptr"] = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
-    plan.launch(kernels.row_stats_kernel, call, plan.tile, plan.slices, arguments | {"PHASE": SLICE})
-    plan.launch(kernels.row_stats_kernel, call, merge, 1, arguments | {"PHASE": MERGE})
+    values["sums_ptr"] = torch.empty((7, plan.slices, rows), dtype=call.accumulator, device=targets.device)
+    values["lowest_ptr"] = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
+    plan.launch(kernel, call, plan.tile, plan.slices, Variant(*names, SLICE), values)
+    plan.launch(kernel, call, merge, 1, Variant(*names, MERGE), values)
     return results
 
 
@@ -343,7 +187,7 @@ def row_stats_backward(
     """
     call = _detached(call)
     logits, targets = call.logits, call.targets.contiguous()
-    if _layout(logits.shape, call.dim, [logits.stride(), out.stride()]) is None:
+    if layout(logits.shape, call.dim, [logits.stride(), out.stride()]) is None:
         # Each is two nested loops, but both together are three.
         logits = logits.movedim(call.dim, -1).contiguous()
         gradient = torch.empty_like(logits)
@@ -353,7 +197,7 @@ def row_stats_backward(
     if not targets.numel():
         return
     plan = _plan(call, logits, out)
-    arguments = {
+    values = {
         "logits_ptr": logits,
         "gradient_ptr": out,
         "targets_ptr": targets,
@@ -363,7 +207,7 @@ def row_stats_backward(
         "loss_gradient_ptr": upstream.get("loss"),
         "entropy_gradient_ptr": upstream.get("entropy"),
     }
-    plan.launch(_backward_kernels().row_stats_backward_kernel, call, plan.tile, plan.slices, arguments)
+    plan.launch(_backward_kernels().row_stats_backward_kernel, call, plan.tile, plan.slices, Variant(), values)
 
 
 def gate_rows(call: GateCall) -> GatedRows:
