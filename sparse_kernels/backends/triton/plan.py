@@ -38,7 +38,7 @@ def layout(
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled for beside a plan."""
+    """The settings that a kernel is compiled for beside a plan."""
 
     outputs: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
