@@ -11,6 +11,7 @@ from sparse_kernels._dispatch import BackendUnavailable
 from sparse_kernels._info import backend_info
 from sparse_kernels._version import __version__
 from sparse_kernels._warm_up import warm_up
+from sparse_kernels.head import MultipliedRows, count_multiplied_rows, linear_row_stats
 from sparse_kernels.ops import (
     compact,
     control,
@@ -29,6 +30,7 @@ __all__ = [
     "BackendUnavailable",
     "ControlState",
     "GatedRows",
+    "MultipliedRows",
     "RowStats",
     "Selected",
     "Selection",
@@ -36,10 +38,12 @@ __all__ = [
     "backend_info",
     "compact",
     "control",
+    "count_multiplied_rows",
     "gate_rows",
     "gate_step",
     "gather_rows",
     "initial_state",
+    "linear_row_stats",
     "row_stats",
     "scatter_rows",
     "select",

@@ -146,7 +146,7 @@ def number(name: str, value: Any) -> float:
     raise TypeError(f"`{name}` must be a number, got {kind(value)}")
 
 
-def statistic_names(outputs: Any) -> Collection[str]:
+def statistic_names(outputs: Any, known: Collection[str] = STATISTICS) -> Collection[str]:
     """Return the names of statistics, checked; a single name may stand for itself."""
     if type(outputs) is tuple:  # what is usual first: asking for a Collection takes longer than all the rest
         pass
@@ -156,9 +156,9 @@ def statistic_names(outputs: Any) -> Collection[str]:
         raise TypeError(f"`outputs` must be names of statistics, got {kind(outputs)}")
     names: Collection[str] = outputs
     for name in names:
-        if name not in STATISTICS:
-            unknown = [name for name in names if name not in STATISTICS]
-            raise ValueError(f"`outputs` must be among {', '.join(STATISTICS)}; got {unknown}")
+        if name not in known:
+            unknown = [name for name in names if name not in known]
+            raise ValueError(f"`outputs` must be among {', '.join(known)}; got {unknown}")
     return names
 
 

@@ -181,6 +181,63 @@ def _stats(call: StatsCall, outputs: Collection[str]) -> RowStats:
     return RowStats(**stats)
 
 
+def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
+    """Serve ``row_stats``, and return what ``row_stats_backward`` needs of each row, as the kernels do.
+
+    Args:
+        call: the call; the classes are in its last dimension.
+
+    Returns:
+        The statistics, the maximum of the logits after the softcap, and the sum of exponentials.
+    """
+    with torch.no_grad():
+        capped = transform_logits(call.logits, 1.0, call.settings.softcap)
+        maximum = capped.amax(-1)
+        total = ((capped - maximum.unsqueeze(-1)) / call.settings.temperature).exp().sum(-1)
+        return row_stats(call), maximum, total
+
+
+def row_stats_backward(
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, upstream: dict[str, Tensor], out: Tensor
+) -> None:
+    """Write the gradient of loss and entropy in the logits to ``out``, in closed form; autograd has no part in it.
+
+    With d = (x - maximum) / temperature, p = exp(d) / total, H the entropy, g and h the upstream gradients, s the
+    label smoothing and y the target: p (g - h (log p + H)) - g s / classes - [j = y] g (1 - s), over the temperature
+    and times the slope of the softcap.
+
+    Args:
+        call: the forward's call; the classes are in its last dimension.
+        maximum: saved by the forward, of the targets' shape.
+        total: as ``maximum``.
+        entropy: the forward's; None without an upstream gradient of it.
+        upstream: the upstream gradient of ``loss``, ``entropy`` or both.
+        out: the logits' shape and dtype; it may be the logits.
+    """
+    settings, targets = call.settings, call.targets
+    with torch.no_grad():
+        ignored = (targets == settings.ignore_index).unsqueeze(-1)
+        capped = transform_logits(call.logits, 1.0, settings.softcap)
+        d = (capped - maximum.unsqueeze(-1)) / settings.temperature
+        p = d.exp() / total.unsqueeze(-1)
+        gradient = torch.zeros_like(p)
+        if "loss" in upstream:
+            g = upstream["loss"].unsqueeze(-1)
+            smoothing = settings.label_smoothing
+            y = targets.long().masked_fill(targets == settings.ignore_index, 0).unsqueeze(-1)
+            at_target = torch.zeros_like(p).scatter(-1, y, 1.0 - smoothing)
+            gradient = g * (p - at_target - smoothing / p.shape[-1])
+        if "entropy" in upstream and entropy is not None:
+            log_p = (d - total.unsqueeze(-1).log()).masked_fill(d == -torch.inf, 0.0)
+            gradient = gradient - upstream["entropy"].unsqueeze(-1) * p * (log_p + entropy.unsqueeze(-1))
+        if settings.softcap:
+            gradient = gradient * (1.0 - (capped / settings.softcap).square())
+        unused = ignored
+        if upstream:
+            unused = unused | torch.stack([g == 0.0 for g in upstream.values()]).all(0).unsqueeze(-1)
+        out.copy_((gradient / settings.temperature).masked_fill(unused, 0.0))
+
+
 def differentiable_gradient(call: StatsCall, logits: Tensor, upstream: Mapping[str, Tensor]) -> Tensor:
     """Return the gradient of loss and entropy in the logits, itself differentiable.
 

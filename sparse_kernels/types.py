@@ -24,6 +24,9 @@ WEIGHABLE = tuple(name for name in STATISTICS if name != "argmax")
 
 DIFFERENTIABLE = ("loss", "entropy")
 
+# The statistics of a head, which is given the logits' making as well.
+HEAD_STATISTICS = (*STATISTICS, "mean_logits")
+
 
 class RowStats(NamedTuple):
     """Per-row statistics of p = softmax(z), with z the scaled logits and y the target.
@@ -48,6 +51,8 @@ class RowStats(NamedTuple):
     """The lowest index of the largest logit; -1 for an invalid row."""
     logsumexp: Tensor | None = None
     """log sum exp z."""
+    mean_logits: Tensor | None = None
+    """The mean of z over the classes; ``linear_row_stats`` alone has it."""
 
 
 class GatedRows(NamedTuple):

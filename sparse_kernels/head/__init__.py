@@ -1,0 +1,6 @@
+"""A language model's head: the statistics of its logits, which are never held, and the losses that stand on them."""
+
+from sparse_kernels.head.counter import MultipliedRows, count_multiplied_rows
+from sparse_kernels.head.linear import linear_row_stats
+
+__all__ = ["MultipliedRows", "count_multiplied_rows", "linear_row_stats"]
