@@ -11,7 +11,14 @@ from sparse_kernels._dispatch import BackendUnavailable
 from sparse_kernels._info import backend_info
 from sparse_kernels._version import __version__
 from sparse_kernels._warm_up import warm_up
-from sparse_kernels.head import MultipliedRows, count_multiplied_rows, linear_row_stats
+from sparse_kernels.head import (
+    MultipliedRows,
+    SelectiveLoss,
+    TopFraction,
+    count_multiplied_rows,
+    linear_row_stats,
+    selective_linear_cross_entropy,
+)
 from sparse_kernels.ops import (
     compact,
     control,
@@ -34,6 +41,8 @@ __all__ = [
     "RowStats",
     "Selected",
     "Selection",
+    "SelectiveLoss",
+    "TopFraction",
     "__version__",
     "backend_info",
     "compact",
@@ -47,5 +56,6 @@ __all__ = [
     "row_stats",
     "scatter_rows",
     "select",
+    "selective_linear_cross_entropy",
     "warm_up",
 ]

@@ -5,6 +5,9 @@
 // the saved entropy, g and h the gradients of loss and entropy, and s the label smoothing,
 //   d / d z_j = p_j (g - h (log p_j + H)) - g s / classes - [j = y] g (1 - s)
 // and d z / d x is 1 / temperature, times 1 - tanh^2 where there is a softcap.
+//
+// A row that is ignored, or whose g and h are both 0, has the gradient 0: its logits are not read,
+// and zeros are written past the caches where the whole gradient would not stay in them.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +17,7 @@
 #include "scalar_types.h"
 #include "sparse_kernels/cpu/row_stats.h"
 #include "vec_math.h"
+#include "wide_copy.h"
 
 namespace sparse_kernels {
 
@@ -62,6 +66,14 @@ static inline Real value_or_zero(const void* values, int64_t row) {
   return values ? static_cast<const Real*>(values)[row] : 0;
 }
 
+// True for a row whose gradient is 0 whatever its logits. NaN is not 0.
+template <class Real>
+static inline bool has_zero_gradient(const RowStatsBackwardArgs& args, int64_t row) {
+  return target_of(args, row) == args.ignore_index ||
+         (value_or_zero<Real>(args.loss_gradient, row) == 0 &&
+          value_or_zero<Real>(args.entropy_gradient, row) == 0);
+}
+
 template <class Vec, class T>
 inline void backward_row(const RowStatsBackwardArgs& args, int64_t row, int64_t target, const T* x,
                          T* gradient) {
@@ -100,15 +112,15 @@ inline void backward_group(const RowStatsBackwardArgs& args, int64_t row, int co
   const T* x[kLanes];
   T* out[kLanes];
   int64_t target[kLanes];
-  bool adjacent = count == kLanes;
+  bool adjacent = count == kLanes, any_active = false;
   for (int i = 0; i < kLanes; ++i) {
     const int64_t r = row + (i < count ? i : count - 1);
     x[i] = static_cast<const T*>(args.logits) + row_offset(args.layout, r);
     out[i] = static_cast<T*>(args.gradient) + row_offset(args.gradient_layout, r);
     adjacent &= x[i] == x[0] + i && out[i] == out[0] + i;
-    target[i] = target_of(args, r);
-    active[i] = target[i] == args.ignore_index ? 0 : 1;
-    if (active[i] == 0) target[i] = 0;
+    active[i] = has_zero_gradient<Real>(args, r) ? 0 : 1;
+    any_active |= active[i] != 0;
+    target[i] = active[i] == 0 ? 0 : target_of(args, r);
     m[i] = value_or_zero<Real>(args.maximum, r);
     total[i] = value_or_zero<Real>(args.total, r);
     entropy[i] = value_or_zero<Real>(args.entropy, r);
@@ -117,10 +129,15 @@ inline void backward_group(const RowStatsBackwardArgs& args, int64_t row, int co
     at_target[i] = g[i] * Real(1.0 - args.label_smoothing);
     target_x[i] = widen(x[i][target[i] * args.class_stride]);
   }
+  if (!any_active) {
+    for (int64_t j = 0; j < args.classes; ++j)
+      for (int i = 0; i < count; ++i) out[i][j * args.gradient_class_stride] = T{};
+    return;
+  }
   const LogitGradient<Vec> row_gradient(args, Vec::load(m), Vec::load(total), Vec::load(entropy),
                                         Vec::load(g), Vec::load(h));
   const Vec zero = Vec::splat(0), one = Vec::splat(1), is_active = Vec::load(active);
-  // An ignored row may hold NaN, so it is not multiplied by 0 but replaced.
+  // An unused row may hold NaN, so it is not multiplied by 0 but replaced.
   const auto gradient_of = [&](Vec x, Vec at_target) {
     return select_ge(is_active, one, row_gradient(x, at_target), zero);
   };
@@ -148,15 +165,17 @@ void backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) {
       backward_group<Vec, T>(args, row, int(end - row < kLanes ? end - row : kLanes));
     return;
   }
+  const int64_t bytes = int64_t(sizeof(T)) * args.classes;
+  const bool streaming = args.rows * bytes >= kStreamed;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.logits) + row_offset(args.layout, row);
     T* gradient = static_cast<T*>(args.gradient) + row_offset(args.gradient_layout, row);
-    const int64_t target = target_of(args, row);
-    if (target == args.ignore_index)
-      std::memset(static_cast<void*>(gradient), 0, sizeof(T) * size_t(args.classes));
+    if (has_zero_gradient<typename Vec::Real>(args, row))
+      zero_bytes(reinterpret_cast<char*>(gradient), bytes, streaming);
     else
-      backward_row<Vec>(args, row, target, x, gradient);
+      backward_row<Vec>(args, row, target_of(args, row), x, gradient);
   }
+  if (streaming) finish_streaming();
 }
 
 }  // namespace sparse_kernels

@@ -2,5 +2,13 @@
 
 from sparse_kernels.head.counter import MultipliedRows, count_multiplied_rows
 from sparse_kernels.head.linear import linear_row_stats
+from sparse_kernels.head.selective import SelectiveLoss, TopFraction, selective_linear_cross_entropy
 
-__all__ = ["MultipliedRows", "count_multiplied_rows", "linear_row_stats"]
+__all__ = [
+    "MultipliedRows",
+    "SelectiveLoss",
+    "TopFraction",
+    "count_multiplied_rows",
+    "linear_row_stats",
+    "selective_linear_cross_entropy",
+]

@@ -112,16 +112,12 @@ class HeadCall:
             if tensor is not None:
                 check_device(name, tensor, "`input`", self.input.device)
 
-    def refuse_subclasses(self, name: str) -> None:
-        """Raise for a tensor that is more than its bytes: sharded, quantised, or another subclass.
-
-        Args:
-            name: of the public function.
-        """
+    def refuse_subclasses(self) -> None:
+        """Raise for a tensor that is more than its bytes: sharded, quantised, or another subclass."""
         operands = (self.input, self.weight, self.target, self.bias, self.row_mask)
         reason = tensors_unsupported_reason(tensor for tensor in operands if tensor is not None)
         if reason is not None:
-            raise TypeError(f"{name} must be given plain tensors: {reason}")
+            raise TypeError(f"a head must be given plain tensors: {reason}")
 
 
 def head_settings(

@@ -77,9 +77,18 @@ def linear_row_stats(
     """
     settings = head_settings(temperature, softcap, logit_scale, label_smoothing, ignore_index)
     call = HeadCall(input, linear_weight, target, linear_bias, outputs, settings, row_mask, chunk)
+    return statistics_of(call)
+
+
+def statistics_of(call: HeadCall) -> RowStats:
+    """Serve a checked call.
+
+    Args:
+        call: the call.
+    """
     if transformed():
         return _held(call)
-    call.refuse_subclasses("linear_row_stats")
+    call.refuse_subclasses()
     return RowStats(**operators.linear_row_stats(call))
 
 

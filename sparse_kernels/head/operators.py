@@ -6,7 +6,7 @@ backends of ``row_stats`` for every chunk, and PyTorch for the products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sparse_kernels._operands import with_memory
 from sparse_kernels._settings import checked_settings
+from sparse_kernels._tracing import values_readable
+from sparse_kernels.head import fused
 from sparse_kernels.head.call import FlatHead, HeadCall, flat_head
 from sparse_kernels.head.scores import SAVED, gradients, statistics
 from sparse_kernels.torch_library.schemas import SCORING, library
@@ -191,6 +193,85 @@ def linear_row_stats(call: HeadCall) -> dict[str, Tensor]:
     results = _ops.linear_row_stats(*arguments_of(call), outputs, save)
     # Behind the outputs: what was saved. Cut off, as PyTorch 2.6's compiler zips equal lengths alone.
     return dict(zip(outputs, results[: len(outputs)], strict=True))
+
+
+# The loss of selected rows, with its gradients
+
+
+def _fused_loss(*arguments: Any) -> list[Tensor]:
+    given, (threshold, names, weights, divisor, needed) = arguments[:ARGUMENTS], arguments[ARGUMENTS:]
+    target = given[2]
+    weighed = dict(zip(names, weights, strict=True))
+    with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+        over = None if divisor is None else float(divisor)
+        loss, mask, significance, found = fused.fused_loss(head_of(given), threshold, weighed, over, needed)
+    input = None if found.input is None else found.input.view(given[0].shape)
+    gradients = (x for x in (input, found.weight, found.bias) if x is not None)
+    return [loss, mask.view(target.shape), significance.view(target.shape), *gradients]
+
+
+def _fused_loss_fake(*arguments: Any) -> list[Tensor]:
+    input, _weight, target, *_ = arguments
+    return [
+        input.new_empty((), dtype=floating_of(input)),
+        target.new_empty(target.shape, dtype=torch.bool),
+        target.new_empty(target.shape, dtype=torch.float32),
+        *gradients_fake(arguments[:ARGUMENTS], arguments[-1]),
+    ]
+
+
+define(
+    f"selective_linear_cross_entropy({HEAD}, Tensor? threshold, str[] names, float[] weights, Tensor? divisor, "
+    "bool[] needed) -> Tensor[]",
+    _fused_loss,
+    _fused_loss_fake,
+)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.needed, ctx.weighed = inputs[-1], bool(inputs[ARGUMENTS + 1])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+
+
+def _scaled_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+    refuse_second_derivative()
+    above = upstream[0]
+    given = iter(ctx.saved_tensors)
+    found: list[Tensor | None] = [next(given) if wanted else None for wanted in ctx.needed]
+    if above is None:
+        found = [None, None, None]
+    elif not (values_readable(above) and float(above) == 1.0):  # most often the loss is the last of the graph
+        found = [None if gradient is None else gradient * above for gradient in found]
+    input, weight, bias = found
+    no_list: list[None] | None = None if ctx.weighed else []  # PyTorch wants an empty list's own gradient
+    return input, weight, None, bias, *[None] * 7, no_list, no_list, None, None
+
+
+register_gradient("selective_linear_cross_entropy", _scaled_gradients, _save_gradients)
+
+
+def fused_loss(
+    call: HeadCall, threshold: Tensor | None, weights: Mapping[str, float], divisor: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of the rows above a threshold, their mask and every row's significance, by the operator.
+
+    Args:
+        call: the checked call.
+        threshold: one element; None keeps all rows that count.
+        weights: of each statistic in the significance.
+        divisor: of the sum of losses; None for the number of kept rows.
+    """
+    needed = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (call.input, call.weight, call.bias)
+    ]  # fmt: skip
+    if divisor is not None and not isinstance(divisor, Tensor):
+        divisor = torch.full((), divisor)
+    loss, mask, significance, *_ = _ops.selective_linear_cross_entropy(
+        *arguments_of(call), threshold, list(weights), [float(w) for w in weights.values()], divisor, needed
+    )  # fmt: skip
+    return loss, mask, significance
 
 
 def gradient_needed(call: HeadCall) -> bool:

@@ -241,6 +241,12 @@ class Gate(nn.Module):
         return self._settled().threshold
 
     @property
+    def known_threshold(self) -> Tensor | None:
+        """Threshold that alone decides the next call; None if its rows are ranked, drawn or may overflow a capacity."""
+        by_rows = self._ranks_rows or self.temperature or self.capacity is not None
+        return None if by_rows else self.threshold
+
+    @property
     def step(self) -> Tensor:
         """Number of calls: int64, one element."""
         return self._settled().steps
@@ -322,11 +328,12 @@ class Gate(nn.Module):
         object.__setattr__(self, "last", gated)
         return selection
 
-    def by(self, significance: Tensor) -> Selection:
+    def by(self, significance: Tensor, *, valid: Tensor | None = None) -> Selection:
         """Select as ``forward`` does, by a given significance, such as a loss without classes.
 
         Args:
             significance: significance of the rows, floating [rows], at least 0; NaN is never selected, and counted.
+            valid: bool [rows]; False for rows that do not count. None (the default) if all do.
 
         Returns:
             The selection. Weights are 1, or 1/p with a temperature.
@@ -342,6 +349,8 @@ class Gate(nn.Module):
         logits = torch.zeros(significance.shape[0], label + 1, device=significance.device)
         logits[:, :label] = -30.0
         targets = torch.full(significance.shape, label, device=significance.device)
+        if valid is not None:
+            targets = torch.where(valid, targets, self.ignore_index)
         selection: Selection = self(logits, targets, offset=significance.float())
         return selection
 

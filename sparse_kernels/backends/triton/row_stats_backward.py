@@ -185,8 +185,11 @@ def row_stats_backward_kernel(
     b = a
     c = a
     d = a
+    used = tl.zeros((ROWS,), tl.int1)  # rows with an upstream gradient; the others are written as zeros
     if loss_gradient_ptr is not None:
-        g_loss = tl.load(loss_gradient_ptr + row, mask=inside, other=0.0).to(ACC) * inverse
+        g_loss = tl.load(loss_gradient_ptr + row, mask=inside, other=0.0).to(ACC)
+        used |= g_loss != 0.0
+        g_loss *= inverse
         a += g_loss / S
         d += g_loss
         if SMOOTHING:
@@ -194,7 +197,9 @@ def row_stats_backward_kernel(
             c += g_loss * smoothing / classes
             d = g_loss * (1.0 - smoothing)
     if entropy_gradient_ptr is not None:
-        g_entropy = tl.load(entropy_gradient_ptr + row, mask=inside, other=0.0).to(ACC) * inverse / S
+        g_entropy = tl.load(entropy_gradient_ptr + row, mask=inside, other=0.0).to(ACC)
+        used |= g_entropy != 0.0
+        g_entropy *= inverse / S
         entropy = tl.load(entropy_ptr + row, mask=inside, other=0.0)
         a -= g_entropy * (entropy - tl.log(S))
         b -= g_entropy * LN2
@@ -204,7 +209,7 @@ def row_stats_backward_kernel(
     c = c[:, None, None, None]
     d = d[:, None, None, None]
     scale = inverse * LOG2E
-    alive = live[:, None, None, None]
+    alive = (live & used)[:, None, None, None]
     y = target[:, None, None, None]
     if LOOP and CONTIGUOUS:
         start_of_row = outer * outer_stride + first * inner_stride
