@@ -98,8 +98,18 @@ class Standalone:
             found[k] = (0.1 * low + ramp + (row.size - high)) / row.size
         return found
 
+    def decide(self, significance: Array, random: np.random.Generator) -> NDArray[np.bool_]:
+        """Decisions on a batch of [rows] of significance in [0, 1], of one seed and target, drawn; it then moves."""
+        ramp = np.minimum(1.0, (significance - self.threshold.item()) / 0.15 + 0.5)
+        kept = random.random(significance.size) < np.where(significance > self.threshold.item(), ramp, 0.1)
+        self._advance(np.full(self.target.shape, kept.mean()))
+        return kept
+
     def observe(self, rows: Array, ordered: Array) -> None:
-        self.rates.append(self._rate(squash(ordered), self.threshold))
+        self._advance(self._rate(squash(ordered), self.threshold))
+
+    def _advance(self, rate: Array) -> None:
+        self.rates.append(rate)
         self.seen += 1
         if self.seen % 10 == 0:
             error = self.target - np.mean(self.rates, axis=0)
@@ -130,16 +140,21 @@ class Sundew:
         self.random = np.random.default_rng(seed)
 
     def observe(self, rows: Array, ordered: Array) -> None:
-        significance = squash(rows[:, : self.SHOWN]).T[:, :, None]  # [rows, seeds, 1]
+        self.decide(squash(rows[:, : self.SHOWN]).T[:, :, None])
+
+    def decide(self, significance: Array) -> NDArray[np.bool_]:
+        """Decisions [rows, seeds, targets] on rows one after another; ``significance`` [rows, seeds, 1], in [0, 1]."""
         # p > u, with p a sigmoid, is s - threshold > T logit(u): one draw serves every target.
         u = self.random.random(significance.shape)
         line = significance - self.TEMPERATURE * (np.log(u) - np.log1p(-u))
         spent = 0.6 + 10 * (0.8 + 0.4 * significance)
         gained = self.random.uniform(1, 3, significance.shape) - 0.5
         change, dormant = -(spent + gained), gained
+        kept = np.empty((len(significance), *self.threshold.shape), dtype=bool)
         for t in range(len(significance)):
             self.events += 1
             on = (line[t] > self.threshold) if self.events % self.PROBE else np.ones(self.threshold.shape)
+            kept[t] = on
             # minimum and maximum, not clip: a third of its time on arrays as small as these
             self.energy = np.minimum(np.maximum(self.energy + dormant[t] + on * change[t], 0), 100)
             self.rate = 0.9 * self.rate + 0.1 * on
@@ -149,6 +164,7 @@ class Sundew:
             pressure = 0.04 * (1 - self.energy / 100)
             moved = self.threshold - (0.08 * error + 0.02 * self.integral) + pressure
             self.threshold = np.minimum(np.maximum(moved, 0.20), 0.92)
+        return kept
 
     def kept(self, population: Array) -> Array:
         scaled = (squash(population) - self.threshold[..., None]) / self.TEMPERATURE

@@ -9,6 +9,7 @@ nothing is written, and the exit code is 1 where a page and its results differ. 
     summary   at most six rows of it
     method    one method of a study, the argument, against the baseline
     roofline  bytes, operations and floors of a record of benchmarks
+    original  one setting of a record of original_tables.py, the argument; or, as "claims", what was published
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import original_page
 
 from sparse_training.experiments.formats import COMPARISON, STUDY
 from sparse_training.reporting.result import read_result
@@ -34,7 +37,9 @@ from sparse_training.reporting.text import interval, points, probability
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-BLOCK = re.compile(r"(<!-- (results|summary|method|roofline)(?: (\S+))?: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (results|summary|method|roofline|original)(?: (\S+))?: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 TASKS = {  # of a study, as a reader knows them
     "clean": "clean",
     "noise": "wrong labels",
@@ -246,6 +251,8 @@ def render(kind: str, argument: str | None, path: str) -> str:
     record = json.loads((ROOT / path).read_text())
     if record.get("format") == STUDY.name:
         record = read_result(ROOT / path, STUDY)
+    if kind == "original":
+        return original_page.claims_table() if argument == "claims" else original_page.table(record, argument or "")
     if kind == "roofline":
         return roofline_table(record)
     if kind == "method":
