@@ -35,6 +35,12 @@ def test_every_benchmark_runs_small():
         assert f"{case}: " in out
 
 
+def test_the_accuracy_of_attention_runs_small():
+    out = run("benchmarks/attention_accuracy.py", "find", "--small")  # of images only where there are Fashion-MNIST's
+    for kind in ("dense", "sparse", "local"):
+        assert f"find {kind}/0 " in out
+
+
 def test_the_gpu_command_runs_on_a_cpu(tmp_path):
     record = tmp_path / "record.json"
     out = run("benchmarks/gpu.py", "check", "bench", "sanitize", "--device", "cpu", "--small", "--out", str(record))

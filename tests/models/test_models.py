@@ -11,7 +11,8 @@ from torch import nn
 from sparse_training.errors import UserError
 from sparse_training.models.build import MODELS, build_model
 from sparse_training.models.resnet import ResidualBlock
-from sparse_training.models.vit import Attention
+from sparse_training.models.vit import Attention, vit
+from sparse_training.nn import BlockSparseAttention
 
 CIFAR = (3, 32, 32)
 
@@ -32,6 +33,8 @@ def parameters(model: nn.Module) -> int:
         ("cnn-tiny", 6_418),
         # Tokens 9,216 + 12,288 places; two blocks of 444,864; LayerNorm 384; 1,930.
         ("vit", 913_738),
+        # The same with 1x1 patches: tokens 768 + 196,608 places.
+        ("vit-sparse", 1_089_418),
     ],
 )
 def test_parameter_counts(name: str, count: int) -> None:
@@ -61,6 +64,24 @@ def test_the_transformer_takes_other_sizes_than_it_was_made_for_and_refuses_what
     assert model(torch.randn(2, 3, 16, 24)).shape == (2, 5)
     with pytest.raises(UserError, match=r"4x4 pixels; their sides must be divisible by 4, got \(11, 40\)"):
         build_model("vit", shape=(3, 11, 40), classes=5)
+
+
+def test_the_sparse_transformer_reads_a_part_of_the_pixels_and_has_the_parameters_of_the_dense() -> None:
+    torch.manual_seed(0)
+    options = {"shape": (1, 28, 28), "classes": 5, "width": 16, "heads": 2, "patch": 1}
+    dense, sparse = vit(**options), vit(**options, attention="sparse", block=32)
+    sparse.load_state_dict(dense.state_dict())
+    attention = sparse[1].attention
+    assert isinstance(attention, BlockSparseAttention)
+    assert not attention.blocks.dense(784)
+    images = torch.randn(2, 1, 28, 28)
+    assert not torch.allclose(dense(images), sparse(images))
+    named = build_model("vit-sparse", shape=(1, 28, 28), classes=5)
+    assert [block.attention.blocks.block for block in named[1:3]] == [32, 32]
+    with pytest.raises(UserError, match="`attention` must be one of dense, sparse, got 'flash'"):
+        vit(**options, attention="flash")
+    with pytest.raises(UserError, match="0x0 pixels"):
+        vit(**{**options, "patch": 0})
 
 
 def test_odd_sides_are_refused_where_pixels_are_taken_in_blocks() -> None:
@@ -128,7 +149,9 @@ def test_bad_shape_and_classes() -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"'vgg'.*cnn-620k, cnn-2m, cnn-bn, cnn-tiny, resnet, vit or module:factory"):
+    with pytest.raises(
+        UserError, match=r"'vgg'.*cnn-620k, cnn-2m, cnn-bn, cnn-tiny, resnet, vit, vit-sparse or module:factory"
+    ):
         build_model("vgg", shape=CIFAR, classes=10)
 
 

@@ -14,7 +14,7 @@ from sparse_training.errors import UserError
 from sparse_training.models.cnn import cnn_2m, cnn_620k, cnn_bn, cnn_tiny
 from sparse_training.models.resnet import resnet
 from sparse_training.models.shapes import Shape
-from sparse_training.models.vit import vit
+from sparse_training.models.vit import vit, vit_sparse
 
 
 def build_model(name: str, *, shape: Shape, classes: int) -> nn.Module:
@@ -124,5 +124,6 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {
     "cnn-tiny": cnn_tiny,
     "resnet": resnet,
     "vit": vit,
+    "vit-sparse": vit_sparse,
 }
 MODELS = tuple(_FACTORIES)
