@@ -19,12 +19,12 @@ from sparse_training.cli.options import (
     methods,
     with_options,
 )
+from sparse_training.cli.recipe import RECIPE
 from sparse_training.cli.signals import Invocation
 from sparse_training.cli.values import COUNT
 from sparse_training.data.load import load_data
 from sparse_training.experiments.compare import METHODS, comparison_design, comparison_result, comparison_runner
 from sparse_training.experiments.runner import Interrupted
-from sparse_training.precision import PRECISIONS
 from sparse_training.reporting.pages import write_comparison
 from sparse_training.reporting.tables import print_comparison
 
@@ -32,6 +32,7 @@ from sparse_training.reporting.tables import print_comparison
 DESIGN = (
     *("methods", "seeds", "model", "rate", "batch_size", "seconds", "lr", "amp"),
     *("dense_start", "dense_end", "precision", "evaluations"),
+    *("optimizer", "weight_decay", "momentum", "schedule", "lr_warmup", "augment"),
 )
 
 
@@ -41,7 +42,7 @@ DESIGN = (
 @click.option("--methods", default=",".join(METHODS), callback=methods, help=f"Some of {POLICY_NAMES}.")
 @RUN_SECONDS
 @SEEDS
-@click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Precision of training.  [default: the model's]")
+@with_options(*RECIPE)
 @click.option("--evaluations", type=COUNT, default=20, help="Evaluations in a run, not charged to the clock.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted comparison in --out.")
 @click.pass_obj

@@ -29,7 +29,7 @@ COMMANDS = {
     "study": "Compare methods with dense training on several tasks.",
     "bounds": "Measure how fast each scorer lets a step be.",
     "resume": "Continue what was interrupted in FOLDER.",
-    "report": "Draw the comparison or study in FOLDER again, or print the run.",
+    "report": "Draw the comparison, study or run in FOLDER again.",
 }
 # Names of version 0.1.0.
 FORMER_COMMANDS = {"ceilings": "bounds"}

@@ -16,7 +16,6 @@ from sparse_training.data.load import DATASETS
 from sparse_training.errors import UserError
 from sparse_training.experiments.design import AGAIN
 from sparse_training.experiments.tasks import TASKS
-from sparse_training.models.augment import read_augmentation
 from sparse_training.models.build import MODELS
 from sparse_training.precision import PRECISIONS
 from sparse_training.selection.registry import DEFAULT_RATE, POLICIES, make_policy, make_scorer, uses_rate
@@ -57,16 +56,6 @@ def policy(context: click.Context, parameter: click.Parameter, text: str | None)
     try:
         if text is not None:
             make_policy(text, rate=1.0, seed=0)
-    except UserError as error:
-        raise click.BadParameter(str(error)) from None
-    return text
-
-
-def augmentation(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """Check the name of an augmentation."""
-    try:
-        if text is not None:
-            read_augmentation(text)
     except UserError as error:
         raise click.BadParameter(str(error)) from None
     return text

@@ -19,14 +19,12 @@ from sparse_training.callbacks.wandb import WeightsAndBiases
 from sparse_training.cli.budget import BUDGET, BUDGETS, ONE_BUDGET
 from sparse_training.cli.display import Display
 from sparse_training.cli.folders import new_folder, prepare, print_resume, write_options
-from sparse_training.cli.optimizers import OPTIMIZER, make_optimizer
 from sparse_training.cli.options import (
     OPTIONS_HELP,
     POLICY_NAMES,
     PRECISION,
     RUN,
     SCORER_NAMES,
-    augmentation,
     check_rate_is_used,
     policy,
     policy_options,
@@ -34,6 +32,7 @@ from sparse_training.cli.options import (
     scorer,
     with_options,
 )
+from sparse_training.cli.recipe import RECIPE
 from sparse_training.cli.signals import Invocation
 from sparse_training.cli.values import COUNT, FRACTION, PART, POSITIVE, SEED
 from sparse_training.data.load import load_data
@@ -43,7 +42,6 @@ from sparse_training.errors import UserError
 from sparse_training.experiments.environment import environment
 from sparse_training.models.augment import augment_inputs, read_augmentation
 from sparse_training.models.build import build_model
-from sparse_training.precision import PRECISIONS
 from sparse_training.profiling.calibration import Stopped, calibrate
 from sparse_training.ranks import connect, rank_seed
 from sparse_training.reporting.run import RESULT, run_lines
@@ -52,7 +50,7 @@ from sparse_training.trainer import SparseTrainer
 from sparse_training.training.callbacks import Callback, Run
 from sparse_training.training.clock import Clock
 from sparse_training.training.log import Status, TrainingLog
-from sparse_training.training.schedule import LR_WARMUP, SHAPES
+from sparse_training.training.optimizers import DEFAULT_OPTIMIZER, make_optimizer
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CHECKPOINT
 
@@ -76,18 +74,10 @@ LOGS = (
 )
 @click.option("--policy-options", callback=policy_options, help=f"Settings of the policy, such as {OPTIONS_HELP}.")
 @with_options(*BUDGET)
-@with_options(*OPTIMIZER)
-@click.option("--schedule", type=click.Choice(SHAPES), default="cosine", help="Shape of the learning rate.")
-@click.option(
-    "--lr-warmup", type=FRACTION, default=LR_WARMUP, help="Fraction of the run over which the learning rate rises."
-)
-@click.option(
-    "--augment", callback=augmentation, help="flip, shift or shift:PIXELS of training images, or two with a comma."
-)
+@with_options(*RECIPE)
 @click.option("--accumulate", type=COUNT, default=1, help="Batches in an optimizer step.")
 @click.option("--clip-norm", type=POSITIVE, help="Largest norm of the gradient.  [default: no clipping]")
 @click.option("--ema", type=FRACTION, help="Decay of an average of the weights, which is then evaluated and saved.")
-@click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Precision of training.  [default: the model's]")
 @click.option("--compile", is_flag=True, help="Compile the model.")
 @click.option("--seed", type=SEED, default=0, help="Seed of weights, order of data and draws.")
 @click.option(
@@ -235,7 +225,13 @@ def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> 
             scorer=given.pop("scorer", None),
             options=read_policy_options(options["policy_options"]),
         )
-    return SparseTrainer(model, device=device, optimizer=make_optimizer(options, device), settings=settings, **given)
+    optimizer = make_optimizer(
+        options.get("optimizer", DEFAULT_OPTIMIZER),
+        weight_decay=options.get("weight_decay"),
+        momentum=options.get("momentum"),
+        device=device,
+    )
+    return SparseTrainer(model, device=device, optimizer=optimizer, settings=settings, **given)
 
 
 def _callbacks(options: dict[str, Any], folder: Path) -> list[Callback]:

@@ -125,6 +125,12 @@ def comparison_settings(design: Design, data: ImageData, device: torch.device) -
         "validation": design.validation,
         "train_rows": len(data.train),
         "test_rows": len(data.test),
+        "optimizer": design.optimizer,
+        "weight_decay": design.weight_decay,
+        "momentum": design.momentum,
+        "schedule": design.schedule,
+        "lr_warmup": design.lr_warmup,
+        "augment": design.augment,
     }
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from sparse_training.data.splits import VALIDATION
 from sparse_training.errors import UserError
 from sparse_training.experiments.tasks import TASKS
+from sparse_training.training.optimizers import DEFAULT_OPTIMIZER
+from sparse_training.training.schedule import LR_WARMUP
 
 BASELINE = "dense"  # the method that all others are compared with
 RANDOM = "random"
@@ -78,6 +80,11 @@ class Design:
         seconds: budget of a whole run, in seconds of the calibrated clock; evaluation is not charged.
         lr: learning rate, above 0.
         schedule: shape of the learning rate, "cosine" or "constant".
+        lr_warmup: fraction of a run over which the learning rate rises, in [0, 1].
+        optimizer: name in ``OPTIMIZERS``: "adamw", "adam", "sgd" or "rmsprop".
+        weight_decay: weight decay, at least 0; None for the optimizer's default.
+        momentum: momentum in [0, 1), of "sgd" and "rmsprop"; None for 0.9 of "sgd" and 0 of "rmsprop".
+        augment: random changes of training images, as for ``read_augmentation``; None for none.
         dense_start: fraction of a run that trains on every row at the start.
         dense_end: fraction of a run that trains on every row at the end.
         precision: precision of the scoring pass: "auto", "float32", "bfloat16" or "float16".
@@ -105,6 +112,11 @@ class Design:
     seconds: float = 20.0
     lr: float = 1e-3
     schedule: str = "cosine"
+    lr_warmup: float = LR_WARMUP
+    optimizer: str = DEFAULT_OPTIMIZER
+    weight_decay: float | None = None
+    momentum: float | None = None
+    augment: str | None = None
     dense_start: float = 0.05
     dense_end: float = 0.125
     precision: str = "auto"

@@ -27,6 +27,7 @@ from sparse_training.experiments.gallery import planted_precision
 from sparse_training.experiments.measures import row_scores
 from sparse_training.experiments.store import Counts, Store
 from sparse_training.experiments.tasks import Task, make_task
+from sparse_training.models.augment import augment_inputs, read_augmentation
 from sparse_training.profiling import calibration
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.samplers.adaptive_weights import SamplingWeights
@@ -36,6 +37,7 @@ from sparse_training.selection.types import CandidateIndices, WeightedIndices
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.clock import Clock, Costs
 from sparse_training.training.log import Status, TrainingLog
+from sparse_training.training.optimizers import make_optimizer
 from sparse_training.training.settings import TrainerSettings
 
 EVALUATION_BATCH = 1000
@@ -252,8 +254,11 @@ class Runner:
         """A method's trainer and loader; for equal seeds all methods have equal weights and order of rows."""
         design, plan = self.design, self.design.plan(task.name)
         torch.manual_seed(seed)
+        model = task.build(design.model)
+        if design.augment is not None:
+            augment_inputs(model, read_augmentation(design.augment))
         trainer = SparseTrainer(
-            task.build(design.model),
+            model,
             loss=task.loss,
             policy=policy_of(method),
             rate=design.rate if uses_rate(policy_of(method)) else None,
@@ -261,6 +266,13 @@ class Runner:
             dense_end=design.dense_end,
             lr=plan.lr,
             schedule=design.schedule,
+            lr_warmup=design.lr_warmup,
+            optimizer=make_optimizer(
+                design.optimizer,
+                weight_decay=design.weight_decay,
+                momentum=design.momentum,
+                device=self.device,
+            ),
             device=self.device,
             seed=seed + OTHER_DRAWS * (method == AGAIN),
             settings=TrainerSettings(scoring_precision=design.precision, amp=design.amp),

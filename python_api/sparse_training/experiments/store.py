@@ -14,9 +14,14 @@ from sparse_training import files
 from sparse_training.errors import UserError
 from sparse_training.training.checkpoint import load_checkpoint, save_checkpoint
 from sparse_training.training.clock import Costs
+from sparse_training.training.optimizers import DEFAULT_OPTIMIZER
+from sparse_training.training.schedule import LR_WARMUP
 from sparse_training.training.state import CHECKPOINT
 
 SETTINGS, CALIBRATION, RUNS = "settings.json", "calibration.json", "runs"
+
+# What runs were made with before settings named it; None need not be here.
+UNRECORDED = {"optimizer": DEFAULT_OPTIMIZER, "schedule": "cosine", "lr_warmup": LR_WARMUP}
 
 # Entries without which a run's file is something else.
 OF_A_RUN = ("arm", "seed", "accuracy", "seconds", "steps", "rows_trained", "evals", "trace", "warnings")
@@ -52,7 +57,7 @@ class Store:
         if path.exists():
             if not resume:
                 raise UserError(f"{folder} holds a {kind} already; resume it, or choose another folder")
-            made = files.read_json_object(path)
+            made = {**UNRECORDED, **files.read_json_object(path)}
             if differing := [name for name in settings if made.get(name) != settings[name]]:
                 said = ", ".join(f"{name} {made.get(name)} is now {settings[name]}" for name in differing)
                 raise UserError(f"{folder} was made with other settings: {said}")

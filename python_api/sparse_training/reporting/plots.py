@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -268,14 +268,13 @@ def _traces(ax: Axes, result: Result, field: str, scale: float) -> list[np.ndarr
                 marker = "." if len(steps) == 1 else ""
                 ax.plot(steps, values, marker=marker, color=color, lw=1.1, alpha=0.75)
     if drawn:
-        _phases(ax, result)
+        shade_phases(ax, [run for method in result["arms"].values() for run in method["runs"] if run["trace"]])
         ax.set_xlabel("optimizer step")
     return drawn
 
 
-def _phases(ax: Axes, result: Result) -> None:
-    """Shade the dense phases of the methods that have a trace (their mean over the seeds)."""
-    runs = [run for method in result["arms"].values() for run in method["runs"] if run["trace"]]
+def shade_phases(ax: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Shade the dense phases over an axis of steps, with their mean length over some runs."""
     warmup, sparse, anneal = (
         float(np.mean([run["phases"].get(name, 0) for run in runs])) for name in ("warmup", "sparse", "anneal")
     )

@@ -19,7 +19,7 @@ from sparse_training.files import read_json
 
 Result = Mapping[str, Any]
 
-# A shape is a type or types; {key: shape}, where ... stands for every key; or [shape of every item].
+# A shape is a type or types; {key: shape}, where ... stands for every other key; or [shape of every item].
 _NUMBER = (int, float)
 _MAYBE = (int, float, NoneType)
 _FACTS = {
@@ -159,7 +159,7 @@ def fault(value: Any, shape: Any, where: str = "") -> str | None:
 
     Args:
         value: the value.
-        shape: a type or types; {key: shape}, where ... stands for every key; or [shape of every item].
+        shape: a type or types; {key: shape}, where ... stands for every other key; or [shape of every item].
         where: path of the value, in the description.
     """
     if isinstance(shape, list):
@@ -169,11 +169,12 @@ def fault(value: Any, shape: Any, where: str = "") -> str | None:
     elif isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"{where} is not an object"
-        keys = value if ... in shape else shape
+        named = [key for key in shape if key is not ...]
+        keys = [*named, *(key for key in value if key not in shape)] if ... in shape else named
         missing = [key for key in keys if key not in value]
         if missing:
             return f"{where} lacks {missing[0]!r}"
-        faults = (fault(value[key], shape.get(..., shape.get(key)), f"{where}/{key}") for key in keys)
+        faults = (fault(value[key], shape.get(key, shape.get(...)), f"{where}/{key}") for key in keys)
     else:
         return None if isinstance(value, shape) else f"{where} is {str(value)[:40]!r}"
     return next(filter(None, faults), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ SHAPE: dict[str, Any] = {
         "warnings": [str],
     },
 }
+# Entries that version 0.1.0, or a run of another kind, does not have.
+OPTIONAL: dict[str, Any] = {"environment": {}, "test": {}}
+OPTIONAL_OF_RUN: dict[str, Any] = {"phases": {...: int}, "trace": [{"step": int, ...: _MAYBE}], "notes": [str]}
 _ENTRIES = ("step", "seconds")
 
 
@@ -40,23 +43,56 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder, RESULT)
     result = files.read_json(path)
-    if (wrong := fault(result, SHAPE)) is not None:
+    if (wrong := fault(result, SHAPE) or _optional_fault(result)) is not None:
         raise UserError(f"{path} is no result of a training run: {wrong}")
     found: dict[str, Any] = result
     return found
 
 
+def _optional_fault(result: Mapping[str, Any]) -> str | None:
+    for part, optional, where in ((result, OPTIONAL, ""), (result["run"], OPTIONAL_OF_RUN, "/run")):
+        there = {name: shape for name, shape in optional.items() if name in part}
+        if (wrong := fault(part, there, where)) is not None:
+            return wrong
+    return None
+
+
+def method_name(result: Mapping[str, Any]) -> str:
+    """Name of the run's policy."""
+    return str(result.get("policy") or result["settings"].get("policy") or "policy by default")
+
+
+def evaluated_on(result: Mapping[str, Any]) -> str:
+    """Name the rows that the run was evaluated on."""
+    held_out = result["settings"].get("validation")
+    return f"{held_out:.0%} of the training rows" if isinstance(held_out, float) and held_out else "the test set"
+
+
+def evaluation_names(run: Mapping[str, Any]) -> list[str]:
+    """Names of the numbers that the run's evaluations have."""
+    numbers = (name for one in run["evals"] for name, value in one.items() if isinstance(value, (int, float)))
+    return [name for name in dict.fromkeys(numbers) if name not in _ENTRIES]
+
+
+def evaluation_rows(run: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Cells of a row for each of the run's evaluations: step, seconds and its numbers by name."""
+    rows = []
+    for one in run["evals"]:
+        values = [f"{one[name]:.4f}" if isinstance(one.get(name), (int, float)) else "" for name in names]
+        rows.append([f"{one['step']:.0f}", f"{one['seconds']:.1f}", *values])
+    return rows
+
+
 def run_lines(result: Mapping[str, Any]) -> list[str]:
     """Say what a run came to, in lines."""
-    run, settings = result["run"], result["settings"]
-    name = result.get("policy") or settings.get("policy") or "policy by default"
+    run, name = result["run"], f"{method_name(result)} seed {result['settings']['seed']}"
     numbers = result.get("test") or (run["evals"][-1] if run["evals"] else {})
     kept = "" if run["rate"] is None else f", {run['rate']:.1%} of the rows kept in the sparse phase"
     joules = run["joules"]["measured"]
     energy = "energy not measured" if joules is None else f"{joules:.1f} J measured ({run['joules']['by']})"
     stopped = run.get("stopped")
     return [
-        f"{name} seed {settings['seed']}: test {', '.join(_numbers(numbers))} after {run['steps']} steps, "
+        f"{name}: test {', '.join(_numbers(numbers))} after {run['steps']} steps, "
         f"{run['seconds']:.1f} s, {run['rows_trained']} of {run['rows_seen']} rows trained on{kept}",
         *([] if stopped is None else [f"ended early: {stopped}"]),
         f"{run['flops']['counted']:.3g} FLOPs counted, {energy}",
@@ -73,17 +109,14 @@ def print_run(result: Mapping[str, Any], console: Console | None = None) -> None
     console = console or Console()
     for line in run_lines(result):
         console.print(for_console(line, console), soft_wrap=True)
-    evaluations = result["run"]["evals"]
-    names = [name for name in dict.fromkeys(name for one in evaluations for name in one) if name not in _ENTRIES]
+    names = evaluation_names(result["run"])
     table = new_table()
     for heading in ("step", "seconds", *names):
         table.add_column(heading, justify="right")
-    for one in evaluations:
-        values = [f"{one[name]:.4f}" if isinstance(one.get(name), float) else "" for name in names]
-        table.add_row(f"{one['step']:.0f}", f"{one['seconds']:.1f}", *values)
+    for row in evaluation_rows(result["run"], names):
+        table.add_row(*row)
     if names:
-        held_out = result["settings"].get("validation")
-        console.print(f"evaluations on {f'{held_out:.0%} of the training rows' if held_out else 'the test set'}:")
+        console.print(f"evaluations on {evaluated_on(result)}:")
         console.print(table)
     for warning in result["run"]["warnings"]:
         console.print(for_console(f"warning: {warning}", console), style="yellow")

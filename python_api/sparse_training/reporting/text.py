@@ -67,8 +67,9 @@ def plain(value: Any) -> str:
 
 
 def facts(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Title and (name, value) pairs of a result's settings and environment."""
+    """Title and (name, value) pairs of what a result has of settings and environment."""
     return [
         (title, [(key.replace("_", " "), plain(value)) for key, value in result[part].items()])
         for title, part in (("Settings", "settings"), ("Environment", "environment"))
+        if part in result
     ]
