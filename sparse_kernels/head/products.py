@@ -30,14 +30,15 @@ def scored_rows(head: FlatHead) -> int:
 
 
 def differentiated_rows(head: FlatHead) -> int:
-    """Return how many rows are differentiated at a time: so many that their logits weigh as much as the weight.
-
-    Fewer would read and write the weight's gradient more often than they save.
+    """Return how many rows are differentiated at a time: so many that their logits weigh as much as the weight in
+    float32, which is what a sum over several tiles would take besides.
 
     Args:
         head: the rows.
     """
-    return head.chunk if head.chunk is not None else max(scored_rows(head), head.weight.shape[1])
+    if head.chunk is not None:
+        return head.chunk
+    return max(scored_rows(head), 4 * head.weight.shape[1] // head.input.element_size())
 
 
 def logits_of(input: Tensor, head: FlatHead, out: Tensor) -> Tensor:
