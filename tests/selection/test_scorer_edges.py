@@ -9,6 +9,7 @@ from scorer_parts import network, resident
 from torch import nn
 
 from sparse_training.errors import UserError
+from sparse_training.selection.registry import make_scorer
 from sparse_training.selection.scorers.history import HistoryScorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.scorers.proxy import ProxyScorer
@@ -122,3 +123,8 @@ def test_inputs_that_have_no_resolution_are_named_by_their_type():
 def test_what_a_history_recalls_is_scored_by_the_loss_it_was_attached_with():
     scorer = history(2)
     assert scorer.recall(torch.arange(2)).criterion is F.cross_entropy
+
+
+def test_a_proxy_names_its_model():
+    assert repr(ProxyScorer(nn.Linear(2, 2))) == "ProxyScorer(model=Linear)"
+    assert "model=cnn-tiny" in repr(make_scorer("proxy"))
