@@ -128,3 +128,15 @@ def test_what_a_history_recalls_is_scored_by_the_loss_it_was_attached_with():
 def test_a_proxy_names_its_model():
     assert repr(ProxyScorer(nn.Linear(2, 2))) == "ProxyScorer(model=Linear)"
     assert "model=cnn-tiny" in repr(make_scorer("proxy"))
+
+
+def test_a_proxy_learns_at_the_rate_that_it_was_given():
+    moved = []
+    for lr in (1e-4, 1e-1):
+        proxy = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        trainer = SparseTrainer(
+            network(), policy="topk", scorer=ProxyScorer(proxy, lr=lr), rate=0.5, dense_start=0, dense_end=0, lr=1e-3
+        )
+        trainer.fit(resident(shuffle=False), steps=1)
+        moved.append(float((trainer.scorer.require_auxiliary().net[1].weight - proxy[1].weight).abs().max()))
+    assert moved[0] < 0.01 < moved[1]
