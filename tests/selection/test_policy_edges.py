@@ -11,7 +11,7 @@ from sparse_training.gate.significance import Significance
 from sparse_training.selection.policies.adaptive import AdaptivePolicy
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.policies.gate import GatePolicy
-from sparse_training.selection.policies.importance import BatchImportancePolicy
+from sparse_training.selection.policies.importance import BatchImportancePolicy, ImportancePolicy
 from sparse_training.selection.policies.infobatch import BatchInfoBatchPolicy, InfoBatchPolicy
 from sparse_training.selection.policies.masked import MaskedPolicy, OriginalController
 from sparse_training.selection.policies.random import RandomPolicy
@@ -198,3 +198,23 @@ def test_random_draws_single_rows_by_its_own_generator():
         drawn.append([len(policy.choose(CandidateIndices(torch.arange(1), 0)).index) for _ in range(60)])
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_random_keeps_its_share_where_it_rounds_to_nothing(rows):
+    policy = RandomPolicy(0.1, seed=7)
+    assert policy.seed == 7
+    assert sum(policy.count(rows) for _ in range(3000)) == pytest.approx(300 * rows, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [ImportancePolicy, InfoBatchPolicy])
+def test_past_losses_of_a_loaded_state_outlive_the_start_of_its_run(kind):
+    policy, later = kind(), kind()
+    policy.prepare(6)
+    policy.observe(torch.arange(6), torch.arange(6.0), None)
+    later.set_extra_state(policy.get_extra_state())
+    later.prepare(6)
+    assert later.table.scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    later.set_extra_state(policy.get_extra_state())
+    later.prepare(6)
+    assert later.table.scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]

@@ -9,6 +9,7 @@ from scorer_parts import network, resident
 from torch import nn
 
 from sparse_training.errors import UserError
+from sparse_training.selection.registry import make_scorer
 from sparse_training.selection.scorers.history import HistoryScorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.scorers.proxy import ProxyScorer
@@ -122,3 +123,20 @@ def test_inputs_that_have_no_resolution_are_named_by_their_type():
 def test_what_a_history_recalls_is_scored_by_the_loss_it_was_attached_with():
     scorer = history(2)
     assert scorer.recall(torch.arange(2)).criterion is F.cross_entropy
+
+
+def test_a_proxy_names_its_model():
+    assert repr(ProxyScorer(nn.Linear(2, 2))) == "ProxyScorer(model=Linear)"
+    assert "model=cnn-tiny" in repr(make_scorer("proxy"))
+
+
+def test_a_proxy_learns_at_the_rate_that_it_was_given():
+    moved = []
+    for lr in (1e-4, 1e-1):
+        proxy = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        trainer = SparseTrainer(
+            network(), policy="topk", scorer=ProxyScorer(proxy, lr=lr), rate=0.5, dense_start=0, dense_end=0, lr=1e-3
+        )
+        trainer.fit(resident(shuffle=False), steps=1)
+        moved.append(float((trainer.scorer.require_auxiliary().net[1].weight - proxy[1].weight).abs().max()))
+    assert moved[0] < 0.01 < moved[1]
