@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from sparse_training.announcements import announce
 from sparse_training.callbacks.display import usual_callbacks
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.data.loader import Loader
@@ -172,7 +173,8 @@ class SparseTrainer(TrainingStep):
             evaluate: data to evaluate on, or a function of the model that returns named numbers. The clock stands
                 still meanwhile. Default: no evaluation.
             evaluations: number of evaluations, evenly spaced, the last one at the end. Default 20.
-            clock: the run's clock. Default: one calibrated here where seconds count, on one process; else raw seconds.
+            clock: the run's clock. Default: one calibrated here where seconds count, on one process; else raw seconds,
+                as for rows that a DataLoader reads by number, which is said.
             cost_budget: cost of the whole run and its unit: (2e15, "flops") or (60.0, "seconds") of the clock; the
                 rate of the sparse phase follows what is left. Needs ``steps`` or ``epochs``, and one process.
                 Default: no such budget, and a fixed rate.
@@ -313,7 +315,10 @@ class SparseTrainer(TrainingStep):
             return clock
         # Several processes would slow each other down while they are timed.
         # Rows that workers read beside the training cost none of its time that could be timed here.
-        timed = calibrated and not tokens and self.ranks.alone and not isinstance(loader, NumberedLoader)
+        timed = calibrated and not tokens and self.ranks.alone
+        if timed and isinstance(loader, NumberedLoader):
+            announce("seconds of this run are raw seconds: rows that a DataLoader's workers read cannot be calibrated")
+            timed = False
         return Clock(calibrate(self, loader, stop=stop) if timed else None)
 
     def _budget_controller(

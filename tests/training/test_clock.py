@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from trainers import make_trainer
 
+from sparse_training import SparseTrainer
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
 from sparse_training.profiling.calibration import calibrate
@@ -177,3 +178,12 @@ def test_a_budget_in_seconds_ends_by_the_clock():
     assert history.seconds == int(history.rows_trained) + 5 * history.phases["sparse"]
     assert history.phases["sparse"] > 10
     assert history.raw_seconds < 20
+
+
+def test_seconds_of_a_numbered_data_loader_are_raw_and_said_to_be(caplog):
+    rows = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(2, (64,)))
+    loader = torch.utils.data.DataLoader(rows, batch_size=16, shuffle=True)
+    log = SparseTrainer(torch.nn.Linear(4, 2)).fit(loader, seconds=0.05, progress=False)
+    assert log.seconds == log.raw_seconds
+    sentence = "seconds of this run are raw seconds: rows that a DataLoader's workers read cannot be calibrated"
+    assert caplog.messages.count(sentence) == 1

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_training.errors import UserError
+from sparse_training.ranks import rank_and_world_size
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.selection.policies.base import Policy
 
@@ -128,9 +129,10 @@ class HistoryPolicy(PastPolicy):
         self.flush()
         table, found = self.require_table(), []
         if table.seen < table.rows:
+            whose = "" if rank_and_world_size()[1] == 1 else " by this process"
             found.append(
-                f"{table.rows - table.seen} of {table.rows} rows were never trained on: the run was too short for "
-                "past losses to matter"
+                f"{table.rows - table.seen} of {table.rows} rows were never trained on{whose}: the run was too short "
+                "for past losses to matter"
             )
         if table.invalid:
             found.append(f"{table.invalid} losses were not finite and left out of the table")
