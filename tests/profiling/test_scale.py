@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 import pytest
+import simulation_check
+import torch.distributed as dist
 
 from sparse_training.__main__ import main
 from sparse_training.errors import UserError
@@ -134,3 +136,15 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path.write_text('{"shared": 3}')
     with pytest.raises(UserError, match=r"must be calibration\.json of compare or study, or advice\.json"):
         read_costs(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="a PyTorch without torch.distributed and gloo"
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_real_processes_train_on_the_rows_and_exchange_the_bytes_that_were_simulated(ranks):
+    lines = simulation_check.compare(ranks)
+    assert {line["method"] for line in lines} == set(METHODS)
+    for line in lines:
+        assert line["ratio"] == pytest.approx(1.0, abs=simulation_check.TOLERANCE), line
