@@ -1,4 +1,4 @@
-"""Entry point: ``sparse-train advise | train | compare | study | bounds | resume | report``.
+"""Entry point: ``sparse-train advise | simulate | train | compare | study | bounds | resume | report``.
 
 A wrong request is one line on stderr and exit code 2, before anything is written. SIGINT and SIGTERM end a run at a
 step, with what is needed to resume it on disk, and exit with 128 + the signal.
@@ -24,6 +24,7 @@ from sparse_training.errors import UserError
 # Name of each command, which is also its module's, and its help in a line: the first of its docstring.
 COMMANDS = {
     "advise": "Measure in a minute whether training on fewer rows would help.",
+    "simulate": "Play a run on more ranks and samples than are at hand.",
     "train": "Train one model with one method.",
     "compare": "Train methods side by side at equal wall-clock.",
     "study": "Compare methods with dense training on several tasks.",
