@@ -55,7 +55,7 @@ class DropZeroRows(nn.Module):
             output: Tensor = self.module(input)
             return output
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        found: Tensor = _DropZeroRows.apply(self, input, *parameters)
+        found: Tensor = _DropZeroRows.apply(self, input, *parameters)  # type: ignore[no-untyped-call, unused-ignore]
         return found
 
 
