@@ -132,6 +132,7 @@ def rows(options: argparse.Namespace) -> int:
     """The process that measures: one row after the other, each recorded at once."""
     import gpu_bench
     import gpu_cases  # noqa: F401  imported for the cases that it registers
+    import gpu_head  # noqa: F401
     import gpu_steps  # noqa: F401  after the others: rows are measured in this order
     import timing
     import torch

@@ -1,4 +1,4 @@
-"""Peak memory of a head's forward and backward besides its gradients: ``head_memory.py SIDE ROWS HIDDEN CLASSES``.
+"""Peak memory of a head besides its gradients: ``python head_memory.py SIDE ROWS HIDDEN CLASSES``.
 
 SIDE is ours, ours-quantile or one of ``heads.HEADS``. In a process of its own, because a high-water mark only rises.
 """

@@ -73,18 +73,19 @@ HEADS: dict[str, Callable[[], Head]] = {
 }
 
 
-def available(*names: str) -> tuple[dict[str, Head], dict[str, str]]:
+def available(*names: str, device: torch.device | str = "cpu") -> tuple[dict[str, Head], dict[str, str]]:
     """Heads that run here on a small call, and why the others do not."""
     found: dict[str, Head] = {}
-    reasons = {name: _reason(name, found) for name in names or HEADS}
+    reasons = {name: _reason(name, found, device) for name in names or HEADS}
     return found, {name: reason for name, reason in reasons.items() if reason}
 
 
-def _reason(name: str, found: dict[str, Head]) -> str:
+def _reason(name: str, found: dict[str, Head], device: torch.device | str) -> str:
     """Why a head does not run on a small call; what runs is added."""
     try:
         head = HEADS[name]()
-        head(torch.randn(4, 16), torch.randn(256, 16), torch.zeros(4, dtype=torch.int64))
+        hidden, weight = torch.randn(4, 16, device=device), torch.randn(256, 16, device=device)
+        head(hidden, weight, torch.zeros(4, dtype=torch.int64, device=device))
     except Exception as error:  # whatever a package does on a machine that it was not made for
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     found[name] = head

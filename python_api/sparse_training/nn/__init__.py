@@ -1,14 +1,16 @@
-"""Layers: compaction in the middle of a network, and attention over chosen blocks of tokens."""
+"""Layers: compaction in the middle of a network, rows without a gradient, attention over chosen blocks of tokens."""
 
 from sparse_training.nn.batch_norm import BatchNorm
 from sparse_training.nn.block_choice import choose_blocks
 from sparse_training.nn.compaction import Compact, Expand
+from sparse_training.nn.drop_zero_rows import DropZeroRows
 from sparse_training.nn.sparse_attention import BlockSparseAttention, attends_densely, block_sparse_attention
 
 __all__ = [
     "BatchNorm",
     "BlockSparseAttention",
     "Compact",
+    "DropZeroRows",
     "Expand",
     "attends_densely",
     "block_sparse_attention",
