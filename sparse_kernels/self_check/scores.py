@@ -90,7 +90,7 @@ def _shapes(setup: Setup) -> Sequence[Shape]:
     """
     gpu = setup.device.type != "cpu"
     base = 40 if gpu else ADVERSARIAL + 1
-    some = [Shape(base, 10), Shape(1100 if gpu else base, 1001), Shape(2, 9001), Shape(base, 21, 1)]
+    some = [Shape(base, 10), Shape(1100 if gpu else base, 1001), Shape(2, 9001), Shape(40, 21, 1)]
     if gpu:
         some.append(Shape(300, 8200))  # a block of 4 warps a row, and rows for every processor
     if not setup.full:
@@ -189,6 +189,19 @@ def gate_rows(setup: Setup) -> Iterator[Comparison]:
     for shape in shapes:
         for temperature in (0.0, 0.5):
             yield from gated(setup, gate_call(shape, setup, temperature), setup.backend.gate_rows)
+    yield _limits(setup)
+
+
+def _limits(setup: Setup) -> Comparison:
+    """Compare decisions at and beside the threshold, where significance is exactly the offset, and of ignored rows."""
+    logits, targets = rows(Shape(6, 10), setup)
+    targets[4:] = IGNORED
+    above = -1.0 + 2.0**-24  # the next number of float32
+    offset = torch.tensor([-1.0, above, -2.0, 3.0, 3.0, -2.0], dtype=torch.float32, device="cpu")
+    threshold = torch.tensor([-1.0], dtype=torch.float32, device="cpu")
+    call = GateCall(logits, targets, (), -1, _PLAIN, threshold, {"loss": 0.0}, offset)
+    found = setup.backend.gate_rows(on_device(call, setup.device))
+    return equal("mask at the threshold", found.mask, reference.gate_rows(call).mask)
 
 
 def gate_call(shape: Shape, setup: Setup, temperature: float) -> GateCall:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cuda import FLAGS, ROOT, SANITIZE, assert_same, cuda_on_cpu, gather, masks, on_gpu, scatter  # noqa: F401
+from test_cuda import CSRC, FLAGS, ROOT, SANITIZE, assert_same, cuda_on_cpu, gather, masks, on_gpu, scatter  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as sk
@@ -54,8 +54,8 @@ class Launched:
 @pytest.mark.parametrize(
     ("rows", "classes", "launches"),
     [
-        (512, 10, 3), (4096, 1000, 3), (65_536, 10, 3), (16_383, 1000, 3), (16_384, 32, 3), (16_384, 8193, 3),
-        (16_384, 33, 4), (16_384, 8192, 4), (65_536, 1000, 4),  # many rows of some classes: the end of a row is a step
+        (512, 10, 3), (4096, 1000, 3), (65_536, 10, 3), (16_383, 1000, 3), (16_384, 16, 3), (16_384, 8193, 3),
+        (16_384, 17, 4), (16_384, 8192, 4), (65_536, 1000, 4),  # many rows of some classes: the end of a row is a step
         (65_537, 10, 4), (65_537, 1000, 5),  # counted in one launch and packed in another
         (8, 151_936, 4), (1, 5000, 4),  # few long rows, in slices
     ],
@@ -148,14 +148,15 @@ def test_without_a_gpu_every_call_by_name_says_why():
             cuda_backend._cuda.compact_storage_bytes(100_000, False, 0, 0)
 
 
-def cuobjdump(*arguments):
+def cuobjdump(*arguments, file=None):
+    """What the tool says of a file, or else of the extension."""
     tool = shutil.which("cuobjdump")
     found = importlib.util.find_spec("triton")
     if tool is None and found is not None:
         tool = str(Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     if tool is None or not Path(tool).exists():
         pytest.skip("no cuobjdump")
-    return subprocess.run([tool, *arguments, built()], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *arguments, str(file or built())], capture_output=True, text=True, check=True).stdout
 
 
 OWN_KERNELS = ("move_rows", "compact_tiles", "count_shares", "pack_shares", "control_states")
@@ -176,7 +177,11 @@ def code_of(name):
     """The instructions of each own kernel of that name, for the first architecture that was compiled for."""
     built()
     architecture = cuda_backend._cuda.architectures.split()[0].removesuffix("+PTX").replace(".", "")
-    code = cuobjdump("-sass", "-arch", f"sm_{architecture}")
+    return kernels_of(cuobjdump("-sass", "-arch", f"sm_{architecture}"), name)
+
+
+def kernels_of(code, name):
+    """The instructions of each kernel of that name in disassembled code."""
     kernels = [part.split("\n", 1) for part in code.split("Function : ")]
     pattern = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z].*?)\s*;", flags=re.MULTILINE)
     return [pattern.findall(body) for mangled, body in kernels if name in mangled]
@@ -192,22 +197,52 @@ def test_rows_move_16_bytes_at_a_time():
         assert wide.count("STG") >= 8
 
 
-def test_sums_of_a_block_are_in_memory_before_it_is_counted_and_read_anew_after():
-    """The fences around the only atomic, which running on a CPU cannot test."""
-    (kernel,) = code_of("compact_tiles")
+def assert_fenced(kernel):
+    """A block's sums are in memory before it is counted, and are read anew after the last block was."""
     at = [i for i, word in enumerate(kernel) if word.startswith("ATOM")]
     assert len(at) == 1
     before, after = kernel[: at[0]], kernel[at[0] :]
-
-    def place(words, start):
-        return next(i for i, word in enumerate(words) if word.startswith(start))
-
     last_store = max(i for i, word in enumerate(before) if word.startswith("STG"))
     assert any(re.match(r"MEMBAR\.\w+\.GPU", word) for word in before[last_store:]), before[last_store:]
     # The count, a shuffle to the other lanes, a fence that empties the first-level cache, and then the first load.
-    shuffle, fence, empty = place(after, "SHFL"), place(after, "MEMBAR"), place(after, "CCTL.IVALL")
-    assert shuffle < fence < empty < place(after, "LDG"), after[: place(after, "LDG") + 1]
+    order = ["SHFL", "MEMBAR", "CCTL.IVALL", "LDG"]
+    shuffle, fence, empty, load = (
+        next((i for i, word in enumerate(after) if word.startswith(start)), len(after)) for start in order
+    )
+    assert shuffle < fence < empty < load, after[: load + 1]
     assert re.match(r"MEMBAR\.\w+\.GPU", after[fence])
+
+
+def test_sums_of_a_block_are_in_memory_before_it_is_counted_and_read_anew_after():
+    """The fences around the only atomic, which running on a CPU cannot test."""
+    (kernel,) = code_of("compact_tiles")
+    assert_fenced(kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", [None, 0, 1])
+def test_a_missing_fence_is_seen(left_out, tmp_path):
+    """The assertions above fail on a source without either of the fences."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    folder = tmp_path / "cuda"
+    shutil.copytree(CSRC, folder)
+    source = folder / "compact_tiles.cuh"
+    parts = re.split(r"^ *__threadfence\(\);\n", source.read_text(), flags=re.MULTILINE)
+    assert len(parts) == 3
+    if left_out is not None:
+        parts[left_out : left_out + 2] = [parts[left_out] + parts[left_out + 1]]
+    source.write_text("__threadfence();\n".join(parts))
+    cubin = tmp_path / "compact.cubin"
+    options = ["-std=c++17", "-O3", "-arch=sm_90", "-cubin", f"-I{CSRC.parent / 'include'}"]
+    subprocess.run([nvcc, *options, str(folder / "compact.cu"), "-o", str(cubin)], check=True)
+    (kernel,) = kernels_of(cuobjdump("-sass", file=cubin), "compact_tiles")
+    if left_out is None:
+        assert_fenced(kernel)
+    else:
+        with pytest.raises(AssertionError):
+            assert_fenced(kernel)
 
 
 def test_no_kernel_waits_for_another_block():

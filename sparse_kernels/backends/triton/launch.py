@@ -32,13 +32,18 @@ class Launch:
         return self.chunks * self.lanes * self.width
 
 
-SHORT = 32  # most classes of a row that is a thread's
+SHORT = 16  # most classes of a row that is a thread's: more, and its threads' loads touch too many sectors each
 ONE_WARP = 8192  # most classes of a row that is a warp's: no barrier, and one warp does all that follows a row's end
 
 
 def pixels(itemsize: int) -> int:
     """Return the number of adjacent rows that a thread owns where rows lie side by side: 16 bytes, 4 at most."""
     return min(4, BYTES // itemsize)
+
+
+def unaligned_rows(itemsize: int) -> int:
+    """Return the most rows of a warp whose lanes load single logits of each: all its threads end all of these rows."""
+    return 2 if itemsize == 8 else 4  # more spill where everything is asked for
 
 
 def choose(classes: int, class_stride: int, itemsize: int, tensors: int = 1) -> Launch:
@@ -56,7 +61,7 @@ def choose(classes: int, class_stride: int, itemsize: int, tensors: int = 1) -> 
     if classes <= SHORT:
         # One thread does all that follows a row's last logit; the first-level cache joins the loads.
         warps = 2 if itemsize == 8 else 4
-        return Launch(32 * warps, 1, 1, 16 if classes <= 16 else SHORT, warps, contiguous=False)
+        return Launch(32 * warps, 1, 1, SHORT, warps, contiguous=False)
     # float64 takes two registers a number.
     width = 1 << (classes - 1).bit_length()
     rows = WARP_BYTES // (width * itemsize) // (2 if itemsize == 8 else 1)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_kernels._arguments import StatsCall
-from sparse_kernels.backends.triton.launch import BYTES, Launch, choose, most_registers, pixels, slices
+from sparse_kernels.backends.triton.launch import BYTES, Launch, choose, most_registers, pixels, slices, unaligned_rows
 from sparse_kernels.types import STATISTICS, WEIGHABLE
 
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first dimension
@@ -96,6 +96,8 @@ class Plan:
             )
         if adjacent and not aligned:  # single loads: half of the rows, or registers spill
             self.tile = replace(self.tile, rows=self.tile.rows // 2)
+        if self.tile.contiguous and not aligned:  # each thread has columns of every row, and ends them all
+            self.tile = replace(self.tile, rows=min(self.tile.rows, unaligned_rows(itemsize)))
         programs = self.programs(self.tile)
         self.slices, slice_columns = 1, classes
         if programs > MAX_PROGRAMS:
