@@ -234,8 +234,7 @@ class Gate(nn.Module):
             count = (valid.sum() if self.temperature else kept).float()
         if count is None:
             raise UserError("divisor() was called before the first batch; call the gate first")
-        # Where no rank kept a row, every sum is 0 whatever the divisor.
-        return torch.where(count > 0, count, 1.0)
+        return torch.where(count > 0, count, 1.0)  # where no rank kept a row, every sum is 0
 
     def _settled(self) -> PIController:
         self.settle()
@@ -269,7 +268,7 @@ class Gate(nn.Module):
 
     @property
     def rate_observed(self) -> Tensor:
-        """Smoothed fraction of rows, or of gradient norm, above the threshold, before floor and capacity; NaN at first."""
+        """Smoothed fraction of rows, or of gradient norm, above the threshold, without floor or capacity."""
         return self._settled().rate
 
     @property
@@ -290,7 +289,7 @@ class Gate(nn.Module):
             index: row numbers in the data set, [samples], for terms with a history. None (the default) for none.
             offset: number added to each row's significance, floating, of the targets' shape. None (the default) for 0.
             inputs: the model's inputs, for terms such as ``Contrast``. None (the default) for none.
-            embedding: embeddings of the rows, floating [rows, width], for ``Novelty``. None (the default) for none.
+            embedding: embeddings, floating [rows, width], for ``Novelty``. None (the default) for none.
             feedback: numbers for ``Feedback``, floating [rows]. None (the default) for none.
 
         Returns:
@@ -447,4 +446,5 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         """Settings to print."""
         weights = ", ".join(f"{name}={weight}" for name, weight in self.significance.settings.items())
-        return f"{self._target_name}={self.setpoint:g}, significance=({weights}), capacity={self.capacity}, biased={self.biased}"
+        target = f"{self._target_name}={self.setpoint:g}"
+        return f"{target}, significance=({weights}), capacity={self.capacity}, biased={self.biased}"
