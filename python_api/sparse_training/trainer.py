@@ -21,6 +21,7 @@ from sparse_training.data.row_numbers import unnumbered_reason
 from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
+from sparse_training.gate.significance import Significance
 from sparse_training.profiling.budget_controller import BudgetController
 from sparse_training.profiling.calibration import Stopped, calibrate
 from sparse_training.profiling.energy import Energy, Meter, find_meter
@@ -86,6 +87,8 @@ class SparseTrainer(TrainingStep):
         scorer: source of the scores that the policy selects by: "self", "self:SCALE", "early:LAYER", "proxy",
             "proxy:MODEL", "reference:FILE", "history", or a ``Scorer``. Default: the policy's own, the model itself
             for a gate.
+        significance: a ``Significance``, or the name of one, such as "vision", for ``policy="gate"`` alone. Default:
+            the gate's own.
         rate: fraction of rows to keep in the sparse phase, in (0, 1], for a policy that is named and has one. Default
             0.1.
         seed: seed of the policy's own generators, mixed with the process's rank; global generators are left to the
@@ -111,6 +114,7 @@ class SparseTrainer(TrainingStep):
         dense_end: float = 0.125,
         policy: str | Policy | Gate | None = None,
         scorer: str | Scorer | None = None,
+        significance: Significance | str | None = None,
         rate: float | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -126,12 +130,13 @@ class SparseTrainer(TrainingStep):
             self._by_default = policy is None
             policy = DEFAULT_POLICY if policy is None else policy
             check_rate_is_used(policy, rate)
+            options = None if significance is None else {"significance": significance}
             self.schedule = Schedule(dense_start, dense_end, schedule, lr_warmup)
             self.seed = seed
             super().__init__(
                 model,
                 criterion=loss,
-                policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer),
+                policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer, options=options),
                 optimizer=optimizer,
                 lr=lr,
                 settings=settings or TrainerSettings(),

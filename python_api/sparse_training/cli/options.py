@@ -16,6 +16,7 @@ from sparse_training.data.load import DATASETS
 from sparse_training.errors import UserError
 from sparse_training.experiments.design import AGAIN
 from sparse_training.experiments.tasks import TASKS
+from sparse_training.gate.presets import SIGNIFICANCES, preset
 from sparse_training.models.build import MODELS
 from sparse_training.precision import PRECISIONS
 from sparse_training.selection.registry import DEFAULT_RATE, POLICIES, make_policy, make_scorer, uses_rate
@@ -87,6 +88,16 @@ def _number(text: str) -> int | float | str:
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
+    return text
+
+
+def significance(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Check the name of a significance."""
+    try:
+        if text is not None:
+            preset(text)
+    except UserError as error:
+        raise click.BadParameter(str(error)) from None
     return text
 
 
@@ -185,7 +196,8 @@ SEEDS: Decorator = click.option(
 RUN_SECONDS: Decorator = click.option(
     "--seconds", type=POSITIVE, default=20.0, help="Budget of each run, in seconds of the calibrated clock."
 )
-POLICY_NAMES = f"{', '.join(POLICIES)}, or policy@scorer, such as gate@early:3"
+POLICY_NAMES = f"{', '.join(POLICIES)}; gate:significance, such as gate:vision; or policy@scorer, such as gate@early:3"
+SIGNIFICANCE_NAMES = f"default, {', '.join(SIGNIFICANCES)}"
 SCORER_NAMES = SCORER_FORMS
 OPTIONS_HELP = "prune=0.3 of infobatch, uniform=0.2 of importance, or floor=0.1,temperature=0.5 of gate"
 

@@ -25,11 +25,13 @@ from sparse_training.cli.options import (
     PRECISION,
     RUN,
     SCORER_NAMES,
+    SIGNIFICANCE_NAMES,
     check_rate_is_used,
     policy,
     policy_options,
     read_policy_options,
     scorer,
+    significance,
     with_options,
 )
 from sparse_training.cli.recipe import RECIPE
@@ -72,6 +74,7 @@ LOGS = (
 @click.option(
     "--scorer", callback=scorer, help=f"Scorer that the policy asks: {SCORER_NAMES}.  [default: the policy's]"
 )
+@click.option("--significance", callback=significance, help=f"Significance of the policy gate: {SIGNIFICANCE_NAMES}.")
 @click.option("--policy-options", callback=policy_options, help=f"Settings of the policy, such as {OPTIONS_HELP}.")
 @with_options(*BUDGET)
 @with_options(*RECIPE)
@@ -215,6 +218,9 @@ def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> 
         compile=options.get("compile", False),
     )
     given = {name: options[name] for name in names if name in options}
+    significance = options.get("significance")
+    if significance is not None and not options.get("policy_options"):
+        given["significance"] = significance
     if not uses_rate(_policy_name(options)):
         given.pop("rate", None)  # version 0.1.0 wrote its default for every policy
     if options.get("policy_options"):
@@ -223,7 +229,10 @@ def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> 
             rate=given.pop("rate", None),
             seed=options["seed"],
             scorer=given.pop("scorer", None),
-            options=read_policy_options(options["policy_options"]),
+            options={
+                **({} if significance is None else {"significance": significance}),
+                **read_policy_options(options["policy_options"]),
+            },
         )
     optimizer = make_optimizer(
         options.get("optimizer", DEFAULT_OPTIMIZER),

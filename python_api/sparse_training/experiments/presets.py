@@ -9,6 +9,7 @@ from typing import Any
 from sparse_training.errors import UserError
 from sparse_training.experiments.design import AGAIN, BASELINE, RANDOM, Plan
 from sparse_training.experiments.tasks import TASKS
+from sparse_training.gate.presets import ALONE
 
 UNBIASED = (BASELINE, RANDOM, AGAIN, "infobatch")
 LADDER = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
@@ -51,7 +52,20 @@ FULL = Preset(
         "long": Plan(methods=(BASELINE, RANDOM, "infobatch"), fractions=LADDER, seconds=36.0, evaluations=8),
     },
 )
-PRESETS = {"full": FULL}
+ABLATED = ("five", *ALONE, "none")
+# The gate by each term alone, by all, by none and by its default, beside random subsets: three tasks by 13 methods.
+SIGNIFICANCE = Preset(
+    {
+        **FULL.options,
+        "tasks": "clean,noise,longtail",
+        "methods": ",".join((BASELINE, RANDOM, AGAIN, "gate", *(f"gate:{name}" for name in ABLATED))),
+        "seconds": 4.0,
+        "evaluations": 2,
+        "seeds": "3",
+    },
+    {},
+)  # fmt: skip
+PRESETS = {"full": FULL, "significance": SIGNIFICANCE}
 
 
 def preset(name: str) -> Preset:

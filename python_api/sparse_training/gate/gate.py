@@ -26,8 +26,11 @@ from sparse_training.gate.checks import (
 )
 from sparse_training.gate.controller import PIController
 from sparse_training.gate.exchange import Exchange
-from sparse_training.gate.ranking import break_ties, keep_at_least
+from sparse_training.gate.presets import own_significance
+from sparse_training.gate.ranking import certain_rows, rank
 from sparse_training.gate.significance import Significance
+from sparse_training.gate.terms.context import Context
+from sparse_training.gate.weighing import Terms
 
 SetPoint = Callable[[float], float]  # maps the fraction of the run that is done, 0 to 1, to a set-point
 
@@ -51,10 +54,10 @@ class Gate(nn.Module):
         rate: fraction of the valid rows to keep, in (0, 1]; 1 keeps all of them. A callable of the fraction of the run
             that is done, such as ``Ramp(1.0, 0.1)``, is followed by calls of ``set_progress``. None (the default) for
             0.1, or with ``grad_norm_fraction``.
-        grad_norm_fraction: in place of a rate, the share of the sum of the rows' gradient norms that the kept rows are
-            to hold, in (0, 1], or such a callable. The kept rows are the fewest if the significance is grad_norm alone.
-            None (the default) for a rate.
-        significance: weights of the statistics that rank the rows. None (the default) for
+        grad_norm_fraction: in place of a rate, the share of the rows' summed gradient norms that the kept rows are to
+            hold, in (0, 1], or such a callable: the fewest rows if the significance is grad_norm alone. Default None.
+        significance: weights of the statistics and terms that rank the rows, or the name of a preset: "vision",
+            "language", "audio" or "robot", see ``preset``. None (the default) for
             ``Significance(loss=0.7, entropy=0.3)``, and with ``grad_norm_fraction`` for
             ``Significance(grad_norm=1.0)``.
         decision: "threshold" (the default) keeps the rows above the controller's threshold, or draws them where there
@@ -102,7 +105,7 @@ class Gate(nn.Module):
         rate: float | SetPoint | None = None,
         *,
         grad_norm_fraction: float | SetPoint | None = None,
-        significance: Significance | None = None,
+        significance: Significance | str | None = None,
         decision: str = "threshold",
         ties: str = "equal",
         capacity: int | None = None,
@@ -125,7 +128,7 @@ class Gate(nn.Module):
             raise UserError(f"give `rate` or `grad_norm_fraction`, got both: {rate} and {grad_norm_fraction}")
         self.by_grad_norm = grad_norm_fraction is not None
         target = grad_norm_fraction if grad_norm_fraction is not None else 0.1 if rate is None else rate
-        self.schedule = target if callable(target) else None
+        self.schedule = copy.deepcopy(target) if callable(target) else None  # its state is this gate's own
         self.setpoint = check_fraction(self._target_name, target(0.0) if callable(target) else target)
         self.controller = PIController(
             self.setpoint, threshold=threshold, temperature=self.temperature, p_min=self.p_min
@@ -141,14 +144,10 @@ class Gate(nn.Module):
             temperature=self.temperature, p_min=self.p_min, floor=self.floor,
             decision=decision, ties=ties, by_grad_norm=self.by_grad_norm,
         )  # fmt: skip
-        if significance is None:
-            significance = Significance(grad_norm=1.0) if self.by_grad_norm else Significance(loss=0.7, entropy=0.3)
-        elif not isinstance(significance, Significance):
-            raise UserError(
-                f"`significance` must be a Significance, got {significance!r}; use Significance(loss=1.0), for example"
-            )
-        self.significance = significance
-        self._weights = significance.weights
+        self.significance = own_significance(significance, by_grad_norm=self.by_grad_norm)
+        self.terms = Terms(self.significance, self.schedule, self.ignore_index, self.label_smoothing, self.dim)
+        self._weights = self.terms.weights(0.0)
+        self._asks = self.terms.asks
         self._ranks_rows = bool(self.floor) or decision == "topk" or ties == "random"
         self.last: GatedRows | None = None
         self.process_group = process_group
@@ -177,13 +176,23 @@ class Gate(nn.Module):
         self.setpoint = setpoint
 
     def set_progress(self, progress: float) -> None:
-        """Follow the schedule; no effect without one.
+        """Follow the schedules of the rate and of the weights; no effect without one.
 
         Args:
             progress: fraction of the run that is done, 0 to 1.
         """
         if self.schedule is not None:
             self.set_target_rate(self.schedule(progress))
+        if self.terms.scheduled:
+            self._weights = self.terms.weights(progress)
+
+    def observe_validation(self, loss: float) -> None:
+        """Pass on a validation loss, for schedules such as ``Follow("validation", 1.0, 0.1)``.
+
+        Args:
+            loss: the loss; one that is not finite is left out.
+        """
+        self.terms.observe("validation", torch.tensor(float(loss), device=self.threshold.device))
 
     @property
     def rate(self) -> float:
@@ -216,9 +225,6 @@ class Gate(nn.Module):
 
         Raises:
             UserError: the gate has not been called yet.
-
-        Example:
-            >>> loss = (kept.weight * losses).sum() / gate.divisor()
         """
         self.settle()
         count = self._divisor
@@ -228,8 +234,7 @@ class Gate(nn.Module):
             count = (valid.sum() if self.temperature else kept).float()
         if count is None:
             raise UserError("divisor() was called before the first batch; call the gate first")
-        # Where no rank kept a row, every sum is 0 whatever the divisor.
-        return torch.where(count > 0, count, 1.0)
+        return torch.where(count > 0, count, 1.0)  # where no rank kept a row, every sum is 0
 
     def _settled(self) -> PIController:
         self.settle()
@@ -243,7 +248,7 @@ class Gate(nn.Module):
     @property
     def known_threshold(self) -> Tensor | None:
         """Threshold that alone decides the next call; None if its rows are ranked, drawn or may overflow a capacity."""
-        by_rows = self._ranks_rows or self.temperature or self.capacity is not None
+        by_rows = self._asks or self._ranks_rows or self.temperature or self.capacity is not None
         return None if by_rows else self.threshold
 
     @property
@@ -263,10 +268,7 @@ class Gate(nn.Module):
 
     @property
     def rate_observed(self) -> Tensor:
-        """Smoothed fraction of rows, or of gradient norm, above the threshold: float32, one element.
-
-        It is measured before floor and capacity; NaN before the first call.
-        """
+        """Smoothed fraction of rows, or of gradient norm, above the threshold, without floor or capacity."""
         return self._settled().rate
 
     @property
@@ -275,17 +277,20 @@ class Gate(nn.Module):
         return self._settled().saturated
 
     def forward(
-        self, logits: Tensor, targets: Tensor, *, index: Tensor | None = None, offset: Tensor | None = None
-    ) -> Selection:
+        self, logits: Tensor, targets: Tensor, *, index: Tensor | None = None, offset: Tensor | None = None,
+        inputs: Any = None, embedding: Tensor | None = None, feedback: Tensor | None = None,
+    ) -> Selection:  # fmt: skip
         """Select among the rows of one batch, and move the threshold.
 
         Args:
             logits: class logits, floating [rows, classes], or any shape with the classes in ``dim``: rows are then
                 numbered in the order of the targets. They are detached, for a selection has no gradient.
             targets: classes, int64 or int32, of the logits' shape without ``dim``.
-            index: row numbers in the data set, [samples]; only their shape is checked. None (the default) for none.
-            offset: number added to the significance of each row, floating, of the targets' shape. None (the default)
-                for 0.
+            index: row numbers in the data set, [samples], for terms with a history. None (the default) for none.
+            offset: number added to each row's significance, floating, of the targets' shape. None (the default) for 0.
+            inputs: the model's inputs, for terms such as ``Contrast``. None (the default) for none.
+            embedding: embeddings, floating [rows, width], for ``Novelty``. None (the default) for none.
+            feedback: numbers for ``Feedback``, floating [rows]. None (the default) for none.
 
         Returns:
             The selection. Weights are 1, or 1/p with a temperature.
@@ -293,15 +298,20 @@ class Gate(nn.Module):
         Raises:
             TypeError: a tensor has the wrong dtype.
             ValueError: tensors do not fit one another, as in ``sparse_kernels.gate_rows``.
+            UserError: a term lacks what it needs, or is given it in the wrong shape.
         """
-        if index is not None and index.shape != targets.shape[:1]:
-            raise UserError(
-                f"`index` must have shape {tuple(targets.shape[:1])}, one per sample, got {tuple(index.shape)}"
-            )
+        if index is not None and index.shape != (expected := targets.shape[:1]):
+            raise UserError(f"`index` must have shape {tuple(expected)}, one per sample, got {tuple(index.shape)}")
         if logits.requires_grad:
             logits = logits.detach()
         if offset is not None:
             offset = offset.detach()
+        if self._asks:
+            context = self.terms.context(logits, targets, self.process_group, index, inputs, embedding, feedback)
+            offset = self.terms.added_to(offset, context, targets)
+        return self._decide(logits, targets, offset)
+
+    def _decide(self, logits: Tensor, targets: Tensor, offset: Tensor | None) -> Selection:
         if self.process_group is not None:
             return self._step_across_ranks(logits, targets, offset)
         # Not self.controller.values: each look-up through a module costs as much as 16 rows.
@@ -328,31 +338,31 @@ class Gate(nn.Module):
         object.__setattr__(self, "last", gated)
         return selection
 
-    def by(self, significance: Tensor, *, valid: Tensor | None = None) -> Selection:
+    def by(self, significance: Tensor, context: Context | None = None, *, valid: Tensor | None = None) -> Selection:
         """Select as ``forward`` does, by a given significance, such as a loss without classes.
 
         Args:
             significance: significance of the rows, floating [rows], at least 0; NaN is never selected, and counted.
+            context: the rows, for a gate with terms, whose sum is added. None (the default) for a gate without.
             valid: bool [rows]; False for rows that do not count. None (the default) if all do.
 
         Returns:
             The selection. Weights are 1, or 1/p with a temperature.
 
         Raises:
-            UserError: the gate has a grad-norm fraction, which needs logits.
+            UserError: the gate has a grad-norm fraction, which needs logits, or terms and no context.
         """
         if self.by_grad_norm:
             raise UserError(f"grad_norm_fraction={self.setpoint} needs logits, got a significance; use a rate")
-        # With one class, loss and entropy are 0, so the offset alone decides. Where that class is the one to be
-        # ignored, the target is a second class of probability 1.
-        label = 1 if self.ignore_index == 0 else 0
-        logits = torch.zeros(significance.shape[0], label + 1, device=significance.device)
-        logits[:, :label] = -30.0
-        targets = torch.full(significance.shape, label, device=significance.device)
+        logits, targets = certain_rows(significance, self.ignore_index)
         if valid is not None:
             targets = torch.where(valid, targets, self.ignore_index)
-        selection: Selection = self(logits, targets, offset=significance.float())
-        return selection
+        offset: Tensor | None = significance.float()
+        if self._asks:
+            if context is None:
+                raise UserError("a gate whose significance has terms needs logits, got a significance alone")
+            offset = self.terms.added_to(offset, context, targets)
+        return self._decide(logits, targets, offset)
 
     def _step_across_ranks(self, logits: Tensor, targets: Tensor, offset: Tensor | None) -> Selection:
         """Select; the threshold moves once the other ranks' sums are there, see ``settle``."""
@@ -390,22 +400,12 @@ class Gate(nn.Module):
             gate_temperature=self.temperature, p_min=self.p_min, seed=seed, step=step,
         )  # fmt: skip
         if self._ranks_rows:
-            gated = self._rank(gated, targets != self.ignore_index, threshold, seed, step)
+            gated = rank(
+                gated, targets != self.ignore_index, threshold, ties=self.ties, decision=self.decision, rate=self.rate,
+                floor=self.floor, seed=seed, step=step,
+            )  # fmt: skip
         weight = None if gated.weight is None else gated.weight.flatten()
         return gated, compact(gated.mask.flatten(), weight=weight, capacity=self.capacity)
-
-    def _rank(self, gated: GatedRows, valid: Tensor, threshold: Tensor, seed: int, step: int | Tensor) -> GatedRows:
-        """Apply the decisions that rank rows: ties, topk and floor."""
-        mask, significance = gated.mask, gated.significance
-        valid = valid & ~significance.isnan()
-        if self.ties == "random":
-            significance = break_ties(significance, valid, seed=seed, step=step)
-            mask = (significance > threshold) & valid
-        if self.decision == "topk":
-            mask = keep_at_least(self.rate, torch.zeros_like(mask), significance, valid)
-        elif self.floor:
-            mask = keep_at_least(self.floor, mask, significance, valid)
-        return gated._replace(mask=mask, significance=significance)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         self.settle()  # an exchange refers to the tensors that are about to be moved
@@ -445,6 +445,6 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings to print."""
-        weights = ", ".join(f"{name}={weight:g}" for name, weight in self.significance.weights.items())
+        weights = ", ".join(f"{name}={weight}" for name, weight in self.significance.settings.items())
         target = f"{self._target_name}={self.setpoint:g}"
         return f"{target}, significance=({weights}), capacity={self.capacity}, biased={self.biased}"

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_kernels import GatedRows
 from sparse_kernels.philox import uniform
 
 
@@ -47,3 +48,45 @@ def keep_at_least(fraction: float, mask: Tensor, significance: Tensor, valid: Te
     taken = torch.arange(most, device=mask.device) < needed
     top = torch.zeros_like(mask).flatten().scatter(0, ranked, taken).reshape(mask.shape) & valid
     return mask | top  # where enough is kept, the top rows are among them
+
+
+def rank(
+    gated: GatedRows, valid: Tensor, threshold: Tensor, *,
+    ties: str, decision: str, rate: float, floor: float, seed: int, step: int | Tensor,
+) -> GatedRows:  # fmt: skip
+    """Apply the decisions of a gate that rank rows; the names are those of ``Gate``.
+
+    Args:
+        gated: the rows, as compared with the threshold.
+        valid: bool, the rows that count.
+        threshold: the threshold, one element.
+        ties: "random" to put equal rows in a random order.
+        decision: "topk" for the most significant ``rate`` of the rows.
+        rate: fraction of the rows to keep.
+        floor: least fraction of the rows to keep.
+        seed: seed of the order of equal rows.
+        step: number of the batch.
+    """
+    mask, significance = gated.mask, gated.significance
+    valid = valid & ~significance.isnan()
+    if ties == "random":
+        significance = break_ties(significance, valid, seed=seed, step=step)
+        mask = (significance > threshold) & valid
+    if decision == "topk":
+        mask = keep_at_least(rate, torch.zeros_like(mask), significance, valid)
+    elif floor:
+        mask = keep_at_least(floor, mask, significance, valid)
+    return gated._replace(mask=mask, significance=significance)
+
+
+def certain_rows(significance: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Make logits and targets whose loss and entropy are 0, so that an offset alone decides.
+
+    Args:
+        significance: [rows], for the shape and device.
+        ignore_index: target of the rows that do not count, which is avoided by a second class of probability 1.
+    """
+    label = 1 if ignore_index == 0 else 0
+    logits = torch.zeros(significance.shape[0], label + 1, device=significance.device)
+    logits[:, :label] = -30.0
+    return logits, torch.full(significance.shape, label, device=significance.device)

@@ -53,7 +53,7 @@ DEFAULT_RATE = 0.1
 POLICY_OPTIONS = {
     "infobatch": ("prune",),
     "importance": ("uniform",),
-    "gate": ("temperature", "p_min", "floor", "capacity", "decision", "ties"),
+    "gate": ("temperature", "p_min", "floor", "capacity", "decision", "ties", "significance"),
 }
 
 
@@ -72,8 +72,17 @@ def uses_rate(policy: str | Policy | Gate) -> bool:
 
 def _kind(name: str) -> type[Policy] | None:
     """Find the class of a policy's name, with or without switches and a scorer; None for an unknown name."""
-    bare, plus, _ = name.partition("@")[0].partition("+")
+    whole = name.partition("@")[0]
+    bare, plus, _ = whole.partition("+")
+    if not plus and (colon := _gate_and_significance(whole)):
+        return POLICIES[colon[0]]
     return POLICIES.get(bare) if not plus or bare == AdaptivePolicy.name else None
+
+
+def _gate_and_significance(name: str) -> tuple[str, str] | None:
+    """Split "gate:vision" into the policy and its significance; None for a name of another form."""
+    bare, colon, significance = name.partition(":")
+    return (bare, significance) if colon and bare == GatePolicy.name else None
 
 
 def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
@@ -112,7 +121,8 @@ def make_policy(
 
     Args:
         policy: a name in ``POLICIES``, where "adaptive" has its switches behind it, such as "adaptive+denoise+balance";
-            or policy@scorer, such as "gate@early:3", which is then its name; a Gate; or a Policy, which is returned as
+            or gate:significance, such as "gate:vision", see ``sparse_training.gate.preset``; or policy@scorer, such as
+            "gate@early:3", which is then its name; a Gate; or a Policy, which is returned as
             it is.
         rate: fraction of the rows to keep, in (0, 1]; None for ``DEFAULT_RATE``.
         seed: seed of the policy's draws.
@@ -136,6 +146,14 @@ def make_policy(
             raise UserError(f"`policy` {policy!r} names a scorer, and `scorer` is {scorer!r}; give one scorer")
         policy, _, scorer = policy.partition("@")
     scorer = None if scorer is None else make_scorer(scorer)
+    options = dict(options or {})
+    if isinstance(policy, str) and (split := _gate_and_significance(policy)):
+        policy, significance = split
+        if "significance" in options:
+            raise UserError(f"`policy` {given!r} names a significance, and `significance` is given too; give one")
+        options["significance"] = significance
+        if significance == "none":  # every row alike: which are kept is drawn
+            options.setdefault("ties", "random")
     options = _check_options(policy, options)
     if isinstance(policy, Policy):
         made = policy

@@ -112,6 +112,7 @@ class Scores:
         criterion: as given.
         logits: as given.
         offset: as given; a scorer may set it later.
+        embedding: embeddings of the rows, float [B, width]; None where no one asked for them.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Scores:
         offset: Tensor | None = None,
     ) -> None:
         self.targets, self.logits, self.offset = targets, logits, offset
+        self.embedding: Tensor | None = None
         self.criterion, self._losses = criterion, losses
 
     @property

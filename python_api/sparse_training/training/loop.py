@@ -250,6 +250,8 @@ class TrainingLoop:
         else:
             assert evaluate is not None
             numbers = trainer.evaluate(evaluate)
+        if "loss" in numbers:
+            trainer.policy.observe_validation(numbers["loss"])
         self.log.evals.append({"seconds": self.clock.seconds, "step": self.log.steps, **numbers})
         self.seen.status = replace(self.seen.status, evaluation=self.log.evals[-1])
         self.callbacks.call("on_evaluation_end", self.seen)

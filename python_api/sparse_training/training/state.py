@@ -333,7 +333,7 @@ def _given(value: Any, attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _options(part: Policy | Gate) -> dict[str, Any]:
     """Return what a policy or a gate was made with; its rate may follow a schedule, and its seed is the rank's own."""
     options = _given(part, {name: value for name, value in vars(part).items() if name != "rate"})
-    return {**options, "significance": dict(part.significance.weights)} if isinstance(part, Gate) else options
+    return {**options, "significance": part.significance.settings} if isinstance(part, Gate) else options
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -157,6 +157,13 @@ class Policy(nn.Module):
         """
         self.scorer.observe(ids, losses)
 
+    def observe_validation(self, loss: float) -> None:
+        """Called with the loss of each evaluation that has one, for schedules that follow it.
+
+        Args:
+            loss: mean loss of the evaluation data.
+        """
+
     def set_progress(self, progress: float) -> None:
         """Called before each sparse step, for policies that follow a schedule.
 

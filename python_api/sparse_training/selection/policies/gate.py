@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from sparse_training import padding
 from sparse_training.criterion import Criterion, targets_are_classes
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
+from sparse_training.gate.terms.context import Context
 from sparse_training.selection.policies.base import Policy
+from sparse_training.selection.scorers.embedding import EmbeddingReader
 from sparse_training.selection.types import Batch, Scores, SelectedBatch, WeightedIndices
 
 
@@ -50,6 +53,35 @@ class GatePolicy(Policy):
         """Fraction of rows to keep."""
         return self.rate
 
+    def prepare(
+        self,
+        rows: int | None,
+        targets: Tensor | None = None,
+        duplicate_counts: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        """Allocate what the scorer and the gate's terms keep of each row."""
+        super().prepare(rows, targets, duplicate_counts)
+        for term in self.gate.significance.terms:
+            term.prepare(rows)
+
+    def score(self, batch: Batch) -> Scores | None:
+        """Score a loaded batch and, where a term asks for them, read the rows' embeddings in the same pass."""
+        if "embedding" not in self.gate.terms.needs:
+            return super().score(batch)
+        with EmbeddingReader(self.scorer.model, self.gate.terms.embedding) as reader:
+            scores = super().score(batch)
+        if scores is None or reader.embedding is None:
+            raise UserError(
+                f"the scorer {self.scorer.name} shows no embedding of the model's, which a term needs; use the scorer "
+                "self, without compile"
+            )
+        scores.embedding = reader.embedding
+        return scores
+
+    def observe_validation(self, loss: float) -> None:
+        """Pass an evaluation's loss to the schedules that follow it."""
+        self.gate.observe_validation(loss)
+
     def decide(self, scores: Scores) -> WeightedIndices:
         """Select rows by their scores; with a capacity this waits for an accelerator."""
         selection = self.gated(scores)
@@ -67,7 +99,7 @@ class GatePolicy(Policy):
         if self.gate.capacity is None and batch.targets.device.type == "xla":  # a program for each number of rows kept
             steady = self.gate.schedule is None and not self.gate.by_grad_norm
             self.gate.capacity = min(batch.rows, math.ceil(2 * self.rate * batch.rows)) if steady else batch.rows
-        selection = self.gated(scores)
+        selection = self.gated(scores, batch)
         padded = self.gate.capacity is not None
         if padded:
             (inputs, targets), selection = padding.take((batch.inputs, batch.targets), selection)
@@ -81,7 +113,7 @@ class GatePolicy(Policy):
             return SelectedBatch(inputs, targets, count, selection.index, selection.weight, divisor)
         return SelectedBatch(inputs, targets, count, selection.index)
 
-    def gated(self, scores: Scores) -> Selection:
+    def gated(self, scores: Scores, batch: Batch | None = None) -> Selection:
         """Run the gate on the class logits or, where there are none, on the losses.
 
         Where a sample has several targets, as tokens or pixels, its significance is the mean over them. An offset of
@@ -89,33 +121,55 @@ class GatePolicy(Policy):
 
         Args:
             scores: the scorer's output for the rows.
+            batch: the loaded batch, for terms that ask for its inputs or row numbers. None (the default) for none.
 
         Returns:
             The gate's selection.
 
         Raises:
-            UserError: the scorer has an offset of the loss, and the significance has no term of the loss.
+            UserError: the scorer has an offset of the loss, and the significance has no term of the loss; or a term
+                lacks what it needs.
         """
         logits, targets, offset = scores.logits, scores.targets, scores.offset
+        known: dict[str, Any] = {}
+        if self.gate.terms.asks and batch is not None:
+            known = {"index": batch.ids, "inputs": batch.inputs, "embedding": scores.embedding}
         self._seen = None
         classes = not isinstance(scores.criterion, Criterion) or scores.criterion.classes
         if classes and isinstance(logits, Tensor) and targets is not None and targets_are_classes(logits, targets):
             if offset is not None:
-                if "loss" not in self.gate.significance.weights:
+                if not self.gate.terms.current.get("loss"):
                     raise UserError(
                         f"the scorer {self.scorer.name} changes the loss; use a significance with a term of the loss, "
                         "such as Significance(loss=1.0)"
                     )
-                offset = offset * self.gate.significance.loss
+                offset = offset * self.gate.terms.current["loss"]
             if targets.ndim == 1:
-                selection: Selection = self.gate(logits, targets, offset=offset)
+                selection: Selection = self.gate(logits, targets, offset=offset, **known)
                 if self.watched:
                     self._watch(logits, targets, selection)
                 return selection
             if isinstance(scores.criterion, Criterion) and not self.gate.by_grad_norm:
-                significance = scores.criterion.significance(logits, targets, self.gate.significance.weights)
-                return self.gate.by(significance if offset is None else significance + offset)
-        return self.gate.by(scores.losses)
+                significance = scores.criterion.significance(logits, targets, self.gate.terms.current)
+                significance = significance if offset is None else significance + offset
+                return self.gate.by(significance, self._context(scores, known, scores.criterion))
+        losses = scores.losses
+        factor = self.gate.terms.current.get("loss", 0.0) if self.gate.significance.terms else 1.0
+        return self.gate.by(factor * losses, self._context(scores, known))
+
+    def _context(self, scores: Scores, known: dict[str, Any], criterion: Criterion | None = None) -> Context | None:
+        """Describe rows to the gate's terms where rows are samples of several targets, or have losses alone."""
+        terms, losses = self.gate.terms, scores.losses
+        if not terms.asks:
+            return None
+        found = {"loss": losses}
+        if criterion is not None and scores.targets is not None:
+            for name in terms.statistics:
+                found[name] = criterion.significance(scores.logits, scores.targets, {name: 1.0})
+        targets = losses if scores.targets is None else scores.targets
+        return terms.described(
+            targets, torch.ones_like(losses, dtype=torch.bool), found, self.gate.process_group, **known
+        )
 
     @torch.no_grad()
     def _watch(self, logits: Tensor, targets: Tensor, kept: Selection) -> None:

@@ -1,0 +1,100 @@
+"""How unlike what was seen before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_training.errors import UserError
+from sparse_training.gate.schedules import Weight
+from sparse_training.gate.terms.base import MEMORY, Term
+from sparse_training.gate.terms.context import Context
+
+
+class Novelty(Term):
+    """Distance of a row's embedding to the nearest of what was seen: (1 - largest cosine) / 2, by one matrix product.
+
+    Args:
+        weight: as for ``Term``.
+        memory: number of embeddings to remember, the latest ones, at least 1. None (the default) for one running mean
+            of each class's embeddings, which needs class targets and no memory that grows.
+        embedding: name of the submodule whose output embeds a row, for a trainer. Tokens and pixels are averaged. None
+            (the default) for the input of the model's last linear layer.
+
+    Raises:
+        UserError: ``memory`` is out of range; at a batch, an embedding of the wrong shape or width, or no classes.
+    """
+
+    needs = ("embedding",)
+    seen: Tensor
+    position: Tensor
+
+    def __init__(
+        self, weight: float | Weight = 1.0, *, memory: int | None = None, embedding: str | None = None
+    ) -> None:
+        super().__init__(weight)
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+            raise UserError(f"`memory` of the term Novelty must be None or at least 1, got {memory!r}")
+        self.memory, self.embedding, self.per_process = memory, embedding, memory is not None
+        self.register_buffer("seen", torch.empty(0, 0))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def _slots(self, context: Context) -> int:
+        return context.classes if self.memory is None else self.memory
+
+    def check(self, context: Context) -> None:
+        """Check the embedding's shape."""
+        embedding, slots = context.embedding, self._slots(context)
+        assert embedding is not None
+        if embedding.ndim != 2 or embedding.shape[0] != context.rows:
+            raise UserError(f"`embedding` must have shape [{context.rows}, width], got {list(embedding.shape)}")
+        if not slots:
+            raise UserError("the term Novelty needs class targets for its centroids; use Novelty(memory=1000)")
+        if self.seen.numel() and self.seen.shape != (slots, embedding.shape[1]):
+            raise UserError(
+                f"`embedding` must have width {self.seen.shape[1]} and {self.seen.shape[0]} classes, as the batches "
+                f"before it, got width {embedding.shape[1]} and {slots}"
+            )
+
+    def forward(self, context: Context) -> Tensor:
+        """Compute the distances, then take the batch into the centroids or the memory."""
+        embedding = context.embedding
+        assert embedding is not None
+        if not self.seen.numel():
+            self.resize("seen", self._slots(context), embedding.shape[1], device=embedding.device)
+        unit = F.normalize(embedding.float(), dim=1)
+        known = (self.seen != 0).any(1)
+        cosine = (unit @ F.normalize(self.seen, dim=1).T).masked_fill(~known, -1.0)  # as far as can be from nothing
+        finite = unit.isfinite().all(1)
+        distance = torch.where(finite, 0.5 * (1.0 - cosine.amax(1)), torch.nan)
+        valid = context.valid & finite
+        unit = torch.where(valid[:, None], unit, 0.0)
+        if self.memory is None:
+            self._learn_centroids(unit, context, valid)
+        else:
+            self._remember(unit, valid)
+        return distance
+
+    def _learn_centroids(self, unit: Tensor, context: Context, valid: Tensor) -> None:
+        labels = torch.where(valid, context.targets, 0).long()
+        one_hot = F.one_hot(labels, self.seen.shape[0]).float() * valid[:, None]
+        sums = context.total(torch.cat((one_hot.T @ unit, one_hot.sum(0)[:, None]), 1))
+        count = sums[:, -1:]
+        mean = sums[:, :-1] / count.clamp(min=1.0)
+        keep = torch.where((self.seen != 0).any(1, keepdim=True), MEMORY, 0.0) ** count.clamp(max=1.0)
+        self.seen.copy_(torch.where(count > 0, keep * self.seen + (1.0 - keep) * mean, self.seen))
+
+    def _remember(self, unit: Tensor, valid: Tensor) -> None:
+        """Overwrite the oldest embeddings; rows that do not count are written to no slot."""
+        slots = self.seen.shape[0]
+        rank = valid.cumsum(0) - 1
+        newest = valid & (rank >= valid.sum() - slots)  # of a batch larger than the memory, the last rows
+        place = torch.where(newest, (self.position + rank) % slots, slots)
+        grown = torch.cat((self.seen, self.seen.new_zeros(1, self.seen.shape[1])))
+        self.seen.copy_(grown.index_copy(0, place, unit)[:slots])
+        self.position.add_(valid.sum())
+
+    def extra_repr(self) -> str:
+        """Settings that a resumed run must share."""
+        return f"{super().extra_repr()}, memory={self.memory}, embedding={self.embedding}"
