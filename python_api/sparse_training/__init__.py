@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from sparse_kernels import __version__
     from sparse_training import nn
     from sparse_training.criterion import Criterion
+    from sparse_training.data.image_files import ImageFiles
+    from sparse_training.data.image_shards import ImageShards
     from sparse_training.data.load import load_data
     from sparse_training.data.resident import ResidentLoader
     from sparse_training.data.stream import StreamLoader
+    from sparse_training.data.transforms import CenterCrop, RandomCropAndFlip
     from sparse_training.errors import UserError
     from sparse_training.gate import Budget, Gate, PIController, Ramp, Significance
     from sparse_training.models.build import build_model
@@ -40,15 +43,19 @@ __all__ = [
     "Advice",
     "Budget",
     "Callback",
+    "CenterCrop",
     "Compact",
     "Criterion",
     "Expand",
     "Gate",
     "HistorySampler",
+    "ImageFiles",
+    "ImageShards",
     "Indexed",
     "PIController",
     "Policy",
     "Ramp",
+    "RandomCropAndFlip",
     "ResidentLoader",
     "Significance",
     "SparseTrainer",
@@ -65,9 +72,12 @@ __all__ = [
 _MODULES = {
     "sparse_kernels": ("__version__",),
     "sparse_training.criterion": ("Criterion",),
+    "sparse_training.data.image_files": ("ImageFiles",),
+    "sparse_training.data.image_shards": ("ImageShards",),
     "sparse_training.data.load": ("load_data",),
     "sparse_training.data.resident": ("ResidentLoader",),
     "sparse_training.data.stream": ("StreamLoader",),
+    "sparse_training.data.transforms": ("CenterCrop", "RandomCropAndFlip"),
     "sparse_training.errors": ("UserError",),
     "sparse_training.gate": ("Budget", "Gate", "PIController", "Ramp", "Significance"),
     "sparse_training.models.build": ("build_model",),

@@ -41,10 +41,46 @@ def test_parameter_counts(name: str, count: int) -> None:
     assert parameters(build_model(name, shape=CIFAR, classes=10)) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "layers"),
+    [
+        # As published with torchvision's resnet50; 53 convolutions with BatchNorm and the head.
+        ("resnet50", 25_557_032, {nn.Conv2d: 53, nn.BatchNorm2d: 53, nn.Linear: 1}),
+        # As published with timm's vit_small_patch16_224: 12 blocks, a class token, 197 places.
+        ("vit-s", 22_050_664, {nn.Conv2d: 1, nn.LayerNorm: 25, nn.Linear: 49}),
+    ],
+)
+def test_models_of_imagenet_are_the_published_ones(name: str, count: int, layers: dict[type, int]) -> None:
+    model = build_model(name, shape=(3, 224, 224), classes=1000).eval()
+    assert parameters(model) == count
+    for kind, number in layers.items():
+        assert sum(isinstance(module, kind) for module in model.modules()) == number
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 224, 224)).shape == (1, 1000)
+        assert model(torch.randn(1, 3, 96, 160)).shape == (1, 1000), "and other sizes than it was made for"
+
+
+def test_every_stage_of_resnet50_but_the_first_halves_the_image() -> None:
+    model = build_model("resnet50", shape=(3, 224, 224), classes=5).eval()
+    sides, x = [], torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        for layer in model[:-3]:  # type: ignore[index]
+            x = layer(x)
+            sides.append((x.shape[1], x.shape[2]))
+    assert list(dict.fromkeys(sides)) == [(64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7)]
+
+
+def test_the_class_token_of_vit_s_sees_every_patch() -> None:
+    torch.manual_seed(0)
+    model, images = build_model("vit-s", shape=(3, 32, 48), classes=5), torch.randn(1, 3, 32, 48, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(images).sum(), images)
+    assert (torch.nn.functional.avg_pool2d(gradient.abs(), 16) > 0).all()
+
+
 @pytest.mark.parametrize("shape", [CIFAR, (1, 28, 28), (1, 8, 8), (3, 11, 40)])
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_backward(name: str, shape: tuple[int, int, int]) -> None:
-    if (name == "vit" and shape[1] % 4) or (name == "cnn-bn" and shape[1] % 2):
+    if (name == "vit" and shape[1] % 4) or (name == "cnn-bn" and shape[1] % 2) or (name == "vit-s" and shape[1] % 16):
         pytest.skip("refused: see below")
     model = build_model(name, shape=shape, classes=7)
     logits = model(torch.randn(2, *shape))
@@ -64,6 +100,8 @@ def test_the_transformer_takes_other_sizes_than_it_was_made_for_and_refuses_what
     assert model(torch.randn(2, 3, 16, 24)).shape == (2, 5)
     with pytest.raises(UserError, match=r"4x4 pixels; their sides must be divisible by 4, got \(11, 40\)"):
         build_model("vit", shape=(3, 11, 40), classes=5)
+    with pytest.raises(UserError, match=r"16x16 pixels; their sides must be divisible by 16, got \(32, 40\)"):
+        build_model("vit-s", shape=(3, 32, 40), classes=5)
 
 
 def test_the_sparse_transformer_reads_a_part_of_the_pixels_and_has_the_parameters_of_the_dense() -> None:
@@ -149,9 +187,8 @@ def test_bad_shape_and_classes() -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(
-        UserError, match=r"'vgg'.*cnn-620k, cnn-2m, cnn-bn, cnn-tiny, resnet, vit, vit-sparse or module:factory"
-    ):
+    known = "cnn-620k, cnn-2m, cnn-bn, cnn-tiny, resnet, resnet50, vit, vit-s, vit-sparse or module:factory"
+    with pytest.raises(UserError, match=f"'vgg'.*{known}"):
         build_model("vgg", shape=CIFAR, classes=10)
 
 

@@ -98,10 +98,12 @@ def refused(rank: int, ranks: int, group: Any, folder: str) -> Any:
     found = []
     model = fully_shard(network(), mesh=init_device_mesh("cpu", (ranks,)))
     part = nn.Sequential(DistributedDataParallel(network()), nn.Linear(6, 6))
+    shard = nn.Sequential(fully_shard(network(), mesh=init_device_mesh("cpu", (ranks,))), nn.Linear(6, 6))
     for call in (
         lambda: SparseTrainer(model, policy="dense").fit(loader(), steps=1, checkpoint=folder),
         lambda: SparseTrainer(model, policy="dense", settings=TrainerSettings(ema=0.9)),
         lambda: SparseTrainer(part, policy="dense"),
+        lambda: SparseTrainer(shard, policy="dense"),
     ):
         with pytest.raises(UserError) as caught:
             call()
@@ -110,7 +112,12 @@ def refused(rank: int, ranks: int, group: Any, folder: str) -> Any:
 
 
 def test_what_cannot_be_done_with_a_wrapped_model_is_said(run: Callable[..., list[Any]], tmp_path: Any) -> None:
-    expected = ("`checkpoint` cannot", "`ema` cannot", "DistributedDataParallel must wrap the whole model")
+    expected = (
+        "`checkpoint` cannot",
+        "`ema` cannot",
+        "DistributedDataParallel must wrap the whole model",
+        "fully_shard must be called on the whole model too",
+    )
     for found in run(refused, str(tmp_path / "run")):
         assert [message[: len(words)] for message, words in zip(found, expected, strict=True)] == list(expected)
 

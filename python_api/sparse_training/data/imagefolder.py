@@ -7,21 +7,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
 
+from sparse_training.data.pillow import FORMATS, check_depth, find_pillow, open_image
 from sparse_training.data.splits import ImageData, Split, missing_set
 from sparse_training.errors import UserError
 
-# Pillow goes by a file's content, not by its name, and would hand PostScript to an interpreter: it is told the formats.
-FORMATS = {
-    ".bmp": "BMP", ".gif": "GIF", ".jpeg": "JPEG", ".jpg": "JPEG", ".pgm": "PPM", ".png": "PNG", ".ppm": "PPM",
-    ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
-}  # fmt: skip
 DEFAULT_SIZE = 32
-DEEP_MODES = ("I", "F")  # beginnings of Pillow's modes with more than 8 bits, such as I;16
 
 
 def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
@@ -46,13 +40,13 @@ def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
         raise UserError(f"`size` must be at least 1 pixel, got {size}")
     root = _find(roots)
     held_out = root / "test" if (root / "test").is_dir() else root / "val"
-    classes = _subfolders(root / "train")
+    classes = class_folders(root / "train")
     if len(classes) < 2:
         raise UserError(f"{root / 'train'} must hold at least 2 class folders, got {len(classes)}")
-    if unknown := sorted(set(_subfolders(held_out)) - set(classes)):
+    if unknown := sorted(set(class_folders(held_out)) - set(classes)):
         raise UserError(f"{held_out / unknown[0]}: no such class in {root / 'train'}")
 
-    pillow = _pillow()
+    pillow = find_pillow("the data set imagefolder")
     train, test = (_files(folder, classes) for folder in (root / "train", held_out))
     width, height = (size, size) if size is not None else _common_size(pillow, train + test)
     return ImageData.from_splits(
@@ -76,7 +70,12 @@ def _find(roots: Sequence[Path]) -> Path:
     )
 
 
-def _subfolders(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of a folder's subfolders, sorted; those that begin with a dot are left out.
+
+    Raises:
+        UserError: a name that is no UTF-8.
+    """
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     for name in (str(folder), *names):
         if name.encode(errors="replace").decode() != name:  # no report could hold it
@@ -101,14 +100,6 @@ def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     return files
 
 
-def _pillow() -> ModuleType:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UserError("the data set imagefolder needs Pillow: pip install pillow") from error
-    return Image
-
-
 def _common_size(pillow: ModuleType, files: Sequence[tuple[Path, int]]) -> tuple[int, int]:
     """Return (width, height) of all images, from their headers; the default size if they differ."""
     sizes = {_read_size(pillow, path) for path, _ in files}
@@ -123,14 +114,10 @@ def _common_size(pillow: ModuleType, files: Sequence[tuple[Path, int]]) -> tuple
     return DEFAULT_SIZE, DEFAULT_SIZE
 
 
-def _open(pillow: ModuleType, path: Path) -> Any:
-    return pillow.open(path, formats=sorted(set(FORMATS.values())))
-
-
 def _read_size(pillow: ModuleType, path: Path) -> tuple[int, int]:
     """Return (width, height)."""
     try:
-        with _open(pillow, path) as image:
+        with open_image(pillow, path) as image:
             width, height = image.size
     except Exception as error:  # decoders raise many types on corrupt files
         raise _unreadable(path, error) from error
@@ -147,13 +134,13 @@ def _read_split(pillow: ModuleType, files: Sequence[tuple[Path, int]], width: in
 def _read_image(pillow: ModuleType, path: Path, width: int, height: int) -> torch.Tensor:
     """Return the image as uint8 [3, height, width]."""
     try:
-        with _open(pillow, path) as image:
-            mode = image.mode
+        with open_image(pillow, path) as image:
+            check_depth(image)
             rgb = image.convert("RGB").resize((width, height), pillow.Resampling.BILINEAR)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # decoders raise many types on corrupt files
         raise _unreadable(path, error) from error
-    if mode.startswith(DEEP_MODES):  # conversion to RGB clips at 255, so most images turn white
-        raise UserError(f"{path}: images must have 8 bits per channel, got Pillow mode {mode}")
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 

@@ -13,8 +13,10 @@ from torch import nn
 from sparse_training.errors import UserError
 from sparse_training.models.cnn import cnn_2m, cnn_620k, cnn_bn, cnn_tiny
 from sparse_training.models.resnet import resnet
+from sparse_training.models.resnet50 import resnet50
 from sparse_training.models.shapes import Shape
 from sparse_training.models.vit import vit, vit_sparse
+from sparse_training.models.vit_s import vit_s
 
 
 def build_model(name: str, *, shape: Shape, classes: int) -> nn.Module:
@@ -123,7 +125,9 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {
     "cnn-bn": cnn_bn,
     "cnn-tiny": cnn_tiny,
     "resnet": resnet,
+    "resnet50": resnet50,
     "vit": vit,
+    "vit-s": vit_s,
     "vit-sparse": vit_sparse,
 }
 MODELS = tuple(_FACTORIES)

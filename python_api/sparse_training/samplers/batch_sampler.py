@@ -18,6 +18,7 @@ from sparse_training.samplers.adaptive_weights import BALANCE_FROM, SamplingWeig
 from sparse_training.samplers.importance import Importance
 from sparse_training.samplers.indexed import Indexed, rows_of
 from sparse_training.samplers.infobatch import InfoBatch, no_rows, whole_batch
+from sparse_training.samplers.resharding import check_ranks, resharded
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.samplers.shuffle import Shuffle
 from sparse_training.selection.types import WeightedIndices
@@ -370,6 +371,25 @@ class HistorySampler(Sampler[list[int]]):
             "position": self._order.position,
             "pending": [tuple(drawn) for drawn in self._pending],
         }
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from the states of all processes of a run, of as many processes as now or of another number.
+
+        The scores go to the processes that have their rows now. With another number, batches that were drawn and not
+        trained on are drawn anew, and the draws are others than they would have been; they are as unbiased. An epoch
+        of "infobatch" must have ended; states of "adaptive" fit their own number of processes alone.
+
+        Args:
+            states: states of ``state_dict``, one of each process, in any order.
+
+        Raises:
+            UserError: a state is missing, or they are of other data or settings, or of different moments.
+        """
+        ordered = check_ranks(states)
+        if len(ordered) == self.replicas:
+            self.load_state_dict(ordered[self.rank])
+        else:
+            self.load_state_dict(resharded(ordered, self.rank, self.replicas))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state: the next iteration goes on with its epoch, of the number ``epoch``.

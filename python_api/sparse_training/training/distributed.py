@@ -31,7 +31,7 @@ def split_wrapper(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
         The model itself, and the module that training passes go through; None where nothing wraps the model.
 
     Raises:
-        UserError: a wrapped part within a model that is not wrapped.
+        UserError: a wrapped or sharded part within a model that is not, whose other gradients nothing would average.
     """
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(inner, DistributedDataParallel):
@@ -40,16 +40,24 @@ def split_wrapper(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
         return model, model
     if inside := [name for name, module in model.named_modules() if isinstance(module, DistributedDataParallel)]:
         raise UserError(f"DistributedDataParallel must wrap the whole model or none of it, got its {inside[0]}")
+    if sharded := [name for name, module in model.named_modules() if _is_shard(module)]:
+        raise UserError(
+            f"fully_shard must be called on the whole model too, after its parts, got its {sharded[0]} alone"
+        )
     return model, None
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether FSDP shards a model: ``fully_shard``, or the older wrapper."""
+    """Tell whether FSDP shards a model: ``fully_shard``, or the older wrapper; compiled or not."""
+    return _is_shard(getattr(model, "_orig_mod", model))
+
+
+def _is_shard(module: nn.Module) -> bool:
     if not dist.is_available():
         return False
     from torch.distributed import fsdp
 
-    return isinstance(model, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+    return isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, str]:

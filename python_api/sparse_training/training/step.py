@@ -386,6 +386,8 @@ class TrainingStep:
                     logits, targets = self.criterion.tokens(logits, targets)
                     counts = targets != self.criterion.ignore_index
                     logits, targets, rows = logits[counts], targets[counts], counts.sum()
+                elif self.criterion.classes and (known := self.criterion.counting(targets)) is not None:
+                    rows = known.reshape(len(known), -1).any(1).sum()  # a sample may count as little as a token
                 total[0] += self.criterion(logits, targets).sum()
                 total[1] += rows
                 if (correct := self.criterion.count_correct(logits, targets)) is not None:
