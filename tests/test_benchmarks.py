@@ -117,6 +117,22 @@ def test_the_study_of_control_runs_small_and_ours_holds_the_rate(tmp_path):
         assert rms["ours"] < min(5, *(rms[side] for side in ("package", "standalone", "sundew")))
 
 
+@pytest.mark.slow  # three loaders with workers, and ResNet-50
+def test_the_benchmark_of_images_runs_small(tmp_path):
+    record = tmp_path / "images.json"
+    out = run("benchmarks/images.py", str(tmp_path / "jpegs"), "--small", "--out", str(record))
+    assert "160 images" in out
+    found = json.loads(record.read_text())["cases"]
+    assert set(found) == {"loader-bound", "model-bound"}
+    for case in found.values():
+        assert case["sides"]["dense"]["rate"] == 1
+        assert case["sides"]["10%"]["rate"] == 0.1
+        assert case["sides"]["70%"]["rate"] == pytest.approx(0.7, abs=0.1)
+        assert case["ratio_to_dense"].keys() == {"10%", "70%"}
+    files = sorted((tmp_path / "jpegs").rglob("*.jpg"))
+    assert len({path.read_bytes() for path in files}) == len(files) == 160
+
+
 def test_errors_are_judged_by_when_they_stay_small_and_by_what_is_left():
     errors = np.zeros((100, 1, len(control.TARGETS)))
     errors[:30] = 40.0

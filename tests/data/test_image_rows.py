@@ -234,13 +234,14 @@ def test_a_shard_that_is_cut_off_after_a_sample_is_named(tmp_path: Path) -> None
     assert f"{path}: cut off or damaged at byte" in refuses(lambda: ImageShards(names, CenterCrop(8)))
 
 
-def test_a_shard_that_is_cut_off_later_is_no_end_of_the_epoch(tmp_path: Path) -> None:
+def test_a_shard_that_is_cut_off_later_is_no_end_of_the_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = made("shards", tmp_path)
     path = tmp_path / "shards/part-1.tar"
     path.write_bytes(path.read_bytes()[: data._places[20, 1] + 100])
     labels = torch.cat([labels for _, labels in DataLoader(data, batch_size=5)])
     assert (labels == -100).nonzero().squeeze(1).tolist() == [20, 21, 22, 23]
     assert data.unreadable[0] == f"{path}: 0020.jpg"
+    assert f"{path}: 0020.jpg: not an image that can be read: the shard ends after 100 of its" in caplog.messages[0]
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
