@@ -107,7 +107,7 @@ class Terms(nn.Module):
             group: group of processes that share the gate; None for one process.
             index: row numbers, one per target; None for none.
             inputs: the model's inputs; None for none.
-            embedding: embeddings [rows, width]; None for none.
+            embedding: embeddings [rows, width], or of the targets' shape and the width behind it; None for none.
             feedback: numbers [rows]; None for none.
         """
         found: dict[str, Tensor] = {}
@@ -118,6 +118,8 @@ class Terms(nn.Module):
             )  # fmt: skip
             found = {name: getattr(stats, name).flatten() for name in self.statistics}
         flat = targets.flatten()
+        if embedding is not None and targets.ndim > 1 and embedding.shape[:-1] == targets.shape:
+            embedding = embedding.flatten(0, -2)
         return self.described(
             flat, flat != self.ignore_index, found, group, classes=logits.shape[self.dim], index=index, inputs=inputs,
             embedding=embedding, feedback=feedback,
@@ -163,10 +165,25 @@ class Terms(nn.Module):
             if known.get(need) is None:
                 raise UserError(f"the term {name} needs `{need}` of the rows, {_SOURCES.get(need, 'got none')}")
         index, feedback = known.get("index"), known.get("feedback")
-        if index is not None and index.shape != (rows,):
-            raise UserError(f"`index` must have shape [{rows}], one per row, got {list(index.shape)}")
+        if index is not None and "index" in term.needs and index.shape != (rows,):
+            raise UserError(
+                f"the term {name} needs `index` of shape [{rows}], one per row, got {list(index.shape)}; tokens and "
+                "pixels have no row numbers"
+            )
         if feedback is not None:
             check_feedback("`feedback`", feedback, rows)
+
+    def check(self, context: Context) -> None:
+        """Check that every term can serve a batch, before any changes.
+
+        Args:
+            context: the batch.
+
+        Raises:
+            UserError: a term cannot.
+        """
+        for term in self.significance.terms:
+            term.check(context)
 
     @torch.no_grad()
     def added_to(self, offset: Tensor | None, context: Context, targets: Tensor) -> Tensor | None:
@@ -180,8 +197,7 @@ class Terms(nn.Module):
         Raises:
             UserError: a term returned something else than a number for each row.
         """
-        for term in self.significance.terms:
-            term.check(context)
+        self.check(context)
         if "loss" in context.statistics and self._followers:
             self.observe("loss", context.mean(context.statistics["loss"])[0])
         for term, weight in zip(self.significance.terms, self._term_weights, strict=True):
@@ -195,9 +211,9 @@ class Terms(nn.Module):
 
 
 _SOURCES = {
-    "index": "got none; data whose rows have numbers give them, or gate(..., index=)",
+    "index": "got none; data whose rows have numbers give them, or gate(..., index=); tokens and pixels have none",
     "inputs": "got none; give gate(..., inputs=)",
-    "embedding": "got none; give gate(..., embedding=), or train samples of a model with a linear layer",
+    "embedding": "got none; give gate(..., embedding=), or train by SparseTrainer, which reads the model's",
 }
 
 

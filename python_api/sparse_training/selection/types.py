@@ -113,6 +113,7 @@ class Scores:
         logits: as given.
         offset: as given; a scorer may set it later.
         embedding: embeddings of the rows, float [B, width]; None where no one asked for them.
+        inputs: inputs of the samples, where the rows are their tokens or pixels; None for those of the batch.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Scores:
     ) -> None:
         self.targets, self.logits, self.offset = targets, logits, offset
         self.embedding: Tensor | None = None
+        self.inputs: Any = None
         self.criterion, self._losses = criterion, losses
 
     @property

@@ -199,7 +199,9 @@ class TrainingStep:
         statistics = self._running_statistics()
         self.ranks.meet(self.device)
         with self._exchange(), self._statistics(samples.rows), self._autocast():
-            rows = self.criterion.tokens(forward(self.parallel, samples.inputs, self.criterion), samples.targets)
+            with policy.read_elements() if isinstance(policy, GatePolicy) else nullcontext() as reader:
+                output = forward(self.parallel, samples.inputs, self.criterion)
+            rows = self.criterion.tokens(output, samples.targets)
             counts = rows[1] != self.criterion.ignore_index
             loader = StreamLoader((), device=self.device)
             if (not policy.uses_scores and not policy.before_loading) or isinstance(policy, GatePolicy):
@@ -211,6 +213,8 @@ class TrainingStep:
             scores = None
             if policy.uses_scores and not policy.before_loading:
                 scores = Scores(batch.targets, self.criterion, logits=batch.inputs.detach())
+                if isinstance(policy, GatePolicy):
+                    policy.describe_elements(scores, samples, reader, bool(self.criterion.shift))
             kept = policy.select(scores, batch)
             if self.update.is_empty(kept) and self.ranks.alone:
                 self.update.skip()
@@ -332,10 +336,18 @@ class TrainingStep:
     def _try(self, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
         """Return the model's output for a batch, with evaluation statistics, and its losses."""
         with evaluation_statistics(self.model), self._autocast():
-            logits, targets = forward(model, batch.inputs, self.criterion), batch.targets
-            if self.criterion.granularity == "token":
-                return logits, self.criterion(*self.criterion.tokens(logits, targets))
-            return logits, self.criterion(logits, targets)
+            if self.criterion.granularity == "sample":
+                logits = forward(model, batch.inputs, self.criterion)
+                return logits, self.criterion(logits, batch.targets)
+            policy = self.policy if isinstance(self.policy, GatePolicy) else None
+            with nullcontext() if policy is None else policy.read_elements() as reader:
+                output = forward(model, batch.inputs, self.criterion)
+            logits, targets = self.criterion.tokens(output, batch.targets)
+            if policy is not None:
+                scores = Scores(targets, self.criterion, logits=logits)
+                policy.describe_elements(scores, batch, reader, bool(self.criterion.shift))
+                policy.check(scores)
+            return output, self.criterion(logits, targets)
 
     def head(self, batch: Batch, rows: int) -> SelectedBatch:
         """Select the first rows of a batch."""

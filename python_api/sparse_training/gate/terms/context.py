@@ -26,7 +26,8 @@ class Context:
         statistics: statistics of the logits by name, float [rows]: those that the terms ask for.
         classes: number of classes; 0 where the loss has none.
         index: int64 [rows], row numbers in the data set; None where rows have none. Never positions in a batch.
-        inputs: the model's inputs; None where the gate was not given them.
+        inputs: the model's inputs, of whole samples where rows are tokens or pixels; None where the gate was not given
+            them.
         embedding: embeddings of the rows, float [rows, width]; None where there are none.
         feedback: numbers of the user's, float [rows]; None where none were given.
         total: sums a tensor over the processes that share the gate; the identity for one process.
@@ -46,6 +47,32 @@ class Context:
     def rows(self) -> int:
         """Number of rows."""
         return self.valid.shape[0]
+
+    def row_numbers(self, rows: int, term: object) -> Tensor:
+        """Return the row numbers, checked to be within a table.
+
+        On an accelerator, where a look would wait, PyTorch checks them as the table is read.
+
+        Args:
+            rows: number of rows of the table.
+            term: the term that asks, for the message.
+
+        Raises:
+            UserError: a number is below 0, or not below ``rows``.
+        """
+        index = self.index
+        assert index is not None
+        if torch.compiler.is_compiling():
+            in_range = ((index >= 0) & (index < rows)).all()
+            torch._assert_async(in_range, f"`index` must be row numbers from 0 to {rows - 1}")
+        elif index.device.type == "cpu" and index.numel():
+            least, most = int(index.min()), int(index.max())
+            if least < 0 or most >= rows:
+                raise UserError(
+                    f"`index` of the term {type(term).__name__} must be row numbers from 0 to {rows - 1}, got {least} "
+                    f"to {most}"
+                )
+        return index
 
     def statistic(self, name: str, term: object) -> Tensor:
         """Look up a statistic of the logits.

@@ -44,17 +44,13 @@ class Feedback(Term):
             )
 
     def check(self, context: Context) -> None:
-        """Check the row numbers that the table is read by; on an accelerator, where a look would wait, PyTorch does."""
-        if context.feedback is None and not self.table.numel():
-            super().check(context)
-        index = context.index if self.table.numel() and context.feedback is None else None
-        if index is None or index.device.type != "cpu" or not index.numel():
+        """Check the row numbers that the table is read by."""
+        if context.feedback is not None:
             return
-        least, most = int(index.min()), int(index.max())
-        if least < 0 or most >= len(self.table):
-            raise UserError(
-                f"`index` must be row numbers of `table`, from 0 to {len(self.table) - 1}, got {least} to {most}"
-            )
+        if self.table.numel():
+            context.row_numbers(self.table.shape[0], self)
+        else:
+            super().check(context)
 
     def forward(self, context: Context) -> Tensor:
         """Return the batch's feedback, that of the table, or the chance of failure."""
@@ -68,7 +64,7 @@ class Feedback(Term):
 
 
 def check_feedback(name: str, values: Tensor, rows: int | None) -> None:
-    """Check feedback; on an accelerator, where a look would wait, a NaN is found later, as a row never selected.
+    """Check feedback. Where a look would wait or break a graph, a NaN is found later, as a row never selected.
 
     Args:
         name: name of the argument, for the message.
@@ -82,5 +78,6 @@ def check_feedback(name: str, values: Tensor, rows: int | None) -> None:
     expected = "one dimension" if rows is None else f"shape [{rows}], one per row"
     if not isinstance(values, Tensor) or values.ndim != 1 or rows not in (None, values.shape[0]):
         raise UserError(f"{name} must be a tensor of {expected}, got {shape}")
-    if values.device.type == "cpu" and not bool(values.isfinite().all()):
+    looks = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and not bool(values.isfinite().all()):
         raise UserError(f"{name} must be finite, got {int((~values.isfinite()).sum())} entries that are not")

@@ -60,16 +60,11 @@ class LossChange(ScaledTerm):
             self.last = torch.full((rows,), torch.nan, device=self.last.device)
 
     def check(self, context: Context) -> None:
-        """Check the row numbers; on an accelerator, where a look would wait, PyTorch does."""
+        """Check the row numbers."""
         super().check(context)
-        index, rows = context.index, self.last.shape[0]
-        assert index is not None
-        if not rows:
+        if not self.last.shape[0]:
             raise UserError("the term LossChange needs the number of rows; give LossChange(rows=...)")
-        if index.device.type == "cpu" and index.numel() and not (int(index.min()) >= 0 and int(index.max()) < rows):
-            raise UserError(
-                f"`index` must be row numbers from 0 to {rows - 1}, got {int(index.min())} to {int(index.max())}"
-            )
+        context.row_numbers(self.last.shape[0], self)
 
     def magnitude(self, context: Context) -> Tensor:
         """Absolute change of each row's loss; the losses are kept."""

@@ -11,16 +11,23 @@ from sparse_training.gate.schedules import Weight
 from sparse_training.gate.terms.base import MEMORY, Term
 from sparse_training.gate.terms.context import Context
 
+CENTROIDS = 4096  # classes at most: more would cost more than the model's own head
+PRODUCT = 2**24  # numbers of a matrix product at once, 64 MiB: of more rows, such as pixels, it is made in parts
+
 
 class Novelty(Term):
     """Distance of a row's embedding to the nearest of what was seen: (1 - largest cosine) / 2, by one matrix product.
 
+    Rows are samples, tokens or pixels, each with an embedding.
+
     Args:
         weight: as for ``Term``.
-        memory: number of embeddings to remember, the latest ones, at least 1. None (the default) for one running mean
-            of each class's embeddings, which needs class targets and no memory that grows.
-        embedding: name of the submodule whose output embeds a row, for a trainer. Tokens and pixels are averaged. None
-            (the default) for the input of the model's last linear layer.
+        memory: number of embeddings to remember, the latest ones, at least 1; of a larger batch, as many, evenly
+            spaced. None (the default) for one running mean of each class's embeddings, which needs class targets, of
+            at most 4,096 classes, and no memory that grows.
+        embedding: name of the submodule whose output embeds a row, for a trainer. Where rows are samples, tokens and
+            pixels are averaged. None (the default) for the input of the model's last linear layer or, where rows are
+            tokens or pixels, of its last linear or convolutional one.
 
     Raises:
         UserError: ``memory`` is out of range; at a batch, an embedding of the wrong shape or width, or no classes.
@@ -51,6 +58,11 @@ class Novelty(Term):
             raise UserError(f"`embedding` must have shape [{context.rows}, width], got {list(embedding.shape)}")
         if not slots:
             raise UserError("the term Novelty needs class targets for its centroids; use Novelty(memory=1000)")
+        if self.memory is None and slots > CENTROIDS:
+            raise UserError(
+                f"the term Novelty keeps centroids of at most {CENTROIDS} classes, got {slots}; use "
+                "Novelty(memory=1000), as the significance language does"
+            )
         if self.seen.numel() and self.seen.shape != (slots, embedding.shape[1]):
             raise UserError(
                 f"`embedding` must have width {self.seen.shape[1]} and {self.seen.shape[0]} classes, as the batches "
@@ -65,9 +77,13 @@ class Novelty(Term):
             self.resize("seen", self._slots(context), embedding.shape[1], device=embedding.device)
         unit = F.normalize(embedding.float(), dim=1)
         known = (self.seen != 0).any(1)
-        cosine = (unit @ F.normalize(self.seen, dim=1).T).masked_fill(~known, -1.0)  # as far as can be from nothing
+        seen = F.normalize(self.seen, dim=1).T
+        nearest = [
+            (part @ seen).masked_fill(~known, -1.0).amax(1)  # as far as can be from nothing
+            for part in torch.split(unit, max(1, PRODUCT // seen.shape[1]))
+        ]
         finite = unit.isfinite().all(1)
-        distance = torch.where(finite, 0.5 * (1.0 - cosine.amax(1)), torch.nan)
+        distance = torch.where(finite, 0.5 * (1.0 - torch.cat(nearest)), torch.nan)
         valid = context.valid & finite
         unit = torch.where(valid[:, None], unit, 0.0)
         if self.memory is None:
@@ -78,8 +94,12 @@ class Novelty(Term):
 
     def _learn_centroids(self, unit: Tensor, context: Context, valid: Tensor) -> None:
         labels = torch.where(valid, context.targets, 0).long()
-        one_hot = F.one_hot(labels, self.seen.shape[0]).float() * valid[:, None]
-        sums = context.total(torch.cat((one_hot.T @ unit, one_hot.sum(0)[:, None]), 1))
+        counted = torch.cat((unit, valid[:, None].float()), 1)  # zeros for rows that do not count
+        classes = self.seen.shape[0]
+        sums, size = counted.new_zeros(classes, counted.shape[1]), max(1, PRODUCT // classes)
+        for start in range(0, len(labels), size):
+            sums += F.one_hot(labels[start : start + size], classes).float().T @ counted[start : start + size]
+        sums = context.total(sums)
         count = sums[:, -1:]
         mean = sums[:, :-1] / count.clamp(min=1.0)
         keep = torch.where((self.seen != 0).any(1, keepdim=True), MEMORY, 0.0) ** count.clamp(max=1.0)
@@ -87,13 +107,15 @@ class Novelty(Term):
 
     def _remember(self, unit: Tensor, valid: Tensor) -> None:
         """Overwrite the oldest embeddings; rows that do not count are written to no slot."""
-        slots = self.seen.shape[0]
-        rank = valid.cumsum(0) - 1
-        newest = valid & (rank >= valid.sum() - slots)  # of a batch larger than the memory, the last rows
-        place = torch.where(newest, (self.position + rank) % slots, slots)
+        slots, count = self.seen.shape[0], valid.sum()
+        taken = count.clamp(max=slots)
+        before = (valid.cumsum(0) - 1).clamp(min=0) * taken
+        spaced = before // count.clamp(min=1)  # of a batch larger than the memory: its last rows may be one text
+        chosen = valid & ((before + taken) // count.clamp(min=1) > spaced)
+        place = torch.where(chosen, (self.position + spaced) % slots, slots)
         grown = torch.cat((self.seen, self.seen.new_zeros(1, self.seen.shape[1])))
         self.seen.copy_(grown.index_copy(0, place, unit)[:slots])
-        self.position.add_(valid.sum())
+        self.position.add_(taken)
 
     def extra_repr(self) -> str:
         """Settings that a resumed run must share."""

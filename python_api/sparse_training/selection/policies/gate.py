@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -70,13 +71,57 @@ class GatePolicy(Policy):
             return super().score(batch)
         with EmbeddingReader(self.scorer.model, self.gate.terms.embedding) as reader:
             scores = super().score(batch)
-        if scores is None or reader.embedding is None:
+        embedding = reader.of_samples()
+        if scores is None or embedding is None:
             raise UserError(
                 f"the scorer {self.scorer.name} shows no embedding of the model's, which a term needs; use the scorer "
                 "self, without compile"
             )
-        scores.embedding = reader.embedding
+        scores.embedding = embedding
         return scores
+
+    def read_elements(self) -> AbstractContextManager[EmbeddingReader | None]:
+        """Context of a forward pass of samples whose tokens or pixels are the rows, for terms that read the model."""
+        if "embedding" not in self.gate.terms.needs:
+            return nullcontext()
+        return EmbeddingReader(self.scorer.model, self.gate.terms.embedding, elements=True)
+
+    def describe_elements(self, scores: Scores, samples: Batch, reader: EmbeddingReader | None, shift: bool) -> None:
+        """Add to the scores of tokens or pixels what the gate's terms read, and check it; no state changes.
+
+        Args:
+            scores: logits and targets, a row for each token or pixel.
+            samples: the batch that they are of.
+            reader: what ``read_elements`` gave.
+            shift: True if each token's output predicts the next token's target.
+
+        Raises:
+            UserError: a term lacks what it needs.
+        """
+        scores.inputs = samples.inputs
+        if reader is None:
+            return
+        scores.embedding = reader.of_elements(samples.targets, shift=shift)
+        if scores.embedding is None:
+            raise UserError(
+                "the model's forward pass shows no embedding, which a term needs; name a submodule that it calls by "
+                "`embedding`, and compile nothing around it"
+            )
+
+    def check(self, scores: Scores) -> None:
+        """Check that the gate's terms can serve such tokens or pixels; no state changes.
+
+        Args:
+            scores: their logits and targets, described by ``describe_elements``.
+
+        Raises:
+            UserError: a term lacks what it needs.
+        """
+        terms, targets = self.gate.terms, scores.targets
+        if terms.asks and targets is not None and targets_are_classes(scores.logits, targets):
+            terms.check(terms.context(
+                scores.logits, targets, self.gate.process_group, None, scores.inputs, scores.embedding, None
+            ))  # fmt: skip
 
     def observe_validation(self, loss: float) -> None:
         """Pass an evaluation's loss to the schedules that follow it."""
@@ -133,7 +178,8 @@ class GatePolicy(Policy):
         logits, targets, offset = scores.logits, scores.targets, scores.offset
         known: dict[str, Any] = {}
         if self.gate.terms.asks and batch is not None:
-            known = {"index": batch.ids, "inputs": batch.inputs, "embedding": scores.embedding}
+            inputs = batch.inputs if scores.inputs is None else scores.inputs
+            known = {"index": batch.ids, "inputs": inputs, "embedding": scores.embedding}
         self._seen = None
         classes = not isinstance(scores.criterion, Criterion) or scores.criterion.classes
         if classes and isinstance(logits, Tensor) and targets is not None and targets_are_classes(logits, targets):
