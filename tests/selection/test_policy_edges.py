@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparse_training.criterion import Criterion
+from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.gate.significance import Significance
 from sparse_training.selection.policies.adaptive import AdaptivePolicy
@@ -18,7 +19,7 @@ from sparse_training.selection.policies.random import RandomPolicy
 from sparse_training.selection.policies.topk import TopKPolicy
 from sparse_training.selection.registry import POLICIES, make_policy
 from sparse_training.selection.scorers.history import HistoryScorer
-from sparse_training.selection.types import Batch, CandidateIndices
+from sparse_training.selection.types import Batch, CandidateIndices, Scores
 
 CPU = torch.device("cpu")
 
@@ -218,3 +219,66 @@ def test_past_losses_of_a_loaded_state_outlive_the_start_of_its_run(kind):
     later.set_extra_state(policy.get_extra_state())
     later.prepare(6)
     assert later.table.scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_gate_takes_the_smoothing_and_the_ignored_index_of_the_loss():
+    loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=0.25, ignore_index=3)
+    gate = make_policy("gate", rate=0.5, seed=0, loss=loss).gate
+    assert (gate.label_smoothing, gate.ignore_index) == (0.25, 3)
+
+
+def test_a_gate_is_named_with_its_significance():
+    policy = make_policy("gate:vision", rate=0.5, seed=0)
+    assert isinstance(policy, GatePolicy)
+    assert policy.name == "gate:vision"
+    with pytest.raises(UserError, match="vision:more"):
+        make_policy("gate:vision:more", rate=0.5, seed=0)
+
+
+def test_a_policy_without_options_says_so():
+    with pytest.raises(UserError, match="the policy dense has the options none, got 'prune'"):
+        make_policy("dense", rate=None, seed=0, options={"prune": 0.5})
+
+
+def test_top_k_keeps_a_row_and_ranks_what_is_not_a_number_last():
+    losses = torch.tensor([-2.0, torch.nan, -1.0, -3.0, torch.nan, -4.0])
+    policy = TopKPolicy(0.5)
+    assert policy.decide(Scores(torch.zeros(6).long(), F.cross_entropy, losses=losses)).index.tolist() == [0, 2, 3]
+    one = TopKPolicy(0.01).decide(Scores(torch.zeros(6).long(), F.cross_entropy, losses=losses))
+    assert one.index.tolist() == [2]
+
+
+def prepared(**options):
+    policy = InfoBatchPolicy(**options)
+    policy.prepare(200)
+    policy.observe(torch.arange(200), torch.arange(200.0), None)
+    return policy
+
+
+def test_infobatch_prunes_with_its_own_probability():
+    index, weight = prepared(prune=0.9).sampler.prune(torch.arange(200), 0)
+    assert len(index) == 200  # nothing is known before the losses are entered
+    policy = prepared(prune=0.9)
+    policy.flush()
+    index, weight = policy.sampler.prune(torch.arange(200), 1)
+    assert 100 < len(index) < 125
+    assert sorted(set(weight.tolist())) == pytest.approx([1.0, 10.0])
+
+
+def test_batches_that_the_user_arranged_are_pruned_each_by_itself():
+    index, weight = prepared().choose(CandidateIndices(torch.arange(200), 1, together=True))
+    assert 120 < len(index) < 180
+    assert sorted(set(weight.tolist())) == pytest.approx([len(index) / 200, 2 * len(index) / 200])
+
+
+def test_a_history_policy_before_and_after_it_knows_its_rows():
+    policy = ImportancePolicy()
+    assert policy.get_extra_state() == {}
+    with pytest.raises(
+        UserError, match=r"use data held in memory \(ResidentLoader\), or for a DataLoader HistorySampler$"
+    ):
+        policy.prepare(None)
+    policy.prepare(3)
+    assert policy.warnings(None) == [
+        "3 of 3 rows were never trained on: the run was too short for past losses to matter"
+    ]
