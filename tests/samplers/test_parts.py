@@ -158,5 +158,5 @@ def test_targets_that_no_switch_needs_are_refused_by_name():
 
 
 def test_data_without_a_length_are_named():
-    with pytest.raises(UserError, match="^generator has no length or no rows by number"):
+    with pytest.raises(UserError, match=r"^generator has no length or no rows by number"):
         HistorySampler((row for row in range(3)), 2)
