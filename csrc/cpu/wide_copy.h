@@ -48,7 +48,7 @@ inline void copy_bytes(char* to, const char* from, int64_t bytes, bool streaming
       [=](int64_t offset, int64_t size) { std::memcpy(to + offset, from + offset, size_t(size)); });
 }
 
-inline void zero_bytes(char* to, int64_t bytes, bool streaming) {
+static inline void zero_bytes(char* to, int64_t bytes, bool streaming) {
   if (!streaming || bytes < kStreamedRow) {
     std::memset(to, 0, size_t(bytes));
     return;
@@ -63,15 +63,15 @@ inline void zero_bytes(char* to, int64_t bytes, bool streaming) {
 }
 
 // Hazard: streaming stores are weakly ordered. To be called before another thread may read them.
-inline void finish_streaming() { _mm_sfence(); }
+static inline void finish_streaming() { _mm_sfence(); }
 
 #else
 
 inline void copy_bytes(char* to, const char* from, int64_t bytes, bool) {
   std::memcpy(to, from, size_t(bytes));
 }
-inline void zero_bytes(char* to, int64_t bytes, bool) { std::memset(to, 0, size_t(bytes)); }
-inline void finish_streaming() {}
+static inline void zero_bytes(char* to, int64_t bytes, bool) { std::memset(to, 0, size_t(bytes)); }
+static inline void finish_streaming() {}
 
 #endif
 
