@@ -289,7 +289,7 @@ class Gate(nn.Module):
             index: row numbers in the data set, [samples], for terms with a history. None (the default) for none.
             offset: number added to each row's significance, floating, of the targets' shape. None (the default) for 0.
             inputs: the model's inputs, for terms such as ``Contrast``. None (the default) for none.
-            embedding: for ``Novelty``, floating [rows, width] or [*targets.shape, width]. None (the default) for none.
+            embedding: for ``Novelty``, floating [rows, width] or [B, T, width]. None (the default) for none.
             feedback: numbers for ``Feedback``, floating [rows]. None (the default) for none.
 
         Returns:
