@@ -5,13 +5,14 @@ import torch
 from torch.utils.data import Dataset
 
 from sparse_training.errors import UserError
-from sparse_training.samplers import infobatch
+from sparse_training.samplers import batch_sampler, infobatch
 from sparse_training.samplers.adaptive_weights import SamplingWeights
 from sparse_training.samplers.batch_sampler import HistorySampler
 from sparse_training.samplers.indexed import Indexed
 from sparse_training.samplers.infobatch import InfoBatch
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.samplers.shuffle import Shuffle
+from sparse_training.samplers.systematic import draw_systematic
 from sparse_training.selection.types import WeightedIndices
 
 
@@ -160,3 +161,29 @@ def test_targets_that_no_switch_needs_are_refused_by_name():
 def test_data_without_a_length_are_named():
     with pytest.raises(UserError, match=r"^generator has no length or no rows by number"):
         HistorySampler((row for row in range(3)), 2)
+
+
+def test_a_systematic_draw_takes_the_rows_in_which_a_whole_number_lies():
+    index, weight = draw_systematic(torch.full((4,), 0.5), 0.25)
+    assert index.tolist() == [1, 3]
+    assert weight.tolist() == [2.0, 2.0]
+
+
+def test_the_order_of_an_epoch_is_what_saved_positions_in_it_mean():
+    assert Shuffle(10, 3, 0).peek().tolist() == [0, 3, 4, 8, 1, 2, 6, 9, 7, 5]
+    assert sorted(Shuffle(10, 3, 1).peek().tolist()) == list(range(10))
+
+
+def test_batches_are_counted_over_blocks_of_rows(monkeypatch):
+    monkeypatch.setattr(batch_sampler, "_BLOCK", 16)
+    sampler = HistorySampler(100, 8, method="infobatch")
+    sampler.update(torch.arange(100), torch.cat([torch.full((50,), 0.1), torch.full((50,), 9.0)]))
+    assert len(sampler) == len(list(sampler)) < 13
+
+
+def test_the_draws_by_score_are_numbered_upwards():
+    sampler = HistorySampler(8, 4)
+    for _ in range(2):
+        for index in sampler:
+            sampler.update(torch.tensor(index), torch.ones(len(index)))
+    assert sampler.state_dict()["law"]["step"] == 2

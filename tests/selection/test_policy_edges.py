@@ -9,6 +9,7 @@ from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.gate.significance import Significance
+from sparse_training.gate.terms import Uncertainty
 from sparse_training.selection.policies.adaptive import AdaptivePolicy
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.policies.gate import GatePolicy
@@ -282,3 +283,23 @@ def test_a_history_policy_before_and_after_it_knows_its_rows():
     assert policy.warnings(None) == [
         "3 of 3 rows were never trained on: the run was too short for past losses to matter"
     ]
+
+
+def test_a_loss_that_is_not_finite_does_not_raise_the_mean_of_the_others():
+    losses = torch.tensor([0.5] * 63 + [torch.nan])
+    index, weight = BatchInfoBatchPolicy(prune=0.9).decide(
+        Scores(torch.zeros(64).long(), F.cross_entropy, losses=losses)
+    )
+    assert index.tolist() == list(range(63))
+    assert set(weight.tolist()) == {1.0}
+
+
+def test_a_term_of_samples_with_several_targets_is_their_mean():
+    generator = torch.Generator().manual_seed(2)
+    logits = 2 * torch.randn(16, 5, 3, generator=generator)
+    targets = torch.randint(0, 5, (16, 3), generator=generator)
+    policy = GatePolicy(gate=Gate(0.25, significance=Significance(terms=(Uncertainty(),))))
+    policy.gated(Scores(targets, Criterion(nn.CrossEntropyLoss(reduction="none")), logits=logits))
+    p = logits.softmax(1)
+    entropy = -(p * p.log()).sum(1).mean(1)
+    assert policy.gate.last.significance.argsort().tolist() == entropy.argsort().tolist()

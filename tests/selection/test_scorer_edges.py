@@ -140,3 +140,20 @@ def test_a_proxy_learns_at_the_rate_that_it_was_given():
         trainer.fit(resident(shuffle=False), steps=1)
         moved.append(float((trainer.scorer.require_auxiliary().net[1].weight - proxy[1].weight).abs().max()))
     assert moved[0] < 0.01 < moved[1]
+
+
+def test_the_learning_rate_of_a_proxy_follows_the_trainers():
+    with pytest.raises(UserError, match=r"`lr` must be above 0, got 0$"):
+        ProxyScorer(nn.Linear(2, 2), lr=0)
+    proxy = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    trainer = SparseTrainer(
+        network(), policy="topk", scorer=ProxyScorer(proxy, lr=0.02), rate=0.5, dense_start=0, dense_end=0
+    )
+    trainer.fit(resident(), steps=1, progress=False)
+    trainer.set_learning_rate(0.5)
+    assert [group["lr"] for group in trainer.scorer.auxiliary.optimizer.param_groups] == [0.01]
+
+
+def test_a_scorer_shows_the_settings_that_it_has():
+    assert "resolution" not in repr(SelfScorer())
+    assert "resolution=0.5" in repr(SelfScorer(resolution=0.5))
