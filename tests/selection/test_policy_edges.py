@@ -9,7 +9,7 @@ from sparse_training.criterion import Criterion
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.gate.significance import Significance
-from sparse_training.gate.terms import Uncertainty
+from sparse_training.gate.terms import Constant, Uncertainty
 from sparse_training.selection.policies.adaptive import AdaptivePolicy
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.policies.gate import GatePolicy
@@ -303,3 +303,25 @@ def test_a_term_of_samples_with_several_targets_is_their_mean():
     p = logits.softmax(1)
     entropy = -(p * p.log()).sum(1).mean(1)
     assert policy.gate.last.significance.argsort().tolist() == entropy.argsort().tolist()
+
+
+@pytest.mark.parametrize("kind", [BatchImportancePolicy, BatchInfoBatchPolicy])
+def test_draws_within_a_batch_follow_the_seed(kind):
+    losses = torch.arange(64.0) + 1
+
+    def drawn(seed):
+        policy = kind(0.25, seed)
+        return policy.decide(Scores(torch.zeros(64).long(), F.cross_entropy, losses=losses)).index.tolist()
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_the_loss_counts_beside_terms_where_rows_have_losses_alone():
+    losses = torch.tensor([3.0, 1.0, 4.0, 2.0])
+    rows = Scores(None, F.cross_entropy, losses=losses)
+    policy = GatePolicy(gate=Gate(0.5, significance=Significance(loss=2.0, terms=(Constant(),))))
+    policy.gated(rows)
+    assert policy.gate.last.significance.argsort().tolist() == [1, 3, 0, 2]
+    with pytest.raises(UserError, match="entropy"):
+        GatePolicy(gate=Gate(0.5, significance=Significance(terms=(Uncertainty(),)))).gated(rows)

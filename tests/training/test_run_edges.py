@@ -1,5 +1,7 @@
 """Edges of a run that mutation testing found untested: what callbacks see, budgets, extension, notes and refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from trainer_parts import ROWS, network, resident, same, shuffled_stream, weight
 
 from sparse_training.callbacks import Callback
 from sparse_training.criterion import Criterion
+from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.settings import TrainerSettings
@@ -176,3 +179,43 @@ def test_a_gate_scores_the_output_that_the_criterion_names():
     log = trainer.fit(DataLoader(TensorDataset(inputs, targets), batch_size=4), steps=4, progress=False)
     assert log.offered == 16
     assert 0 < log.kept <= 16
+
+
+def test_data_whose_rows_have_no_numbers_are_refused_by_their_kind():
+    class Own(StreamLoader):
+        pass
+
+    with pytest.raises(UserError, match="asks for rows by their number, and a Own does not number its rows; use data"):
+        SparseTrainer(network(), policy="infobatch").fit(Own(shuffled_stream(), device=torch.device("cpu")), steps=1)
+
+
+def test_tokens_are_not_timed_by_a_calibrated_clock():
+    loss = Criterion(nn.CrossEntropyLoss(reduction="none"), granularity="token", outputs=lambda found: found["scores"])
+    data = DataLoader(TensorDataset(torch.randn(8, 3, 6), torch.randint(0, 5, (8, 3))), batch_size=4)
+    with pytest.raises(UserError, match=r'a calibrated clock cannot be used with granularity="token"; use Clock\(\)'):
+        SparseTrainer(Named(), loss=loss, policy="dense").fit(data, steps=1, clock=SimpleNamespace(costs={}))
+
+
+def test_the_meter_that_was_given_is_read_but_for_evaluation():
+    class Meter:
+        source, running = "a meter of mine", 0
+
+        def start(self):
+            self.running += 1
+
+        def stop(self):
+            self.running -= 1
+            return 2.0
+
+    meter = Meter()
+    log = dense().fit(
+        resident(),
+        steps=4,
+        meter=meter,
+        evaluate=lambda model: {"running": meter.running},
+        evaluations=2,
+        progress=False,
+    )
+    assert log.meter == "a meter of mine"
+    assert log.joules == 6.0  # to the first evaluation, to the second, and after it
+    assert [one["running"] for one in log.evals] == [0.0, 0.0]
