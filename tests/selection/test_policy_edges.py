@@ -306,7 +306,7 @@ def test_a_term_of_samples_with_several_targets_is_their_mean():
 
 
 @pytest.mark.parametrize("kind", [BatchImportancePolicy, BatchInfoBatchPolicy])
-def test_draws_within_a_batch_follow_the_seed(kind):
+def test_rows_drawn_by_their_losses_follow_the_seed(kind):
     losses = torch.arange(64.0) + 1
 
     def drawn(seed):
