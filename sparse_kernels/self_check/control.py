@@ -16,6 +16,7 @@ from sparse_kernels.self_check.scores import IGNORED, Setup, Shape, decisions, g
 from sparse_kernels.types import ControlState, Selected
 
 _STEPS = 3
+_LABELS = (torch.int64, torch.int32, torch.bool)  # one a step
 _TINY = 1e-4  # the law's steps add up; a state is float32
 _ROWS = (1, 700, 4097, 70_000)
 _MORE_ROWS = (0, 31, 4096, 65_536, 65_537, 200_000)
@@ -78,20 +79,20 @@ def control(setup: Setup) -> Iterator[Comparison]:
         for shape, soft in (((), False), ((), True), ((3,), False)):
             if shape and rows > 5000:
                 continue
-            settings = Settings(ignore_index=7, gate_temperature=0.5 * soft, p_min=0.02 * soft)
+            settings = Settings(ignore_index=1, gate_temperature=0.5 * soft, p_min=0.02 * soft)
             yield from _controlled(setup, (*shape, rows), settings, with_mass=soft or bool(shape))
 
 
 def _controlled(setup: Setup, shape: tuple[int, ...], settings: Settings, with_mass: bool) -> Iterator[Comparison]:
-    setpoint = torch.full(shape[:-1], 0.3, dtype=torch.float32, device="cpu")
-    overflow = torch.full(shape[:-1], 2, dtype=torch.int32, device="cpu")
-    state = control_law.initial_state(torch.full(shape[:-1], 1.5, dtype=torch.float32, device="cpu"))
+    number = torch.arange(math.prod(shape[:-1]), device="cpu").view(shape[:-1])  # each state's inputs are its own
+    setpoint, overflow = 0.3 + 0.1 * number.float(), 2 + number.int()
+    state = control_law.initial_state(1.5 + 0.2 * number.float())
     moved = _copied(state, setup.device)
     for step in range(_STEPS):
         significance = torch.randn(shape, generator=setup.generator, dtype=torch.float32, device="cpu").exp()
         if shape[-1] > 600:
             significance[..., ::97], significance[..., 1::101] = math.nan, math.inf
-        labels = torch.randint(0, 10, shape, generator=setup.generator, device="cpu")
+        labels = torch.randint(0, 10, shape, generator=setup.generator, device="cpu").to(_LABELS[step])
         mass = torch.rand(shape, generator=setup.generator, dtype=torch.float32, device="cpu") if with_mass else None
         before = _copied(moved, torch.device("cpu"))
         setup.backend.control(

@@ -78,10 +78,14 @@ def _bytes(rows: int, row_bytes: int, offset: int, setup: Setup) -> tuple[Tensor
 
 
 def _trees(rows: int, setup: Setup) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
-    """Yield trees for the widths of loads and stores, and one of more tensors than a launch moves."""
+    """Yield trees for the widths of loads and stores, of rows apart, and of more tensors than a launch moves."""
     for row_bytes in (*_ROW_BYTES, *(_MORE_ROW_BYTES if setup.full else ())):
         pairs = [_bytes(rows, row_bytes, offset, setup) for offset in (0, 1, 2, 4, 8)]
         yield f"{row_bytes} bytes a row", [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    wide = [_bytes(rows, row_bytes, 0, setup) for row_bytes in (24, 600)]
+    cut = [(numbers[:, 3:-5], moved[:, 3:-5]) for numbers, moved in wide]
+    cut += [(numbers[:1].expand_as(numbers), moved[:1].expand_as(moved)) for numbers, moved in wide]
+    yield "rows apart or repeated", [pair[0] for pair in cut], [pair[1] for pair in cut]
     many = [_bytes(rows, 1 + number % 7, 0, setup) for number in range(40)]
     yield "40 tensors", [pair[0] for pair in many], [pair[1] for pair in many]
 

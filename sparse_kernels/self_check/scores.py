@@ -5,6 +5,7 @@ The inputs are made, and the reference computed, on the CPU: the device's own ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,6 +24,11 @@ TINY = {torch.float64: 1e-12}  # else 1e-5: the roundings of one-pass sums and o
 _PLAIN = Settings()
 _SCALED = Settings(temperature=0.7, label_smoothing=0.1)
 _CAPPED = Settings(temperature=0.7, softcap=20.0)
+# Each statistic by a weight of its own, so that swapped ones differ.
+_WEIGHTS = {
+    "loss": 0.7, "entropy": 0.3, "grad_norm": 0.1, "sum_squares": -0.4, "max_prob": 0.9, "margin": -0.6,
+    "logsumexp": 0.05,
+}  # fmt: skip
 
 
 class Shape(NamedTuple):
@@ -215,9 +221,8 @@ def gate_call(shape: Shape, setup: Setup, temperature: float) -> GateCall:
     logits, targets = _placed(shape, *rows(shape, setup))
     settings = Settings(gate_temperature=temperature, p_min=0.1 if temperature else 0.0, seed=2**40 + 7, step=2**33 + 1)
     offset = torch.rand(targets.shape, generator=setup.generator, dtype=torch.float32, device="cpu")
-    threshold = torch.tensor([0.7 * shape.classes**0.2 * 2], dtype=torch.float32, device="cpu")
-    weights = {"loss": 0.7, "entropy": 0.3, "grad_norm": 0.1}
-    return GateCall(logits, targets, ("grad_norm",), shape.dim, settings, threshold, weights, offset)
+    threshold = torch.tensor([1.3 + 1.3 * math.log(shape.classes)], dtype=torch.float32, device="cpu")
+    return GateCall(logits, targets, ("grad_norm",), shape.dim, settings, threshold, _WEIGHTS, offset)
 
 
 def on_device(call: GateCall, device: torch.device) -> Any:

@@ -45,22 +45,23 @@ def cuda_on_cpu(tmp_path_factory):
     return _built[0]
 
 
-def build_cuda_on_cpu(tmp_path_factory):
+def build_cuda_on_cpu(tmp_path_factory, csrc=CSRC.parent, more=()):
+    """Build the sources of a folder, with more of the compiler's options."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    options = f"-std=c++17 {FLAGS} -g -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()
+    options = [*more, *f"-std=c++17 {FLAGS} -g -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()]
     options += ["-Wno-unknown-pragmas", "-Wno-clobbered"]  # unroll; getcontext returns once here
     includes = [
-        ROOT / "csrc" / "include",
+        csrc / "include",
         ROOT / "tests" / "cuda_on_cpu",
         sysconfig.get_path("include"),
         pybind11.get_include(),
     ]
     options += [f"-I{path}" for path in includes]
-    sources = [CSRC.parent / "bindings" / "cuda_module.cpp", *CSRC.glob("*.cu")]
+    sources = [csrc / "bindings" / "cuda_module.cpp", *(csrc / "cuda").glob("*.cu")]
     objects = [str(folder / f"{source.name}.o") for source in sources]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not the compiler
     running = [
