@@ -143,6 +143,15 @@ def head_settings(
     )
 
 
+def accumulator_of(input: Tensor) -> torch.dtype:
+    """Return the dtype of every per-row result but ``argmax``.
+
+    Args:
+        input: the head's input.
+    """
+    return torch.float64 if input.dtype is torch.float64 else torch.float32
+
+
 @dataclass(slots=True)
 class FlatHead:
     """The rows of a call in one dimension, and which of them count."""
@@ -158,7 +167,7 @@ class FlatHead:
     @property
     def accumulator(self) -> torch.dtype:
         """The dtype of every per-row result."""
-        return torch.float64 if self.input.dtype is torch.float64 else torch.float32
+        return accumulator_of(self.input)
 
     def check_targets(self) -> None:
         """Raise for a target out of range in a row that counts, on CPU; elsewhere its row gives NaN."""

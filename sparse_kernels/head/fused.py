@@ -13,12 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_kernels._arguments import StatsCall
-from sparse_kernels._dispatch import BACKENDS, choose
 from sparse_kernels.head.call import FlatHead
 from sparse_kernels.head.counter import count
 from sparse_kernels.head.products import ParameterGradients, differentiated_rows, logits_of, scored_rows
-from sparse_kernels.head.scores import SAVED, HeadGradients, Scored, rows_of, score
+from sparse_kernels.head.scores import SAVED, HeadGradients, Scored, differentiate_logits, rows_of, score
 
 
 class FusedLoss(NamedTuple):
@@ -35,8 +33,7 @@ class _KeptRows:
 
     def __init__(self, head: FlatHead, needed: Sequence[bool]) -> None:
         self._head = head
-        self.size = max(scored_rows(head), differentiated_rows(head))
-        self.size = min(self.size, head.target.shape[0])
+        self.size = min(differentiated_rows(head), head.target.shape[0])
         self._logits = head.input.new_empty(self.size, head.weight.shape[0])
         self._rows: list[Tensor] = []
         self._saved: list[tuple[Tensor, ...]] = []
@@ -59,11 +56,10 @@ class _KeptRows:
         """Take the gradient of the rows that are held, each with the same upstream gradient."""
         if self.held:
             head, index, logits = self._head, torch.cat(self._rows), self._logits[: self.held]
-            call = StatsCall(logits, rows_of(head.target, index), ("loss",), -1, head.settings)
-            backend, _ = choose("row_stats", call, None)
-            maximum, total = (torch.cat(parts) for parts in zip(*self._saved, strict=True))
-            above = torch.full_like(maximum, upstream)
-            BACKENDS[backend].row_stats_backward(call, maximum, total, None, {"loss": above}, logits)
+            parts = zip(SAVED, zip(*self._saved, strict=True), strict=True)
+            saved = {name: torch.cat(values) for name, values in parts}
+            above = torch.full_like(saved["maximum"], upstream)
+            differentiate_logits(head, logits, rows_of(head.target, index), saved, {"loss": above})
             if self._input is not None:
                 self._input.index_copy_(0, index, logits @ head.weight)
             self._parameters.add(logits, rows_of(head.input, index), last=last)

@@ -16,7 +16,7 @@ from sparse_kernels._operands import with_memory
 from sparse_kernels._settings import checked_settings
 from sparse_kernels._tracing import values_readable
 from sparse_kernels.head import fused
-from sparse_kernels.head.call import FlatHead, HeadCall, flat_head
+from sparse_kernels.head.call import FlatHead, HeadCall, accumulator_of, flat_head
 from sparse_kernels.head.scores import SAVED, gradients, statistics
 from sparse_kernels.torch_library.schemas import SCORING, library
 from sparse_kernels.types import DIFFERENTIABLE, HEAD_STATISTICS
@@ -95,11 +95,6 @@ def row_results(names: Sequence[str], target: Tensor, floating: torch.dtype) -> 
     return [target.new_empty(target.shape, dtype=torch.int64 if name == "argmax" else floating) for name in names]
 
 
-def floating_of(input: Tensor) -> torch.dtype:
-    """Return the dtype of the statistics."""
-    return torch.float64 if input.dtype is torch.float64 else torch.float32
-
-
 def _linear_row_stats(*arguments: Any) -> list[Tensor]:
     *given, outputs, save = arguments
     target = given[2]
@@ -110,7 +105,7 @@ def _linear_row_stats(*arguments: Any) -> list[Tensor]:
 
 def _linear_row_stats_fake(*arguments: Any) -> list[Tensor]:
     input, _weight, target, *_, outputs, save = arguments
-    return row_results([*outputs, *(SAVED if save else ())], target, floating_of(input))
+    return row_results([*outputs, *(SAVED if save else ())], target, accumulator_of(input))
 
 
 def _linear_row_stats_backward(*arguments: Any) -> list[Tensor]:
@@ -189,7 +184,7 @@ def linear_row_stats(call: HeadCall) -> dict[str, Tensor]:
         call: the checked call.
     """
     outputs = [name for name in HEAD_STATISTICS if name in call.outputs]
-    save = gradient_needed(call) and any(name in outputs for name in DIFFERENTIABLE)
+    save = any(needed_gradients(call)) and any(name in outputs for name in DIFFERENTIABLE)
     results = _ops.linear_row_stats(*arguments_of(call), outputs, save)
     # Behind the outputs: what was saved. Cut off, as PyTorch 2.6's compiler zips equal lengths alone.
     return dict(zip(outputs, results[: len(outputs)], strict=True))
@@ -213,7 +208,7 @@ def _fused_loss(*arguments: Any) -> list[Tensor]:
 def _fused_loss_fake(*arguments: Any) -> list[Tensor]:
     input, _weight, target, *_ = arguments
     return [
-        input.new_empty((), dtype=floating_of(input)),
+        input.new_empty((), dtype=accumulator_of(input)),
         target.new_empty(target.shape, dtype=torch.bool),
         target.new_empty(target.shape, dtype=torch.float32),
         *gradients_fake(arguments[:ARGUMENTS], arguments[-1]),
@@ -263,22 +258,20 @@ def fused_loss(
         weights: of each statistic in the significance.
         divisor: of the sum of losses; None for the number of kept rows.
     """
-    needed = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (call.input, call.weight, call.bias)
-    ]  # fmt: skip
     if divisor is not None and not isinstance(divisor, Tensor):
         divisor = torch.full((), divisor)
     loss, mask, significance, *_ = _ops.selective_linear_cross_entropy(
-        *arguments_of(call), threshold, list(weights), [float(w) for w in weights.values()], divisor, needed
+        *arguments_of(call), threshold, list(weights), [float(w) for w in weights.values()], divisor,
+        needed_gradients(call),
     )  # fmt: skip
     return loss, mask, significance
 
 
-def gradient_needed(call: HeadCall) -> bool:
-    """Return True if autograd follows one of the operands.
+def needed_gradients(call: HeadCall) -> list[bool]:
+    """Return which of input, weight and bias autograd follows.
 
     Args:
         call: the checked call.
     """
     operands = (call.input, call.weight, call.bias)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]

@@ -6,7 +6,7 @@ the logits once more, which the gradient then overwrites.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,6 +86,25 @@ def rows_of(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor if index.shape[0] == tensor.shape[0] else tensor.index_select(0, index)
 
 
+def differentiate_logits(
+    head: FlatHead, logits: Tensor, target: Tensor, saved: Mapping[str, Tensor], upstream: Mapping[str, Tensor]
+) -> None:
+    """Write the gradient of some rows' logits over the logits.
+
+    Args:
+        head: the settings.
+        logits: [some rows, classes].
+        target: [some rows].
+        saved: ``SAVED``, and the entropy where it has an upstream gradient, [some rows] each.
+        upstream: of ``loss``, ``entropy`` or both, [some rows] each.
+    """
+    call = StatsCall(logits, target, tuple(upstream), -1, head.settings)
+    backend, _ = choose("row_stats", call, None)
+    BACKENDS[backend].row_stats_backward(
+        call, saved["maximum"], saved["total"], saved.get("entropy"), dict(upstream), logits
+    )  # fmt: skip
+
+
 class HeadGradients(NamedTuple):
     """Gradients of a head; None for one that is not needed."""
 
@@ -116,13 +135,9 @@ def gradients(
         some = index[start : start + size]
         rows = head.input.index_select(0, some)
         gradient = logits_of(rows, head, buffer)
-        call = StatsCall(gradient, head.target.index_select(0, some), tuple(upstream), -1, head.settings)
-        backend, _ = choose("row_stats", call, None)
         row = {name: values.index_select(0, some) for name, values in saved.items()}
         above = {name: values.index_select(0, some) for name, values in upstream.items()}
-        BACKENDS[backend].row_stats_backward(
-            call, row["maximum"], row["total"], row.get("entropy"), above, gradient
-        )  # fmt: skip
+        differentiate_logits(head, gradient, head.target.index_select(0, some), row, above)
         if input is not None:
             input.index_copy_(0, some, gradient @ head.weight)
         parameters.add(gradient, rows, last=start + size >= kept)
