@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_training.data.image_rows import ImageRows
-from sparse_training.data.imagefolder import class_folders
-from sparse_training.data.pillow import FORMATS
+from sparse_training.data.imagefolder import class_folders, image_names
 from sparse_training.errors import UserError
 
 
@@ -58,7 +57,7 @@ class ImageFiles(ImageRows):
             raise UserError(f"{self.root / unknown[0]}: no such class among the {len(classes)} of `classes`")
         labels, names = list[int](), list[bytes]()
         for label, name in enumerate(classes):
-            files = _images(self.root / name) if name in found else []
+            files = image_names(self.root / name) if name in found else []
             names += [os.fsencode(os.path.join(name, file)) for file in files]
             labels += [label] * len(files)
         if not names:
@@ -73,17 +72,3 @@ class ImageFiles(ImageRows):
         """Read a row's file."""
         with open(os.path.join(os.fsencode(self.root), self._names[row]), "rb") as file:
             return file.read()
-
-
-def _images(folder: Path) -> list[str]:
-    """Return the names of a class's images, sorted; without a call of the system for each file."""
-    with os.scandir(folder) as entries:
-        named = [entry for entry in entries if not entry.name.startswith(".") and _has_suffix(entry.name)]
-    for entry in named:
-        if not entry.is_file():  # opening a FIFO or a device may never return
-            raise UserError(f"{entry.path}: an image must be a regular file, or a link to one")
-    return sorted(entry.name for entry in named)
-
-
-def _has_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in FORMATS

@@ -83,20 +83,34 @@ def class_folders(folder: Path) -> list[str]:
     return names
 
 
+def image_names(folder: Path) -> list[str]:
+    """Return the names of a class's images, sorted; without a call of the system for each file.
+
+    Raises:
+        UserError: an image that is no regular file.
+    """
+    with os.scandir(folder) as entries:
+        named = [entry for entry in entries if not entry.name.startswith(".") and _has_suffix(entry.name)]
+    for entry in named:
+        if not entry.is_file():  # opening a FIFO or a device may never return
+            raise UserError(f"{entry.path}: an image must be a regular file, or a link to one")
+    return sorted(entry.name for entry in named)
+
+
+def _has_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in FORMATS
+
+
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     """Return each image's path and label."""
     files = [
-        (path, label)
+        (folder / name / image, label)
         for label, name in enumerate(classes)
         if (folder / name).is_dir()
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in FORMATS and not path.name.startswith(".")
+        for image in image_names(folder / name)
     ]
     if not files:
         raise UserError(f"{folder}: no images in its class folders")
-    for path, _ in files:
-        if not path.is_file():  # opening a FIFO or a device may never return
-            raise UserError(f"{path}: an image must be a regular file, or a link to one")
     return files
 
 

@@ -9,6 +9,19 @@ from torch.nn import functional as F
 from sparse_training.models.shapes import Shape
 
 
+def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """Make the shortcut of a residual block: a 1x1 convolution with BatchNorm where the shape changes.
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the output.
+        stride: stride of the block.
+    """
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm and a shortcut around them.
 
@@ -27,11 +40,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.shortcut = projection(inputs, outputs, stride)
         nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparse_training.models.resnet import projection
 from sparse_training.models.shapes import Shape
 
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # inner channels and blocks of each stage
@@ -31,11 +32,7 @@ class Bottleneck(nn.Module):
         self.conv2 = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(inner)
         self.conv3, self.norm3 = nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.shortcut = projection(inputs, outputs, stride)
         nn.init.zeros_(self.norm3.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

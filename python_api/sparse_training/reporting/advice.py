@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from sparse_training.profiling.advise_result import HEADINGS, LEGEND, Advice
 from sparse_training.profiling.advise_rows import TOP
 from sparse_training.profiling.advise_steps import STAGES
-from sparse_training.reporting.pages import PAGE, templates, write_files
+from sparse_training.reporting.pages import templates, write_page
 from sparse_training.reporting.plots import INK, method_rows, svg
 
 FILE = "advice.json"
@@ -34,9 +33,7 @@ def write_advice(advice: Advice, folder: str | Path) -> tuple[Path, Path]:
     Raises:
         UserError: the folder cannot be written.
     """
-    content = json.dumps(advice.to_dict(), indent=1, allow_nan=False).encode()
-    data, page = write_files(folder, {FILE: content, PAGE: advice_page(advice).encode()})
-    return data, page
+    return write_page(folder, FILE, advice.to_dict(), advice_page(advice))
 
 
 def advice_page(advice: Advice) -> str:

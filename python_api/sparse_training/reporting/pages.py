@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -74,6 +77,17 @@ def write_files(folder: str | Path, contents: dict[str, bytes]) -> list[Path]:
     for path, content in zip(paths, contents.values(), strict=True):
         files.write_atomic(path, content)
     return paths
+
+
+def write_page(folder: str | Path, name: str, data: Mapping[str, Any], page: str) -> tuple[Path, Path]:
+    """Write data as JSON beside a page that shows it; both are made before the first is written.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    content = json.dumps(data, indent=1, allow_nan=False).encode()
+    written, report = write_files(folder, {name: content, PAGE: page.encode()})
+    return written, report
 
 
 def comparison_page(result: Result) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 
 from sparse_training.profiling.advise_result import aligned
 from sparse_training.profiling.scale import METHODS, Simulated
-from sparse_training.reporting.pages import PAGE, templates, write_files
+from sparse_training.reporting.pages import templates, write_page
 from sparse_training.reporting.plots import svg
 
 FILE = "simulation.json"
@@ -110,9 +109,7 @@ def write_simulation(simulation: Simulation, folder: str | Path) -> tuple[Path, 
     Raises:
         UserError: the folder cannot be written.
     """
-    content = json.dumps(simulation.to_dict(), indent=1, allow_nan=False).encode()
-    data, page = write_files(folder, {FILE: content, PAGE: simulation_page(simulation).encode()})
-    return data, page
+    return write_page(folder, FILE, simulation.to_dict(), simulation_page(simulation))
 
 
 def simulation_page(simulation: Simulation) -> str:
