@@ -17,15 +17,8 @@ from torch.nn import functional as F
 from sparse_training.nn import block_sparse_attention
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("tokens", "dtype", "target", "rounds"),
     [

@@ -43,15 +43,8 @@ def network_for(data, model):
     return build_model(model, shape=data.shape, classes=len(data.classes))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.keeps_freed_memory
 @pytest.mark.parametrize(
     ("model", "batch", "layer"),
@@ -94,6 +87,7 @@ class Decoded(Dataset):
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.keeps_freed_memory
 @pytest.mark.parametrize("model", [pytest.param("cnn-620k", id="epoch-cnn-620k-history-at-10%")])
 def test_epoch_by_history(interleaved, small, data, model):
