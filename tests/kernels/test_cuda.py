@@ -71,8 +71,9 @@ def build_cuda_on_cpu(tmp_path_factory, csrc=CSRC.parent, more=()):
     assert [process.wait() for process in running] == [0] * len(sources)
     library = str(folder / "_cuda.so")
     subprocess.run([compiler, *FLAGS.split(), "-shared", *objects, "-o", library], env=environment, check=True)
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", library)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
+    name = f"{folder.name}._cuda"  # pybind11 gives a name's first module again, whatever the file of the second
+    loader = importlib.machinery.ExtensionFileLoader(name, library)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
     return module
 
