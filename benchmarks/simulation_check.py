@@ -4,7 +4,8 @@
 
 Rows per rank, imbalance and bytes of a step can be compared on any machine (--counts); seconds need an idle one.
 A step's costs are calibrated with as many processes at work as the run has, each with one thread: so processes that
-share a core, as four do on two, are calibrated as slow as they run. Exit code 1 where a figure is off by more than
+share a core, as four do on two, are calibrated as slow as they run. The exchange of the gradients is what it adds to a
+dense step. Exit code 1 where a figure is off by more than
 15%. With seconds it takes some 3 minutes.
 """
 
@@ -33,22 +34,35 @@ from sparse_training.data.load import load_data
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.experiments.environment import environment
 from sparse_training.files import write_atomic
+from sparse_training.memory import keep_freed_memory
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.profiling.scale import METHODS, Cluster, Plan, Simulated, simulate
 from sparse_training.profiling.scale_costs import StageCosts
 from sparse_training.selection.registry import make_policy
 from sparse_training.training.clock import Costs
 
-BATCH, RATE, TOLERANCE = 32, 0.3, 0.15
+BATCH, RATE, TOLERANCE = 64, 0.3, 0.15
 STEPS, SETTLING = 240, 80  # of a run, and those at its start that are not counted
 CALIBRATION_SECONDS = 8.0
 
 
+class Mean(nn.Module):
+    """The mean over the pixels: [rows, pixels, width] to [rows, width]."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Take the mean."""
+        return pixels.mean(1)
+
+
 def network(width: int) -> nn.Sequential:
-    """Three layers for the digits; their width says how long a step takes."""
+    """Three layers on every pixel of the digits; their width says how long a step takes.
+
+    Matrix products take any number of rows alike. A convolution compiles code for each new one, which would be
+    measured in a run of some hundred steps, and is nothing in a long one.
+    """
     torch.manual_seed(0)
-    hidden = (nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-    return nn.Sequential(nn.Flatten(), *hidden)
+    hidden = (nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+    return nn.Sequential(nn.Flatten(), nn.Unflatten(1, (64, 1)), *hidden, Mean(), nn.Linear(width, 10))
 
 
 def _work(rank: int, ranks: int, width: int, timed: bool, store: str, barrier: Any, answers: Any) -> None:
@@ -61,6 +75,7 @@ def _work(rank: int, ranks: int, width: int, timed: bool, store: str, barrier: A
 
 def _measure(rank: int, ranks: int, width: int, timed: bool, store: str, barrier: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `sparse-train` has it; else a step's time is that of the C library's fresh pages
     data = load_data("digits").train
     costs = None
     if timed:
@@ -71,8 +86,7 @@ def _measure(rank: int, ranks: int, width: int, timed: bool, store: str, barrier
         costs = calibrate(trainer, loader, policies, seconds=CALIBRATION_SECONDS).to_dict()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = {method: _run(method, data, width) for method in METHODS}
-    parameters = sum(parameter.numel() for parameter in network(width).parameters())
-    measured = {"costs": costs, "runs": found, "small": _exchange(4), "large": _exchange(parameters)}
+    measured = {"costs": costs, "runs": found, "small": _exchange(4), "gradients": _gradient_exchange(width)}
     dist.barrier()
     dist.destroy_process_group()
     return measured
@@ -87,6 +101,27 @@ def _exchange(numbers: int) -> float:
         dist.all_reduce(values)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
+
+
+def _gradient_exchange(width: int) -> float:
+    """Mean seconds that the exchange adds to a dense step, in the step itself.
+
+    By itself in a loop it is several times as fast: nothing has to be woken up there.
+    """
+    images, labels = torch.rand(BATCH, 1, 8, 8), torch.zeros(BATCH, dtype=torch.long)
+    ddp = DistributedDataParallel(network(width))
+    Watch().hook(ddp)
+    spent: dict[bool, list[float]] = {True: [], False: []}
+    sides = {True: ddp, False: network(width)}
+    optimizers = {side: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for side, model in sides.items()}
+    for _ in range(STEPS - SETTLING):
+        for side, model in sides.items():
+            began = time.perf_counter()
+            optimizers[side].zero_grad()
+            cross_entropy(model(images), labels).backward()
+            optimizers[side].step()
+            spent[side].append(time.perf_counter() - began)
+    return statistics.mean(spent[True]) - statistics.mean(spent[False])
 
 
 class Watch:
@@ -217,7 +252,7 @@ def real_runs(ranks: int, *, width: int, timed: bool) -> list[dict[str, Any]]:
     return [found[rank] for rank in range(ranks)]
 
 
-def compare(ranks: int, *, width: int = 64, timed: bool = False) -> list[dict[str, Any]]:
+def compare(ranks: int, *, width: int = 8, timed: bool = False) -> list[dict[str, Any]]:
     """Simulate what real runs did; a dict of each figure: method, quantity, simulated, measured and their ratio."""
     seen = real_runs(ranks, width=width, timed=timed)
     parameters = sum(parameter.numel() for parameter in network(width).parameters())
@@ -227,7 +262,7 @@ def compare(ranks: int, *, width: int = 64, timed: bool = False) -> list[dict[st
         costs = StageCosts.from_costs(Costs.from_dict(seen[0]["costs"]))
         rounds = math.ceil(math.log2(ranks))
         latency = seen[0]["small"] / rounds
-        beyond = max(seen[0]["large"] - 2 * rounds * latency, 1e-6)
+        beyond = max(seen[0]["gradients"] - 2 * rounds * latency, 1e-6)
         cluster = Cluster(8 * (ranks - 1) / ranks * parameters / beyond, latency)
     lines = []
     for number, method in enumerate(METHODS):
@@ -263,17 +298,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The simulation beside real runs of gloo processes.")
     parser.add_argument("--processes", default="2,4", help="numbers of processes")
     parser.add_argument("--counts", action="store_true", help="rows, imbalance and bytes alone, by a small model")
-    parser.add_argument("--width", type=int, default=1024, help="width of the model's layers where seconds count")
+    parser.add_argument("--width", type=int, default=128, help="channels of the model's layers where seconds count")
     parser.add_argument("--record", type=Path, help="JSON file to write")
     options = parser.parse_args()
     lines = []
     for ranks in map(int, options.processes.split(",")):
-        lines += compare(ranks, width=64 if options.counts else options.width, timed=not options.counts)
-    for line in lines:
-        print(
-            f"{line['ranks']} ranks  {line['method']:18}  {line['quantity']:9}  simulated {line['simulated']:<10.4g} "
-            f"measured {line['measured']:<10.4g} {line['ratio']:.2f}"
-        )
+        found = compare(ranks, width=8 if options.counts else options.width, timed=not options.counts)
+        for line in found:
+            what = f"{line['ranks']} ranks  {line['method']:18}  {line['quantity']:9}"
+            print(
+                what, f"{line['simulated']:<10.4g} measured {line['measured']:<10.4g} {line['ratio']:.2f}", flush=True
+            )
+        lines += found
     if options.record is not None:
         record = {"format": "simulation-check", "environment": environment(torch.device("cpu")), "lines": lines}
         write_atomic(options.record, (json.dumps(record, indent=1) + "\n").encode())
