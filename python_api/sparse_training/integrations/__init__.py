@@ -3,7 +3,8 @@
 - ``hugging_face``: a ``Trainer`` that trains on the samples, or the tokens, that a gate keeps;
 - ``hugging_face_pruning``: a ``Trainer`` that leaves out well-learned samples without bias;
 - ``lightning``: a ``LightningModule`` whose training step receives the samples that a gate keeps;
-- ``trl``: the log-probabilities and entropies of TRL's trainers from one read of the logits.
+- ``transformers_loss``: the loss of a Transformers language model over selected tokens;
+- ``trl``: the log-probabilities and entropies of TRL's trainers, without the tokens that need none.
 
 Nothing else here needs these packages, and importing a file changes nothing in its host.
 """

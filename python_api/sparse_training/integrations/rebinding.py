@@ -7,20 +7,21 @@ import importlib
 import importlib.metadata
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from sparse_training.errors import UserError
+from sparse_training.integrations.switch import Switch
 
 
-class Rebinding:
+class Rebinding(Switch):
     """Binds names of a host package to functions of ours, and back; imports nothing of the host before ``on``.
 
     A name is rebound in every module of the host that holds the same object, whatever it is called there. Modules that
     are imported later get ours too, and ``off`` takes it from them again. The whole process is concerned.
 
-    ``on`` when it is on, and ``off`` when it is off, do nothing. As a context manager it leaves things as it found
-    them: blocks may be nested, and a block inside ``on`` does not turn it off.
+    ``on`` raises ``UserError`` where the host is not installed, has another version, or lacks one of the names; ``off``
+    where someone else has bound one of them since. Nothing is changed then.
 
     Example:
         >>> head = Rebinding("trl", ("1.16", "1.17"), {"trl.trainer.utils:selective_log_softmax": ours})
@@ -31,50 +32,34 @@ class Rebinding:
         host: name of the distribution, as pip knows it.
         versions: the first version that is served and the first after it that is not.
         replacements: by "module:name", or "module:Class.name", what it is to be bound to; no two the same object.
+        only_there: those of ``replacements`` that other modules of the host keep as they are. Default: none.
         packages: packages whose modules are searched for the names; the first has the version. Default: the host's
             name.
     """
 
     def __init__(
-        self, host: str, versions: tuple[str, str], replacements: Mapping[str, Any], *, packages: tuple[str, ...] = ()
-    ) -> None:
+        self, host: str, versions: tuple[str, str], replacements: Mapping[str, Any], *,
+        only_there: Collection[str] = (), packages: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        super().__init__()
         self.host, self.versions = host, versions
         self.replacements, self.packages = dict(replacements), packages or (host,)
+        self._only_there = {*only_there, *(place for place in self.replacements if "." in place.partition(":")[2])}
         self._originals: dict[str, Any] = {}
         self._places: list[tuple[Any, str, str]] = []  # owner, name there, key of the replacement
-        self._before: list[bool] = []  # for each block that was entered
 
-    @property
-    def is_on(self) -> bool:
-        """True between ``on`` and ``off``."""
-        return bool(self._originals)
-
-    def on(self) -> None:
-        """Bind every name to ours.
-
-        Raises:
-            UserError: the host is not installed, has another version, or lacks one of the names. Nothing is changed.
-        """
-        if self.is_on:
-            return
+    def _turn_on(self) -> None:
         version = self._checked_version()
         owners = {place: self._owner(place, version) for place in self.replacements}
         self._originals = {place: vars(owner)[name] for place, (owner, name) in owners.items()}
         self._places = [
             *self._holders(self._originals),
-            *((owner, name, place) for place, (owner, name) in owners.items() if _of_class(place)),
+            *((*owners[place], place) for place in self._only_there),
         ]
         for owner, name, place in self._places:
             setattr(owner, name, self.replacements[place])
 
-    def off(self) -> None:
-        """Bind every name to what it was bound to before.
-
-        Raises:
-            UserError: someone else has bound one of them since. Nothing is changed.
-        """
-        if not self.is_on:
-            return
+    def _turn_off(self) -> None:
         for owner, name, place in self._places:
             if vars(owner).get(name) is not self.replacements[place]:
                 raise UserError(
@@ -83,17 +68,14 @@ class Rebinding:
                 )
         for owner, name, place in {*self._places, *self._holders(self.replacements)}:
             setattr(owner, name, self._originals[place])
-        self._originals, self._places = {}, []
 
-    def __enter__(self) -> Rebinding:
-        was_on = self.is_on
-        self.on()
-        self._before.append(was_on)
-        return self
+    def original(self, place: str) -> Any:
+        """Return what a name was bound to before, for a replacement that hands a call on; None before ``on``.
 
-    def __exit__(self, *error: object) -> None:
-        if not self._before.pop():
-            self.off()
+        Args:
+            place: one of ``replacements``.
+        """
+        return self._originals.get(place)
 
     def _checked_version(self) -> str:
         first, after = self.versions
@@ -121,7 +103,7 @@ class Rebinding:
 
     def _holders(self, objects: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
         """Find the modules of the host that hold one of some objects by name: module, name there, key."""
-        objects = {place: held for place, held in objects.items() if not _of_class(place)}
+        objects = {place: held for place, held in objects.items() if place not in self._only_there}
         for module_name, module in list(sys.modules.items()):
             if module is None or not any(f"{module_name}.".startswith(f"{package}.") for package in self.packages):
                 continue
@@ -129,10 +111,6 @@ class Rebinding:
                 for place, held in objects.items():
                     if value is held:
                         yield module, name, place
-
-
-def _of_class(place: str) -> bool:
-    return "." in place.partition(":")[2]
 
 
 def _release(version: str) -> tuple[int, ...]:
