@@ -42,6 +42,7 @@ from sparse_training.data.tensors import package_folder
 UNKNOWN, NEWLINE = 0, 1
 RAREST = 3  # times that a word of the vocabulary occurs in the training text
 NOISE = 0.2
+SETTLED = 60  # steps after which a gate keeps as many as it shall
 METHODS = ("random", "random-again", "rho-1", "loss", "entropy", "gate")
 CEILINGS = {  # products of the head for a share r of kept rows; a dense head has 3
     "all": lambda r: 3.0,
@@ -61,7 +62,7 @@ class Settings(NamedTuple):
     tokens: int = 64  # of a sequence
     batch: int = 16
     rate: float = 1e-3  # of learning
-    seconds: float = 22.0  # of a run
+    seconds: float = 14.0  # of a run
     seeds: int = 3
     rounds: int = 40  # of the calibration
     validation: int = 640  # sequences
@@ -251,10 +252,10 @@ def method_of(arm: str, seed: int, reference: LanguageModel) -> Method:
 
 def calibrate(data: Corpus, settings: Settings, arms: list[str], reference: LanguageModel) -> dict[str, float]:
     """Seconds of a step of each arm: medians over rounds, in each of which every arm takes a step in turn."""
-    many = 100 + 2 * settings.rounds
+    many = 2 * SETTLED + 2 * settings.rounds
     runs = {arm: Run(data, data.train, settings, method_of(arm, 0, reference), 0, many) for arm in arms}
     for arm, run in runs.items():
-        for _ in range(settings.rounds if arm.startswith("gate") else 2):  # until it keeps as many as it shall
+        for _ in range(SETTLED if arm.startswith("gate") else 2):
             run.step()
     found = timing.interleave(timing.Cpu(), {arm: run.step for arm, run in runs.items()}, rounds=settings.rounds)
     return {arm: seconds["p50"] for arm, seconds in found.items()}
@@ -351,13 +352,10 @@ def main() -> None:
         if before["settings"] != record["settings"]:
             sys.exit(f"{options.out} has other settings, {before['settings']}; give another --out")
         record = before
-    record["machine"] = {"python": platform.python_version(), "torch": torch.__version__, **timing_machine()}
+    threads = torch.get_num_threads()
+    record["machine"] = {"python": platform.python_version(), "torch": torch.__version__, "threads": threads}
     study(corpus(), settings, arms_of(rates), record, save)
     print(table(record))
-
-
-def timing_machine() -> dict[str, Any]:
-    return {"threads": torch.get_num_threads()}
 
 
 def study(
