@@ -13,7 +13,7 @@ loss, entropy  the tokens of the greatest loss or entropy
 gate           the gate's default significance, its threshold known before the batch
 
 The record, benchmarks/results/tokens-<date>.json, is written after every run, and runs that it has are not repeated: an
-interrupted command is taken up where it was. ``--table`` prints it; ``--small`` shows that all runs, writes nothing.
+interrupted command is taken up where it was. ``--table`` prints it; ``--small`` shows that all runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Settings(NamedTuple):
     layers: int = 2
     tokens: int = 64  # of a sequence
     batch: int = 16
-    rate: float = 1e-3  # of learning
+    rate: float = 3e-3  # of learning
     seconds: float = 14.0  # of a run
     seeds: int = 3
     rounds: int = 40  # of the calibration
@@ -333,24 +333,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", default="0.2,0.6", help="shares of tokens that are kept, by comma")
     parser.add_argument("--seconds", type=float, help="of each run")
-    parser.add_argument("--small", action="store_true", help="tiny: shows that it runs, writes nothing")
+    parser.add_argument("--small", action="store_true", help="tiny: shows that it runs; written with --out alone")
     parser.add_argument("--table", action="store_true", help="print the record and leave")
-    parser.add_argument("--out", type=Path, default=timing.RESULTS / f"tokens-{timing.today()}.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/tokens-<date>.json")
     options = parser.parse_args()
+    out: Path = options.out or timing.RESULTS / f"tokens-{timing.today()}.json"
+    kept = options.out is not None or not options.small
     if options.table:
-        print(table(json.loads(options.out.read_text())))
+        print(table(json.loads(out.read_text())))
         return
     rates = [float(rate) for rate in options.rates.split(",")]
     if bad := [rate for rate in rates if not 0 < rate < 1]:
         sys.exit(f"--rates must be between 0 and 1, got {bad[0]}")
     settings = SMALL if options.small else Settings()
     settings = settings if options.seconds is None else settings._replace(seconds=options.seconds)
-    save: Callable[[dict[str, Any]], None] = (lambda r: None) if options.small else (lambda r: write(options.out, r))
+    save: Callable[[dict[str, Any]], None] = (lambda r: write(out, r)) if kept else (lambda r: None)
     record: dict[str, Any] = {"created": timing.today(), "settings": {**settings._asdict(), "rates": rates}, "runs": {}}
-    if options.out.exists() and not options.small:
-        before = json.loads(options.out.read_text())
+    if kept and out.exists():
+        before = json.loads(out.read_text())
         if before["settings"] != record["settings"]:
-            sys.exit(f"{options.out} has other settings, {before['settings']}; give another --out")
+            sys.exit(f"{out} has other settings, {before['settings']}; give another --out")
         record = before
     threads = torch.get_num_threads()
     record["machine"] = {"python": platform.python_version(), "torch": torch.__version__, "threads": threads}

