@@ -118,14 +118,14 @@ def test_overhead_of_a_call_on_a_gpu(interleaved, monkeypatch, op):
     without.without_gpu(90, lambda *arguments: launches.append("scores"))
     state = sk.initial_state(torch.tensor(1.5))
     settings = Settings(gate_temperature=0.5, step=state.counters[0])
-    gate = (logits, targets, (), -1, settings, state.values, WEIGHTS, None)
+    setpoint, threshold = torch.tensor(0.3), torch.tensor(2.0)
 
     def ours():  # as the public call makes it
         if op == "gate_rows":
-            return triton_backend.gate_rows(GateCall(*gate))
+            return triton_backend.gate_rows(GateCall(logits, targets, (), -1, settings, threshold, WEIGHTS, None))
+        gate = (logits, targets, (), -1, settings, state.values, WEIGHTS, None)
         return cuda_backend.gate_step(GateStepCall(*gate, 1, state, setpoint, False))
 
-    setpoint = torch.tensor(0.3)
     try:
         interleaved(ours, {"softmax": lambda: torch.softmax(logits, -1)}, rounds=51, calls=100)
     finally:

@@ -75,10 +75,12 @@ def choose(classes: int, class_stride: int, itemsize: int, tensors: int = 1) -> 
 def most_registers(tile: Launch, many: bool) -> int | None:
     """Return the most registers for a thread, None for the compiler's choice.
 
-    128 where 4 warps are a program, for 16 warps on a processor: of its own choice ptxas takes fewer for some of them,
-    and spills. Not where ``many`` statistics or a softcap of long rows spill at that: they have two blocks in flight.
+    16 warps on a processor, or 12 where ``many`` statistics or a softcap spill at that: they have two blocks in flight.
+    Threads that own rows get all that they need: of its own choice ptxas takes fewer for some of them, and spills.
     """
-    return None if tile.warps < 4 or (tile.limited and many) else 128
+    if tile.contiguous:
+        return 128 if tile.limited and not many else None
+    return 255 if tile.warps == 4 else None
 
 
 WARPS = 16  # that a processor needs to keep the memory busy, at CHUNKS loads a thread
