@@ -18,7 +18,7 @@ SECONDS_EACH ?= 6
 WORKERS ?= 2
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo help hosts test test-slow test-versions test-floor test-newest wheels test-xla bench gpu sanitize fuzz headers lint format clean
+.PHONY: demo help hosts test test-slow test-versions test-floor test-newest test-triton-matrix wheels test-xla bench gpu sanitize fuzz headers lint format clean
 
 demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -61,6 +61,14 @@ test-floor test-newest: test-%: $(VERSIONS)/%/.ready
 	$(VERSIONS)/$*/bin/python -c 'import torch; print("torch", torch.__version__)'
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api SPARSE_KERNELS_EXPECT=cpp SPARSE_KERNELS_STRICT_SKIPS=1 \
 	  OMP_WAIT_POLICY=passive $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider -n $(WORKERS) --dist loadfile $(VERSIONS_SUITE)
+
+TRITONS := $(BIN) $(VERSIONS)/floor/bin $(VERSIONS)/newest/bin
+
+test-triton-matrix: $(READY) $(VERSIONS)/floor/.ready $(VERSIONS)/newest/.ready  ## every kind of Triton kernel for 7 architectures, by 3 Tritons
+	for folder in $(TRITONS); do \
+	  $$folder/python -c 'import triton; print("triton", triton.__version__)' && \
+	  PYTHONPATH=$(CURDIR):$(CURDIR)/python_api TRITON_MATRIX=all $$folder/python -m pytest -q --durations=0 \
+	    tests/kernels/test_triton_compiled.py -k 'spills or registers' || exit 1; done
 
 $(VERSIONS)/%/.ready: tests/versions/%.txt | $(READY)
 	test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)

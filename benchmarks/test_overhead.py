@@ -6,12 +6,15 @@ function on a call checked beforehand, so its ratio is the share of the public c
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import sparse_kernels as sk
-from sparse_kernels._arguments import CompactCall, GateCall, Settings, StatsCall, TreeCall
+from sparse_kernels._arguments import CompactCall, GateCall, GateStepCall, Settings, StatsCall, TreeCall
 from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends import cuda as cuda_backend
 from sparse_kernels.backends.triton import backend as triton_backend
 
 OPS = torch.ops.sparse_kernels
@@ -94,29 +97,38 @@ def test_overhead_of_a_small_gradient(interleaved, op):
     interleaved(ours, {"operator": operator, "eager": unfused}, rounds=51, calls=50)
 
 
-@pytest.mark.parametrize("op", [pytest.param("gate_rows", id="overhead-triton")])
-def test_overhead_of_a_triton_call(interleaved, monkeypatch, op):
-    """The gate's scores from the backend's function to Triton's launcher, which does nothing here.
+@pytest.mark.parametrize(
+    "op", [pytest.param("gate_rows", id="overhead-triton"), pytest.param("gate_step", id="overhead-gate-on-gpu")]
+)
+def test_overhead_of_a_call_on_a_gpu(interleaved, monkeypatch, op):
+    """From the backend's function to the launchers of Triton and of the CUDA kernels, which do nothing here.
 
-    The host code is a GPU's, but for the targets, which are checked on a CPU alone. One row: softmax is all call too.
+    The host code is a GPU's, but for the targets, which are checked on a CPU alone, and for the current stream, which
+    PyTorch is asked for. One row: softmax is all call too.
     """
     without = pytest.importorskip("triton_without_gpu")
     if triton_backend.interpreted():
         pytest.skip("TRITON_INTERPRET is set")
     logits, targets = torch.randn(1, CLASSES), torch.zeros(1, dtype=torch.int64)
-    settings = Settings(gate_temperature=0.5)
-    call = GateCall(logits, targets, (), -1, settings, torch.tensor(2.0), WEIGHTS, None)
-    monkeypatch.setattr(triton_backend.reference, "check_targets", lambda call: None)
     launches = []
-    without.without_gpu(90, lambda *arguments: launches.append(1))
+    monkeypatch.setattr(triton_backend.reference, "check_targets", lambda call: None)
+    monkeypatch.setattr(cuda_backend, "_cuda", SimpleNamespace(compact="compact"), raising=False)
+    monkeypatch.setattr(cuda_backend, "_storage_bytes", lambda *arguments: 1024)
+    monkeypatch.setattr(cuda_backend, "_enqueue", lambda function, *arguments: launches.append(function))
+    without.without_gpu(90, lambda *arguments: launches.append("scores"))
+    state = sk.initial_state(torch.tensor(1.5))
+    settings = Settings(gate_temperature=0.5, step=state.counters[0])
+    setpoint, threshold = torch.tensor(0.3), torch.tensor(2.0)
+
+    def ours():  # as the public call makes it
+        if op == "gate_rows":
+            return triton_backend.gate_rows(GateCall(logits, targets, (), -1, settings, threshold, WEIGHTS, None))
+        gate = (logits, targets, (), -1, settings, state.values, WEIGHTS, None)
+        return cuda_backend.gate_step(GateStepCall(*gate, 1, state, setpoint, False))
+
     try:
-        interleaved(
-            lambda: getattr(triton_backend, op)(call),
-            {"softmax": lambda: torch.softmax(logits, -1)},
-            rounds=51,
-            calls=100,
-        )
+        interleaved(ours, {"softmax": lambda: torch.softmax(logits, -1)}, rounds=51, calls=100)
     finally:
         if torch.cuda.is_available():  # else there is no driver to go back to
             without.driver.reset_active()
-    assert launches
+    assert set(launches) == ({"scores"} if op == "gate_rows" else {"scores", "compact"})

@@ -2,8 +2,9 @@
 
 Scores come from the Triton kernels. ``select`` and ``gate_step`` are one Triton launch and one of ours, and a third
 that gathers: the last block of the compaction counts the rows of NaN and updates the controller. Scores take a second
-launch where it is the quicker way (``triton.launch.merged``): from 16,384 rows of 33 to 8,192 classes, and for rows so
-few and long that they are cut into slices. The compaction takes a second above 65,536 rows (``compact_shares.cuh``).
+launch where it is the quicker way (``triton.launch.merged``): from 16,384 rows of 17 to 8,192 classes that a warp's
+threads end together, and for rows so few and long that they are cut into slices. The compaction takes a second above
+65,536 rows (``compact_shares.cuh``).
 
 Everything is enqueued on PyTorch's current stream of the tensors' device, and nothing waits for the device except
 ``compact`` without a capacity. No tensor needs ``record_stream``: outputs and temporary storage are allocated for the

@@ -19,6 +19,7 @@ _STEPS = 3
 _LABELS = (torch.int64, torch.int32, torch.bool)  # one a step
 _TINY = 1e-4  # the law's steps add up; a state is float32
 _ROWS = (1, 700, 4097, 70_000)
+_STEPPED = (200, 4100, 70_000)  # one block's rows, several blocks', and those counted in one launch, packed in another
 _MORE_ROWS = (0, 31, 4096, 65_536, 65_537, 200_000)
 
 
@@ -152,8 +153,7 @@ def gate_step(setup: Setup) -> Iterator[Comparison]:
     Args:
         setup: the surroundings.
     """
-    sizes = (200, 4100, 70_000) if _large(setup) else (200,)
-    for rows in sizes[: None if setup.full else 2]:
+    for rows in _STEPPED if _large(setup) else _STEPPED[:1]:
         for temperature, by_mass in ((0.0, False), (0.5, True)):
             state = control_law.initial_state(torch.tensor(1.5, dtype=torch.float32, device=setup.device))
             for step in range(_STEPS):

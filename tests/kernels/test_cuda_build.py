@@ -55,7 +55,8 @@ class Launched:
     ("rows", "classes", "launches"),
     [
         (512, 10, 3), (4096, 1000, 3), (65_536, 10, 3), (16_383, 1000, 3), (16_384, 16, 3), (16_384, 8193, 3),
-        (16_384, 17, 4), (16_384, 8192, 4), (65_536, 1000, 4),  # many rows of some classes: the end of a row is a step
+        (65_536, 24, 3), (39_999, 64, 3), (40_000, 64, 4), (16_384, 128, 4),  # few threads end a row, or more
+        (16_384, 17, 4), (16_384, 8192, 4), (65_536, 1000, 4),  # a warp ends a row: many of them have a launch for it
         (65_537, 10, 4), (65_537, 1000, 5),  # counted in one launch and packed in another
         (8, 151_936, 4), (1, 5000, 4),  # few long rows, in slices
     ],

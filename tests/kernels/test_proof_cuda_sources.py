@@ -24,6 +24,7 @@ OUTPUT, SHARES, TILES = "cuda/compact_output.cuh", "cuda/compact_shares.cuh", "c
 SUMS, STATES, MOVES = "cuda/control_sums.cuh", "cuda/control.cu", "cuda/gather_kernels.cuh"
 LAW = "include/sparse_kernels/control_law.h"
 COUNTED = "row_counts(args, part + row)"
+FIRST_SHARE = "control_sum_of(scratch.block_sums, 1)"
 ZERO_WEIGHT, ONE_WEIGHT = "args.packed.weight[slot] = 0.0f", "args.packed.weight[slot] = 1.0f"
 
 # Of the source: the operation whose check must see it, the file, the expression that stands there once, and the
@@ -67,6 +68,10 @@ LARGE_FAULTS = {
     "sums of the first block alone": ("gate_step", TILES, "int(gridDim.x)", "1"),
     "a step for each block": ("gate_step", TILES, "atomicAdd(scratch.blocks_finished, 1u)", "gridDim.x - 1"),
     "rows of a tile summed": ("gate_step", TILES, "tile + kTile < args.rows", "false"),
+    "sums of all shares before": ("gate_step", SHARES, "from > 0 ? from : 0", "0"),
+    "sums of the first share alone": ("gate_step", SHARES, "control_sum_of(scratch.block_sums, blocks)", FIRST_SHARE),
+    "a step for each share": ("gate_step", SHARES, "block == 0 && warp == 0", "warp == 0"),
+    "overflow of shares not counted": ("gate_step", SHARES, "overflow_of(args, total)", "0"),
 }  # fmt: skip
 ALL = {**FAULTS, **LARGE_FAULTS}
 

@@ -47,216 +47,42 @@ def test_programs_of_few_long_rows_fill_whole_waves(rows):
 
 
 TRITON = tuple(map(int, version("triton").split(".")[:2]))
-pytestmark = pytest.mark.slow  # compiles for four GPUs
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # hundreds of compilations where none is kept yet
 
-
-# Other GPUs than 90 that some kernels are compiled for; Triton 3.2's assembler ends at 90.
-OTHERS = (75, 80, 86, 89, 100, 120) if TRITON >= (3, 6) else (75, 80, 86, 89)
-
-# Runs without the interpreter, through the same host code as a call on a GPU, up to where it would launch.
-AHEAD_OF_TIME = """
-import json, multiprocessing, os, re
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton_without_gpu import disassembled, instructions, without_gpu
-from sparse_kernels.backends.triton import backend as triton_backend
-from sparse_kernels._arguments import GateCall, Settings, StatsCall
-from sparse_kernels.types import STATISTICS
-
-class Caught:
-    # In a kernel's place: hands what it would be launched with to `take`.
-    def __init__(self, kernel, take):
-        self.kernel, self.take = kernel, take
-    def __getitem__(self, grid):
-        return lambda **arguments: self.take(self.kernel, grid, arguments)
-
-class Kernels:
-    def __init__(self, module, take):
-        self.module, self.take = module, take
-    def __getattr__(self, name):
-        found = getattr(self.module, name)
-        return Caught(found, self.take) if name.endswith("_kernel") else found
-
-def catch(take):
-    forward, backward = triton_backend._kernels(), triton_backend._backward_kernels()
-    triton_backend._kernels = lambda: Kernels(forward, take)
-    triton_backend._backward_kernels = lambda: Kernels(backward, take)
-
-def place(tensor, past):
-    # The same values, that many elements past a multiple of 16 bytes.
-    return torch.cat((tensor.new_empty(past), tensor.flatten()))[past:].view(tensor.shape)
-
-def gate(rows, classes, dtype, outputs=(), serve=triton_backend.gate_rows, past=None, **changed):
-    past = past or {}
-    options = dict(temperature=1.0, softcap=0.0, smoothing=0.0, ignore=-100, weight=0.7, gate=0.0, p_min=0.0, seed=0,
-                   step=0) | changed
-    settings = Settings(options["temperature"], options["softcap"], options["smoothing"], options["ignore"],
-                        options["gate"], options["p_min"], options["seed"], options["step"])
-    logits, targets = torch.empty((rows, classes), dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-    threshold, offset = torch.zeros(()), None
-    if past:  # as those of a call whose operands are parts of other tensors
-        logits, targets = place(logits, past.get("logits", 0)), place(targets, past.get("targets", 0))
-        threshold, offset = place(threshold, past.get("threshold", 0)), place(torch.zeros(rows), past.get("offset", 0))
-        settings = settings._replace(step=place(torch.zeros(1, dtype=torch.int64), past.get("step", 0)))
-    serve(GateCall(
-        logits, targets, outputs, -1, settings, threshold, {"loss": options["weight"], "entropy": 0.3}, offset))
-
-def uncounted(call):
-    return triton_backend.gate_rows_uncounted(call, torch.empty(64, dtype=torch.int32))
-
-def stats(shape, dtype, dim=-1, outputs=("loss", "entropy"), **settings):
-    targets = torch.zeros(shape[:1] + shape[2:] if dim == 1 else shape[:-1], dtype=torch.int64)
-    triton_backend.row_stats(StatsCall(torch.empty(shape, dtype=dtype), targets, outputs, dim, Settings(**settings)))
-
-def backward(rows, classes, dtype, past=None):
-    past = past or {}
-    targets = torch.zeros(rows, dtype=torch.int64)
-    saved = torch.zeros(rows, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-    logits = torch.empty((rows, classes), dtype=dtype)
-    out = torch.empty_like(logits)
-    if past:
-        logits, out = place(logits, past.get("logits", 0)), place(out, past.get("out", 0))
-        targets, saved = place(targets, past.get("targets", 0)), place(saved, past.get("saved", 0))
-    call = StatsCall(logits, targets, ("loss", "entropy"), -1, Settings())
-    triton_backend.row_stats_backward(call, saved, saved, saved, {"loss": saved, "entropy": saved}, out)
-
-HARD = {"softcap": 30.0, "label_smoothing": 0.1}
-CASES = {
-    "long": lambda: gate(4096, 151_936, torch.bfloat16),
-    "gate's step": lambda: gate(4096, 1000, torch.float32, serve=uncounted),
-    "gate 10": lambda: gate(512, 10, torch.float16, gate=0.5),
-    "backward": lambda: backward(4096, 151_936, torch.bfloat16),
-    "apart": lambda: gate(65536, 1000, torch.bfloat16),
-    "all eight": lambda: gate(4096, 151_936, torch.bfloat16, STATISTICS),
-    "unaligned": lambda: gate(4096, 50_257, torch.bfloat16),
-    "slices": lambda: gate(8, 151_936, torch.bfloat16),
-    "float64": lambda: gate(4096, 3000, torch.float64, STATISTICS),
-    "float64 backward": lambda: backward(4096, 3000, torch.float64),
-    "short": lambda: gate(4096, 128, torch.float32),
-    "short backward": lambda: backward(4096, 128, torch.float32),
-    "21 classes": lambda: gate(4096, 21, torch.float32),
-    "24 classes": lambda: gate(4096, 24, torch.bfloat16),
-    "32 classes": lambda: gate(4096, 32, torch.float32),
-    "31 classes, backward": lambda: backward(4096, 31, torch.bfloat16),
-    "21 classes, everything": lambda: stats((4096, 21), torch.float32, -1, STATISTICS, **HARD),
-    "21 classes, everything, float64": lambda: stats((4096, 21), torch.float64, -1, STATISTICS, **HARD),
-    "50 classes, everything": lambda: stats((4096, 50), torch.bfloat16, -1, STATISTICS, **HARD),
-    "nchw": lambda: stats((4, 21, 512, 512), torch.float32, 1),
-    "nchw unaligned": lambda: stats((4, 21, 511, 511), torch.float32, 1),
-    "nchw bfloat16": lambda: stats((4, 21, 512, 512), torch.bfloat16, 1),
-    "everything": lambda: stats((4096, 151_936), torch.bfloat16, -1, STATISTICS, **HARD),
-    "everything short": lambda: stats((4096, 64), torch.float64, -1, STATISTICS, **HARD),
-}
-
-# The rest on one GPU alone: it differs little from one to the next. Triton 3.2 has no bfloat16 for sm_75.
-SOME = ("long", "gate's step", "gate 10", "backward", "all eight", "everything", "nchw", "21 classes")
-since_3_6 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-
-def some(arch):
-    return SOME if arch > 75 or since_3_6 else ("gate's step", "gate 10", "nchw", "21 classes")
-
-def dealt(built):
-    # For each tile of logits that is loaded or stored: columns a thread has in a row, threads beside it, its fastest.
-    text = built.asm["ttgir"]
-    layouts = dict(re.findall(r"^(#\\w+) = #\\w+\\.blocked<\\{(.*)\\}>$", text, flags=re.MULTILINE))
-    used = re.findall(r"tt\\.(?:load|store) .*tensor<\\d+x\\d+x\\d+x\\d+x!tt\\.ptr<\\w+>, (#\\w+)>", text)
-    found = []
-    for name in sorted(set(used) & set(layouts)):
-        parts = dict(re.findall(r"(\\w+) = \\[([\\d, ]+)\\]", layouts[name]))
-        last = {key: [int(value) for value in parts[key].split(",")] for key in parts}
-        found.append((last["sizePerThread"][-1], last["threadsPerWarp"][-1], last["order"][0]))
-    return found
-
-def accesses(access, built):
-    # The number of wide and of other accesses in each stretch of code without a label, if there are any.
-    stretches = re.split(r"^\\$L__BB\\w+:", built.asm["ptx"], flags=re.MULTILINE)
-    every = [re.findall(access + r"\\.global[.\\w]*", stretch) for stretch in stretches]
-    wide = [sum(bool(re.search(r"\\.v(4\\.b32|2\\.b64)", one)) for one in found) for found in every]
-    return [(w, len(found) - w) for w, found in zip(wide, every, strict=True) if found]
-
-def in_flight(code):
-    # Of machine instructions: loads of 16 bytes before the first exponential, if there is one.
-    first = next((i for i, word in enumerate(code) if "MUFU.EX2" in word), len(code))
-    loads = ["LDG" in word and ".128" in word for word in code]
-    return sum(loads[:first])
-
-def compile_all(arch, names):
-    found = []
-    without_gpu(arch)
-    triton_backend.processors = lambda device: 132
-    def take(kernel, grid, arguments):
-        built = kernel.warmup(grid=grid, **arguments)
-        usage = disassembled(built.asm["cubin"], "-res-usage")
-        code = instructions(built.asm["cubin"])
-        registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
-        found.append({"case": name, "grid": grid, "registers": int(registers), "stack": int(stack),
-                      "warps": arguments["num_warps"], "loads": accesses("ld", built), "stores": accesses("st", built),
-                      "in flight": in_flight(code), "dealt": dealt(built),
-                      "single loads": sum("LDG" in word and ".128" not in word for word in code)})
-    catch(take)
-    for name in names or CASES:
-        CASES[name]()
-    return found
-
-def keys():
-    # What Triton would look a compilation up by, for calls that differ in values, or in where their operands begin.
-    from triton.runtime.jit import create_function_from_signature
-    found = set()
-    triton_backend.processors = lambda device: 0  # few rows are not cut into slices
-    def take(kernel, grid, arguments):
-        bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
-        found.add(str(bind(**arguments)[1:]))
-    catch(take)
-    for changed in ({}, {"rows": 1}, {"rows": 33}, {"classes": 1008}, {"temperature": 0.7},
-                    {"ignore": 1}, {"ignore": -2**40}, {"weight": 2}, {"gate": 3}, {"p_min": 0.25},
-                    {"seed": 1}, {"seed": 2**64 - 1}, {"step": 16}, {"step": 2**40}):
-        gate(**({"rows": 48, "classes": 1000, "dtype": torch.float32, "gate": 1.0} | changed))
-    by_kind = {"values": sorted(found)}
-    # Rows of several blocks, and of one: there loads of 16 bytes are one compilation, and single ones another.
-    for classes in (1000, 128):
-        for kind, call in ("gate", gate), ("backward", backward):
-            found.clear()
-            for past in ({"logits": 0}, {"targets": 1}, {"threshold": 1}, {"threshold": 3}, {"offset": 1}, {"step": 1},
-                         {"logits": 1}, {"logits": 2}, {"logits": 3, "targets": 1, "offset": 3, "saved": 1},
-                         {"logits": 4}, {"out": 4}, {"saved": 1}, {"saved": 2}):
-                call(48, classes, torch.float32, past=past, **({"gate": 1.0} if kind == "gate" else {}))
-            by_kind[f"{kind} {classes}"] = sorted(found)
-    return by_kind
-
-def run(job):
-    return [job[0], compile_all(*job)] if job else ["keys", keys()]
-
-jobs = [(90, ()), *((arch, some(arch)) for arch in OTHERS), *([None] if since_3_6 else [])]
-with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
-    print(json.dumps(pool.map(run, jobs, chunksize=1)))
-"""
+# Triton 3.2's assembler ends at 90.
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120) if TRITON >= (3, 6) else (75, 80, 86, 89, 90)
 
 
 since_3_6 = pytest.mark.skipif(TRITON < (3, 6), reason="Triton before 3.6: its keys are made in another way")
 
 
-@pytest.fixture(scope="session")
-def ahead_of_time(request, tmp_path_factory):
-    """Compiled kernels for each GPU, and the keys by which calls with other values look up their compilation.
+def kinds(request, tmp_path_factory, *arguments, **variables):
+    """Return what tests/helpers/triton_kinds.py prints.
 
     Compilations are kept from run to run: Triton finds them by the kernel's source, the GPU and its own version.
     """
     cache = getattr(request.config, "cache", None)
     directory = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(directory), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(directory), "OMP_NUM_THREADS": "1", **variables}
     environment.pop("TRITON_INTERPRET", None)
     helpers = str(Path(__file__).parents[1] / "helpers")
     environment["PYTHONPATH"] = os.pathsep.join([helpers, *filter(None, [environment.get("PYTHONPATH")])])
-    script = f"OTHERS = {OTHERS}\n{AHEAD_OF_TIME}"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True)
-    found = dict(json.loads(done.stdout.splitlines()[-1]))
-    return found, found.pop("keys", None)
+    command = [sys.executable, "-m", "triton_kinds", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")
-def compiled(ahead_of_time):
-    return ahead_of_time[0]
+def compiled(request, tmp_path_factory):
+    """Kernels of the named calls, for each architecture."""
+    found = kinds(request, tmp_path_factory, "named", *ARCHITECTURES)
+    return {arch: found[str(arch)] for arch in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def keys(request, tmp_path_factory):
+    """Keys by which calls with other values look up their compilation."""
+    return kinds(request, tmp_path_factory, "keys")
 
 
 # Threads of a processor (2,048; 1,024 for sm_75) that are not resident cost latency, which needs 512 here, or 256 where
@@ -264,15 +90,24 @@ def compiled(ahead_of_time):
 REGISTERS = {"all eight": 255, "float64": 255}
 
 
-@pytest.mark.parametrize("arch", [90, *OTHERS])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_gpus_and_fits_registers(arch, compiled):
-    # "apart" and "slices" are two launches.
-    assert len(compiled[arch]) == (26 if arch == 90 else 4 if arch == 75 and TRITON < (3, 6) else 8)
+    launches = 32 if arch > 75 or TRITON >= (3, 6) else 17  # before 3.6 there is no bfloat16 on sm_75
+    assert len(compiled[arch]) == launches
     for kernel in compiled[arch]:
-        assert kernel["registers"] <= (255 if "everything" in kernel["case"] else REGISTERS.get(kernel["case"], 128)), (
-            kernel
-        )
+        most = 255 if "everything" in kernel["case"] else REGISTERS.get(kernel["case"], 128)
+        assert kernel["registers"] <= most, kernel
         assert kernel["stack"] == 0, kernel
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_kind_of_the_launch_table_spills(arch, request, tmp_path_factory):
+    """`make test-triton-matrix` compiles every kind, with each Triton; other runs take some of them."""
+    only = "" if os.environ.get("TRITON_MATRIX") == "all" else "float32, (10|127|128) classes, everything"
+    found = kinds(request, tmp_path_factory, "table", arch, TRITON_KINDS=only)[str(arch)]
+    assert len(found) >= (100 if not only else 3)
+    spilling = [f"{kernel['case']}: {kernel['stack']} bytes" for kernel in found if kernel["stack"]]
+    assert not spilling, "\n".join(spilling)
 
 
 # Bytes of a logit.
@@ -303,12 +138,29 @@ def test_rows_are_moved_16_bytes_at_a_time(compiled):
             assert [mix[0] for mix in kernel["loads"] if mix[0]] == [launch.CHUNKS, launch.CHUNKS], kernel
 
 
-@pytest.mark.parametrize("arch", [90, *OTHERS])
-def test_the_first_block_is_loaded_before_anything_is_computed(arch, compiled):
-    """It does not wait for the target, nor for the target's logit: those would come before the first exponential."""
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_first_block_is_loaded_before_anything_is_waited_for(arch, compiled):
+    """It does not wait for the target, nor for the target's logit."""
     for kernel in compiled[arch]:
         if kernel["case"] in ("long", "gate's step", "all eight"):
-            assert kernel["in flight"] >= launch.CHUNKS, kernel
+            assert kernel["waits"][0].count("128") == launch.CHUNKS, kernel
+
+
+# Loads of a thread, for all logits of a tile: their width in bits, and their number.
+TILES = {
+    "gate 10": ("U16", 10), "21 classes": ("32", 4), "24 classes": ("128", 4), "32 classes": ("128", 4),
+    "50 classes": ("32", 8), "64 classes": ("128", 4), "short": ("128", 4), "300 classes": ("U16", 32),
+    "512 classes": ("128", 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_all_logits_of_short_rows_are_loaded_before_any_is_waited_for(arch, compiled):
+    """A program of whole rows waits once for the memory; its loads one after another would each wait."""
+    for kernel in compiled[arch]:
+        if kernel["case"] in TILES:
+            width, loads = TILES[kernel["case"]]
+            assert kernel["waits"][0].count(width) >= loads, kernel
 
 
 @pytest.mark.parametrize(
@@ -330,8 +182,8 @@ def test_few_rows_fill_a_gpu(compiled):
 
 
 @since_3_6
-def test_values_do_not_compile_anew(ahead_of_time):
-    found = ahead_of_time[1]["values"]
+def test_values_do_not_compile_anew(keys):
+    found = keys["values"]
     assert len(found) == 1, "\n".join(found)
 
 
@@ -339,7 +191,7 @@ def test_values_do_not_compile_anew(ahead_of_time):
 @pytest.mark.parametrize(
     ("kind", "compilations"), [("gate 1000", 1), ("gate 128", 2), ("backward 1000", 2), ("backward 128", 2)]
 )
-def test_a_tensor_that_begins_elsewhere_does_not_compile_anew(ahead_of_time, kind, compilations):
+def test_a_tensor_that_begins_elsewhere_does_not_compile_anew(keys, kind, compilations):
     """Except where all accesses are of 16 bytes, or single ones: to whole rows of one block, and to a gradient."""
-    found = ahead_of_time[1][kind]
+    found = keys[kind]
     assert len(found) == compilations, "\n".join(found)

@@ -76,8 +76,11 @@ def most_registers(tile: Launch, many: bool) -> int | None:
     """Return the most registers for a thread, None for the compiler's choice.
 
     16 warps on a processor, or 12 where ``many`` statistics or a softcap spill at that: they have two blocks in flight.
+    Threads that own rows get all that they need: of its own choice ptxas takes fewer for some of them, and spills.
     """
-    return 128 if tile.limited and not many else None
+    if tile.contiguous:
+        return 128 if tile.limited and not many else None
+    return 255 if tile.warps == 4 else None
 
 
 WARPS = 16  # that a processor needs to keep the memory busy, at CHUNKS loads a thread
@@ -116,21 +119,24 @@ def slices(tile: Launch, programs: int, classes: int, processors: int) -> tuple[
 
 
 MANY_ROWS = 16384
+CHEAP = 3  # threads that repeat the end of a row in less time than its scratch memory takes
+MANY_REPETITIONS = 200_000  # of that end, by further threads: a launch's time (docs/design/gpu_kernels.md)
 
 
 def merged(tile: Launch, count: int, rows: int) -> Launch | None:
     """Return the tile of phase MERGE, in which a row's slices are its lanes; None if one launch does all.
 
-    Rows of one slice are merged too if they are many and short: the few hundred instructions after a row's last
-    logit, which a warp repeats for each of its rows, then cost more than 40 bytes of scratch a row and a launch.
+    Rows of one slice are merged too if they are many and each is ended by several threads: all of these repeat the few
+    hundred instructions after a row's last logit, which can cost more than 40 bytes of scratch a row and a launch.
 
     Args:
         tile: of the launch before.
         count: number of slices.
         rows: of the batch.
     """
+    threads = min(32, 32 * CHUNKS // tile.rows)  # that end a row
     repeated = tile.contiguous and tile.warps == 1 and rows >= MANY_ROWS
-    if count == 1 and not repeated:
+    if count == 1 and not (repeated and rows * (threads - CHEAP) >= MANY_REPETITIONS):
         return None
     lanes = 1 << (count - 1).bit_length()
     # A thread to a row.

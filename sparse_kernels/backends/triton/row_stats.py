@@ -48,9 +48,17 @@ from triton.runtime.interpreter import InterpretedFunction  # type: ignore[impor
 
 from sparse_kernels.backends.triton import launch
 from sparse_kernels.backends.triton.math import LOG2E
-from sparse_kernels.backends.triton.scan import join, read_slices, scan_block, scan_pixels, scan_row, write_slice
+from sparse_kernels.backends.triton.scan import (
+    join,
+    load_block,
+    read_slices,
+    scan_block,
+    scan_pixels,
+    scan_row,
+    write_slice,
+)
 from sparse_kernels.backends.triton.statistics import decide, write_statistics
-from sparse_kernels.backends.triton.tiles import rows_at, rows_of_program
+from sparse_kernels.backends.triton.tiles import rows_at, rows_of_program, targets_of_rows
 
 SLICE, MERGE = tl.constexpr(launch.SLICE), tl.constexpr(launch.MERGE)
 
@@ -164,7 +172,15 @@ def row_stats_kernel(
             class_stride = class_stride // PIXELS * PIXELS
         elif not LOOP:
             classes = classes // UNITS * UNITS
-    outer, first, inner, row, inside, target, live = rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS)
+    outer, first, inner, row, inside = rows_of_program(inner_rows, ROWS)
+    if PHASE != MERGE and not LOOP:  # before the targets, which it does not wait for
+        # Past the last row it is read again: a mask of its own for each row would delay the loads.
+        read = inner if PIXELS else tl.minimum(inner, inner_rows - 1)
+        base = rows_at(logits_ptr, outer, first, read, outer_stride, inner_stride, ALIGNED, PIXELS)
+        place, here, block = load_block(
+            base, inside, class_stride, classes, CONTIGUOUS, PIXELS, CHUNKS, LANES, WIDTH
+        )  # fmt: skip
+    target, live = targets_of_rows(targets_ptr, row, inside, ignore_index)
     ignored = target == ignore_index
     bad = ((target < 0) | (target >= classes)) & (ignored == 0)
     y = tl.where(ignored | bad, 0, target).to(tl.int32)
@@ -176,10 +192,9 @@ def row_stats_kernel(
             DOUBLE,
         )  # fmt: skip
     elif not LOOP:
-        base = rows_at(logits_ptr, outer, first, inner, outer_stride, inner_stride, ALIGNED, PIXELS)
         m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y = scan_block(
-            base, inside, y, class_stride, classes, scale, softcap, LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX, SMOOTHING,
-            SOFTCAP, DOUBLE, CONTIGUOUS, ROWS, CHUNKS, LANES, WIDTH,
+            place, here, block, base, inside, y, class_stride, scale, softcap, LOSS, ENTROPY, SQUARES, MARGIN, ARGMAX,
+            SMOOTHING, SOFTCAP, DOUBLE, ROWS, LANES,
         )  # fmt: skip
     elif CONTIGUOUS:
         m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y = scan_row(

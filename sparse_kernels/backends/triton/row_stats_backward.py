@@ -23,6 +23,7 @@ from sparse_kernels.backends.triton.tiles import (
     rows_at,
     rows_of_program,
     slice_of_program,
+    targets_of_rows,
     words_of_row,
     words_of_tile,
 )
@@ -177,7 +178,8 @@ def row_stats_backward_kernel(
             gradient_class_stride = gradient_class_stride // PIXELS * PIXELS
         elif not LOOP:
             classes = classes // UNITS * UNITS
-    outer, first, inner, row, inside, target, live = rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS)
+    outer, first, inner, row, inside = rows_of_program(inner_rows, ROWS)
+    target, live = targets_of_rows(targets_ptr, row, inside, ignore_index)
     m = tl.load(maximum_ptr + row, mask=inside, other=0.0)
     S = tl.load(total_ptr + row, mask=inside, other=1.0)
     inverse = tl.full((), inverse_temperature, ACC)

@@ -170,23 +170,41 @@ def write_slice(
 
 
 @triton.jit
+def load_block(
+    base, inside, class_stride, classes, CONTIGUOUS: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return the columns of rows that one tile holds, int32, which of them there are, and their logits as loaded.
+
+    What is no column is -inf. All loads are issued before any of them is waited for.
+    """
+    place = columns_of_tile(CHUNKS, LANES, WIDTH)
+    here = place < classes
+    if PIXELS:
+        here &= inside[:, None, None, None]
+    offset = place if CONTIGUOUS else place.to(tl.int64) * class_stride
+    block = tl.load(base[:, None, None, None] + offset, mask=here, other=float("-inf"))
+    if CONTIGUOUS:  # one warp. Otherwise ptxas puts the sums of a row before the loads of the next
+        tl.debug_barrier()
+    return place, here, block
+
+
+@triton.jit
 def scan_block(
-    base, inside, y, class_stride, classes, scale, softcap, LOSS: tl.constexpr, ENTROPY: tl.constexpr,
+    place, here, block, base, inside, y, class_stride, scale, softcap, LOSS: tl.constexpr, ENTROPY: tl.constexpr,
     SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
-    DOUBLE: tl.constexpr, CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DOUBLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Return the peaks, sums and sum_d of rows that one tile holds, and their targets' logits."""
     m, second, lowest, rest, rest_t, rest_sq, sum_d = empty_state(ROWS, LANES, DOUBLE)
-    place = columns_of_tile(CHUNKS, LANES, WIDTH)
-    here = (place < classes) & inside[:, None, None, None]
-    offset = place if CONTIGUOUS else place.to(tl.int64) * class_stride
-    block = tl.load(base[:, None, None, None] + offset, mask=here)
     x = capped(block, softcap, SOFTCAP, DOUBLE)
     if SMOOTHING:
         x_y = load_logits(base + y.to(tl.int64) * class_stride, inside, softcap, SOFTCAP, DOUBLE)
         sum_d += total(tl.where(here, x - origin_of(x_y)[:, None, None, None], 0.0))
-    x = tl.where(here & (place != y[:, None, None, None]), x, float("-inf"))
+    other = place != y[:, None, None, None]
+    if SOFTCAP:  # of -inf it is a number
+        other &= here
+    x = tl.where(other, x, float("-inf"))
     m, second, lowest, rest, rest_t, rest_sq = absorb(
         m, second, lowest, rest, rest_t, rest_sq, x, place, scale, ENTROPY, SQUARES, MARGIN, ARGMAX
     )  # fmt: skip

@@ -21,21 +21,24 @@ from sparse_kernels.backends.triton.math import tanh
 
 
 @triton.jit
-def rows_of_program(targets_ptr, inner_rows, ignore_index, ROWS: tl.constexpr):
-    """Return the program's outer row and first inner row, then five numbers for each of its rows, [ROWS] each.
+def rows_of_program(inner_rows, ROWS: tl.constexpr):
+    """Return the program's outer row and first inner row, then three numbers for each of its rows, [ROWS] each.
 
-    They are inner row, row = outer * inner_rows + inner in 64 bits, inside (the batch), target, and live (inside and
-    not ignored).
+    They are inner row, row = outer * inner_rows + inner in 64 bits, and inside (the batch).
     """
     groups = tl.cdiv(inner_rows, ROWS)
     program = tl.program_id(0)
     outer = (program // groups).to(tl.int64)
     first = (program % groups).to(tl.int64) * ROWS
     inner = first + tl.arange(0, ROWS)
-    inside = inner < inner_rows
-    row = outer * inner_rows + inner
+    return outer, first, inner, outer * inner_rows + inner, inner < inner_rows
+
+
+@triton.jit
+def targets_of_rows(targets_ptr, row, inside, ignore_index):
+    """Return each row's target, and whether the row is live: inside the batch and not ignored."""
     target = tl.load(targets_ptr + row, mask=inside, other=0).to(tl.int64)
-    return outer, first, inner, row, inside, target, inside & (target != ignore_index)
+    return target, inside & (target != ignore_index)
 
 
 @triton.jit
