@@ -13,12 +13,12 @@ DEMO := $(if $(wildcard $(READY)),$(READY),$(VENV)/.demo)
 PEERS := $(VENV)/.peers
 XLA := build/xla-venv
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
-FORMATTED := $(SOURCES) $(wildcard tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
+FORMATTED := $(SOURCES) $(wildcard tests/arm/*.cpp tests/fuzz/*.cpp tests/cuda_on_cpu/*.h)
 SECONDS_EACH ?= 6
 WORKERS ?= 2
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo help hosts test test-slow test-versions test-floor test-newest test-triton-matrix wheels test-xla bench gpu sanitize fuzz headers lint format clean
+.PHONY: demo help hosts test test-slow test-versions test-floor test-newest test-triton-matrix wheels test-arm test-xla bench gpu sanitize fuzz headers lint format clean
 
 demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -78,6 +78,11 @@ $(VERSIONS)/%/.ready: tests/versions/%.txt | $(READY)
 
 wheels:  ## the Pythons among PYTHONS that are there; the others are named
 	tests/versions/wheels.sh $(PYTHONS)
+
+# The same tests run in `make test` where both tools are there. Debian: g++-aarch64-linux-gnu, qemu-user.
+test-arm: $(READY)  ## the NEON kernels, compiled for aarch64 and run by an emulator
+	for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { echo "test-arm: no $$tool" >&2; exit 1; }; done
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -q tests/kernels -k neon
 
 # torch-xla serves the torch of its own version alone. Nothing is installed of this package: the reference needs no build.
 test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CPU's results

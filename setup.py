@@ -36,6 +36,7 @@ BUILD_INFO = "_build_info.py"
 CPP, CUDA = "sparse_kernels._cpp", "sparse_kernels._cuda"
 MODES = ("auto", "cpu", "cuda", "none")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 # One file for each instruction set, so that no instruction can leak into code that runs everywhere.
 FILE_FLAGS = {
     "compact_avx2.cpp": "-mavx2 -mbmi -mpopcnt",
@@ -45,6 +46,9 @@ FILE_FLAGS = {
     "row_stats_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
     " -Wno-uninitialized -Wno-maybe-uninitialized",
 }
+NEON_FILES = ("compact_neon.cpp", "row_stats_neon.cpp")  # of aarch64, which has NEON by default
+# A product and a sum that the sources do not fuse are rounded twice, as where a processor cannot fuse them.
+NEON_FLAGS = "-DSPARSE_KERNELS_NEON -ffp-contract=off"
 # No -ffast-math: NaN and -inf must mean what they mean.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
 
@@ -194,6 +198,8 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
         flags += "".join(f" -isystem {shlex.quote(path)}" for path in includes)
         if X86:
             flags += " -DSPARSE_KERNELS_X86"
+        if ARM64:
+            flags += f" {NEON_FLAGS}"
         link = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
         lines = [
             "ninja_required_version = 1.5",
@@ -209,7 +215,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
         for source in ext.sources:
             path = ROOT / source
             isa = FILE_FLAGS.get(path.name, "")
-            if isa and not X86:
+            if (isa and not X86) or (path.name in NEON_FILES and not ARM64):
                 continue
             obj = folder / (source.replace("/", "_") + ".o")
             objects.append(escape(obj))

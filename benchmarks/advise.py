@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
+from sparse_kernels import keep_freed_memory
 from sparse_training import Compact, SparseTrainer, advise
-from sparse_training.memory import keep_freed_memory
 
 LOSS = nn.CrossEntropyLoss(reduction="none")
 LR, EPOCHS, CLOSE = 0.003, 10, 0.2

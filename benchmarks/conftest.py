@@ -21,7 +21,7 @@ import torch
 from timing import Row
 
 import sparse_kernels
-from sparse_training.memory import keep_freed_memory
+from sparse_kernels import keep_freed_memory
 
 _rows: list[Row] = []
 

@@ -19,6 +19,7 @@ from sparse_kernels.head import (
     linear_row_stats,
     selective_linear_cross_entropy,
 )
+from sparse_kernels.memory import keep_freed_memory
 from sparse_kernels.ops import (
     compact,
     control,
@@ -52,6 +53,7 @@ __all__ = [
     "gate_step",
     "gather_rows",
     "initial_state",
+    "keep_freed_memory",
     "linear_row_stats",
     "row_stats",
     "scatter_rows",

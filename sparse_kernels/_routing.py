@@ -20,6 +20,7 @@ from sparse_kernels._arguments import (
     GateCall,
     GateStepCall,
     SelectCall,
+    Settings,
     StatsCall,
     TreeCall,
     check_inplace_backward,
@@ -39,23 +40,56 @@ def _differentiable(outputs: Collection[str]) -> bool:
     return False
 
 
+_NAMES = (tuple, list)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_new = tuple.__new__  # a named tuple's own constructor is one more call of Python
+
+
 def may_be_direct(backend: str | None) -> bool:
     """Return True if a call that asks for this backend may be tried on ``cpp_direct``."""
     name = backend or _dispatch._forced or _dispatch._preferred
     return cpp_direct.AVAILABLE and (name is None or name == "cpp") and unwatched()
 
 
-def row_stats(call: StatsCall, backend: str | None, inplace_backward: bool) -> RowStats:
-    """Serve a ``row_stats`` call."""
+def row_stats(
+    logits: Tensor,
+    targets: Tensor,
+    outputs: str | Collection[str],
+    dim: int,
+    settings: Settings,
+    backend: str | None,
+    inplace_backward: bool,
+) -> RowStats:
+    """Check and serve a ``row_stats`` call."""
+    if dim == -1 and not inplace_backward and may_be_direct(backend):
+        stats = _plain_row_stats(logits, targets, outputs, settings)
+        if stats is not None:
+            return stats
+    call = StatsCall(logits, targets, outputs, dim, settings)
     logits = call.logits
     gradient = logits.requires_grad and torch.is_grad_enabled() and _differentiable(call.outputs)
     if inplace_backward and gradient:
         check_inplace_backward(logits)
     name, serve = choose("row_stats", call, backend)
     if name == "torch" or not (gradient or observed(*call.operands())):
-        stats: RowStats = serve(call)
-        return stats
+        served: RowStats = serve(call)
+        return served
     return torch_library.row_stats(call, name, gradient=gradient, inplace_backward=inplace_backward)
+
+
+def _plain_row_stats(
+    logits: Tensor, targets: Tensor, outputs: str | Collection[str], settings: Settings
+) -> RowStats | None:
+    """Serve the common case by ``cpp_direct``; None for any other."""
+    if type(outputs) not in _NAMES or type(logits) not in _PLAIN:
+        return None
+    gradient = logits.requires_grad and torch.is_grad_enabled() and _differentiable(outputs)
+    fields = cpp_direct.row_stats(logits, targets, settings, outputs, gradient)
+    if fields is None:
+        return None
+    if gradient:
+        fields = torch_library.plain_row_stats(logits, targets, settings, fields)
+    return _new(RowStats, fields)
 
 
 def gate_rows(call: GateCall, backend: str | None) -> GatedRows:

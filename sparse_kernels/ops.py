@@ -17,7 +17,6 @@ from sparse_kernels._arguments import (
     GateCall,
     GateStepCall,
     SelectCall,
-    StatsCall,
     check_state,
     checked_settings,
 )
@@ -77,7 +76,7 @@ def row_stats(
         >>> stats.loss.mean().backward()
     """
     settings = checked_settings(temperature, softcap, label_smoothing, ignore_index)
-    return _routing.row_stats(StatsCall(logits, targets, outputs, dim, settings), backend, inplace_backward)
+    return _routing.row_stats(logits, targets, outputs, dim, settings, backend, inplace_backward)
 
 
 def gate_rows(

@@ -18,12 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 
 
 def headers(folder: Path = CSRC) -> list[Path]:
     """All headers below the folder that this processor's compiler can parse."""
     found = sorted(path for pattern in ("*.h", "*.cuh") for path in folder.rglob(pattern))
-    return found if X86 else [path for path in found if not path.name.startswith("vec_avx")]
+    foreign = ("vec_neon",) if X86 else ("vec_avx",) if ARM64 else ("vec_avx", "vec_neon")
+    return [path for path in found if not path.name.startswith(foreign)]
 
 
 def options() -> list[str]:

@@ -65,6 +65,51 @@ PyObject* gather_plain(PyObject* const* args) {
   return packed_rows(args[0], index.data<int64_t>(), index.t.shape[0], integer(args[2]), args[3]);
 }
 
+// logits, targets, settings, names of statistics, whether for a gradient -> the fields of a
+// RowStats, then maximum and total where for a gradient
+PyObject* row_stats_plain(PyObject* const* args) {
+  Statistics made(args);
+  made.run(args[3], args[4] == Py_True);
+  const Py_ssize_t size = Statistics::kFields + (args[4] == Py_True ? 2 : 0);
+  Reference tuple(PyTuple_New(size));
+  require(tuple.object);
+  for (int k = 0; k < Statistics::kFields; ++k)
+    PyTuple_SET_ITEM(tuple.object, k, made.fields[k].take());
+  if (args[4] == Py_True) {
+    PyTuple_SET_ITEM(tuple.object, Statistics::kFields, made.maximum.take());
+    PyTuple_SET_ITEM(tuple.object, Statistics::kFields + 1, made.total.take());
+  }
+  return tuple.release();
+}
+
+// logits, targets, settings, maximum, total, entropy, gradients of loss and entropy: the last three
+// may be None -> the gradient in the logits
+PyObject* row_stats_backward_plain(PyObject* const* args) {
+  const ScoredRows rows(args[0], args[1], args[2]);
+  const RowWise maximum(args[3], rows), total(args[4], rows), entropy(args[5], rows),
+      of_loss(args[6], rows), of_entropy(args[7], rows);
+  require(maximum.data && maximum.step == 1 && total.data && total.step == 1);
+  require(!of_entropy.data || (entropy.data && entropy.step == 1));
+  RowStatsBackwardArgs call{};
+  rows.describe(call);
+  Output gradient(rows.logits.t.shape, rows.logits.t.ndim, rows.logits.t.dtype);
+  call.gradient = gradient.data<void>();
+  call.gradient_class_stride = 1;
+  call.gradient_layout = call.layout;
+  call.maximum = maximum.data;
+  call.total = total.data;
+  call.entropy = of_entropy.data ? entropy.data : nullptr;
+  call.loss_gradient = of_loss.data;
+  call.loss_gradient_step = of_loss.step;
+  call.entropy_gradient = of_entropy.data;
+  call.entropy_gradient_step = of_entropy.step;
+  {
+    Unlocked unlocked;
+    row_stats_backward(call);
+  }
+  return gradient.take();
+}
+
 // Scores' arguments, threshold -> mask, significance, weight, invalid
 PyObject* gate_rows_plain(PyObject* const* args) {
   Scores scores(args);
@@ -175,6 +220,8 @@ PyMethodDef functions[] = {
     method("use_exchange_api", use_exchange_api),
     method("compact_plain", served_or_none<compact_plain, 3>),
     method("gather_plain", served_or_none<gather_plain, 4>),
+    method("row_stats_plain", served_or_none<row_stats_plain, 5>),
+    method("row_stats_backward_plain", served_or_none<row_stats_backward_plain, 8>),
     method("gate_rows_plain", served_or_none<gate_rows_plain, Scores::kArguments + 1>),
     method("select_plain", served_or_none<select_plain, Scores::kArguments + 4>),
     method("gate_step_plain", served_or_none<gate_step_plain, Scores::kArguments + 5>),

@@ -21,6 +21,9 @@ const FlagFunctions& implementation() {
       return avx512::flag_functions;
     case InstructionSet::kAvx2:
       return avx2::flag_functions;
+#elif defined(SPARSE_KERNELS_NEON)
+    case InstructionSet::kNeon:
+      return neon::flag_functions;
 #endif
     default:
       return portable::flag_functions;

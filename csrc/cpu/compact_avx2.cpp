@@ -2,27 +2,12 @@
 
 #include <cstdint>
 
+#include "compact_bits.h"
 #include "compact_kernel.h"
 
 namespace sparse_kernels {
 namespace avx2 {
 namespace {
-
-// For each byte the positions of its set bits, packed, one byte for each position.
-struct BitTable {
-  uint64_t positions[256];
-  constexpr BitTable() : positions() {
-    for (int byte = 0; byte < 256; ++byte) {
-      int shift = 0;
-      for (int bit = 0; bit < 8; ++bit)
-        if (byte >> bit & 1) {
-          positions[byte] |= uint64_t(bit) << shift;
-          shift += 8;
-        }
-    }
-  }
-};
-constexpr BitTable kBits;
 
 constexpr int kSparse = 16;  // up to this number of set bits of 64, one by one is faster
 

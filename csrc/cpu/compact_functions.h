@@ -25,5 +25,8 @@ extern const FlagFunctions flag_functions;
 namespace avx512 {
 extern const FlagFunctions flag_functions;
 }
+namespace neon {
+extern const FlagFunctions flag_functions;
+}
 
 }  // namespace sparse_kernels

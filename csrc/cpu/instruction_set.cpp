@@ -17,12 +17,17 @@ bool processor_has(InstructionSet value) {
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi");
     default:
-      return true;
+      return value == InstructionSet::kPortable;
   }
+#elif defined(SPARSE_KERNELS_NEON)  // every aarch64 processor has it
+  return value == InstructionSet::kPortable || value == InstructionSet::kNeon;
 #else
   return value == InstructionSet::kPortable;
 #endif
 }
+
+constexpr InstructionSet kAll[] = {InstructionSet::kPortable, InstructionSet::kAvx2,
+                                   InstructionSet::kAvx512, InstructionSet::kNeon};
 
 InstructionSet widest() { return available_instruction_sets().back(); }
 
@@ -35,8 +40,7 @@ std::atomic<InstructionSet>& current() {
 
 std::vector<InstructionSet> available_instruction_sets() {
   std::vector<InstructionSet> available;
-  for (InstructionSet value :
-       {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512})
+  for (InstructionSet value : kAll)
     if (processor_has(value)) available.push_back(value);
   return available;
 }
@@ -55,17 +59,18 @@ const char* name_of(InstructionSet value) {
       return "avx512";
     case InstructionSet::kAvx2:
       return "avx2";
+    case InstructionSet::kNeon:
+      return "neon";
     default:
       return "portable";
   }
 }
 
 InstructionSet instruction_set_from_name(const std::string& name) {
-  for (InstructionSet value :
-       {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512})
+  for (InstructionSet value : kAll)
     if (name == name_of(value)) return value;
   throw std::invalid_argument("unknown instruction set '" + name +
-                              "'; known: portable, avx2, avx512");
+                              "'; known: portable, avx2, avx512, neon");
 }
 
 }  // namespace sparse_kernels

@@ -22,6 +22,9 @@ const RowStatsFunctions& implementation() {
       return avx512::row_stats_functions;
     case InstructionSet::kAvx2:
       return avx2::row_stats_functions;
+#elif defined(SPARSE_KERNELS_NEON)
+    case InstructionSet::kNeon:
+      return neon::row_stats_functions;
 #endif
     default:
       return portable::row_stats_functions;

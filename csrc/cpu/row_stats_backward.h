@@ -6,174 +6,130 @@
 //   d / d z_j = p_j (g - h (log p_j + H)) - g s / classes - [j = y] g (1 - s)
 // and d z / d x is 1 / temperature, times 1 - tanh^2 where there is a softcap.
 //
-// A row that is ignored, or whose g and h are both 0, has the gradient 0: its logits are not read,
-// and zeros are written past the caches where the whole gradient would not stay in them.
+// There are three ways through the logits:
+//   backward_row     many contiguous classes: columns in lanes
+//   backward_packed  few contiguous classes (row_stats_backward_packed.h)
+//   backward_group   classes that are not contiguous: rows in lanes
+//
+// A row that is ignored, or whose g and h are both 0, has the gradient 0: its logits are not read.
+// Where the whole gradient would not stay in the caches, it is written past them, unless it takes
+// the memory of the logits, which are in them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "row_stats_backward_packed.h"
+#include "row_stats_gradient.h"
 #include "row_stats_plan.h"
 #include "scalar_types.h"
 #include "sparse_kernels/cpu/row_stats.h"
-#include "vec_math.h"
 #include "wide_copy.h"
 
 namespace sparse_kernels {
 
-// The gradient in the logits as a function of them. Its constants are those of one row, in every
-// lane, or those of kLanes rows, one in each lane.
-template <class Vec>
-struct LogitGradient {
-  using Real = typename Vec::Real;
-
-  Vec maximum, inverse_total, log_total, entropy, loss_gradient, entropy_gradient;
-  Vec inverse_temperature, uniform;
-  Exponential<Vec> exponential;
-  Real softcap;
-
-  LogitGradient(const RowStatsBackwardArgs& args, Vec maximum, Vec total, Vec entropy, Vec g, Vec h)
-      : maximum(maximum),
-        inverse_total(Vec::splat(1) / total),
-        log_total(vec_log(total)),
-        entropy(entropy),
-        loss_gradient(g),
-        entropy_gradient(h),
-        inverse_temperature(Vec::splat(Real(args.inverse_temperature))),
-        uniform(g * Vec::splat(Real(args.label_smoothing / double(args.classes)))),
-        exponential(args.inverse_temperature),
-        softcap(Real(args.softcap)) {}
-
-  // `at_target` is g (1 - s) in the target's column and 0 elsewhere.
-  Vec operator()(Vec x, Vec at_target) const {
-    Vec dz_dx = inverse_temperature;
-    if (softcap != 0) {
-      Vec tanh_slope;
-      x = Vec::splat(softcap) * vec_tanh(x / Vec::splat(softcap), &tanh_slope);
-      dz_dx = dz_dx * tanh_slope;
-    }
-    const Vec zero = Vec::splat(0), d = exponential.clamp(x - maximum);
-    Vec p = exponential(d) * inverse_total;
-    p = select_ge(exponential.lowest, d, zero, p);  // a masked logit gets exactly 0
-    const Vec log_p = fms(d, inverse_temperature, log_total);
-    const Vec factor = loss_gradient - entropy_gradient * (log_p + entropy);
-    return (fma(p, factor, zero - uniform) - at_target) * dz_dx;
-  }
-};
-
-template <class Real>
-static inline Real value_or_zero(const void* values, int64_t row) {
-  return values ? static_cast<const Real*>(values)[row] : 0;
-}
-
-// True for a row whose gradient is 0 whatever its logits. NaN is not 0.
-template <class Real>
-static inline bool has_zero_gradient(const RowStatsBackwardArgs& args, int64_t row) {
-  return target_of(args, row) == args.ignore_index ||
-         (value_or_zero<Real>(args.loss_gradient, row) == 0 &&
-          value_or_zero<Real>(args.entropy_gradient, row) == 0);
-}
-
 template <class Vec, class T>
-inline void backward_row(const RowStatsBackwardArgs& args, int64_t row, int64_t target, const T* x,
-                         T* gradient) {
+inline void backward_row(const RowStatsBackwardArgs& args, const LogitGradient<Vec>& in_memory,
+                         int64_t row, const T* x, T* gradient, bool streaming) {
   using Real = typename Vec::Real;
   constexpr int kLanes = Vec::kLanes;
-  const Real g = value_or_zero<Real>(args.loss_gradient, row);
-  const LogitGradient<Vec> gradient_of(args, Vec::splat(value_or_zero<Real>(args.maximum, row)),
-                                       Vec::splat(value_or_zero<Real>(args.total, row)),
-                                       Vec::splat(value_or_zero<Real>(args.entropy, row)),
-                                       Vec::splat(g),
-                                       Vec::splat(value_or_zero<Real>(args.entropy_gradient, row)));
-  const Vec zero = Vec::splat(0);
-  // Before the stores: the gradient may be written over the logits.
-  const Real target_x = widen(x[target]);
-  const int64_t whole = args.classes / kLanes * kLanes;
-  for (int64_t j = 0; j < whole; j += kLanes)
-    store(gradient + j, gradient_of(Vec::load(x + j), zero));
-  T part[kLanes] = {};
-  if (whole < args.classes) {
-    const size_t tail = sizeof(T) * size_t(args.classes - whole);
-    std::memcpy(part, x + whole, tail);
-    store(part, gradient_of(Vec::load(part), zero));
-    std::memcpy(gradient + whole, part, tail);
+  const LogitGradient<Vec> gradient_of = in_memory;
+  const UpstreamOfRows<Vec> upstream(args, row, 1);
+  const RowConstants<Vec> constants(args, row, 1, upstream);
+  Real at_target[kLanes];
+  store(at_target, upstream.at_target(args));
+  const int64_t target = target_of(args, row);
+  const auto gradient_at = [&](int64_t j, const T* from) {
+    Vec here = Vec::splat(0);
+    if (uint64_t(target - j) < uint64_t(kLanes)) {
+      Real lanes[kLanes] = {};
+      lanes[target - j] = at_target[0];
+      here = Vec::load(lanes);
+    }
+    return gradient_of(constants, Vec::load(from), here);
+  };
+  const auto part = [&](int64_t j, int64_t columns) {  // of a vector
+    T copy[kLanes] = {};
+    std::memcpy(copy, x + j, sizeof(T) * size_t(columns));
+    store(copy, gradient_at(j, copy));
+    std::memcpy(gradient + j, copy, sizeof(T) * size_t(columns));
+  };
+  int64_t j = 0;
+  if (streaming) {
+    j = int64_t(-reinterpret_cast<uintptr_t>(gradient) % kStreamAlignment / sizeof(T));
+    for (int64_t i = 0; i < j; i += kLanes) part(i, j - i < kLanes ? j - i : kLanes);
+    for (; j + kLanes <= args.classes; j += kLanes) stream(gradient + j, gradient_at(j, x + j));
+  } else {
+    for (; j + kLanes <= args.classes; j += kLanes) store(gradient + j, gradient_at(j, x + j));
   }
-  store(part, gradient_of(Vec::splat(target_x), Vec::splat(g * Real(1.0 - args.label_smoothing))));
-  gradient[target] = part[0];
+  if (j < args.classes) part(j, args.classes - j);
 }
 
 // Rows in lanes, for classes that are not contiguous.
 template <class Vec, class T>
-inline void backward_group(const RowStatsBackwardArgs& args, int64_t row, int count) {
+inline void backward_group(const RowStatsBackwardArgs& args, const LogitGradient<Vec>& gradient_of,
+                           int64_t row, int count) {
   using Real = typename Vec::Real;
   constexpr int kLanes = Vec::kLanes;
-  alignas(64) Real m[kLanes], total[kLanes], entropy[kLanes], g[kLanes], h[kLanes];
-  alignas(64) Real active[kLanes], target_x[kLanes], at_target[kLanes];
   const T* x[kLanes];
   T* out[kLanes];
-  int64_t target[kLanes];
-  bool adjacent = count == kLanes, any_active = false;
+  alignas(64) Real target_x[kLanes];
+  bool adjacent = count == kLanes;
+  const ActiveRows<Vec> rows(args, row, count);
   for (int i = 0; i < kLanes; ++i) {
     const int64_t r = row + (i < count ? i : count - 1);
     x[i] = static_cast<const T*>(args.logits) + row_offset(args.layout, r);
     out[i] = static_cast<T*>(args.gradient) + row_offset(args.gradient_layout, r);
     adjacent &= x[i] == x[0] + i && out[i] == out[0] + i;
-    active[i] = has_zero_gradient<Real>(args, r) ? 0 : 1;
-    any_active |= active[i] != 0;
-    target[i] = active[i] == 0 ? 0 : target_of(args, r);
-    m[i] = value_or_zero<Real>(args.maximum, r);
-    total[i] = value_or_zero<Real>(args.total, r);
-    entropy[i] = value_or_zero<Real>(args.entropy, r);
-    g[i] = value_or_zero<Real>(args.loss_gradient, r);
-    h[i] = value_or_zero<Real>(args.entropy_gradient, r);
-    at_target[i] = g[i] * Real(1.0 - args.label_smoothing);
-    target_x[i] = widen(x[i][target[i] * args.class_stride]);
+    target_x[i] = widen(x[i][rows.target[i] * args.class_stride]);
   }
-  if (!any_active) {
+  if (!rows.any) {
     for (int64_t j = 0; j < args.classes; ++j)
       for (int i = 0; i < count; ++i) out[i][j * args.gradient_class_stride] = T{};
     return;
   }
-  const LogitGradient<Vec> row_gradient(args, Vec::load(m), Vec::load(total), Vec::load(entropy),
-                                        Vec::load(g), Vec::load(h));
-  const Vec zero = Vec::splat(0), one = Vec::splat(1), is_active = Vec::load(active);
+  const UpstreamOfRows<Vec> upstream(args, row, count);
+  const RowConstants<Vec> constants(args, row, count, upstream);
+  const Vec zero = Vec::splat(0), one = Vec::splat(1), is_active = Vec::load(rows.active);
   // An unused row may hold NaN, so it is not multiplied by 0 but replaced.
-  const auto gradient_of = [&](Vec x, Vec at_target) {
-    return select_ge(is_active, one, row_gradient(x, at_target), zero);
+  const auto gradient_at = [&](Vec x, Vec at_target) {
+    return select_ge(is_active, one, gradient_of(constants, x, at_target), zero);
   };
   T part[kLanes];
   for (int64_t j = 0; j < args.classes; ++j) {
     const int64_t in_offset = j * args.class_stride, out_offset = j * args.gradient_class_stride;
     if (adjacent) {
-      store(out[0] + out_offset, gradient_of(Vec::load(x[0] + in_offset), zero));
+      store(out[0] + out_offset, gradient_at(Vec::load(x[0] + in_offset), zero));
       continue;
     }
     for (int i = 0; i < kLanes; ++i) part[i] = x[i][in_offset];
-    store(part, gradient_of(Vec::load(part), zero));
+    store(part, gradient_at(Vec::load(part), zero));
     for (int i = 0; i < count; ++i) out[i][out_offset] = part[i];
   }
-  store(part, gradient_of(Vec::load(target_x), Vec::load(at_target)));
-  for (int i = 0; i < count; ++i) out[i][target[i] * args.gradient_class_stride] = part[i];
+  store(part, gradient_at(Vec::load(target_x), upstream.at_target(args)));
+  for (int i = 0; i < count; ++i) out[i][rows.target[i] * args.gradient_class_stride] = part[i];
 }
 
 // RowStatsFunctions::backward for logits of type T.
 template <class Vec, class T>
 void backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) {
   constexpr int kLanes = Vec::kLanes;
+  const LogitGradient<Vec> gradient_of(args);
   if (args.class_stride != 1 || args.gradient_class_stride != 1) {
     for (int64_t row = begin; row < end; row += kLanes)
-      backward_group<Vec, T>(args, row, int(end - row < kLanes ? end - row : kLanes));
+      backward_group<Vec, T>(args, gradient_of, row, int(end - row < kLanes ? end - row : kLanes));
     return;
   }
+  if (args.classes <= kPackedClasses) return backward_packed<Vec, T>(args, gradient_of, begin, end);
   const int64_t bytes = int64_t(sizeof(T)) * args.classes;
-  const bool streaming = args.rows * bytes >= kStreamed;
+  const bool streaming = args.gradient != args.logits && args.rows * bytes >= kStreamed;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.logits) + row_offset(args.layout, row);
     T* gradient = static_cast<T*>(args.gradient) + row_offset(args.gradient_layout, row);
-    if (has_zero_gradient<typename Vec::Real>(args, row))
+    if (has_zero_gradient<Vec>(args, row))
       zero_bytes(reinterpret_cast<char*>(gradient), bytes, streaming);
     else
-      backward_row<Vec>(args, row, target_of(args, row), x, gradient);
+      backward_row<Vec>(args, gradient_of, row, x, gradient, streaming);
   }
   if (streaming) finish_streaming();
 }

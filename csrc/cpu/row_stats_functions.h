@@ -43,5 +43,8 @@ extern const RowStatsFunctions row_stats_functions;
 namespace avx512 {
 extern const RowStatsFunctions row_stats_functions;
 }
+namespace neon {
+extern const RowStatsFunctions row_stats_functions;
+}
 
 }  // namespace sparse_kernels

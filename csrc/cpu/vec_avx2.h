@@ -28,7 +28,7 @@ struct F32x8 {
 };
 
 inline void store(float* p, F32x8 a) { _mm256_storeu_ps(p, a.v); }
-inline void store(BFloat16* p, F32x8 a) {
+inline __m128i rounded_bits(F32x8 a, BFloat16) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -36,12 +36,23 @@ inline void store(BFloat16* p, F32x8 a) {
                                        _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
                                        _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i half = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
-  _mm_storeu_si128(
-      reinterpret_cast<__m128i*>(p),
-      _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+  return _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
-inline void store(Float16* p, F32x8 a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+inline __m128i rounded_bits(F32x8 a, Float16) {
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+}
+template <class T>
+inline void store(T* p, F32x8 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), rounded_bits(a, T{}));
+}
+template <class T>
+inline void stream(T* p, F32x8 a) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), rounded_bits(a, T{}));
+}
+inline void stream(float* p, F32x8 a) { _mm256_stream_ps(p, a.v); }
+inline F32x8 permute(F32x8 a, const int32_t* lanes) {
+  const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+  return {_mm256_permutevar8x32_ps(a.v, index)};
 }
 
 inline F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -106,6 +117,15 @@ struct F64x4 {
 };
 
 inline void store(double* p, F64x4 a) { _mm256_storeu_pd(p, a.v); }
+inline void stream(double* p, F64x4 a) { _mm256_stream_pd(p, a.v); }
+inline F64x4 permute(F64x4 a, const int32_t* lanes) {
+  // As pairs of floats: lanes 2 i and 2 i + 1.
+  const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes));
+  const __m256i even = _mm256_slli_epi64(_mm256_cvtepi32_epi64(index), 1);
+  const __m256i odd = _mm256_slli_epi64(_mm256_add_epi64(even, _mm256_set1_epi64x(1)), 32);
+  const __m256 found = _mm256_permutevar8x32_ps(_mm256_castpd_ps(a.v), _mm256_or_si256(even, odd));
+  return {_mm256_castps_pd(found)};
+}
 
 inline F64x4 operator+(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline F64x4 operator-(F64x4 a, F64x4 b) { return {_mm256_sub_pd(a.v, b.v)}; }

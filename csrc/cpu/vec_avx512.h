@@ -28,18 +28,28 @@ struct F32x16 {
 };
 
 inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
-inline void store(BFloat16* p, F32x16 a) {
+inline __m256i rounded_bits(F32x16 a, BFloat16) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i kept = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), rounded,
                                                _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 }
-inline void store(Float16* p, F32x16 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+inline __m256i rounded_bits(F32x16 a, Float16) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+}
+template <class T>
+inline void store(T* p, F32x16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bits(a, T{}));
+}
+template <class T>
+inline void stream(T* p, F32x16 a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded_bits(a, T{}));
+}
+inline void stream(float* p, F32x16 a) { _mm512_stream_ps(p, a.v); }
+inline F32x16 permute(F32x16 a, const int32_t* lanes) {
+  return {_mm512_permutexvar_ps(_mm512_loadu_si512(lanes), a.v)};
 }
 
 inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -182,6 +192,11 @@ struct F64x8 {
 };
 
 inline void store(double* p, F64x8 a) { _mm512_storeu_pd(p, a.v); }
+inline void stream(double* p, F64x8 a) { _mm512_stream_pd(p, a.v); }
+inline F64x8 permute(F64x8 a, const int32_t* lanes) {
+  const __m256i of_32_bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+  return {_mm512_permutexvar_pd(_mm512_cvtepi32_epi64(of_32_bits), a.v)};
+}
 
 inline F64x8 operator+(F64x8 a, F64x8 b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline F64x8 operator-(F64x8 a, F64x8 b) { return {_mm512_sub_pd(a.v, b.v)}; }

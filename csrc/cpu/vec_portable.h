@@ -1,5 +1,5 @@
 // Vectors of eight floats or doubles in plain C++: the definition that the other vec_*.h implement,
-// and what runs where neither AVX2 nor AVX-512 is available. Compilers turn most loops here into
+// and what runs where there is none of AVX2, AVX-512 and NEON. Compilers turn most loops here into
 // vector instructions of the target.
 //
 // A vector type Vec has
@@ -45,6 +45,17 @@ struct Lanes8 {
 template <class T, class Real>
 inline void store(T* p, Lanes8<Real> a) {
   for (int i = 0; i < Lanes8<Real>::kLanes; ++i) narrow(a.lane[i], p + i);
+}
+// store() past the caches where the processor can, to an address that is aligned to
+// kStreamAlignment or follows such a store.
+template <class T, class Real>
+inline void stream(T* p, Lanes8<Real> a) {
+  store(p, a);
+}
+// Lane i of the result is lane lanes[i].
+template <class Real>
+inline Lanes8<Real> permute(Lanes8<Real> a, const int32_t* lanes) {
+  return Lanes8<Real>::map([&](int i) { return a.lane[lanes[i]]; });
 }
 
 template <class Real>

@@ -14,6 +14,7 @@ namespace sparse_kernels {
 // Stores are streamed where a call writes at least this number of bytes. Less may still be in the
 // cache when it is next read.
 constexpr int64_t kStreamed = 16 << 20;
+constexpr int64_t kStreamAlignment = 64;  // of addresses that vectors are streamed to
 
 #if defined(SPARSE_KERNELS_X86)
 

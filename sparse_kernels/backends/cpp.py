@@ -1,8 +1,8 @@
 """Backend ``cpp``: the compiled C++ extension on CPU tensors, which are passed as addresses.
 
 Environment:
-    SPARSE_KERNELS_CPU: ``portable``, ``avx2`` or ``avx512``, to force an instruction set for tests and comparisons.
-        By default the widest one of the processor is used.
+    SPARSE_KERNELS_CPU: ``portable``, ``avx2``, ``avx512`` or ``neon``, to force an instruction set for tests and
+        comparisons. By default the widest one of the processor is used.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ errors included: the caller then takes the general route, which serves the call 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,50 @@ def _exchange() -> bool:
 
 
 AVAILABLE = _exchange()
+
+
+def row_stats(
+    logits: Tensor, targets: Tensor, settings: Settings, outputs: Collection[str], for_gradient: bool
+) -> tuple[Tensor | None, ...] | None:
+    """Return the fields of ``sparse_kernels.row_stats``'s result, or None.
+
+    Args:
+        logits: as in ``sparse_kernels.row_stats``, with the classes in the last dimension.
+        targets: as in ``sparse_kernels.row_stats``.
+        settings: the call's settings.
+        outputs: names of statistics.
+        for_gradient: return the rows' maximum and total as well, behind the fields.
+    """
+    results: tuple[Tensor | None, ...] | None = _cpp.row_stats_plain(logits, targets, settings, outputs, for_gradient)
+    return results
+
+
+def row_stats_backward(
+    logits: Tensor,
+    targets: Tensor,
+    settings: Settings,
+    maximum: Tensor,
+    total: Tensor,
+    entropy: Tensor | None,
+    of_loss: Tensor | None,
+    of_entropy: Tensor | None,
+) -> Tensor | None:
+    """Return the gradient in the logits, in new memory, or None.
+
+    Args:
+        logits: of :func:`row_stats`.
+        targets: of :func:`row_stats`.
+        settings: of :func:`row_stats`.
+        maximum: as :func:`row_stats` returned it.
+        total: as :func:`row_stats` returned it.
+        entropy: as :func:`row_stats` returned it.
+        of_loss: the upstream gradient of the loss, or None.
+        of_entropy: the upstream gradient of the entropy, or None.
+    """
+    gradient: Tensor | None = _cpp.row_stats_backward_plain(
+        logits, targets, settings, maximum, total, entropy, of_loss, of_entropy
+    )
+    return gradient
 
 
 def compact(mask: Tensor, weight: Tensor | None, capacity: int | None) -> Selection | None:

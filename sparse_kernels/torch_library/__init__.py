@@ -15,9 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparse_kernels._arguments import CompactCall, ControlCall, GateCall, StatsCall, TreeCall
+from sparse_kernels._arguments import CompactCall, ControlCall, GateCall, Settings, StatsCall, TreeCall
 from sparse_kernels._tracing import observed
 from sparse_kernels.torch_library import gradients
 from sparse_kernels.torch_library.schemas import SCORING, flat_settings
@@ -47,6 +48,20 @@ def row_stats(call: StatsCall, backend: str, *, gradient: bool, inplace_backward
     )  # fmt: skip
     # Behind the outputs: what was saved. Cut off, as PyTorch 2.6's compiler zips equal lengths alone.
     return RowStats(**dict(zip(outputs, results[: len(outputs)], strict=True)))
+
+
+def plain_row_stats(
+    logits: Tensor, targets: Tensor, settings: Settings, results: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return a RowStats's fields, differentiable in the logits.
+
+    Args:
+        logits: of the call.
+        targets: of the call.
+        settings: of the call.
+        results: what ``cpp_direct.row_stats`` returned for a gradient.
+    """
+    return gradients.plain_row_stats(logits, targets, settings, results)
 
 
 def gate_rows(call: GateCall, backend: str) -> GatedRows:

@@ -15,7 +15,8 @@ from torch import Tensor
 from sparse_kernels import reference
 from sparse_kernels._arguments import Settings, StatsCall
 from sparse_kernels._operands import with_memory
-from sparse_kernels._tracing import observed
+from sparse_kernels._tracing import observed, unwatched
+from sparse_kernels.backends import cpp_direct
 from sparse_kernels.torch_library import schemas
 from sparse_kernels.types import DIFFERENTIABLE
 
@@ -40,21 +41,26 @@ def _save_row_stats(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 
 def _row_stats_gradient(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    logits, targets, maximum, total, entropy = ctx.saved_tensors
+    logits, *saved = ctx.saved_tensors
     by_name = dict(zip(ctx.outputs, gradients, strict=False))
     upstream = by_name.get("loss"), by_name.get("entropy")
     gradient = None
     if any(g is not None for g in upstream):
-        arguments = (targets, maximum, total, entropy, *upstream, *ctx.settings, ctx.backend)
+        arguments = (*saved, *upstream, *ctx.settings, ctx.backend)
         if not ctx.inplace_backward:
-            unseen = not (torch.is_grad_enabled() or observed(logits))
-            gradient = (schemas.row_stats_backward if unseen else _ops.row_stats_backward)(logits, *arguments)
+            gradient = _gradient_in_new_memory(logits, arguments)
         elif torch.is_grad_enabled():
             raise RuntimeError("inplace_backward: the logits are gone after it, so create_graph=True has no meaning")
         else:
             gradient = logits.detach()
             _ops.row_stats_backward_(gradient, *arguments)
     return (gradient, *[None] * 10)
+
+
+def _gradient_in_new_memory(logits: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    unseen = not (torch.is_grad_enabled() or observed(logits))
+    gradient: Tensor = (schemas.row_stats_backward if unseen else _ops.row_stats_backward)(logits, *arguments)
+    return gradient
 
 
 class _RowStats(torch.autograd.Function):
@@ -70,6 +76,39 @@ class _RowStats(torch.autograd.Function):
 
 
 row_stats: Callable[..., tuple[Tensor, ...]] = _RowStats.apply  # the operator's arguments, without the dispatcher
+
+
+class _PlainRowStats(torch.autograd.Function):
+    """Statistics that ``cpp_direct`` has made, with a gradient that it makes too where nothing else must see it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, settings: Settings, results: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        *fields, maximum, total = results
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(field for field in fields[2:] if field is not None))
+        ctx.save_for_backward(logits, targets, maximum, total, fields[1])
+        return tuple(fields)
+
+    @staticmethod
+    def backward(ctx: Any, of_loss: Tensor | None, of_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if of_loss is None and of_entropy is None:
+            return None, None, None, None
+        logits, targets, maximum, total, entropy = ctx.saved_tensors
+        saved = maximum, total, entropy, of_loss, of_entropy
+        gradient = None
+        if unwatched() and not torch.is_grad_enabled():
+            gradient = cpp_direct.row_stats_backward(logits, targets, ctx.settings, *saved)
+        if gradient is None:
+            scoring = tuple(ctx.settings)[: len(schemas.SCORING)]
+            gradient = _gradient_in_new_memory(logits, (targets, *saved, -1, *scoring, "cpp"))
+        return gradient, None, None, None
+
+
+# Logits, targets, settings, and what cpp_direct.row_stats returned for a gradient -> a RowStats's fields.
+plain_row_stats: Callable[..., tuple[Tensor | None, ...]] = _PlainRowStats.apply
 
 
 def _save_row_stats_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from emulated import INSTRUCTION_SETS, forced
 
-from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.backends.triton import backend as triton_backend
 from sparse_kernels.backends.triton import launch
 
@@ -76,19 +76,8 @@ def many_processors(monkeypatch):
     monkeypatch.setattr(triton_backend, "processors", lambda device: 10_000)
 
 
-def instruction_sets() -> list[str]:
-    """Those that this processor runs; empty without the compiled extension."""
-    return [] if cpp_backend.unavailable_reason() else cpp_backend._cpp.instruction_sets()
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The C++ backend forced to one instruction set, put back afterwards."""
-    if cpp_backend.unavailable_reason():
-        pytest.skip(str(cpp_backend.unavailable_reason()))
-    if request.param not in instruction_sets():
-        pytest.skip(f"this processor has no {request.param}")
-    before = cpp_backend._cpp.instruction_set()
-    cpp_backend._cpp.set_instruction_set(request.param)
-    yield request.param
-    cpp_backend._cpp.set_instruction_set(before)
+    """The C++ backend forced to one instruction set, put back afterwards; NEON is emulated on other processors."""
+    with forced(request.param):
+        yield request.param

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import platform
 import subprocess
 import sys
 import types
@@ -265,7 +266,7 @@ def test_command_prints_the_table():
     assert "gate_rows" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "neon"])
 def test_instruction_set_is_forced_by_the_environment_or_refused(name):
     if sk._dispatch.BACKENDS["cpp"].unavailable_reason():
         pytest.skip("the C++ backend is not built")
@@ -300,4 +301,6 @@ def test_the_widest_instruction_set_is_in_use():
     wanted = "avx512" if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags else "portable"
     if wanted == "portable" and {"avx2", "fma", "f16c"} <= flags:
         wanted = "avx2"
+    if platform.machine() == "aarch64":
+        wanted = "neon"
     assert sk.backends.cpp._cpp.instruction_set() == wanted

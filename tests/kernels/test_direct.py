@@ -13,7 +13,9 @@ from sparse_kernels.control_law import initial_state
 pytestmark = pytest.mark.skipif(not cpp_direct.AVAILABLE, reason="_cpp is not built, or this PyTorch is too old")
 WEIGHTS = {"loss": 0.7, "entropy": 0.3}
 CPP = cpp_direct._cpp
-FUNCTIONS = ("compact_plain", "gather_plain", "gate_rows_plain", "select_plain", "gate_step_plain")
+FUNCTIONS = (
+    "row_stats_plain", "compact_plain", "gather_plain", "gate_rows_plain", "select_plain", "gate_step_plain",
+)  # fmt: skip
 
 
 def flat(result):
@@ -79,6 +81,22 @@ def test_gather_of_every_dtype_and_tree():
         a, b = torch.randn(50, 3), torch.arange(50)
         for tree in (a, (a, b), [a, b, a], {"x": a, "y": b}, (), [], {}, torch.nn.Parameter(a, requires_grad=False)):
             check_same(lambda tree=tree, s=selection: sk.gather_rows(tree, s))
+
+
+@pytest.mark.parametrize("targets", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 37, 300])
+def test_row_stats(rows, dtype, targets):
+    logits, labels = batch(rows, 11, dtype, targets)
+    settings = {"label_smoothing": 0.1, "temperature": 0.7, "softcap": 20, "ignore_index": -100}
+    for outputs in (("loss", "entropy"), sk.STATISTICS, ["argmax"], ("logsumexp", "logsumexp", "loss"), ()):
+        check_same(lambda outputs=outputs: sk.row_stats(logits, labels, outputs=outputs, **settings))
+    with torch.no_grad():
+        leaf = torch.nn.Parameter(logits)
+        check_same(lambda: sk.row_stats(leaf, labels))
+    check_same(lambda: sk.row_stats(leaf, labels, outputs=("grad_norm",)))  # not differentiable
+    pixels = logits.reshape(rows, 1, 11).expand(rows, 4, 11).contiguous()
+    check_same(lambda: sk.row_stats(pixels, labels[:, None].repeat(1, 4)))
 
 
 @pytest.mark.parametrize("targets", [torch.int64, torch.int32], ids=str)

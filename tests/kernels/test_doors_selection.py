@@ -136,6 +136,6 @@ def test_an_unknown_instruction_set_is_one_line():
     assert done.returncode == 1
     assert done.stderr.strip().split("\n")[-1] == (
         "ValueError: `SPARSE_KERNELS_CPU` must be an instruction set to use: "
-        "unknown instruction set 'avx9'; known: portable, avx2, avx512"
+        "unknown instruction set 'avx9'; known: portable, avx2, avx512, neon"
     )
     assert "During handling" not in done.stderr

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from emulated import INSTRUCTION_SETS, forced
 
 import sparse_kernels as sk
 from sparse_kernels.backends import cpp as cpp_backend
@@ -14,26 +15,21 @@ from sparse_kernels.types import WEIGHABLE
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, on NaN and inf
 BUILT = not cpp_backend.unavailable_reason()
-SETS = ("portable", "avx2", "avx512")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OUTPUTS = (*WEIGHABLE, "argmax")
 
 
-@pytest.fixture(params=["torch", "triton", *SETS])
+@pytest.fixture(params=["torch", "triton", *INSTRUCTION_SETS])
 def backend(request):
     """Each backend that runs on a CPU, C++ with each instruction set."""
     name = request.param
     if name == "triton" and not INTERPRETED:
         pytest.skip("not interpreted")
-    if name not in SETS:
+    if name not in INSTRUCTION_SETS:
         yield name
         return
-    if not BUILT or name not in cpp_backend._cpp.instruction_sets():
-        pytest.skip(f"no {name} here")
-    before = cpp_backend._cpp.instruction_set()
-    cpp_backend._cpp.set_instruction_set(name)
-    yield "cpp"
-    cpp_backend._cpp.set_instruction_set(before)
+    with forced(name):
+        yield "cpp"
 
 
 # name: (shape, dim); the classes of "apart" are two elements apart.

@@ -8,6 +8,7 @@ import sparse_kernels as sk
 from sparse_kernels import _dispatch, torch_library
 from sparse_kernels._arguments import Settings, StatsCall
 from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends import cpp_direct
 from sparse_kernels.control_law import initial_state
 
 pytestmark = pytest.mark.skipif(cpp_backend.unavailable_reason() is not None, reason="the C++ backend is not built")
@@ -214,7 +215,8 @@ def test_a_gradient_goes_through_the_operator_and_nothing_else_does(seen):
     x, y = selection.take((logits, targets))
     assert x.requires_grad
     assert not y.requires_grad
-    assert seen == ["row_stats", "gather_rows"]
+    plain = [] if cpp_direct.AVAILABLE else ["row_stats"]  # one call of C++ within a Function of autograd
+    assert seen == [*plain, "gather_rows"]
 
 
 class Sub(torch.Tensor):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import sparse_kernels
+from sparse_kernels import keep_freed_memory
 from sparse_training import devices, files
 from sparse_training.errors import UserError
-from sparse_training.memory import keep_freed_memory
 from sparse_training.ranks import launched
 
 OPTIONS = "options.json"

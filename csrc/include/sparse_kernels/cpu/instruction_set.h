@@ -13,7 +13,7 @@
 
 namespace sparse_kernels {
 
-enum class InstructionSet : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class InstructionSet : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
 
 // Those that this build has and this processor runs, narrowest first; never empty.
 std::vector<InstructionSet> available_instruction_sets();

@@ -95,6 +95,9 @@ struct RowStatsBackwardArgs : RowStatsInput {  // the forward has checked the ta
   const void* entropy;           // null without entropy_gradient
   const void* loss_gradient;     // [rows], or null for zeros
   const void* entropy_gradient;  // [rows], or null for zeros
+  // 0 where all rows have the same, which is one number in memory.
+  int64_t loss_gradient_step = 1;
+  int64_t entropy_gradient_step = 1;
 };
 
 struct RowStatsResult {

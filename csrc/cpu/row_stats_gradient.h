@@ -1,0 +1,141 @@
+// The gradient in the logits as a function of them and of their rows' numbers;
+// row_stats_backward.h derives it.
+#pragma once
+
+#include <cstdint>
+
+#include "row_stats_plan.h"
+#include "sparse_kernels/cpu/row_stats.h"
+#include "vec_math.h"
+
+namespace sparse_kernels {
+
+// values[row] to values[row + count - 1], a number of each row; a single row's in every lane; zeros
+// for null. A step of 0: all rows have the first.
+template <class Vec>
+inline Vec of_rows(const void* values, int64_t row, int count, int64_t step = 1) {
+  using Real = typename Vec::Real;
+  if (!values) return Vec::splat(0);
+  const Real* from = static_cast<const Real*>(values) + row * step;
+  if (step == 0 || count == 1) return Vec::splat(*from);
+  if (count == Vec::kLanes) return Vec::load(from);
+  alignas(64) Real lanes[Vec::kLanes] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = from[i];
+  return Vec::load(lanes);
+}
+
+// The upstream gradients of rows in lanes.
+template <class Vec>
+struct UpstreamOfRows {
+  Vec loss, entropy;
+
+  UpstreamOfRows(const RowStatsBackwardArgs& args, int64_t row, int count)
+      : loss(of_rows<Vec>(args.loss_gradient, row, count, args.loss_gradient_step)),
+        entropy(of_rows<Vec>(args.entropy_gradient, row, count, args.entropy_gradient_step)) {}
+
+  // What the target's gradient has in addition, before the softcap's slope.
+  Vec at_target(const RowStatsBackwardArgs& args) const {
+    using Real = typename Vec::Real;
+    return loss * Vec::splat(Real(1.0 - args.label_smoothing)) *
+           Vec::splat(Real(args.inverse_temperature));
+  }
+};
+
+// The numbers of rows in lanes, or of one row in every lane.
+template <class Vec>
+struct RowConstants {
+  using Real = typename Vec::Real;
+
+  Vec maximum;
+  Vec weight;  // 1 / (S temperature)
+  Vec shift;   // H - log S
+  Vec loss_gradient, minus_entropy_gradient;
+  Vec minus_uniform;  // of the label smoothing, over the temperature
+
+  RowConstants(const RowStatsBackwardArgs& args, int64_t row, int count,
+               const UpstreamOfRows<Vec>& upstream)
+      : maximum(of_rows<Vec>(args.maximum, row, count)),
+        loss_gradient(upstream.loss),
+        minus_entropy_gradient(Vec::splat(0) - upstream.entropy) {
+    const Vec total = of_rows<Vec>(args.total, row, count);
+    const Vec inverse_temperature = Vec::splat(Real(args.inverse_temperature));
+    weight = inverse_temperature / total;
+    shift = of_rows<Vec>(args.entropy, row, count) - vec_log(total);
+    const Vec share = Vec::splat(Real(args.label_smoothing / double(args.classes)));
+    minus_uniform = (Vec::splat(0) - upstream.loss * share) * inverse_temperature;
+  }
+
+  // Lane i gets the numbers of lane lanes[i].
+  RowConstants permuted(const int32_t* lanes) const {
+    RowConstants out = *this;
+    out.maximum = permute(maximum, lanes);
+    out.weight = permute(weight, lanes);
+    out.shift = permute(shift, lanes);
+    out.loss_gradient = permute(loss_gradient, lanes);
+    out.minus_entropy_gradient = permute(minus_entropy_gradient, lanes);
+    out.minus_uniform = permute(minus_uniform, lanes);
+    return out;
+  }
+};
+
+// What all rows of a call share.
+template <class Vec>
+struct LogitGradient {
+  using Real = typename Vec::Real;
+
+  Vec inverse_temperature;
+  Exponential<Vec> exponential;
+  Real softcap;
+
+  explicit LogitGradient(const RowStatsBackwardArgs& args)
+      : inverse_temperature(Vec::splat(Real(args.inverse_temperature))),
+        exponential(args.inverse_temperature),
+        softcap(Real(args.softcap)) {}
+
+  // `at_target` is UpstreamOfRows::at_target in the target's column and 0 elsewhere.
+  Vec operator()(const RowConstants<Vec>& row, Vec x, Vec at_target) const {
+    Vec tanh_slope;
+    if (softcap != 0) x = Vec::splat(softcap) * vec_tanh(x / Vec::splat(softcap), &tanh_slope);
+    const Vec zero = Vec::splat(0), d = exponential.clamp(x - row.maximum);
+    Vec p = exponential(d) * row.weight;
+    p = select_ge(exponential.lowest, d, zero, p);  // a masked logit gets exactly 0
+    const Vec log_p_and_entropy = fma(d, inverse_temperature, row.shift);
+    const Vec factor = fma(row.minus_entropy_gradient, log_p_and_entropy, row.loss_gradient);
+    const Vec gradient = fma(p, factor, row.minus_uniform) - at_target;
+    return softcap != 0 ? gradient * tanh_slope : gradient;
+  }
+};
+
+template <class Vec>
+inline typename Vec::Real upstream_of_row(const void* values, int64_t row, int64_t step) {
+  return values ? static_cast<const typename Vec::Real*>(values)[row * step] : 0;
+}
+
+// True for a row whose gradient is 0 whatever its logits. NaN is not 0.
+template <class Vec>
+inline bool has_zero_gradient(const RowStatsBackwardArgs& args, int64_t row) {
+  return target_of(args, row) == args.ignore_index ||
+         (upstream_of_row<Vec>(args.loss_gradient, row, args.loss_gradient_step) == 0 &&
+          upstream_of_row<Vec>(args.entropy_gradient, row, args.entropy_gradient_step) == 0);
+}
+
+// Which of the rows in lanes have a gradient: 1 in their lanes, 0 elsewhere. The target of the
+// others is taken to be 0, a column that there is.
+template <class Vec>
+struct ActiveRows {
+  alignas(64) typename Vec::Real active[Vec::kLanes];
+  int64_t target[Vec::kLanes];
+  bool any = false, all = true;
+
+  ActiveRows(const RowStatsBackwardArgs& args, int64_t row, int count) {
+    for (int i = 0; i < Vec::kLanes; ++i) {
+      const bool is_active = i < count && !has_zero_gradient<Vec>(args, row + i);
+      active[i] = is_active ? 1 : 0;
+      target[i] = is_active ? target_of(args, row + i) : 0;
+      any |= is_active;
+      all &= is_active;
+    }
+  }
+};
+
+}  // namespace sparse_kernels
