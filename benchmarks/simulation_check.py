@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sparse_training.memory import keep_freed_memory
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,6 @@ from sparse_training.data.load import load_data
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.experiments.environment import environment
 from sparse_training.files import write_atomic
-from sparse_training.memory import keep_freed_memory
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.profiling.scale import METHODS, Cluster, Plan, Simulated, simulate
 from sparse_training.profiling.scale_costs import StageCosts
