@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sparse_training.memory import keep_freed_memory
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,6 @@ from sparse_training.data.load import load_data
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.experiments.environment import environment
 from sparse_training.files import write_atomic
-from sparse_training.memory import keep_freed_memory
 from sparse_training.profiling.calibration import calibrate
 from sparse_training.profiling.scale import METHODS, Cluster, Plan, Simulated, simulate
 from sparse_training.profiling.scale_costs import StageCosts
@@ -306,9 +306,7 @@ def main() -> int:
         found = compare(ranks, width=8 if options.counts else options.width, timed=not options.counts)
         for line in found:
             what = f"{line['ranks']} ranks {line['method']:18}  {line['quantity']:9}"
-            print(
-                what, f"{line['simulated']:<10.4g} measured {line['measured']:<9.4g} {line['ratio']:.2f}", flush=True
-            )
+            print(what, f"{line['simulated']:<10.4g} measured {line['measured']:<9.4g} {line['ratio']:.2f}", flush=True)
         lines += found
     if options.record is not None:
         record = {"format": "simulation-check", "environment": environment(torch.device("cpu")), "lines": lines}
