@@ -2,7 +2,6 @@
 
 #include <vector>
 
-#include "large_pages.h"
 #include "row_stats_functions.h"
 #include "sparse_kernels/cpu/instruction_set.h"
 #include "sparse_kernels/cpu/parallel.h"
@@ -35,10 +34,6 @@ const RowStatsFunctions& implementation() {
 int64_t alignment(int64_t rows) {
   const int64_t groups = (rows + kGroup - 1) / kGroup;
   return groups >= 4 * max_threads() ? kGroup : 1;
-}
-
-int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 int parts_of(int64_t rows, int64_t classes) {
@@ -84,8 +79,6 @@ RowStatsResult row_stats(const RowStatsArgs& args) {
 
 void row_stats_backward(const RowStatsBackwardArgs& args) {
   const RowStatsFunctions& functions = implementation();
-  if (args.gradient != args.logits && args.class_stride == 1)
-    request_large_pages(args.gradient, args.rows * args.classes * size_of(args.dtype));
   parallel_parts(args.rows, parts_of(args.rows, args.classes), alignment(args.rows),
                  [&](int, int64_t begin, int64_t end) { functions.backward(args, begin, end); });
 }
