@@ -4,7 +4,7 @@ Host: transformers 5 (Trainer), a Llama of some thousand parameters made from it
 Hardware: 2 CPU cores.
 Minutes: 0.3
 Expected output:
-    steps 100, loss of all tokens 5.99 -> 3.61
+    steps 100, loss of all tokens 6.00 -> 3.66
     the head's backward multiplied 0.20 of the tokens
 """
 
