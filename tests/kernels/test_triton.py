@@ -398,6 +398,7 @@ def test_slices_of_rows(many_processors, monkeypatch):
 @runs
 def test_many_short_rows_are_finished_apart(monkeypatch):
     monkeypatch.setattr(launch, "MANY_ROWS", 5)
+    monkeypatch.setattr(launch, "MANY_REPETITIONS", 5)
     torch.manual_seed(11)
     logits, targets = 3 * torch.randn(7, 100), torch.randint(0, 100, (7,))
     targets[2] = -100
