@@ -1,6 +1,7 @@
 # make help lists the targets; one environment for all of them, made when needed, in .venv
 # make test-xla  the reference on an XLA device; an environment of its own, some gigabytes, in build/xla-venv
 # make test-versions  the oldest and the newest PyTorch, 5.5 GB each, in build/versions; test-floor, test-newest: one
+# make hosts     wheels of packages that the integrations serve, 42 MB; test and test-slow need them
 # make wheels    a wheel for each Python of PYTHONS, built and imported with that Python's newest PyTorch
 # make gpu       where there is a GPU: with PYTHON's own torch, triton and nvcc, no network
 PYTHON ?= python3
@@ -17,7 +18,7 @@ SECONDS_EACH ?= 6
 WORKERS ?= 2
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo help test test-slow test-versions test-floor test-newest wheels test-xla bench gpu sanitize fuzz headers lint format clean
+.PHONY: demo help hosts test test-slow test-versions test-floor test-newest wheels test-xla bench gpu sanitize fuzz headers lint format clean
 
 demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -29,11 +30,24 @@ help:  ## print this list
 # A process a core, a file's tests in one of them; their threads wait asleep, as there are more of them than cores.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
-test: $(READY)  ## the suite but for what is marked slow
+test: $(READY) hosts  ## the suite but for what is marked slow
 	$(PYTEST) -m 'not slow'
 
-test-slow: $(READY)  ## what is marked slow
+test-slow: $(READY) hosts  ## what is marked slow
 	$(PYTEST) -m slow
+
+# Files of packages whose pins forbid one environment: tests load single files of them (tests/helpers/host_files.py).
+# Those tests skip where a wheel cannot be had; where all can, none does.
+HOSTS := build/hosts
+
+hosts: $(HOSTS)/.ready  ## wheels of hosts whose pins forbid one environment, in build/hosts
+
+$(HOSTS)/.ready: tests/versions/hosts.txt | $(READY)
+	rm -rf $(@D) && mkdir -p $(@D)
+	for package in $$(grep -v '^#' $<); do \
+	  $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps --retries 1 --target $(@D) $$package || \
+	  { echo "hosts: no wheel of $$package for this Python, or no registry; its tests are skipped" >&2; missing=1; }; \
+	done; test -n "$$missing" || touch $@
 
 # The kernel tests and a training smoke with the PyTorch, the NumPy and so the Triton of tests/versions/NAME.txt. Nothing
 # is installed of this package: its C++ part was built for READY's environment, and serves every PyTorch of that Python.

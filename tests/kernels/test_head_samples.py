@@ -34,17 +34,22 @@ def operator(samples):
     return found[0]
 
 
-def ours(x, w, target, *, reduction="mean", linear_bias=None, ignore_index=-100):
+def ours(x, w, target, *, reduction="mean", linear_bias=None, ignore_index=-100, weight=None):
     options = {"linear_bias": linear_bias, "ignore_index": ignore_index}
+    if weight is not None:  # as the documentation says: of classes, they weigh the rows' losses
+        losses = linear_row_stats(x, w, target, outputs="loss", **options).loss
+        row = torch.where(target == ignore_index, 0, weight[target.clamp(min=0)])
+        weighted = losses * row
+        return {"none": weighted, "sum": weighted.sum(), "mean": weighted.sum() / row.sum()}[reduction]
     if reduction == "none":
         return linear_row_stats(x, w, target, outputs="loss", **options).loss
     return selective_linear_cross_entropy(x, w, target, select=None, reduction=REDUCTIONS[reduction], **options).loss
 
 
 def served(sample):
-    """Class indices for a weight of two dimensions, without weights of the classes."""
+    """Class indices for a weight of two dimensions."""
     w, target = sample.args
-    return w.dim() == 2 and not target.is_floating_point() and "weight" not in sample.kwargs
+    return w.dim() == 2 and not target.is_floating_point()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -72,7 +77,7 @@ def test_samples_of_another_kind_are_refused_in_one_line(samples):
     kinds = set()
     for sample in operator(samples).sample_inputs("cpu", torch.float32, requires_grad=False):
         w, target = sample.args
-        if "weight" in sample.kwargs or served(sample):
+        if served(sample):
             continue
         with pytest.raises((TypeError, ValueError)) as caught:
             ours(sample.input, w, target, **sample.kwargs)
@@ -90,3 +95,10 @@ def test_pytorchs_bad_inputs_are_refused_in_one_line(samples):
         assert "\n" not in str(caught.value)
         count += 1
     assert count >= 6
+
+
+@pytest.mark.parametrize("function", [linear_row_stats, selective_linear_cross_entropy])
+def test_weights_of_classes_are_refused_by_name(function):
+    options = {} if function is linear_row_stats else {"select": None}
+    with pytest.raises(TypeError, match="argument 'weight'"):
+        function(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]), weight=torch.ones(5), **options)

@@ -1,0 +1,137 @@
+"""Functions of hosts beside what the integrations put in their place: ``python benchmarks/hosts.py [--small]``.
+
+The hosts' functions are those of their real wheels (``make hosts``), their fallbacks for a CPU. Forward and backward
+where there is a gradient; the sides take turns in one process. Writes benchmarks/results/hosts-DATE.json. A minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from timing import Cpu, Row, interleave, ratios, record_path, write_record
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+import host_files
+
+from sparse_training.integrations import eaft, mmseg, openrlhf, torchtitan, verl
+
+Functions = dict[str, Callable[..., Any]]  # "host" and "ours"
+
+
+def pair(switch: Any, place: str) -> Functions:
+    """Both functions of a name; the switch is off afterwards."""
+    with switch:
+        return {"ours": switch.replacements[place], "host": switch.original(place)}
+
+
+def with_gradient(call: Callable[[Tensor], Tensor], logits: Tensor) -> Callable[[], list[Tensor]]:
+    def side() -> list[Tensor]:
+        leaf = logits.detach().requires_grad_()
+        result = call(leaf)
+        return [result.detach(), *torch.autograd.grad(result, leaf)]
+
+    return side
+
+
+def of_logits(rows: int, classes: int) -> Iterator[tuple[str, dict[str, Callable[[], list[Tensor]]]]]:
+    """Log-probabilities and entropies from logits, and the losses made of them."""
+    labels = torch.randint(0, classes, (2, rows // 2))
+    logits = {dtype: (3 * torch.randn(2, rows // 2, classes)).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    advantages = torch.randn(2, rows // 2)
+
+    def sides(scores: Callable[[str], Callable[[Tensor], Tensor]], dtype: torch.dtype) -> dict[str, Any]:
+        return {side: with_gradient(scores(side), logits[dtype]) for side in ("ours", "host")}
+
+    with host_files.verl():
+        place = "verl.utils.torch_functional:"
+        log_probs = pair(verl.head, place + "logprobs_from_logits")
+        entropy = pair(verl.head, place + "entropy_from_logits")
+
+        def policy(side: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: (log_probs[side](x, labels) * advantages).sum() + 0.01 * entropy[side](x).sum()
+
+        for dtype in logits:
+            yield f"verl-{str(dtype)[6:]}-{rows}x{classes}", sides(policy, dtype)
+    with host_files.openrlhf():
+        place = "openrlhf.models.utils:log_probs_from_logits"
+        actor = pair(openrlhf.head, place)
+        yield (
+            f"openrlhf-float32-{rows}x{classes}",
+            sides(lambda side: lambda x: (actor[side](x, labels) * advantages).sum(), torch.float32),
+        )
+    with host_files.torchtitan():
+        titan = pair(torchtitan.head, "torchtitan.components.loss:compute_logprobs")
+
+        def dapo(side: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: (titan[side](x, labels, return_entropy=True)[0] * advantages).sum()
+
+        yield f"torchtitan-bfloat16-{rows}x{classes}", sides(dapo, torch.bfloat16)
+    with host_files.axolotl():
+        loss = pair(eaft.axolotl_loss, "axolotl.monkeypatch.loss.eaft:eaft_loss")
+
+        def weighted(side: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: loss[side](SimpleNamespace(logits=x), labels)
+
+        yield f"axolotl-eaft-bfloat16-{rows}x{classes}", sides(weighted, torch.bfloat16)
+
+
+def others(small: bool) -> Iterator[tuple[str, dict[str, Callable[[], list[Tensor]]]]]:
+    """verl's fused head with a fifth of the tokens in its backward, and mmseg's sampler."""
+    rows, hidden, classes = (32, 16, 200) if small else (512, 576, 49152)
+    inputs, tokens = torch.randn(rows, hidden), torch.randint(0, classes, (rows,))
+    weight = 0.05 * torch.randn(classes, hidden)
+    advantages = torch.randn(rows) * (torch.arange(rows) % 5 == 0)
+    with host_files.verl():
+        place = "verl.utils.experimental.torch_functional:FusedLinearForPPOFunction"
+        fused = pair(verl.head, place)
+
+        def step(side: str) -> Callable[[], list[Tensor]]:
+            def call() -> list[Tensor]:
+                leaves = [inputs.detach().requires_grad_(), weight.detach().requires_grad_()]
+                log_probs, _ = fused[side].apply(*leaves, tokens, 1.0, 512)  # type: ignore[attr-defined]
+                return [log_probs.detach(), *torch.autograd.grad((log_probs * advantages).sum(), leaves)]
+
+            return call
+
+        yield f"verl-fused-float32-{rows}x{hidden}x{classes}-20%", {side: step(side) for side in ("ours", "host")}
+    size = (1, 19, 32, 32) if small else (2, 19, 512, 512)
+    label = torch.randint(0, 19, (size[0], 1, *size[2:]))
+    logits = torch.randn(size).scatter_add(1, label, torch.full(label.shape, 4.0))
+    with host_files.mmseg():
+        place = "mmseg.structures.sampler.ohem_pixel_sampler:OHEMPixelSampler.sample"
+        sample = pair(mmseg.ohem, place)
+        sampler = SimpleNamespace(context=SimpleNamespace(ignore_index=255), thresh=0.7, min_kept=1000)
+        case = "mmseg-ohem-float32-" + "x".join(str(n) for n in size)
+        yield case, {side: (lambda side=side: [sample[side](sampler, logits, label)]) for side in ("ours", "host")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="tiny shapes, nothing recorded")
+    small = parser.parse_args().small
+    torch.manual_seed(0)
+    found = []
+    for cases in (of_logits(*((16, 200) if small else (512, 32000))), others(small)):
+        for case, sides in cases:
+            if "eaft" not in case:  # which differs from its host on purpose
+                for one, other in zip(sides["ours"](), sides["host"](), strict=True):
+                    assert (one.float() - other.float()).abs().max() <= 0.03 * (1 + other.float().abs().max()), case
+            seconds = interleave(Cpu(), sides, rounds=3 if small else 9, budget=6.0)
+            found.append(Row(case, seconds, ratios(seconds), {}, {"threads": torch.get_num_threads()}))
+            print("\n".join(found[-1].lines()), flush=True)
+    if not small:
+        machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        write_record(record_path("hosts"), machine, found)
+
+
+if __name__ == "__main__":
+    main()
