@@ -125,7 +125,7 @@ def main() -> None:
             if "eaft" not in case:  # which differs from its host on purpose
                 for one, other in zip(sides["ours"](), sides["host"](), strict=True):
                     assert (one.float() - other.float()).abs().max() <= 0.03 * (1 + other.float().abs().max()), case
-            seconds = interleave(Cpu(), sides, rounds=3 if small else 9, budget=6.0)
+            seconds = interleave(Cpu(), sides, rounds=3 if small else 9, budget=4.0)
             found.append(Row(case, seconds, ratios(seconds), {}, {"threads": torch.get_num_threads()}))
             print("\n".join(found[-1].lines()), flush=True)
     if not small:

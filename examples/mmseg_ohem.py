@@ -4,7 +4,7 @@ Host: mmsegmentation 1.2; a stand-in with its functions in plain PyTorch where i
 Hardware: 2 CPU cores.
 Minutes: 0.2
 Expected output:
-    hard pixels: 9,117 of 16,384 by theirs, 9,117 by ours, 0 differ
+    hard pixels: 8,221 of 16,384 by theirs, 8,221 by ours, 0 differ
 """
 
 from types import SimpleNamespace

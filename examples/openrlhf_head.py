@@ -4,7 +4,7 @@ Host: OpenRLHF 0.11; a stand-in with its functions in plain PyTorch where it is 
 Hardware: 2 CPU cores.
 Minutes: 0.2
 Expected output:
-    greatest difference: log_probs 9.5e-07, entropy 9.5e-07
+    greatest difference: log_probs 1.9e-06, entropy 1.4e-06
     logits divided by the temperature: by theirs True, by ours False
 """
 

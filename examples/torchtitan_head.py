@@ -4,7 +4,7 @@ Host: torchtitan 0.3; a stand-in with its functions in plain PyTorch where it is
 Hardware: 2 CPU cores.
 Minutes: 0.2
 Expected output:
-    greatest difference: log_probs 9.5e-07, entropy 9.5e-07, gradient 0.0e+00
+    greatest difference: log_probs 9.5e-07, entropy 1.9e-06, gradient 0.0e+00
 """
 
 import torch

@@ -5,7 +5,7 @@ Hardware: 2 CPU cores.
 Minutes: 0.2
 Expected output:
     3 of 8 sequences run, 36 of 96 tokens of the loss: 62.5% of forward and backward saved
-    greatest difference of a gradient: 2.3e-10
+    greatest difference of a gradient: 0.0e+00
 """
 
 import torch
@@ -41,4 +41,4 @@ print(kept)
 ours = gradients((losses(kept.batch["tokens"], kept.advantages) * kept.mask).sum() / kept.tokens)
 difference = float((ours - whole).abs().max())
 print(f"greatest difference of a gradient: {difference:.1e}")
-assert difference < 1e-6
+assert difference < 1e-6 < float(whole.abs().max())
