@@ -114,6 +114,14 @@ def others(small: bool) -> Iterator[tuple[str, dict[str, Callable[[], list[Tenso
         yield case, {side: (lambda side=side: [sample[side](sampler, logits, label)]) for side in ("ours", "host")}
 
 
+def check(case: str, ours: Tensor, theirs: Tensor) -> None:
+    """Raise where the results differ by more than rounding; of a sampler's pixels a few next to its limit may."""
+    if case.startswith("mmseg"):
+        assert (ours != theirs).sum() <= 1e-5 * ours.numel(), case
+    else:
+        assert (ours - theirs).abs().max() <= 0.03 * (1 + theirs.abs().max()), case
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="tiny shapes, nothing recorded")
@@ -124,7 +132,7 @@ def main() -> None:
         for case, sides in cases:
             if "eaft" not in case:  # which differs from its host on purpose
                 for one, other in zip(sides["ours"](), sides["host"](), strict=True):
-                    assert (one.float() - other.float()).abs().max() <= 0.03 * (1 + other.float().abs().max()), case
+                    check(case, one.float(), other.float())
             seconds = interleave(Cpu(), sides, rounds=3 if small else 9, budget=4.0)
             found.append(Row(case, seconds, ratios(seconds), {}, {"threads": torch.get_num_threads()}))
             print("\n".join(found[-1].lines()), flush=True)

@@ -69,7 +69,8 @@ def _decoder_loss(self: Any, logits: Tensor, label: Tensor) -> Tensor:
     """Return the sum of the decoder's losses; a plain cross-entropy takes one read, any other is the host's own."""
     modules = self.context.loss_decode
     total = torch.zeros((), device=logits.device)
-    for module in modules if isinstance(modules, nn.ModuleList) else [modules]:
+    parts: list[Any] = [*modules] if isinstance(modules, nn.ModuleList) else [modules]
+    for module in parts:
         if _is_plain(module):
             total = total + module.loss_weight * _own_loss(self, logits, label)
         else:
@@ -79,7 +80,7 @@ def _decoder_loss(self: Any, logits: Tensor, label: Tensor) -> Tensor:
     return total
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
     """Return True for mmseg's own cross-entropy of a softmax without class weights."""
     kind = type(module)
     return (kind.__module__, kind.__name__) == ("mmseg.models.losses.cross_entropy_loss", "CrossEntropyLoss") and not (
