@@ -4,19 +4,21 @@ Not a timing. Each task trains one small transformer per kind of attention and s
 batches. The record, benchmarks/results/attention-accuracy-<date>.json, is written after every run, and runs that it has
 are not repeated: an interrupted command is taken up where it was. ``--small`` shows that it runs; nothing is written.
 
-pixels       Fashion-MNIST, a token for each pixel, behind one convolution of 7x7: first at 28x28, in blocks of 32, so
-             256 of 784 keys are read; then each model goes on at 56x56, in blocks of 64, 512 of 3,136
-bare-pixels  the same without the convolution, at a higher rate: what is learned in so few steps is little
+pixels       Fashion-MNIST, a token for each pixel, behind one convolution of 7x7: first at 28x28, in tiles of 4x7, so
+             224 of 784 keys are read; then each model goes on at 56x56, in tiles of 8x8, 512 of 3,136
+bare-pixels  the same without the convolution
 find         16 tokens of 3,136 in a row are marked, and the first must tell their class: only the choice finds them
 
-"local" reads as many keys as "sparse", but chooses none by content. "mass kept" is the share of dense attention's
-weights that the blocks chosen by a trained model hold, beside the best choice of as many blocks and a random one.
+"local" reads as many keys as "sparse", but chooses none by content; "none" has no attention. "mass kept" is the share
+of dense attention's weights that the blocks chosen by a trained model hold, beside the best choice of as many blocks
+and a random one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -32,11 +34,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_training import load_data
-from sparse_training.models.vit import Attention, Block, Mean, Tokens
+from sparse_training.models.vit import Attention, Block, Mean, Tokens, tile_of
 from sparse_training.nn import BlockSparseAttention, choose_blocks
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-WIDTH, CLASSES = 64, 10
+CLASSES = 10
 
 
 class Stage(NamedTuple):
@@ -54,29 +56,32 @@ class Task(NamedTuple):
     """Stages that a model goes through, one after the other."""
 
     depth: int
+    width: int
     kinds: tuple[str, ...]
     seeds: int
     stages: tuple[Stage, ...]
 
 
 TASKS = {
-    "find": Task(1, ("dense", "sparse", "local"), 3, (Stage(3136, 64, steps=200, batch=8, rows=200, rate=3e-3),)),
+    "find": Task(1, 64, ("dense", "sparse", "local"), 3, (Stage(3136, 64, steps=200, batch=8, rows=200, rate=3e-3),)),
     "bare-pixels": Task(
         2,
-        ("dense", "sparse"),
-        1,
+        32,
+        ("dense", "sparse", "none"),
+        2,
         (
-            Stage(784, 32, steps=300, batch=32, rows=2000, rate=5e-3),
-            Stage(3136, 64, steps=50, batch=16, rows=500, rate=1e-3),
+            Stage(784, 32, steps=1000, batch=32, rows=4000, rate=6e-3),
+            Stage(3136, 64, steps=40, batch=16, rows=1024, rate=1e-3),
         ),
     ),
     "pixels": Task(
         2,
-        ("dense", "sparse"),
-        3,
+        32,
+        ("dense", "sparse", "none"),
+        2,
         (
-            Stage(784, 32, steps=150, batch=32, rows=1024, rate=2e-3),
-            Stage(3136, 64, steps=20, batch=16, rows=256, rate=1e-3),
+            Stage(784, 32, steps=400, batch=32, rows=4000, rate=4e-3),
+            Stage(3136, 64, steps=40, batch=16, rows=1024, rate=1e-3),
         ),
     ),
 }
@@ -87,9 +92,19 @@ def small(task: Task) -> Task:
     return task._replace(seeds=1, stages=tuple(stages))
 
 
+class Nothing(nn.Module):
+    """Attention that adds nothing."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 def attention(kind: str, block: int) -> Callable[[int, int], nn.Module]:
-    if kind == "dense":
-        return Attention
+    if kind in ("dense", "none"):
+        return Attention if kind == "dense" else Nothing
     chosen = {} if kind == "sparse" else {"local": 8, "top": 0, "global_blocks": 0}
     return partial(BlockSparseAttention, block=block, dense_below=0, **chosen)
 
@@ -102,14 +117,25 @@ class First(nn.Module):
 
 
 def model_of(name: str, task: Task, stage: Stage, kind: str) -> nn.Sequential:
-    side = int(task.stages[0].tokens ** 0.5)
-    find = name == "find"
-    embed: nn.Module = nn.Linear(CLASSES + 1, WIDTH) if find else Tokens((1, side, side), WIDTH, patch=1)
+    find, width = name == "find", task.width
+    size, tile = block_of(name, stage), None if find else tile_of(*sides(stage), stage.block)
+    embed: nn.Module = nn.Linear(CLASSES + 1, width)
+    if not find:
+        embed = Tokens((1 if name == "bare-pixels" else 16, *sides(task.stages[0])), width, patch=1, tile=tile)
     if name == "pixels":
-        stem = nn.Conv2d(1, 16, 7, padding=3), nn.GELU()
-        embed = nn.Sequential(*stem, Tokens((16, side, side), WIDTH, patch=1))
-    layers = [Block(WIDTH, 1, attention(kind, stage.block)) for _ in range(task.depth)]
-    return nn.Sequential(embed, *layers, nn.LayerNorm(WIDTH), First() if find else Mean(), nn.Linear(WIDTH, CLASSES))
+        embed = nn.Sequential(nn.Conv2d(1, 16, 7, padding=3), nn.GELU(), embed)
+    layers = [Block(width, 1, attention(kind, size)) for _ in range(task.depth)]
+    return nn.Sequential(embed, *layers, nn.LayerNorm(width), First() if find else Mean(), nn.Linear(width, CLASSES))
+
+
+def sides(stage: Stage) -> tuple[int, int]:
+    side = int(stage.tokens**0.5)
+    return side, side
+
+
+def block_of(name: str, stage: Stage) -> int:
+    """Tokens of a block: of an image those of a tile."""
+    return stage.block if name == "find" else math.prod(tile_of(*sides(stage), stage.block))
 
 
 def found(stage: Stage, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -130,9 +156,8 @@ def pixels(train: bool) -> tuple[Tensor, Tensor]:
 
 
 def prepared(images: Tensor, stage: Stage) -> Tensor:
-    side = int(stage.tokens**0.5)
     x = (images.float() / 255 - 0.286) / 0.353
-    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=sides(stage), mode="bilinear", align_corners=False)
 
 
 def batches(name: str, stage: Stage, seed: int, train: bool) -> Batches:
@@ -175,22 +200,22 @@ def mass_kept(model: nn.Sequential, name: str, stage: Stage, rows: int = 4) -> d
     """
     x, _ = next(batches(name, stage, 0, train=False))
     kept: dict[str, list[float]] = {"chosen": [], "best": [], "random": []}
-    tokens = model[0](x[:rows])
+    tokens, block = model[0](x[:rows]), block_of(name, stage)
     for layer in model[1:-3]:
-        q, k, _ = layer.attention.qkv(layer.norm1(tokens)).unflatten(-1, (3, 1, WIDTH)).permute(2, 0, 3, 1, 4)
-        weights = F.pad((q @ k.mT * WIDTH**-0.5).softmax(-1), (0, -stage.tokens % stage.block))
+        q, k, _ = layer.attention.qkv(layer.norm1(tokens)).unflatten(-1, (3, 1, -1)).permute(2, 0, 3, 1, 4)
+        weights = F.pad((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1), (0, -stage.tokens % block))
         if name == "find":
             weights = weights[:, :, :1]
-        of_blocks = weights.unflatten(-1, (-1, stage.block)).sum(-1)  # [rows, heads, tokens, blocks]
-        mine = torch.arange(weights.shape[2]) // stage.block
+        of_blocks = weights.unflatten(-1, (-1, block)).sum(-1)  # [rows, heads, tokens, blocks]
+        mine = torch.arange(weights.shape[2]) // block
         for way in kept:
-            noise = torch.rand_like(of_blocks[:, :, :: stage.block])
+            noise = torch.rand_like(of_blocks[:, :, ::block])
             if way == "best":
-                noise = F.pad(of_blocks, (0, 0, 0, -weights.shape[2] % stage.block))
-                noise = noise.unflatten(2, (-1, stage.block)).sum(3)[:, :, : mine[-1] + 1]
+                noise = F.pad(of_blocks, (0, 0, 0, -weights.shape[2] % block))
+                noise = noise.unflatten(2, (-1, block)).sum(3)[:, :, : mine[-1] + 1]
             picked = with_neighbours(noise)
             if way == "chosen":
-                picked = choose_blocks(q, k, block=stage.block)[:, :, : mine[-1] + 1]
+                picked = choose_blocks(q, k, block=block)[:, :, : mine[-1] + 1]
             share = of_blocks.gather(-1, picked[:, :, mine]).sum(-1).mean()
             kept[way].append(round(float(share), 4))
         tokens = layer(tokens)

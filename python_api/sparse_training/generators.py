@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,33 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
         sys.modules["torch_xla"].core.xla_model.set_rng_state(int(state["xla"]), str(device))
     if "numpy" in state and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+def further_state(state: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the state of a torch generator for a process that was not there when a checkpoint was written.
+
+    Args:
+        state: state of the generator of a process that was.
+        rank: number of the process; each gets a state of its own.
+    """
+    return torch.Generator().manual_seed(_further_seed(state, rank)).get_state()
+
+
+def further_rng_state(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Return an ``rng_state`` for a process that was not there; an accelerator's generator is left as it is."""
+    seed = _further_seed(state["torch"], rank)
+    made: dict[str, Any] = {
+        "torch": torch.Generator().manual_seed(seed).get_state(), "python": random.Random(seed).getstate()
+    }  # fmt: skip
+    if "numpy" in state and "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.RandomState(seed).get_state()
+        made["numpy"] = (kind, keys.tolist(), *rest)
+    return made
+
+
+def _further_seed(state: torch.Tensor, rank: int) -> int:
+    digest = hashlib.sha256(state.cpu().numpy().tobytes() + str(rank).encode())
+    return int.from_bytes(digest.digest()[:4], "little")
 
 
 def own_generators(data: Any) -> dict[str, Any]:

@@ -212,7 +212,7 @@ class SparseTrainer(TrainingStep):
             length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
             settings = run_settings(
                 self, self.schedule, loader,
-                seed=self.seed, budget=f"{length.amount} {length.kind}", cost_budget=str(cost_budget),
+                seed=self.seed, budget=f"{length.amount} {length.kind}", epochs=epochs, cost_budget=str(cost_budget),
             )  # fmt: skip
             agree_on_run(
                 self, settings, loader, followers,

@@ -169,6 +169,24 @@ def test_an_unreadable_image_is_named_counted_and_left_out(
     assert "\n" not in caplog.messages[0]
 
 
+@pytest.mark.parametrize(("on_error", "reads"), [("count", 1), ("retry", 3)])
+def test_an_unreadable_image_is_tried_again_only_where_that_is_asked_for(
+    on_error: str, reads: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, asked = made("files", tmp_path, on_error=on_error), list[int]()
+    read, good = data.read, Path(data.name(4)).read_bytes()
+    data.read = lambda row: (asked.append(row), read(row))[1]
+    Path(data.name(4)).write_bytes(b"")
+    for _ in range(3):
+        assert data[4][1] == -100
+    assert asked == [4] * reads
+    assert data.unreadable == [data.name(4)]
+    Path(data.name(4)).write_bytes(good)
+    assert data[4][1] == (-100 if on_error == "count" else 0)
+    assert data.unreadable == ([data.name(4)] if on_error == "count" else [])
+    assert len(caplog.messages) == (1 if on_error == "count" else 2), "lost once, and found again"
+
+
 def test_workers_report_what_they_cannot_read(tmp_path: Path) -> None:
     data = made("files", tmp_path)
     Path(data.name(7)).unlink()
@@ -272,7 +290,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "`root` must be a folder" in refuses(lambda: ImageFiles(tmp_path / "none", crop))
     assert "no images in its class folders" in refuses(lambda: ImageFiles(tmp_path, crop, classes=["images"]))
     assert "no such class" in refuses(lambda: ImageFiles(folder, crop, classes=["class0", "class1"]))
-    assert "`on_error` must be one of count, raise, got 'skip'" in refuses(
+    assert "`on_error` must be one of count, retry, raise, got 'skip'" in refuses(
         lambda: ImageFiles(folder, crop, on_error="skip")
     )
     assert "`transform` must be callable" in refuses(lambda: ImageFiles(folder, 224))  # type: ignore[arg-type]

@@ -263,3 +263,25 @@ def test_asking_twice_for_an_iterator_skips_no_epoch_and_loses_no_state():
     restored.load_state_dict(state)
     iter(restored)
     assert [first, *batches] == list(restored)
+
+
+@pytest.mark.parametrize("stop", range(12, 16))
+def test_an_epoch_whose_first_batch_is_left_out_has_the_order_that_it_had(tmp_path, stop):
+    """The order is drawn from the generator that dropout moves on, before the first batch is read."""
+
+    def run(folder=None, stop=None):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        data = TensorDataset(torch.randn(60, 8, generator=generator), torch.randint(3, (60,), generator=generator))
+        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+        trainer = SparseTrainer(model, dense_start=0.0, dense_end=0.0)
+        steps = iter(range(1, 100))
+        trainer.fit(
+            DataLoader(data, batch_size=5, shuffle=True), epochs=3, checkpoint=folder, resume=folder is not None,
+            stop=lambda: next(steps) == stop, progress=False,
+        )  # fmt: skip
+        return [parameter.tolist() for parameter in model.parameters()]
+
+    whole = run()
+    run(tmp_path, stop)
+    assert run(tmp_path) == whole

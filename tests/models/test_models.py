@@ -11,7 +11,7 @@ from torch import nn
 from sparse_training.errors import UserError
 from sparse_training.models.build import MODELS, build_model
 from sparse_training.models.resnet import ResidualBlock
-from sparse_training.models.vit import Attention, vit
+from sparse_training.models.vit import Attention, Tokens, tile_of, tile_order, vit
 from sparse_training.nn import BlockSparseAttention
 
 CIFAR = (3, 32, 32)
@@ -115,11 +115,48 @@ def test_the_sparse_transformer_reads_a_part_of_the_pixels_and_has_the_parameter
     images = torch.randn(2, 1, 28, 28)
     assert not torch.allclose(dense(images), sparse(images))
     named = build_model("vit-sparse", shape=(1, 28, 28), classes=5)
-    assert [block.attention.blocks.block for block in named[1:3]] == [32, 32]
+    assert [block.attention.blocks.block for block in named[1:3]] == [28, 28], "tiles of 4x7 pixels"
     with pytest.raises(UserError, match="`attention` must be one of dense, sparse, got 'flash'"):
         vit(**options, attention="flash")
     with pytest.raises(UserError, match="0x0 pixels"):
         vit(**{**options, "patch": 0})
+
+
+@pytest.mark.parametrize(
+    ("sides", "block", "tile"),
+    [
+        ((28, 28), 64, (7, 7)), ((28, 28), 32, (4, 7)), ((32, 32), 64, (8, 8)), ((32, 32), 32, (4, 8)),
+        ((6, 40), 32, (6, 5)), ((29, 31), 36, (6, 6)), ((4, 4), 64, (4, 4)), ((5, 5), 1, (1, 1)),
+    ],
+)  # fmt: skip
+def test_a_block_of_tokens_is_a_tile_of_the_image(sides: tuple[int, int], block: int, tile: tuple[int, int]) -> None:
+    assert tile_of(*sides, block) == tile
+    order = tile_order(*sides, tile)
+    assert sorted(order.tolist()) == list(range(sides[0] * sides[1]))
+    row, column = order // sides[1], order % sides[1]
+    if sides[0] % tile[0] == sides[1] % tile[1] == 0:
+        places = torch.stack([row // tile[0], column // tile[1]], 1).view(-1, tile[0] * tile[1], 2)
+        assert (places == places[:, :1]).all(), "tokens of a block are of one tile"
+        assert ((places[1:, 0] - places[:-1, 0]).abs().sum(1) == 1).all(), "tiles that follow one another touch"
+
+
+def test_tokens_in_tiles_are_those_row_by_row_in_another_order() -> None:
+    torch.manual_seed(0)
+    plain, tiled = Tokens((1, 12, 12), 8, 1), Tokens((1, 12, 12), 8, 1, (3, 4))
+    tiled.load_state_dict(plain.state_dict())
+    for side in (12, 14):  # 14: positions are interpolated, and the last tiles are smaller
+        images = torch.randn(2, 1, side, side)
+        torch.testing.assert_close(tiled(images), plain(images)[:, tile_order(side, side, (3, 4))])
+
+
+def test_positions_begin_as_waves_of_row_and_column() -> None:
+    places = Tokens((1, 8, 12), 16, 1).places.detach()[0]
+    assert places.abs().max() <= 0.5
+    assert (places[:8] == places[:8, :, :1]).all()
+    assert (places[8:] == places[8:, :1]).all()
+    flat = places.flatten(1).T
+    assert len(flat.unique(dim=0)) == 8 * 12, "each place has one of its own"
+    assert not Tokens((1, 4, 4), 3, 1).places.any()  # too narrow for waves
 
 
 def test_odd_sides_are_refused_where_pixels_are_taken_in_blocks() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks_of_a_user import run_ranks
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, WeightedRandomSampler
 
 from sparse_training import SparseTrainer
 
@@ -79,3 +79,39 @@ def short(rank, size):
     trainer = SparseTrainer(nn.Linear(1, 1), loss=outputs_plus_targets, dense_start=0.0, dense_end=0.0)
     loader = DataLoader(data, batch_size=BATCH, sampler=DistributedSampler(data))
     return trainer.fit(loader, epochs=1, progress=False).warnings
+
+
+def test_ranks_that_wait_for_rows_run_nothing(tmp_path):
+    """A pass that leaves rows out has fewer steps with rows than batches; the others cost no forward pass."""
+    for one in run_ranks(counted, 2, tmp_path):
+        assert one["steps"] == PASSES * ROWS // (2 * BATCH)
+        assert one["busy"] < 0.9 * one["steps"]
+        assert one["forward passes"] == one["busy"]
+
+
+def counted(rank, size):
+    data, model, passes = Rows(), nn.Linear(1, 1, bias=False), []
+    trainer = SparseTrainer(model, loss=outputs_plus_targets, lr=LR, dense_start=0.0, dense_end=0.0)
+    loader = DataLoader(data, batch_size=BATCH, sampler=DistributedSampler(data, seed=1))
+    step, busy = trainer.step, []
+
+    def watched(*arguments):
+        batch, kept = step(*arguments)
+        busy.append(kept.rows > 0)
+        if len(busy) == 1:  # behind the passes that try the model
+            model.register_forward_hook(lambda *_: passes.append(1))
+        return batch, kept
+
+    trainer.step = watched
+    log = trainer.fit(loader, epochs=PASSES, progress=False)
+    return {"steps": log.steps, "busy": sum(busy[1:]), "forward passes": len(passes)}
+
+
+def test_rows_that_the_sampler_never_gives_are_not_put_down_to_a_short_run():
+    data = Rows()
+    given = WeightedRandomSampler(torch.cat([torch.ones(ROWS // 2), torch.zeros(ROWS // 2)]), 4 * ROWS)
+    trainer = SparseTrainer(nn.Linear(1, 1), loss=outputs_plus_targets, dense_start=0.0, dense_end=0.0)
+    log = trainer.fit(DataLoader(data, batch_size=BATCH, sampler=given), epochs=3, progress=False)
+    assert log.warnings == [
+        f"{ROWS // 2} of {ROWS} rows were never trained on: the sampler of the data did not give them"
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import torch
+from torch.utils.data import DataLoader
 
 from sparse_training import files
 from sparse_training.callbacks.checkpoints import BestModel, KeepLast
@@ -36,10 +37,10 @@ from sparse_training.cli.options import (
 )
 from sparse_training.cli.recipe import RECIPE
 from sparse_training.cli.signals import Invocation
-from sparse_training.cli.values import COUNT, FRACTION, PART, POSITIVE, SEED
-from sparse_training.data.load import load_data
+from sparse_training.cli.training_data import TrainingData, training_data
+from sparse_training.cli.values import COUNT, FRACTION, PART, POSITIVE, SEED, WORKERS
 from sparse_training.data.resident import ResidentLoader
-from sparse_training.data.splits import VALIDATION, ImageData, Split, split_validation
+from sparse_training.data.splits import VALIDATION
 from sparse_training.errors import UserError
 from sparse_training.experiments.environment import environment
 from sparse_training.models.augment import augment_inputs, read_augmentation
@@ -57,7 +58,6 @@ from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CHECKPOINT
 
 MODEL, BEST, CSV, BOARD = "model.pt", "best.pt", "log.csv", "tensorboard"
-EVALUATED_ROWS = 1000  # rows of a batch
 
 # Options that change nothing of what is trained.
 LOGS = (
@@ -69,6 +69,15 @@ LOGS = (
 
 @click.command(name="train")
 @with_options(*RUN)
+@click.option(
+    "--crops",
+    type=COUNT,
+    help="Side in pixels of crops of an image folder's images, which are read as they are needed and never made "
+    "smaller as a whole.",
+)
+@click.option(
+    "--workers", type=WORKERS, help="Processes that read images for --crops.  [default: a core each, up to 8]"
+)
 @PRECISION
 @click.option("--policy", callback=policy, help=f"Method: {POLICY_NAMES}.  [default: {DEFAULT_POLICY}]")
 @click.option(
@@ -120,17 +129,11 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
     budget = _budget(options)
     connect()
     device = prepare(options)
-    data, validation = _data(options)
+    _check_choices(options)
+    data = training_data(options, device)
     trainer = _trainer(options, data, device)
     seed, ranks = options["seed"], trainer.ranks
-    facts: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
-    loader = ResidentLoader(data.train, batch_size=options["batch_size"], seed=seed, **facts)
-
-    def in_order(split: Split) -> ResidentLoader:
-        rows = min(EVALUATED_ROWS, -(-len(split) // ranks.size))
-        return ResidentLoader(split, batch_size=rows, shuffle=False, **facts)
-
-    test, folder = in_order(data.test), ranks.all(folder)[0]  # the first one's, if named by the time
+    folder = ranks.all(folder)[0]  # the first one's, if named by the time
     callbacks = [*_callbacks(options, folder), _WritesOptions(folder, options)]
     first = ranks.rank == 0  # it alone writes and prints
     if not first:
@@ -144,11 +147,11 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
 
     with Display(total=1) if first else nullcontext() as display, invocation.signals.at_next_step():
         log = trainer.fit(
-            loader,
+            data.train,
             **budget,
-            evaluate=test if validation is None else in_order(validation),
+            evaluate=data.test if data.validation is None else data.validation,
             evaluations=options.get("evaluations", 20),
-            clock=_clock(trainer, loader, options, folder, display, invocation.signals.stop),
+            clock=_clock(trainer, data.train, options, folder, display, invocation.signals.stop),
             checkpoint=folder,
             checkpoint_interval=options.get("checkpoint_interval"),
             resume=resume,
@@ -157,7 +160,8 @@ def run(invocation: Invocation, folder: Path, options: dict[str, Any], resume: b
             stop=invocation.signals.stop,
         )
         if not log.interrupted:
-            numbers = log.evals[-1] if validation is None else trainer.evaluate(test)
+            numbers = log.evals[-1] if data.validation is None else trainer.evaluate(data.test)
+            log.warnings += data.warnings()
             result = _write(trainer, log, numbers, folder, options) if first else {}
     if first and log.interrupted:
         print_resume(folder)
@@ -191,19 +195,15 @@ def _budget(options: dict[str, Any]) -> dict[str, Any]:
     return budget
 
 
-def _data(options: dict[str, Any]) -> tuple[ImageData, Split | None]:
-    """Load the data; take a validation split from it, where there is to be one."""
-    fraction = options.get("validation", 0.0)
+def _check_choices(options: dict[str, Any]) -> None:
     chosen = [f"--{name}" for name in ("patience", "best") if options.get(name)]
-    if chosen and not fraction:
+    if chosen and not options.get("validation", 0.0):
         raise UserError(f"{' and '.join(chosen)} must choose by a --validation above 0, not by the test set")
     if options.get("keep_last") is not None and options.get("checkpoint_interval") is None:
         raise UserError("--keep-last needs --checkpoint-interval, the steps between checkpoints")
-    data = load_data(options["data"], options["root"], size=options.get("image_size"))
-    return split_validation(data, fraction=fraction) if fraction else (data, None)
 
 
-def _trainer(options: dict[str, Any], data: ImageData, device: torch.device) -> SparseTrainer:
+def _trainer(options: dict[str, Any], data: TrainingData, device: torch.device) -> SparseTrainer:
     torch.manual_seed(options["seed"])
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes))
     if options.get("augment"):
@@ -258,7 +258,7 @@ def _callbacks(options: dict[str, Any], folder: Path) -> list[Callback]:
 
 def _clock(
     trainer: SparseTrainer,
-    loader: ResidentLoader,
+    loader: ResidentLoader | DataLoader[Any],
     options: dict[str, Any],
     folder: Path,
     display: Display | None,
@@ -266,6 +266,8 @@ def _clock(
 ) -> Clock | None:
     """Calibrate the clock of a new run of seconds, and show how far that is; None for the trainer's choice."""
     if options.get("seconds") is None or display is None or not trainer.ranks.alone or (folder / CHECKPOINT).exists():
+        return None
+    if not isinstance(loader, ResidentLoader):
         return None
     try:
         return Clock(calibrate(trainer, loader, progress=display.calibrating, stop=stop))

@@ -27,3 +27,4 @@ PART = Finite(min=0, max=1, max_open=True)
 COUNT = click.IntRange(1, 2**62)
 SEED = click.IntRange(0, 2**62)  # PyTorch's generators take 64 bits
 THREADS = click.IntRange(1, 4096)
+WORKERS = click.IntRange(0, 4096)

@@ -28,7 +28,7 @@ class ImageFiles(ImageRows):
             class folders, sorted by name.
         seed: seed of random transforms. Default 0.
         on_error: "count" (the default) names and counts an image that cannot be decoded, and gives it the label -100;
-            "raise" makes it an error.
+            "retry" tries it again whenever its row is asked for; "raise" makes it an error.
 
     Raises:
         UserError: no such folder, no images, a folder that is none of ``classes``, or no Pillow.

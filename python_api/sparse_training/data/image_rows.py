@@ -21,7 +21,7 @@ from sparse_training.errors import UserError
 from sparse_training.generators import rng_state, set_rng_state
 
 CPU = torch.device("cpu")
-ON_ERROR = ("count", "raise")
+ON_ERROR = ("count", "retry", "raise")
 _IMAGES = 4 << 48  # separates its random numbers from others of the same seed, as in samplers/importance.py
 
 
@@ -39,8 +39,8 @@ class ImageRows(Dataset[tuple[Tensor, int]], ABC):
             or your own. It may draw from the global generators of PyTorch, NumPy and ``random``.
         seed: seed of the transforms. Default 0.
         on_error: for an image that cannot be decoded, "count" (the default): the row has an image of zeros and the
-            label -100, which cross-entropy leaves out, and is named once and counted in ``unreadable``. "raise": an
-            error that names it.
+            label -100, which cross-entropy leaves out, is named once, counted in ``unreadable`` and not read again.
+            "retry": the same, but it is read again whenever its row is asked for. "raise": an error that names it.
 
     Attributes:
         labels: class of each row, int64 [rows].
@@ -82,12 +82,17 @@ class ImageRows(Dataset[tuple[Tensor, int]], ABC):
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         if not 0 <= row < len(self):
             raise IndexError(f"row numbers must be in 0 to {len(self) - 1}, got {row}")
+        if self._failed[row] and self.on_error == "count":
+            return self._empty(row), IGNORED
         try:
             with open_image(find_pillow(type(self).__name__), io.BytesIO(self.read(row))) as image:
                 check_depth(image)
                 pixels = image.convert("RGB")
         except Exception as error:  # decoders raise many types on corrupt files
             return self._lost(row, error), IGNORED
+        if self._failed[row]:
+            self._failed[row] = False
+            announce(f"{self.name(row)}: could be read this time")
         return self._transformed(row, pixels), int(self.labels[row])
 
     def set_epoch(self, epoch: int) -> None:
@@ -116,6 +121,10 @@ class ImageRows(Dataset[tuple[Tensor, int]], ABC):
         if not self._failed[row]:
             self._failed[row] = True
             announce(f"{sentence}; it is left out and counted")
+        return self._empty(row)
+
+    def _empty(self, row: int) -> Tensor:
+        """Return what stands in the place of an image that cannot be decoded."""
         return torch.zeros_like(self._transformed(row, find_pillow(type(self).__name__).new("RGB", (256, 256))))
 
     def _transformed(self, row: int, image: Any) -> Tensor:

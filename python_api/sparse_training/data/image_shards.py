@@ -32,7 +32,7 @@ class ImageShards(ImageRows):
         classes: names of the classes. Default: "0", "1", ..., up to the largest label.
         seed: seed of random transforms. Default 0.
         on_error: "count" (the default) names and counts an image that cannot be decoded, and gives it the label -100;
-            "raise" makes it an error.
+            "retry" tries it again whenever its row is asked for; "raise" makes it an error.
 
     Raises:
         UserError: a shard that is missing, cut off, compressed or not on a disk, a sample without an image or class,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +14,6 @@ from sparse_training.data.pillow import FORMATS, check_depth, find_pillow, open_
 from sparse_training.data.splits import ImageData, Split, missing_set
 from sparse_training.errors import UserError
 
-DEFAULT_SIZE = 32
-
 
 def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
     """Load ``train/<class>/*.png`` (or .jpg, ...) and ``test/...``, or else ``val/...``, from the first root with both.
@@ -27,17 +24,39 @@ def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
 
     Args:
         roots: folders to search, in order.
-        size: height and width in pixels, at least 1; None for the images' own size if they all share one, else 32.
-            Default None. Where they differ, a warning says to which size they are brought.
+        size: height and width in pixels, at least 1; None (the default) for the images' own, which they must share.
 
     Returns:
         The training and test split, with the class names and the channel statistics.
 
     Raises:
-        UserError: no such folders, no Pillow, a class whose name is no UTF-8, or an image that cannot be read.
+        UserError: no such folders, no Pillow, a class whose name is no UTF-8, an image that cannot be read, or images
+            of several sizes without ``size``.
     """
     if size is not None and size < 1:
         raise UserError(f"`size` must be at least 1 pixel, got {size}")
+    parts, classes = train_and_test_folders(roots)
+    pillow = find_pillow("the data set imagefolder")
+    train, test = (_files(folder, classes) for folder in parts)
+    width, height = (size, size) if size is not None else _common_size(pillow, train + test)
+    return ImageData.from_splits(
+        "imagefolder",
+        _read_split(pillow, train, width, height),
+        _read_split(pillow, test, width, height),
+        classes=classes,
+        source=f"images in {parts[0].parent}",
+    )
+
+
+def train_and_test_folders(roots: Sequence[Path]) -> tuple[tuple[Path, Path], list[str]]:
+    """Find the folders ``train`` and ``test``, or else ``val``, in the first root with both, and the classes' names.
+
+    Args:
+        roots: folders to search, in order.
+
+    Raises:
+        UserError: no such folders, fewer than two classes, or a class in the other one alone.
+    """
     root = _find(roots)
     held_out = root / "test" if (root / "test").is_dir() else root / "val"
     classes = class_folders(root / "train")
@@ -45,17 +64,7 @@ def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
         raise UserError(f"{root / 'train'} must hold at least 2 class folders, got {len(classes)}")
     if unknown := sorted(set(class_folders(held_out)) - set(classes)):
         raise UserError(f"{held_out / unknown[0]}: no such class in {root / 'train'}")
-
-    pillow = find_pillow("the data set imagefolder")
-    train, test = (_files(folder, classes) for folder in (root / "train", held_out))
-    width, height = (size, size) if size is not None else _common_size(pillow, train + test)
-    return ImageData.from_splits(
-        "imagefolder",
-        _read_split(pillow, train, width, height),
-        _read_split(pillow, test, width, height),
-        classes=classes,
-        source=f"images in {root}",
-    )
+    return (root / "train", held_out), classes
 
 
 def _find(roots: Sequence[Path]) -> Path:
@@ -115,17 +124,19 @@ def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
 
 
 def _common_size(pillow: ModuleType, files: Sequence[tuple[Path, int]]) -> tuple[int, int]:
-    """Return (width, height) of all images, from their headers; the default size if they differ."""
+    """Return (width, height) of all images, from their headers.
+
+    Raises:
+        UserError: they differ.
+    """
     sizes = {_read_size(pillow, path) for path, _ in files}
     if len(sizes) == 1:
         return sizes.pop()
     least, most = (f"{width}x{height}" for width, height in (min(sizes), max(sizes)))
-    warnings.warn(
-        f"the images have sizes from {least} to {most} pixels and are resized to {DEFAULT_SIZE}x{DEFAULT_SIZE}; name "
-        "another by size= (--image-size)",
-        stacklevel=4,
+    raise UserError(
+        f"the images have sizes from {least} to {most} pixels; give the side that all are resized to, size= "
+        "(--image-size), or train on crops of the images as they are: ImageFiles (--crops)"
     )
-    return DEFAULT_SIZE, DEFAULT_SIZE
 
 
 def _read_size(pillow: ModuleType, path: Path) -> tuple[int, int]:

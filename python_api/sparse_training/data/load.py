@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from sparse_training.data import cifar10, digits, fashion_mnist, imagefolder
+from sparse_training.data.image_files import ImageFiles
 from sparse_training.data.splits import ROOT_VARIABLE, ImageData
+from sparse_training.data.transforms import CenterCrop, RandomCropAndFlip
 from sparse_training.errors import UserError
 
 DATASETS = ("digits", "fashion-mnist", "cifar10", "imagefolder")
@@ -25,7 +28,7 @@ def load_data(name: str, root: str | Path | None = None, *, size: int | None = N
             Default: the folder named in the environment variable ``SPARSE_TRAINING_DATA``, then, for
             "fashion-mnist", the folder of Debian's package.
         size: for "imagefolder" alone: height and width in pixels that every image is resized to, at least 1.
-            Default: the images' own size if they all share one, else 32.
+            Default: the images' own size, which they must share.
 
     Returns:
         The training and test split, with the class names and the channel statistics.
@@ -47,6 +50,41 @@ def load_data(name: str, root: str | Path | None = None, *, size: int | None = N
     if name == "cifar10":
         return cifar10.load(roots)
     return imagefolder.load(roots, size)
+
+
+class Crops(NamedTuple):
+    """Images of a folder as they are, of which crops are trained on; each is read when its row is asked for.
+
+    Attributes:
+        train: random crops of the training images.
+        plain: crops from the middle of the same images.
+        test: crops from the middle of the test images.
+    """
+
+    train: ImageFiles
+    plain: ImageFiles
+    test: ImageFiles
+
+
+def load_crops(root: str | Path | None = None, *, size: int, seed: int = 0) -> Crops:
+    """Find the images of ``train/<class>/*.png`` (or .jpg, ...) and ``test/...``, or else ``val/...``.
+
+    Args:
+        root: the folder that holds both. Default: the one named in the environment variable
+            ``SPARSE_TRAINING_DATA``.
+        size: height and width of a crop in pixels, at least 1.
+        seed: seed of the random crops. Default 0.
+
+    Raises:
+        UserError: data missing or no Pillow.
+    """
+    (train, test), classes = imagefolder.train_and_test_folders(_roots("imagefolder", root))
+    middle = CenterCrop(size)
+    return Crops(
+        ImageFiles(train, RandomCropAndFlip(size), classes=classes, seed=seed),
+        ImageFiles(train, middle, classes=classes),
+        ImageFiles(test, middle, classes=classes),
+    )
 
 
 def _roots(name: str, root: str | Path | None) -> list[Path]:

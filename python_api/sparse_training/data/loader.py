@@ -10,11 +10,12 @@ For any other iterable an item is the batch itself, and rows are chosen after it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from sparse_training.errors import UserError
 from sparse_training.selection.types import Batch, CandidateIndices, WeightedIndices
 
 Choose = Callable[[CandidateIndices], WeightedIndices | None]
@@ -28,10 +29,12 @@ class Loader(ABC):
         labels: targets of all rows, [size, ...]; None where they are not held.
         epoch: number of the current epoch, from 0.
         position: number of this epoch's items already yielded.
+        divided: True where process r of n holds the rows r, r + n, ... alone, and numbers them from 0.
     """
 
     size: int | None = None
     labels: Tensor | None = None
+    divided = False
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -91,3 +94,29 @@ class Loader(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``."""
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]], batches: int | None) -> None:
+        """Continue from the states of another number of processes.
+
+        An epoch that had begun goes on after as large a part of its batches, rounded down. Its order is that of the
+        present number of processes.
+
+        Args:
+            states: states of ``state_dict``, one of each process in order of their ranks.
+            batches: number of items in an epoch of one of those processes; None where unknown.
+
+        Raises:
+            UserError: an epoch that had begun cannot go on.
+        """
+        epoch, position = int(states[0]["epoch"]), int(states[0]["position"])
+        if batches is not None and position >= batches:
+            epoch, position = epoch + 1, 0
+        if position:
+            now = self.batches()
+            if batches is None or now is None:
+                raise UserError(
+                    "an epoch of training data without a length cannot go on with another number of processes; use a "
+                    "checkpoint from the end of an epoch"
+                )
+            position = position * now // batches
+        self.epoch, self.position = epoch, position

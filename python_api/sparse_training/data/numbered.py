@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from sparse_kernels.trees import map_rows
 from sparse_training.data.loader import Choose
 from sparse_training.data.stream import CPU, StreamLoader
 from sparse_training.errors import UserError
-from sparse_training.generators import rng_state
+from sparse_training.generators import rng_state, set_rng_state
 from sparse_training.selection.types import Batch, CandidateIndices, WeightedIndices
 
 _END = object()
@@ -69,7 +69,8 @@ class NumberedLoader(StreamLoader):
     def __iter__(self) -> Iterator[Item]:
         draws = self.draws
         used = sum(len(drawn.index) > 0 for drawn in draws.drawn[: self.position])
-        source = self.rest_of_epoch(used, self._ahead)
+        draws.before_next = (used, self._ahead)
+        source = self.rest_of_epoch(used, ahead=self._ahead is not None)
         for batch in itertools.chain(source, (_END,)):
             if batch is not _END:
                 self._ahead = draws.generators
@@ -143,6 +144,24 @@ class NumberedLoader(StreamLoader):
         self._ahead = state["ahead"]
         self.draws.load_state_dict(state["draws"], self.epoch)
 
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]], batches: int | None) -> None:
+        """Continue from the states of another number of processes, at the end of an epoch.
+
+        Raises:
+            UserError: the epoch has not ended, whose draws are each process's own.
+        """
+        if any("draws" not in state for state in states):
+            raise UserError("the checkpoint was made on data whose rows had no numbers")
+        if states[0]["position"] not in (0, batches):
+            raise UserError(
+                "an epoch whose rows were chosen before loading cannot go on with another number of processes; use a "
+                "checkpoint from the end of an epoch (`checkpoint_interval`)"
+            )
+        super().load_rank_states(states, batches)
+        self._ahead = None
+        self.draws.begin(self.epoch)
+        self.draws.numbered = all(state["draws"]["numbered"] for state in states)
+
 
 class Drawn(NamedTuple):
     """Rows drawn for an item.
@@ -186,6 +205,8 @@ class Draws:
         choose: the policy's choice of rows; None for all rows.
         drawn: rows of the items of this epoch that were drawn so far.
         generators: states of the global generators before the last batch is read; None where no empty item precedes it.
+        before_next: of an epoch that is continued, how many batches were used, and the states of the global generators
+            before the next one was read; None where it was not.
         numbered: False once rows turned out to have no numbers.
     """
 
@@ -198,6 +219,7 @@ class Draws:
         self.choose: Choose | None = None
         self.numbered = True
         self.generators: dict[str, Any] | None = None
+        self.before_next: tuple[int, dict[str, Any] | None] = (0, None)
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
@@ -211,6 +233,7 @@ class Draws:
     def __iter__(self) -> Iterator[list[int]]:
         place = 0
         known = tuple(self.drawn)  # of an epoch that is continued
+        read, (used, before) = 0, self.before_next
         for number, ids in enumerate(self._offered()):
             if number >= len(known):
                 self.drawn.append(self._draw(ids, place))
@@ -219,7 +242,10 @@ class Draws:
             place += len(ids)
             if len(index := self.drawn[number].index):
                 after_empty = number > 0 and not len(self.drawn[number - 1].index)
+                if read == used and before is not None:
+                    set_rng_state(before, CPU)  # here: the sampler's order is drawn before, from the epoch's start
                 self.generators = rng_state(CPU) if after_empty else None
+                read += 1
                 yield index.tolist()
 
     def _offered(self) -> list[Tensor]:

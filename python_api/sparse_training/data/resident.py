@@ -52,6 +52,8 @@ class ResidentLoader(Loader):
         UserError: a batch size out of range, no images, or fewer images than processes.
     """
 
+    divided = True
+
     def __init__(
         self,
         split: ArraySplit,

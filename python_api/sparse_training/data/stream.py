@@ -75,13 +75,12 @@ class StreamLoader(Loader):
             raise UserError("the training data yielded no batch; it must be an iterable that can be iterated again")
         self.epoch, self.position = self.epoch + 1, 0
 
-    def rest_of_epoch(self, used: int, ahead: Mapping[str, Any] | None = None) -> Iterator[Any]:
+    def rest_of_epoch(self, used: int, *, ahead: bool = False) -> Iterator[Any]:
         """Begin or continue an epoch.
 
         Args:
             used: number of the epoch's batches that were already used.
-            ahead: states of the global generators before the next batch was read, where it was read, too. Default
-                None: it was not.
+            ahead: True if the next batch was read, too. Default False.
 
         Returns:
             The batches that follow, their generators where they were.
@@ -93,7 +92,7 @@ class StreamLoader(Loader):
         else:
             self._set_own(self._own_rng)
             self._epoch_rng = {**rng_state(CPU), "own": self._own_states()}
-            source = iter(self.source)
+            source = itertools.islice(self.source, used, None)  # used: by another number of processes
         self._own_rng = None
         return source
 
@@ -111,7 +110,7 @@ class StreamLoader(Loader):
         for path, generator in own.items():
             set_generator_state(generator, states[path])
 
-    def _replayed(self, used: int, ahead: Mapping[str, Any] | None) -> Iterator[Any]:
+    def _replayed(self, used: int, ahead: bool) -> Iterator[Any]:
         """Iterate from the epoch's start, past the batches already used; the global generators stay as they are."""
         now, began = rng_state(CPU), self._epoch_rng
         if isinstance(began, Tensor):
@@ -122,10 +121,7 @@ class StreamLoader(Loader):
         source = iter(self.source)
         for _ in range(used):
             next(source, None)
-        read = []
-        if ahead is not None:
-            set_rng_state(ahead, CPU)
-            read.append(next(source))
+        read = [next(source)] if ahead else []
         set_rng_state(now, CPU)
         self._set_own(self._own_rng)  # an evaluation on the same data may have drawn from them too
         return itertools.chain(read, source)
@@ -195,6 +191,11 @@ class StreamLoader(Loader):
         """Restore ``state_dict``."""
         super().load_state_dict(state)
         self._epoch_rng, self._own_rng = state.get("epoch_rng"), state.get("own_rng")
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]], batches: int | None) -> None:
+        """Continue from the states of another number of processes; generators of the data's own stay as they are."""
+        super().load_rank_states(states, batches)
+        self._epoch_rng = self._own_rng = None
 
 
 def _epoch_parts(source: Any) -> list[Any]:

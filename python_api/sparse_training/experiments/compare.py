@@ -141,10 +141,13 @@ def comparison_result(runner: Runner) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in design.methods}
     data = runner.task("clean").data
     assert isinstance(data, ImageData)
+    # The gallery is of the first gate, whatever its significance and its scorer.
+    gates = [method for method in design.methods if method.partition("@")[0].partition(":")[0] == GALLERY_METHOD]
+    shown = next(iter(gates), GALLERY_METHOD)
     counts = torch.zeros(2, len(data.train), dtype=torch.int64)  # times selected, times seen
     for cell, (run, by_row) in finished.items():
         runs[cell.method].append({name: value for name, value in run.items() if name not in _OF_THE_RUNNER})
-        if cell.method == GALLERY_METHOD and "selected" in by_row:
+        if cell.method == shown and "selected" in by_row:
             counts += torch.stack((by_row["selected"], by_row["seen"])).cpu()
     summaries = {method: _summary(some) for method, some in runs.items()}
     shares = {method: policy.target or summaries[method]["rate_mean"] or 1.0 for method, policy in policies.items()}
@@ -154,7 +157,7 @@ def comparison_result(runner: Runner) -> dict[str, Any]:
         "calibration": {"rounds": costs.rounds, "arms": _stages(costs, policies, shares, design.batch_size)},
         "speedup": _speedups(costs, policies, shares, design.batch_size),
         "arms": {method: {"runs": some, "summary": summaries[method]} for method, some in runs.items()},
-        "gallery": {"arm": GALLERY_METHOD, **most_and_least(data, *counts)},
+        "gallery": {"arm": shown, **most_and_least(data, *counts)},
     }
 
 

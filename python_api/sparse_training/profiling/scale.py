@@ -62,7 +62,7 @@ class Cluster:
         """Seconds of the gradients' ring all-reduce, not overlapped, and of small collectives by a tree."""
         rounds = math.ceil(math.log2(ranks))
         sent = 2 * (ranks - 1) / ranks * (payload + sum(small))
-        return sent / self.bandwidth + (2 + len(small)) * rounds * self.latency
+        return sent / self.bandwidth + (2 * (payload > 0) + len(small)) * rounds * self.latency
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Simulated:
         ranks: as in the plan.
         table_bytes: memory of a rank's table of past scores.
         count_bytes: memory of the trainer's counts of how often each row was kept and scored.
-        reduced_bytes: bytes that a rank gives to the collectives of a step: gradients and all else.
+        reduced_bytes: mean bytes that a rank gives to the collectives of a step: gradients and all else.
         rows: mean rows that a rank trains on, of the steps that have rows.
         imbalance: rows of the fullest rank by the mean rank's; 1 where all have as many.
         seconds: mean seconds of a step.
@@ -224,9 +224,14 @@ def simulate(plan: Plan, costs: StageCosts, cluster: Cluster, *, seed: int = 0) 
         random = np.random.default_rng(seed)
         steps = min(MOST_STEPS, max(16, DRAWS // plan.ranks))
         rows = draw_rows(plan, method, steps, random)
-        small = collectives(method)
-        seconds = _step_seconds(plan, method, rows, costs, cluster, random)
-        seconds = seconds + cluster.exchange_seconds(plan.ranks, 4 * plan.parameters, small)
+        small, gradients = collectives(method), 4 * plan.parameters
+        # Where all ranks wait for rows, they tell one another how many they have, and no more.
+        busy = rows.any(1) if method == "infobatch" else np.ones(steps, dtype=bool)
+        seconds = _step_seconds(plan, method, rows, costs, cluster, random) + np.where(
+            busy,
+            cluster.exchange_seconds(plan.ranks, gradients, small),
+            cluster.exchange_seconds(plan.ranks, 0, (_WAITING,)),
+        )
         full, mean = rows[rows.any(1)], float(seconds.mean())
         number = _epoch_steps(plan, method, random)
         held = -(-plan.samples // plan.ranks)
@@ -237,7 +242,7 @@ def simulate(plan: Plan, costs: StageCosts, cluster: Cluster, *, seed: int = 0) 
                 method, plan.samples, plan.ranks,
                 table_bytes=table_bytes(held) if past else 0,
                 count_bytes=held * {"dense": 0, "gate": 8, "gate-balanced": 8, "infobatch-balanced": 0}.get(method, 4),
-                reduced_bytes=4 * plan.parameters + sum(small),
+                reduced_bytes=round(np.where(busy, gradients + sum(small), _WAITING).mean()),
                 rows=float(full.mean()) if len(full) else 0.0,
                 imbalance=float(full.max(1).mean() / full.mean()) if len(full) else 1.0,
                 seconds=mean, spread=(low, middle, high), steps=number, epoch_seconds=number * mean,
@@ -248,7 +253,7 @@ def simulate(plan: Plan, costs: StageCosts, cluster: Cluster, *, seed: int = 0) 
 
 
 def collectives(method: str) -> tuple[int, ...]:
-    """Bytes that a rank gives to each small collective of a step."""
+    """Bytes that a rank gives to each small collective of a step with rows."""
     if method == "infobatch-balanced":  # a DataLoader's: DistributedDataParallel alone
         return ()
     own = {"gate": (_GATE,), "gate-balanced": (_GATE,), "infobatch": (_WAITING,)}
@@ -265,7 +270,9 @@ def _step_seconds(
     before = before + curve_seconds(costs.select.get(POLICIES.get(method, method)), offered)
     if scored:
         before = before + curve_seconds(costs.score, offered)
-    train = curve_seconds(costs.train, np.maximum(rows, 1))  # a rank without rows runs a row of zeros
+    train = curve_seconds(costs.train, np.maximum(rows, 1))  # a rank without rows runs a row of zeros,
+    if method == "infobatch":
+        train = np.where(rows.any(1, keepdims=True), train, 0.0)  # unless none has any
     if cluster.jitter:
         sigma = math.sqrt(math.log1p(cluster.jitter**2))
         before, train = (part * random.lognormal(-0.5 * sigma**2, sigma, rows.shape) for part in (before, train))

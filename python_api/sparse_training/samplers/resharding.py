@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_training.errors import UserError
+from sparse_training.selection.types import WeightedIndices
 
 
 def check_ranks(states: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -33,23 +34,23 @@ def check_ranks(states: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [states[ranks.index(rank)] for rank in range(len(ranks))]
 
 
-def reshard_scores(parts: Sequence[Tensor], size: int, rank: int, ranks: int) -> Tensor:
-    """Collect the scores of one process's rows from the tables of another number of processes.
+def reshard_rows(parts: Sequence[Tensor], size: int, rank: int, ranks: int) -> Tensor:
+    """Collect the values of one process's rows from the tables of another number of processes.
 
     Process r of n has the rows r, r + n, r + 2n, ...; no table of all rows is made.
 
     Args:
-        parts: scores of the former processes, in order of their ranks.
+        parts: values of the former processes' rows, in order of their ranks.
         size: number of rows of the data set.
         rank: number of the process, from 0.
         ranks: number of processes now.
 
     Returns:
-        float32, one for each row of the process.
+        A value for each row of the process, of the dtype that they had.
     """
     former = len(parts)
     step = math.lcm(former, ranks)
-    own = torch.full((len(range(rank, size, ranks)),), torch.nan)
+    own = parts[0].new_empty(len(range(rank, size, ranks)))
     for first in range(rank, min(size, step), ranks):  # row ``first`` and every ``step``-th after it
         own[first // ranks :: step // ranks] = parts[first % former][first // former :: step // former]
     return own
@@ -87,7 +88,7 @@ def resharded(states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> dic
     state: dict[str, Any] = {
         "settings": {**settings, "processes": ranks, "rank": rank},
         "table": {
-            "scores": reshard_scores([table["scores"] for table in tables], settings["rows"], rank, ranks),
+            "scores": reshard_rows([table["scores"] for table in tables], settings["rows"], rank, ranks),
             "invalid": sum(table["invalid"] for table in tables) if rank == 0 else 0,
         },
         "law": dict(former["law"]),
@@ -102,3 +103,48 @@ def resharded(states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> dic
         # Rows without a score still come first: the pass over them begins again and skips those that have one.
         state["law"] = {"step": max(part["law"]["step"] for part in ordered), "first": 0}
     return state
+
+
+class NewRank(NamedTuple):
+    """A process that continues a run of another number of processes.
+
+    Attributes:
+        rank: number of the process, from 0.
+        ranks: number of processes now.
+        divided: True where process r of n holds the rows r, r + n, ... of the data set and numbers them from 0; False
+            where every process numbers all rows of the data set alike.
+    """
+
+    rank: int
+    ranks: int
+    divided: bool
+
+    def scores(self, parts: Sequence[Tensor]) -> Tensor:
+        """Collect the scores of this process's rows.
+
+        Args:
+            parts: floating scores of the former processes' rows, in order of the ranks; NaN for none.
+
+        Returns:
+            A score for each row, which is the former one. Where several processes had scored a row, their mean.
+        """
+        if self.divided:
+            return reshard_rows(parts, sum(map(len, parts)), self.rank, self.ranks)
+        return torch.stack(list(parts)).nanmean(0)
+
+    def waiting(self, parts: Sequence[WeightedIndices]) -> WeightedIndices:
+        """Collect this process's part of the rows that wait to be trained on.
+
+        Args:
+            parts: rows that wait in each of the former processes, in order of the ranks.
+
+        Returns:
+            Rows under their present numbers. All processes together have all of them, each once.
+        """
+        weight = torch.cat([part.weights() for part in parts])
+        if not self.divided:
+            index = torch.cat([part.index for part in parts])
+            return WeightedIndices(index[self.rank :: self.ranks], weight[self.rank :: self.ranks])
+        index = torch.cat([part.index * len(parts) + former for former, part in enumerate(parts)])
+        own = index % self.ranks == self.rank
+        return WeightedIndices(index[own] // self.ranks, weight[own])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_training.selection.policies.base import Policy
@@ -69,12 +70,12 @@ class TrainingLog:
         offered = int(self.offered)
         return int(self.kept) / offered if offered else None
 
-    def merge_ranks(self, logs: Sequence[TrainingLog]) -> None:
+    def merge_ranks(self, logs: Sequence[TrainingLog], *, divided: bool) -> None:
         """Replace this rank's counts by those of all ranks.
 
         Args:
-            logs: the logs of all ranks in order, this one's included. Rank r of n numbers the rows r, r + n, ... from
-                0.
+            logs: the logs of all ranks in order, this one's included.
+            divided: True where rank r of n numbers the rows r, r + n, ... from 0; False where all number all rows.
         """
         for name in ("rows_seen", "rows_trained", "offered", "kept"):
             setattr(self, name, sum(int(getattr(log, name)) for log in logs))
@@ -82,7 +83,9 @@ class TrainingLog:
         self.operations = {kind: sum(log.operations.get(kind, 0.0) for log in logs) for kind in kinds}
         for name in ("selected", "seen"):
             parts = [part for log in logs if (part := getattr(log, name)) is not None]
-            if len(parts) == len(logs):
+            if len(parts) == len(logs) and not divided:
+                setattr(self, name, torch.stack(parts).sum(0, dtype=torch.int32))
+            elif len(parts) == len(logs):
                 all_rows = parts[0].new_zeros(sum(map(len, parts)))
                 for rank, part in enumerate(parts):
                     all_rows[rank :: len(parts)] = part

@@ -98,7 +98,7 @@ class TrainingLoop:
             log=self.log,
             status=self._status(self._progress(), self.trainer.policy),
             settings=state.settings,
-            steps=int(length.amount) if length.kind == "steps" else None,
+            steps=round(length.amount - state.extra_steps) if length.kind == "steps" else None,
             checkpoint=state.path,
             evaluates=evaluate is not None,
             first=self.trainer.ranks.rank == 0,
@@ -214,7 +214,9 @@ class TrainingLoop:
         ranks = self.trainer.ranks
         if kind == "rows":
             return ranks.total(int(self.log.rows_seen)) / amount
-        return (ranks.first(self.clock.seconds) if kind == "seconds" else self.log.steps) / amount
+        if kind == "seconds":
+            return ranks.first(self.clock.seconds) / amount
+        return (self.log.steps + self.state.extra_steps) / amount
 
     def _spent(self) -> float:
         """Return the cost of the run so far, in the rate control's unit."""
@@ -300,7 +302,7 @@ class TrainingLoop:
         log.joules, log.meter, log.operations = energy.joules, energy.source, trainer.operations.total
         self._save()
         if not trainer.ranks.alone:
-            log.merge_ranks(trainer.ranks.all(log))
+            log.merge_ranks(trainer.ranks.all(log), divided=self.state.loader.divided)
         if not log.interrupted:
             invalid = int(log.invalid)
             several = "batches" if invalid > 1 else "batch"

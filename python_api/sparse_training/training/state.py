@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sparse_training.training.checkpoint import locked, one_line, previous_of, r
 from sparse_training.training.clock import Clock
 from sparse_training.training.distributed import Ranks, is_sharded
 from sparse_training.training.log import TrainingLog
+from sparse_training.training.resharding import check_complete, reshard
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.step import TrainingStep
 
@@ -53,6 +54,8 @@ class RunState:
         log: counts of the run, from 0.
         former_amount: budget of the checkpoint's run, where this run goes beyond it; None where they are equal.
         rate_control: sets the rate of the sparse steps; None for the policy's own rate.
+        extra_steps: steps that the run amounts to beyond those in the log, whose first ones may have been of another
+            number of processes.
         path: path of the checkpoint; None for no checkpoints.
     """
 
@@ -77,6 +80,7 @@ class RunState:
         self.log, self.clock, self.energy = TrainingLog(), clock, energy
         self.rate_control: RateControl | None = None
         self.former_amount: float | None = None
+        self.extra_steps = 0.0
         self.path = None if folder is None else Path(folder) / CHECKPOINT
 
     def save(self) -> None:
@@ -95,23 +99,20 @@ class RunState:
             This rank's part of the checkpoint; its "spending" is the rate control's state.
 
         Raises:
-            UserError: a damaged file, another number of processes, or a run with other settings.
+            UserError: a damaged file, or a run with other settings.
         """
         assert self.path is not None
         trainer = self.trainer
         state, digest = read_checkpoint(self.path, trainer.device)
         trainer.ranks.agree({"the digest of the checkpoint": digest[:16]})
         of_ranks = self._of_ranks(state)
-        if len(of_ranks) != trainer.ranks.size:
-            raise UserError(
-                f"the checkpoint was written by {len(of_ranks)} processes; resume it with as many, "
-                f"not {trainer.ranks.size}"
-            )
-        own: Mapping[str, Any] = of_ranks[trainer.ranks.rank]
-        saved = _renamed(own["settings"])
+        own, saved = self._own_part(state, of_ranks)
         self.former_amount = _former_amount(saved, self.settings)
         _compare(saved if self.former_amount is None else {**saved, "budget": self.settings["budget"]}, self.settings)
         _compare_models(state["model"], trainer.model.state_dict())
+        resharded = len(of_ranks) != trainer.ranks.size
+        if resharded:  # first, because it may refuse
+            self.loader.load_rank_states(own["loader"]["of ranks"], own["loader"]["batches"])
         self._restore("update", trainer.update, state)
         if (gradients := own.get("gradients")) is not None:
             trainer.update.load_gradients(gradients)
@@ -120,13 +121,29 @@ class RunState:
         for buffer, value in zip(self._buffers() if own["buffers"] else (), own["buffers"], strict=True):
             buffer.copy_(value)
         self._restore("policy", trainer.policy, own)
-        self._restore("loader", self.loader, own)
+        if not resharded:
+            self._restore("loader", self.loader, own)
         self._restore("energy", self.energy, state)
         self._restore("operations", trainer.operations, own)
         vars(self.log).update(own["history"], interrupted=False, stopped=None)
         self._restore("callbacks", self.callbacks, {"callbacks": {}, **state})
         set_rng_state(own["rng"], trainer.device)
         return own
+
+    def _own_part(
+        self, state: Mapping[str, Any], of_ranks: Sequence[Mapping[str, Any]]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Return this rank's part of the checkpoint, and the settings that it was made with."""
+        ranks, self.extra_steps = self.trainer.ranks, float(state.get("extra_steps", 0.0))
+        if len(of_ranks) == ranks.size:
+            return of_ranks[ranks.rank], _renamed(of_ranks[ranks.rank]["settings"])
+        check_complete(state["update"], len(of_ranks))
+        parts = [{**part, "settings": _renamed(part["settings"])} for part in of_ranks]
+        resumed = reshard(
+            parts, trainer=self.trainer, loader=self.loader, settings=self.settings, extra_steps=self.extra_steps
+        )
+        self.extra_steps = resumed.extra_steps
+        return resumed.own, resumed.settings
 
     def _of_ranks(self, state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """Return the part of the checkpoint that each rank wrote, if it is that of a run."""
@@ -151,6 +168,7 @@ class RunState:
             "clock": self.clock.state_dict(),
             "energy": self.energy.state_dict(),
             "callbacks": self.callbacks.state_dict(),
+            "extra_steps": self.extra_steps,
         }
 
     def _own(self) -> dict[str, Any]:
@@ -244,7 +262,14 @@ class CheckpointFolder:
 
 
 def run_settings(
-    trainer: TrainingStep, schedule: Schedule, loader: Loader, *, seed: int, budget: str, cost_budget: str
+    trainer: TrainingStep,
+    schedule: Schedule,
+    loader: Loader,
+    *,
+    seed: int,
+    budget: str,
+    epochs: float | None,
+    cost_budget: str,
 ) -> dict[str, Any]:
     """Collect the settings, by name, that must agree for a run to be the continuation of another.
 
@@ -254,6 +279,7 @@ def run_settings(
         loader: its training data.
         seed: the trainer's seed.
         budget: length of the run in words, such as "1000 steps".
+        epochs: length of the run in epochs; None where it was not given so.
         cost_budget: cost budget in words; "None" without one.
 
     Returns:
@@ -261,6 +287,7 @@ def run_settings(
     """
     return {
         "budget": budget,
+        "epochs": epochs,
         "policy": trainer.policy.name,
         "rate": trainer.policy.rate if trainer.policy.target is not None else None,  # None: the policy has none
         "seed": seed,
@@ -384,7 +411,9 @@ def _former_amount(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> flo
 def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     settings = {**settings, "rate": saved.get("rate") if settings["rate"] is None else settings["rate"]}
     later = ("loss", "policy_options")  # not in checkpoints of version 0.1.0
-    known = {name: value for name, value in settings.items() if name in saved or name not in later}
+    known = {
+        name: value for name, value in settings.items() if name != "epochs" and (name in saved or name not in later)
+    }
     if differing := [name for name, value in known.items() if saved.get(name) != value]:
         changes = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
         raise UserError(f"the checkpoint was made with other settings: {changes}")

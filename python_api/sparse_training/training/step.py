@@ -185,7 +185,7 @@ class TrainingStep:
         with self.operations.of("score", batch.rows, policy.name):
             kept = policy.select(policy.score(batch), batch)
         with self.operations.of("train", kept.targets.shape[0]):
-            self.report(self.policy, batch, kept, self.learn(kept))
+            self.report(self.policy, batch, kept, self.learn(kept, idle_together=policy.idle_together))
         return batch, kept
 
     def _step_on_tokens(self, policy: Policy, samples: Batch) -> tuple[Batch, SelectedBatch]:
@@ -241,10 +241,18 @@ class TrainingStep:
         if result is not None and batch.ids is not None:
             policy.observe(batch.ids if kept.positions is None else batch.ids[kept.positions], *result)
 
-    def learn(self, kept: SelectedBatch) -> ForwardResult | None:
-        """Train on the selected rows; return their losses and outputs, or None if there are none."""
+    def learn(self, kept: SelectedBatch, *, idle_together: bool = False) -> ForwardResult | None:
+        """Train on the selected rows.
+
+        Args:
+            kept: the rows.
+            idle_together: True if no process has rows where this one has none. Default False.
+
+        Returns:
+            Their losses and outputs; None if there are none.
+        """
         if nothing := self.update.is_empty(kept):
-            if self.ranks.alone:
+            if self.ranks.alone or idle_together:
                 self.update.skip()
                 return None
             # The other ranks wait for a backward pass. Zeros: the batch may be empty, or its rows not finite.

@@ -30,6 +30,7 @@ class Term(nn.Module):
         needs: fields of ``Context`` that must not be None, of "index", "inputs" and "embedding".
         embedding: name of the submodule whose output it needs as an embedding; None for the default one.
         per_process: True if its state is of one process's rows, so that processes cannot share its gate.
+        row_buffers: names of the buffers that hold a value for each row of the data set, NaN for none.
 
     Raises:
         UserError: the weight is not a finite number other than 0, nor a callable.
@@ -46,6 +47,7 @@ class Term(nn.Module):
     statistics: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     per_process = False
+    row_buffers: tuple[str, ...] = ()
     embedding: str | None = None
 
     def __init__(self, weight: float | Weight = 1.0) -> None:

@@ -43,6 +43,7 @@ class LossChange(ScaledTerm):
     statistics = ("loss",)
     needs = ("index",)
     per_process = True
+    row_buffers = ("last",)
     last: Tensor
 
     def __init__(self, weight: float | Weight = 1.0, *, rows: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from sparse_training.samplers.adaptive_weights import (
     SamplingWeights,
     check_switches,
 )
+from sparse_training.samplers.resharding import NewRank
 from sparse_training.selection.policies.history import PastPolicy
 from sparse_training.selection.types import CandidateIndices, WeightedIndices
 
@@ -151,3 +152,14 @@ class AdaptivePolicy(PastPolicy):
         if self.sampler is not None and state:
             self.sampler.load_state_dict(state)
             self._state, self._loaded = None, True
+
+    def reshard(self, states: Sequence[Mapping[str, Any]], now: NewRank) -> dict[str, Any]:
+        """Refuse: weights over all rows cannot be told from those of one process's rows.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"the weights of {self.name} are of {len(states)} processes and cannot be dealt out to {now.ranks}; resume "
+            f"with {len(states)}"
+        )

@@ -30,6 +30,7 @@ class Policy(nn.Module):
         scorer: the scorer it asks; the model itself by default.
         masks: True if rows left out are masked out of the loss, and cost as much as the others.
         watched: True if ``trace`` is called after the step under way, which may then compute more than a step needs.
+        idle_together: True if a batch of which it chose no row before loading has none on any process.
         phased: True if a run's dense start and end train on every row; False if the policy selects in them too.
 
     Raises:
@@ -48,6 +49,7 @@ class Policy(nn.Module):
     uses_scores = False
     masks = False
     watched = False
+    idle_together = False
     phased = True
 
     def __init_subclass__(cls) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparse_training.generators import further_state
+from sparse_training.samplers.resharding import NewRank
 from sparse_training.samplers.systematic import draw_systematic
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.types import Scores, WeightedIndices
@@ -42,3 +46,7 @@ class DrawingPolicy(Policy):
     def set_extra_state(self, state: Tensor) -> None:
         """Continue from a state of ``get_extra_state``."""
         self.generator.set_state(state.cpu())
+
+    def reshard(self, states: Sequence[Tensor], now: NewRank) -> Tensor:
+        """Return the generator's state on the former process of this rank, or one of its own on a further one."""
+        return states[now.rank] if now.rank < len(states) else further_state(states[0], now.rank)

@@ -20,6 +20,8 @@ from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.scorers.embedding import EmbeddingReader
 from sparse_training.selection.types import Batch, Scores, SelectedBatch, WeightedIndices
 
+SETTLED = 50  # batches within which a controller meets its target
+
 
 class GatePolicy(Policy):
     """Keeps the rows whose significance is above the gate's threshold.
@@ -281,7 +283,10 @@ class GatePolicy(Policy):
             )
         fixed = self.gate.schedule is None and not self.gate.by_grad_norm and not self.retargeted
         if fixed and rate is not None and abs(rate - self.rate) > max(0.02, 0.2 * self.rate):
-            found.append(f"the gate kept {rate:.1%} of the rows it was offered; the target was {self.rate:.1%}")
+            found.append(
+                f"the gate kept {rate:.1%} of the rows it was offered; the target was {self.rate:.1%}"
+                + (f"; its threshold settles in {SETTLED} batches, and there were {steps}" if steps < SETTLED else "")
+            )
         if invalid := int(self.gate.invalid):
             found.append(f"{invalid} rows were not finite and left out")
         if overflow := int(self.gate.overflow):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from sparse_training.errors import UserError
 from sparse_training.ranks import rank_and_world_size
+from sparse_training.samplers.resharding import NewRank
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.selection.policies.base import Policy
 
@@ -131,12 +132,15 @@ class HistoryPolicy(PastPolicy):
         if table.seen < table.rows:
             whose = "" if rank_and_world_size()[1] == 1 else " by this process"
             found.append(
-                f"{table.rows - table.seen} of {table.rows} rows were never trained on{whose}: the run was too short "
-                "for past losses to matter"
+                f"{table.rows - table.seen} of {table.rows} rows were never trained on{whose}: {self.unseen_reason()}"
             )
         if table.invalid:
             found.append(f"{table.invalid} losses were not finite and left out of the table")
         return found
+
+    def unseen_reason(self) -> str:
+        """Reason for which some rows were never trained on."""
+        return "the run was too short for past losses to matter"
 
     def get_extra_state(self) -> dict[str, Any]:
         """The table's state; empty until ``prepare`` is called."""
@@ -151,3 +155,11 @@ class HistoryPolicy(PastPolicy):
             self.prepare(len(state["table"]["scores"]))
             self.require_table().load_state_dict(state["table"])
             self._loaded = True
+
+    def reshard(self, states: Sequence[Mapping[str, Any]], now: NewRank) -> dict[str, Any]:
+        """Make this process's extra state from those of another number of processes, in order of their ranks."""
+        if not all(states):  # of a run whose rows had no numbers
+            return {}
+        tables = [state["table"] for state in states]
+        invalid = sum(table["invalid"] for table in tables) if now.rank == 0 else 0
+        return {"table": {"scores": now.scores([table["scores"] for table in tables]), "invalid": invalid}}

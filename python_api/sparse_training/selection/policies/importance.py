@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from sparse_training.samplers.importance import Importance, check_uniform, inclusion_probability
+from sparse_training.samplers.resharding import NewRank
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.selection.policies.drawing import DrawingPolicy
 from sparse_training.selection.policies.history import HistoryPolicy
@@ -57,6 +58,11 @@ class ImportancePolicy(HistoryPolicy):
         super().set_extra_state(state)
         if self.sampler is not None and state:
             self.sampler.load_state_dict(state["law"])
+
+    def reshard(self, states: Sequence[Mapping[str, Any]], now: NewRank) -> dict[str, Any]:
+        """Make this process's extra state from those of other processes; rows without a score still come first."""
+        state = super().reshard(states, now)
+        return {**state, "law": {"step": max(each["law"]["step"] for each in states), "first": 0}} if state else {}
 
 
 class BatchImportancePolicy(DrawingPolicy):

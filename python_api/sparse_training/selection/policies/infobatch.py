@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from sparse_training.samplers.infobatch import (
     prune_probability,
     whole_batch,
 )
+from sparse_training.samplers.resharding import NewRank
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.selection.policies.drawing import DrawingPolicy
 from sparse_training.selection.policies.history import HistoryPolicy
@@ -85,9 +86,11 @@ class InfoBatchPolicy(HistoryPolicy):
     def choose(self, candidates: CandidateIndices) -> WeightedIndices | None:
         """A whole batch of the rows kept so far, or no row while there are too few."""
         if self.every_row is not None:
+            self.idle_together = False
             return None
         self.flush()
         assert self.sampler is not None
+        self.idle_together = not candidates.together
         kept, offered = self.sampler.prune(candidates.ids, candidates.epoch, candidates.places), len(candidates.ids)
         if candidates.together:  # the loss is divided by the rows loaded, and estimates the mean of the candidates
             return WeightedIndices(kept.index, kept.weights() * (len(kept.index) / max(offered, 1)))
@@ -101,6 +104,15 @@ class InfoBatchPolicy(HistoryPolicy):
     def take_news(self) -> list[str]:
         """Return what has begun since the last call, in sentences."""
         return [] if self.sampler is None else self.sampler.take_news()
+
+    def unseen_reason(self) -> str:
+        """Reason for which some rows were never trained on: rows without a loss are kept, once they are offered."""
+        table, sampler = self.require_table(), self.sampler
+        unseen = table.scores.isnan()
+        unseen[self.waiting.index] = False
+        if sampler is None or sampler.epoch < 1 or not unseen.any():
+            return super().unseen_reason()
+        return "the sampler of the data did not give them"
 
     def warnings(self, rate: float | None) -> list[str]:
         """Warn of rows never trained on, of losses that were not finite, and of a run on every row."""
@@ -118,6 +130,14 @@ class InfoBatchPolicy(HistoryPolicy):
             self.sampler.load_state_dict(state["law"])
             self.batch_size = int(state.get("batch size", 0))  # absent from version 0.1.0
             self.waiting = WeightedIndices(*(part.cpu() for part in state["waiting"]))
+
+    def reshard(self, states: Sequence[Mapping[str, Any]], now: NewRank) -> dict[str, Any]:
+        """Make this process's extra state from those of other processes; the mean loss is taken of its own rows."""
+        state = super().reshard(states, now)
+        if not state:
+            return {}
+        waiting = [WeightedIndices(*(part.cpu() for part in each["waiting"])) for each in states]
+        return {**state, "waiting": tuple(now.waiting(waiting)), "law": {"epoch": -1, "threshold": 0.0}}
 
 
 class BatchInfoBatchPolicy(DrawingPolicy):

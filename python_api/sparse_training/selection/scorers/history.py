@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_training.errors import UserError
+from sparse_training.samplers.resharding import NewRank
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.types import Scores
@@ -83,3 +84,7 @@ class HistoryScorer(Scorer):
             self.table = ScoreTable(len(state["table"]), signed=True)
             self.table.load_state_dict({"scores": state["table"], "invalid": 0})
             self._loaded = True
+
+    def reshard(self, states: Sequence[Mapping[str, Any]], now: NewRank) -> dict[str, Any]:
+        """Make this process's extra state from those of another number of processes, in order of their ranks."""
+        return {"table": now.scores([state["table"] for state in states])} if all(states) else {}
