@@ -47,7 +47,7 @@ def train(rank, size):
     loader = DataLoader(data, batch_size=BATCH, sampler=DistributedSampler(data, seed=1))
     log = trainer.fit(loader, epochs=PASSES, progress=False)
     assert trainer.policy.name == "infobatch"
-    counts = {"seen": int(log.rows_seen), "trained": int(log.rows_trained)}
+    counts = {"seen": int(log.rows_seen), "trained": int(log.rows_trained), "selected": log.selected.tolist()}
     return {**counts, "weight": model.weight.item(), "read": data.read, "warnings": log.warnings}
 
 
@@ -57,6 +57,7 @@ def test_rows_come_once_a_pass_and_the_gradient_is_that_of_all(tmp_path):
     assert found[0]["seen"] == PASSES * ROWS
     assert found[0]["trained"] == sum(read.values())  # what is left out is not read
     assert sum(read.values()) < 0.85 * PASSES * ROWS
+    assert found[0]["selected"] == [read[row] for row in range(ROWS)]  # over all processes, which number rows alike
     # A large loss is never left out, so each such row is read once a pass by one of the processes.
     hard = [read[row] for row in range(3 * ROWS // 4, ROWS)]
     assert max(read.values()) <= PASSES
