@@ -306,9 +306,7 @@ def main() -> int:
         found = compare(ranks, width=8 if options.counts else options.width, timed=not options.counts)
         for line in found:
             what = f"{line['ranks']} ranks {line['method']:18}  {line['quantity']:9}"
-            print(
-                what, f"{line['simulated']:<10.4g} measured {line['measured']:<9.4g} {line['ratio']:.2f}", flush=True
-            )
+            print(what, f"{line['simulated']:<10.4g} measured {line['measured']:<9.4g} {line['ratio']:.2f}", flush=True)
         lines += found
     if options.record is not None:
         record = {"format": "simulation-check", "environment": environment(torch.device("cpu")), "lines": lines}
