@@ -148,7 +148,8 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, cons
       if (group.ignored[i]) continue;
       const BlockSums sums = sum_block<Vec, kSquares>(copies + (i - first) * width, vectors,
                                                       group.maximum[i], plan.exponential);
-      group.rest[i] = group.maximum[i] == -kInfinity<Vec> ? kNaN<Vec> : sums.rest;
+      group.rest_in_double[i] = group.maximum[i] == -kInfinity<Vec> ? kNaN<Vec> : sums.rest;
+      group.rest[i] = Real(group.rest_in_double[i]);
       group.rest_d[i] = Real(sums.rest_d);
       group.rest_sq[i] = sums.rest_sq;
     }
@@ -176,7 +177,8 @@ inline void sum_long_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const
     }
     const bool masked = sums.maximum == -kInfinity<Vec>;  // every logit: no distribution
     group.maximum[i] = Real(sums.maximum);
-    group.rest[i] = masked ? kNaN<Vec> : sums.rest;
+    group.rest_in_double[i] = masked ? kNaN<Vec> : sums.rest;
+    group.rest[i] = Real(group.rest_in_double[i]);
     group.rest_d[i] = Real(sums.rest_d);
     group.rest_sq[i] = sums.rest_sq;
     group.second[i] = Real(sums.second);
@@ -199,7 +201,7 @@ inline void sum_rows(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t ro
   int64_t target[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     target[i] = i < count ? target_of(args, row + i) : args.ignore_index;
-    group.ignored[i] = false;
+    group.ignored[i] = 0;
     if (is_ignored(args, row + i, target[i], result)) {
       group.ignore(i);
       continue;

@@ -1,7 +1,6 @@
 // The row statistics of one instruction set. sparse_kernels/cpu/row_stats.h derives what is
-// computed; there are three ways through the logits:
-//   rows in lanes     few contiguous classes, or rows in any layout (row_stats_lanes.h)
-//   tiles             classes that are not contiguous, of adjacent rows (row_stats_lanes.h)
+// computed; there are two ways through the logits:
+//   rows in lanes     few contiguous classes, or rows in any layout (row_stats_tiles.h)
 //   columns in lanes  many contiguous classes (row_stats_columns.h)
 // Each fills a Group of kLanes rows, and finish() turns it into outputs (row_stats_group.h).
 //
@@ -13,8 +12,8 @@
 #include "row_stats_backward.h"
 #include "row_stats_columns.h"
 #include "row_stats_functions.h"
-#include "row_stats_lanes.h"
 #include "row_stats_plan.h"
+#include "row_stats_tiles.h"
 #include "scalar_types.h"
 #include "sparse_kernels/cpu/row_stats.h"
 
@@ -25,22 +24,17 @@ RowStatsResult forward(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t 
                        const PartSums* parts) {
   constexpr int kLanes = Vec::kLanes;
   RowStatsResult result;
-  const bool contiguous = args.class_stride == 1;
-  const bool plain = contiguous && args.softcap == 0.0 && !plan.extras;
+  const bool in_columns = args.class_stride == 1 && args.classes > kTransposeClasses;
   for (int64_t row = begin; row < end;) {
-    const int count = int(end - row < kLanes ? end - row : kLanes);
-    if (contiguous && args.classes > kTransposeClasses) {
+    if (in_columns) {
+      const int count = int(end - row < kLanes ? end - row : kLanes);
       sum_rows<Vec, T, kSquares>(args, plan, row, count, parts, result);
-    } else if (plain) {
-      transpose_rows<Vec, T, true, kSquares>(args, plan, row, count, result);
-    } else if (const int groups = contiguous ? 0 : adjacent_groups<Vec>(args.layout, row, end)) {
-      sum_tile<Vec, T, kSquares>(args, plan, row, groups, result);
-      row += groups * kLanes;
-      continue;
+      row += count;
     } else {
-      transpose_rows<Vec, T, false, kSquares>(args, plan, row, count, result);
+      Tile<Vec, T> tile(args, plan, row, end);
+      tile.template compute<kSquares>(result);
+      row += tile.rows();
     }
-    row += count;
   }
   return result;
 }

@@ -17,14 +17,16 @@ template <class Vec>
 struct Plan {
   bool requested[kStatistics];  // as an output or in the significance
   bool squares;
-  bool smoothed;  // the mean of the logits is needed
-  bool extras;    // the margin, the argmax or the mean is needed
+  bool in_double;  // one of the statistics that are computed in double
+  bool smoothed;   // the mean of the logits is needed
+  bool extras;     // the margin, the argmax or the mean is needed
   Exponential<Vec> exponential;
 
   explicit Plan(const RowStatsArgs& args) : exponential(args.inverse_temperature) {
     for (int k = 0; k < kStatistics; ++k)
       requested[k] = args.outputs[k] || (args.mask && args.weights[k] != 0.0);
     squares = requested[kGradNorm] || requested[kSumSquares];
+    in_double = squares || requested[kMaxProb] || requested[kMargin];
     smoothed = requested[kLoss] && args.label_smoothing != 0.0;
     extras = requested[kMargin] || args.argmax || smoothed;
   }

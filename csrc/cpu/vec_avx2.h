@@ -55,6 +55,9 @@ inline F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline F32x8 select_ge(F32x8 a, F32x8 b, F32x8 x, F32x8 y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
 }
+inline F32x8 select_eq(F32x8 a, F32x8 b, F32x8 x, F32x8 y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
+}
 
 inline double reduce_add(F32x8 a) {
   const __m256d four = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)),

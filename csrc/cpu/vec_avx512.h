@@ -12,7 +12,7 @@ namespace avx512 {
 struct F32x16 {
   using Real = float;
   static constexpr int kLanes = 16;
-  static constexpr int kPowerSteps = 1;
+  static constexpr int kPowerSteps = 16;
 
   __m512 v;
 
@@ -53,6 +53,9 @@ inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32x16 select_ge(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), y.v, x.v)};
 }
+inline F32x16 select_eq(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), y.v, x.v)};
+}
 
 inline double reduce_add(F32x16 a) {
   const __m256 high = _mm512_extractf32x8_ps(a.v, 1);
@@ -63,10 +66,20 @@ inline float reduce_max(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
 
 template <class Slope>
 inline F32x16 exp2_steps(F32x16 d, F32x16 scale, Slope slope) {
-  const F32x16 n = {
-      _mm512_roundscale_ps((d * scale).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  const F32x16 f = fms(d, scale, n);
-  return {_mm512_scalef_ps(fma(slope(f), f, F32x16::splat(1.0f)).v, n.v)};
+  // Adding 1.5 * 2^23 leaves the rounded sum in the low bits.
+  const F32x16 magic = F32x16::splat(12582912.0f);
+  const F32x16 shifted = fma(d, scale, magic);
+  const F32x16 f = fms(d, scale, shifted - magic);
+  const __m512i n = _mm512_castps_si512(shifted.v);
+  // A table gives 2^(i/16) for the lowest four bits i of n. The other bits of n are added to the
+  // exponent; so are these four, which the entries of the table make up for.
+  const __m512i table =
+      _mm512_setr_epi32(0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                        0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                        0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
+  const F32x16 power = {_mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_permutexvar_epi32(n, table), _mm512_slli_epi32(n, 19)))};
+  return fma(power * f, slope(f), power);  // f is NaN where d is, whatever n is
 }
 
 inline void split_exponent(F32x16 x, F32x16& m, F32x16& k) {
@@ -74,6 +87,87 @@ inline void split_exponent(F32x16 x, F32x16& m, F32x16& k) {
   const __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
   m = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)))};
   k = {_mm512_cvtepi32_ps(e)};
+}
+
+// The 16 bytes at p, or those that `kept` names where a row ends before.
+struct SixteenBytes {
+  template <class T>
+  __m128i operator()(const T* p) const {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+};
+struct FewerBytes {
+  __mmask8 kept;
+  template <class T>
+  __m128i operator()(const T* p) const {
+    return sizeof(T) == 4 ? _mm_maskz_loadu_epi32(kept, p) : _mm_maskz_loadu_epi16(kept, p);
+  }
+};
+
+// Four columns of sixteen rows, of the bytes that load() returns of each.
+template <class T, class Load>
+inline void transpose_16_bytes(const T* rows, int64_t row_stride, const Load& load,
+                               __m512i (&column)[4]) {
+  __m512i z[4];  // rows i, i + 4, i + 8 and i + 12
+  const T* quarter[4];
+  for (int k = 0; k < 4; ++k) quarter[k] = rows + 4 * k * row_stride;
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = i * row_stride;
+    z[i] = _mm512_castsi128_si512(load(quarter[0] + row));
+    z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x00f0, load(quarter[1] + row));
+    z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x0f00, load(quarter[2] + row));
+    z[i] = _mm512_mask_broadcast_i32x4(z[i], 0xf000, load(quarter[3] + row));
+  }
+  const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpacklo_epi32(z[2], z[3]);
+  const __m512i c = _mm512_unpackhi_epi32(z[0], z[1]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+  column[0] = _mm512_unpacklo_epi64(a, b);
+  column[1] = _mm512_unpackhi_epi64(a, b);
+  column[2] = _mm512_unpacklo_epi64(c, d);
+  column[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// Stores transposed 16 bytes of each row, whose classes are [0, count). A column of 16-bit logits
+// holds two classes.
+inline void store_classes(const float*, const __m512i (&column)[4], int count, float* x,
+                          int stride) {
+  for (int k = 0; k < count; ++k) _mm512_storeu_si512(x + k * stride, column[k]);
+}
+inline void store_classes(const BFloat16*, const __m512i (&column)[4], int count, float* x,
+                          int stride) {
+  for (int k = 0; k < count; ++k) {
+    const __m512i both = column[k / 2];
+    _mm512_storeu_si512(x + k * stride,
+                        k % 2 ? _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000)))
+                              : _mm512_slli_epi32(both, 16));
+  }
+}
+inline void store_classes(const Float16*, const __m512i (&column)[4], int count, float* x,
+                          int stride) {
+  for (int k = 0; k < count; ++k) {
+    const __m512i both = column[k / 2];
+    const __m512i low = k % 2 ? _mm512_srli_epi32(both, 16) : both;
+    _mm512_storeu_ps(x + k * stride, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(low)));
+  }
+}
+
+// Contiguous classes of sixteen rows, as row_stats_tiles.h has it for any vector. The last 16 bytes
+// of a row overlap those before.
+template <class T>
+inline void transpose(F32x16, const T* rows, int64_t row_stride, int columns, float* x,
+                      int stride) {
+  constexpr int kColumns = 16 / int(sizeof(T));
+  __m512i column[4];
+  if (columns < kColumns) {
+    const FewerBytes load{__mmask8((1 << columns) - 1)};
+    transpose_16_bytes(rows, row_stride, load, column);
+    store_classes(rows, column, columns, x, stride);
+    return;
+  }
+  for (int j = 0; j < columns; j += kColumns) {
+    const int first = j + kColumns <= columns ? j : columns - kColumns;
+    transpose_16_bytes(rows + first, row_stride, SixteenBytes(), column);
+    store_classes(rows, column, kColumns, x + first * stride, stride);
+  }
 }
 
 struct F64x8 {

@@ -55,11 +55,12 @@ inline Vec vec_log(Vec x) {
   return fma(k, Vec::splat(Log::kLn2High), low) + (x - x);
 }
 
-// log(1 + x) for x >= 0, accurate for small x too.
+// log(1 + x) for x >= 0, accurate for small x too; `inverse` is 1 / (1 + x), nearly: it scales what
+// rounding 1 + x has lost.
 template <class Vec>
-inline Vec vec_log1p(Vec x) {
+inline Vec vec_log1p(Vec x, Vec inverse) {
   const Vec u = Vec::splat(1) + x;
-  return vec_log(u) + (x - (u - Vec::splat(1))) / u;
+  return fma(x - (u - Vec::splat(1)), inverse, vec_log(u));
 }
 
 // tanh(u), with an error below 2 ulp; NaN stays NaN, and infinity gives 1. `slope`, where it is not

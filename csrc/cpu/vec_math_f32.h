@@ -9,19 +9,23 @@ struct ApproximationIn;
 template <class Vec>
 struct ApproximationIn<Vec, float> {
   // 2^kLowestPower, and every intermediate result of computing it, even in steps of an eighth
-  // (-124, plus 0.4 of a step), is a normal number: a masked logit must not be as slow as subnormal
-  // numbers are.
-  static constexpr double kLowestPower = -123.95;
+  // (-124, plus 0.3 of a step) or a sixteenth (less 0.4 of a step), is a normal number: a masked
+  // logit must not be as slow as subnormal numbers are.
+  static constexpr double kLowestPower = -123.9625;
   // A sum below this has only terms of 2^kLowestPower and counts as 0.
   static constexpr float kFlushBelow = 1e-30f;
   static constexpr float kLn2High = 6.9313812256e-1f, kLn2Low = 9.0580006145e-6f;
 
   // (2^(f / kPowerSteps) - 1) / f on [-1/2, 1/2], minimax for 2^(f / kPowerSteps), whose relative
-  // error is 2e-8 for one step and 3e-8 for eight.
+  // error is 2e-8 for one step, 3e-8 for eight and 2e-9 for sixteen.
   static Vec exp2_slope(Vec f) {
     if (Vec::kPowerSteps == 8) {
       const Vec p = fma(Vec::splat(0x1.c6a002p-14f), f, Vec::splat(0x1.ec0c32p-9f));
       return fma(p, f, Vec::splat(0x1.62e432p-4f));
+    }
+    if (Vec::kPowerSteps == 16) {
+      const Vec p = fma(Vec::splat(0x1.c6b46ap-17f), f, Vec::splat(0x1.ebfff4p-11f));
+      return fma(p, f, Vec::splat(0x1.62e43p-5f));
     }
     Vec p = fma(Vec::splat(0x1.41fbbcp-13f), f, Vec::splat(0x1.5f3e54p-10f));
     p = fma(p, f, Vec::splat(0x1.3b2d4cp-7f));

@@ -1,0 +1,222 @@
+// Row statistics with rows in lanes, up to kTileGroups x kLanes rows at a time: few contiguous
+// classes, or rows in any layout. A block of the tile's columns, kTileBytes at most, is copied into
+// L1 such that each column's rows are adjacent; the steps that follow go through all groups of
+// kLanes rows one after the other, so that no group waits for another's.
+//
+// Planes of pixels are often a power of two apart: without the copy their lines would compete for
+// the same few places of L1 between the read for the maximum and that for the sums.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "row_stats_blocks.h"
+#include "row_stats_group.h"
+#include "row_stats_lanes.h"
+#include "row_stats_plan.h"
+#include "scalar_types.h"
+#include "sparse_kernels/cpu/row_stats.h"
+#include "vec_math.h"
+
+namespace sparse_kernels {
+
+constexpr int kTileGroups = 16;
+constexpr int kTileBytes = 32 * 1024;
+
+// Contiguous classes of kLanes rows, row_stride elements apart: x[j * stride + i] is column j of
+// row i. vec_*.h may have a faster one.
+template <class Vec, class T>
+inline void transpose(Vec, const T* rows, int64_t row_stride, int columns, typename Vec::Real* x,
+                      int stride) {
+  for (int i = 0; i < Vec::kLanes; ++i)
+    for (int j = 0; j < columns; ++j) x[j * stride + i] = widen(rows[i * row_stride + j]);
+}
+
+// Prefetches the block of planes that follows, plane by plane, a few lines at each call, while the
+// arithmetic on this one takes its time.
+template <class Vec, class T>
+class PlanesAhead {
+ public:
+  PlanesAhead(const T* planes, int64_t class_stride, int columns, int width, int calls)
+      : plane_(reinterpret_cast<const char*>(planes)),
+        stride_(class_stride * int64_t(sizeof(T))),
+        bytes_(width * int(sizeof(T))),
+        left_(planes && calls > 0 ? columns : 0),
+        lines_(left_ > 0 ? (columns * (bytes_ / 64 + 1) + calls - 1) / calls : 0) {}
+
+  void operator()() {
+    for (int i = 0; i < lines_ && left_ > 0; ++i) {
+      prefetch(plane_ + at_);
+      at_ += 64;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      plane_ += stride_;
+      --left_;
+    }
+  }
+
+ private:
+  const char* plane_;
+  int64_t stride_;
+  int bytes_, left_, lines_, at_ = 0;
+};
+
+template <class Vec, class T>
+class Tile {
+  using Real = typename Vec::Real;
+  static constexpr int kLanes = Vec::kLanes, kRows = kTileGroups * kLanes;
+  static constexpr int kSize = kTileBytes / int(sizeof(Real));
+
+ public:
+  // Of rows from `row` on, before `end`.
+  Tile(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t row, int64_t end)
+      : args_(args), plan_(plan), row_(row) {
+    const RowLayout& layout = args.layout;
+    const int inner = layout.dimensions - 1;
+    int64_t left = end - row;
+    if (args.class_stride != 1 && layout.stride[inner] == 1) {
+      const int64_t run = inner > 0 ? layout.size[inner] - row % layout.size[inner] : left;
+      adjacent_ = run >= kLanes && left >= kLanes;
+      if (adjacent_) left = (run < left ? run : left) / kLanes * kLanes;
+    }
+    count_ = int(left < kRows ? left : kRows);
+    groups_ = (count_ + kLanes - 1) / kLanes;
+    width_ = groups_ * kLanes;
+  }
+
+  int rows() const { return count_; }
+
+  template <bool kSquares>
+  void compute(RowStatsResult& result) {
+    start(result);
+    const int64_t most_columns = kSize / width_;
+    const int64_t blocks = (args_.classes + most_columns - 1) / most_columns;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = args_.classes * block / blocks;
+      const int columns = int(args_.classes * (block + 1) / blocks - begin);
+      adjacent_&& args_.softcap == 0.0 ? copy_planes(begin, columns) : copy(begin, columns);
+      for (int g = 0; g < groups_; ++g) {
+        sums_[g].rescale(plan_.exponential, begin > 0);
+        if (plan_.extras)
+          extras_[g].add(args_, plan_, begin, columns, sums_[g].shift, x_ + g * kLanes, width_);
+      }
+      add<kSquares>(begin, columns);
+    }
+    for (int g = 0; g < groups_; ++g) finish(g, result);
+  }
+
+ private:
+  void start(RowStatsResult& result) {
+    if (args_.targets_are_int32)
+      copy_targets(static_cast<const int32_t*>(args_.targets) + row_, result);
+    else
+      copy_targets(static_cast<const int64_t*>(args_.targets) + row_, result);
+    for (int g = 0; g < groups_; ++g) {
+      sums_[g].start();
+      if (plan_.extras) extras_[g].start();
+    }
+  }
+
+  // Lanes past the last row repeat it.
+  template <class Integer>
+  void copy_targets(const Integer* from, RowStatsResult& result) {
+    for (int i = 0; i < count_; i += 64 / int(sizeof(Integer))) prefetch(from + count_ + i);
+    for (int i = 0; i < count_; ++i) target_[i] = from[i];
+    for (int i = count_; i < width_; ++i) target_[i] = target_[count_ - 1];
+    const uint64_t classes = uint64_t(args_.classes);
+    int any = 0;
+    for (int i = 0; i < width_; ++i) {
+      ignored_[i] = (target_[i] == args_.ignore_index) | (uint64_t(target_[i]) >= classes);
+      any |= ignored_[i];
+    }
+    any_ignored_ = any != 0;
+    if (!any_ignored_) return;
+    for (int i = 0; i < width_; ++i) {
+      if (!ignored_[i]) continue;
+      if (i < count_) is_ignored(args_, row_ + i, target_[i], result);
+      target_[i] = 0;
+    }
+  }
+
+  const T* logits_of(int64_t row) const {
+    return static_cast<const T*>(args_.logits) + row_offset(args_.layout, row);
+  }
+
+  // Columns [begin, begin + columns) of the tile; raises the maxima to theirs.
+  void copy_planes(int64_t begin, int columns) {
+    int g = 0;
+    for (; g + 8 <= groups_; g += 8) copy_groups<8>(g, begin, columns);
+    for (; g < groups_; ++g) copy_groups<1>(g, begin, columns);
+  }
+  template <int kGroups>
+  void copy_groups(int g, int64_t begin, int columns) {
+    const T* plane = logits_of(row_) + begin * args_.class_stride + g * kLanes;
+    Real* x = x_ + g * kLanes;
+    Vec maximum[kGroups];
+    for (int i = 0; i < kGroups; ++i) maximum[i] = sums_[g + i].maximum;
+    for (int j = 0; j < columns; ++j, plane += args_.class_stride, x += width_)
+      for (int i = 0; i < kGroups; ++i) {
+        const Vec v = Vec::load(plane + i * kLanes);
+        store(x + i * kLanes, v);
+        maximum[i] = max(maximum[i], v);
+      }
+    for (int i = 0; i < kGroups; ++i) sums_[g + i].maximum = maximum[i];
+  }
+
+  void copy(int64_t begin, int columns) {
+    const bool evenly_spaced = args_.class_stride == 1 && args_.layout.dimensions == 1;
+    int i = 0;
+    if (evenly_spaced)
+      for (; i + kLanes <= count_; i += kLanes)
+        transpose(Vec(), logits_of(row_ + i) + begin, args_.layout.stride[0], columns, x_ + i,
+                  width_);
+    for (; i < width_; ++i) {
+      const T* p = logits_of(row_ + (i < count_ ? i : count_ - 1)) + begin * args_.class_stride;
+      for (int j = 0; j < columns; ++j, p += args_.class_stride) x_[j * width_ + i] = widen(*p);
+    }
+    if (args_.softcap != 0.0) copy_block<Vec>(x_, columns * width_, Real(args_.softcap), x_);
+    for (int g = 0; g < groups_; ++g) sums_[g].raise_maximum(columns, x_ + g * kLanes, width_);
+  }
+
+  template <bool kSquares>
+  void add(int64_t begin, int columns) {
+    const Exponential<Vec> exponential = plan_.exponential;
+    for (int i = 0; i < width_; ++i) target_column_[i] = Real(target_[i] - begin);
+    const int64_t next_row = row_ + count_;
+    const T* next = nullptr;
+    if (adjacent_ && begin + columns < args_.classes)
+      next = logits_of(row_) + (begin + columns) * args_.class_stride;
+    else if (adjacent_ && next_row < args_.rows)
+      next = logits_of(next_row);
+    PlanesAhead<Vec, T> ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4));
+    for (int g = 0; g < groups_; ++g)
+      sums_[g].template add<kSquares>(exponential, columns, target_column_ + g * kLanes,
+                                      x_ + g * kLanes, width_, [&] { ahead(); });
+  }
+
+  void finish(int g, RowStatsResult& result) const {
+    const int first = g * kLanes;
+    Group<Vec> group;
+    sums_[g].finish(plan_, group);
+    if (plan_.extras) extras_[g].finish(args_, group);
+    std::memcpy(group.ignored, ignored_ + first, kLanes);
+    group.any_ignored = any_ignored_;
+    const int count = count_ - first < kLanes ? count_ - first : kLanes;
+    sparse_kernels::finish(args_, plan_, group, row_ + first, count, result);
+  }
+
+  const RowStatsArgs& args_;
+  const Plan<Vec>& plan_;
+  int64_t row_;
+  int count_, groups_, width_;  // rows; groups of kLanes; the lanes of all groups
+  bool adjacent_ = false;       // pixels: a class's logits are adjacent in memory
+  bool any_ignored_;
+  uint8_t ignored_[kRows];
+  int64_t target_[kRows];                  // a class, also where the row is ignored
+  alignas(64) Real target_column_[kRows];  // of the block; no column of it where it is in another
+  LaneSums<Vec> sums_[kTileGroups];
+  Extras<Vec> extras_[kTileGroups];
+  alignas(64) Real x_[kSize];
+};
+
+}  // namespace sparse_kernels
