@@ -45,7 +45,7 @@ hosts: $(HOSTS)/.ready  ## wheels of hosts whose pins forbid one environment, in
 $(HOSTS)/.ready: tests/versions/hosts.txt | $(READY)
 	rm -rf $(@D) && mkdir -p $(@D)
 	for package in $$(grep -v '^#' $<); do \
-	  $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps --retries 1 --target $(@D) $$package || \
+	  $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps --retries 1 --target $(@D)/$${package%%==*} $$package || \
 	  { echo "hosts: no wheel of $$package for this Python, or no registry; its tests are skipped" >&2; missing=1; }; \
 	done; test -n "$$missing" || touch $@
 

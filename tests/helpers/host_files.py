@@ -1,7 +1,7 @@
 """Single files of the real wheels of hosts whose pins forbid one environment, with stand-ins for what they import.
 
-The wheels are in build/hosts: ``make hosts``. Packages of a host are made without running their ``__init__``, so that a
-file brings in just what it names itself.
+The wheels are in build/hosts, a folder each: ``make hosts``. Packages of a host are made without running their
+``__init__``, so that a file brings in just what it names itself.
 """
 
 import contextlib
@@ -16,18 +16,19 @@ from unittest.mock import MagicMock
 import pytest
 
 WHEELS = Path(__file__).parents[2] / "build" / "hosts"
+NEEDS = ("tensordict", "pyvers", "cloudpickle")  # of verl; installed in the same way
 
 
 class _Bare(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds a host's files, and makes its packages empty but for their version."""
 
-    def __init__(self, package, version):
-        self.package, self.version = package, version
+    def __init__(self, folder, package, version):
+        self.folder, self.package, self.version = folder, package, version
 
     def find_spec(self, name, path=None, target=None):
         if not f"{name}.".startswith(f"{self.package}."):
             return None
-        place = WHEELS.joinpath(*name.split("."))
+        place = self.folder.joinpath(*name.split("."))
         if place.is_dir():
             spec = importlib.machinery.ModuleSpec(name, self, is_package=True)
             spec.submodule_search_locations = [str(place)]
@@ -56,21 +57,24 @@ def host(distribution, package, stubs=()):
 
     ``stubs`` is a mapping of names to modules, or names of modules in which everything is found.
     """
-    found = list(WHEELS.glob(f"{distribution.replace('-', '_')}-*.dist-info"))
+    folder = WHEELS / distribution
+    found = list(folder.glob(f"{distribution.replace('-', '_')}-*.dist-info"))
     if not found:
         pytest.skip(f"no wheel of {distribution} in build/hosts (make hosts)")
     version = re.match(rf"{distribution.replace('-', '_')}-(.+)\.dist-info", found[0].name)[1]
     stubs = dict(stubs) if hasattr(stubs, "items") else {name: stub(name) for name in stubs}
     before = dict(sys.modules)
-    finder = _Bare(package, version)
+    finder = _Bare(folder, package, version)
     sys.meta_path.insert(0, finder)
-    sys.path.append(str(WHEELS))
+    needs = [str(WHEELS / name) for name in NEEDS]
+    sys.path.extend(needs)
     sys.modules.update(stubs)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        sys.path.remove(str(WHEELS))
+        for need in needs:
+            sys.path.remove(need)
         for name in [name for name in sys.modules if name not in before and _of(name, package, *stubs)]:
             del sys.modules[name]
         sys.modules.update({name: before[name] for name in stubs if name in before})

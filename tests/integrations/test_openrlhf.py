@@ -78,7 +78,7 @@ def test_an_entropy_with_impossible_tokens_is_finite(utils):
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
 def test_openrlhfs_own_test_of_its_actor_passes(utils, temperature):
     """The test file of the wheel makes an actor of its own from the wheel's files; ours take its two names there."""
-    file = host_files.WHEELS / "tests" / "test_actor_entropy_temperature.py"
+    file = host_files.WHEELS / "openrlhf" / "tests" / "test_actor_entropy_temperature.py"
     spec = importlib.util.spec_from_file_location("openrlhf_own_test", file)
     own = importlib.util.module_from_spec(spec)
     calls = []
