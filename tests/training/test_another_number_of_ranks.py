@@ -250,9 +250,10 @@ def test_torchrun_goes_on_with_another_number_of_processes(tmp_path: Path) -> No
         environment = {**os.environ, "PYTHONPATH": places.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        return sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+        return sorted(re.findall(r"rank \d: \d+ steps, (?:True|False), \d+ rows known", done.stdout))
 
-    assert [line.split(",")[1] for line in start(2, 12)] == [" True"] * 2
-    assert [line.split(",")[1] for line in start(3, 4)] == [" True"] * 3
-    (last,) = start(1, 0)
-    assert "False" in last
+    assert start(2, 12) == [f"rank {rank}: 12 steps, True, 704 rows known" for rank in range(2)]
+    # 1,437 rows: all that were trained on are known to the three.
+    assert start(3, 4) == [f"rank {rank}: 16 steps, True, 479 rows known" for rank in range(3)]
+    # 12 steps of two are 8 of the 24 of three processes; 12 of these are half of the 69 of one.
+    assert start(1, 0) == ["rank 0: 51 steps, False, 1437 rows known"]
