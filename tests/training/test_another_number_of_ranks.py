@@ -105,9 +105,17 @@ def loss_change() -> Gate:
     return Gate(0.5, significance=Significance(loss=0.5, terms=(LossChange(0.5),)))
 
 
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("policy", ["infobatch", "importance", "topk@history", loss_change])
-def test_every_row_keeps_its_score_and_no_row_is_lost(size: int, policy: Any, tmp_path: Path) -> None:
+SLOW_THREE = [1, pytest.param(3, marks=pytest.mark.slow)]  # a start of three more processes
+POLICIES = ["infobatch", "importance", "topk@history", loss_change]
+
+
+@pytest.mark.parametrize(
+    ("policy", "size"),
+    [(policy, 1) for policy in POLICIES]
+    + [("infobatch", 3)]
+    + [pytest.param(policy, 3, marks=pytest.mark.slow) for policy in POLICIES[1:]],
+)
+def test_every_row_keeps_its_score_and_no_row_is_lost(policy: Any, size: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     given = {"policy": policy, "epochs": 4}
     former = on_ranks(2, folder, tmp_path, stop=5, **given)  # an epoch is of five steps
@@ -136,7 +144,7 @@ def table(part: dict[str, Any]) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize(("size", "steps"), [(1, 5 + 27), (3, 5 + 9)])
+@pytest.mark.parametrize(("size", "steps"), [(1, 5 + 27), pytest.param(3, 5 + 9, marks=pytest.mark.slow)])
 def test_epochs_are_those_of_the_present_number_of_processes(size: int, steps: int, tmp_path: Path) -> None:
     """45 rows in fives: 5 steps an epoch on two processes, 9 on one, 3 on three; three epochs are left."""
     folder = tmp_path / "run"
@@ -160,7 +168,7 @@ def test_counts_of_all_processes_are_kept(tmp_path: Path) -> None:
     assert len(one["selected"]) == ROWS
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", SLOW_THREE)
 def test_a_run_of_steps_goes_on_within_an_epoch(size: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     on_ranks(2, folder, tmp_path, stop=7, policy="dense", steps=20)
@@ -168,7 +176,7 @@ def test_a_run_of_steps_goes_on_within_an_epoch(size: int, tmp_path: Path) -> No
     assert [found["steps"] for found in now] == [20] * size
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", SLOW_THREE)
 def test_rows_of_a_data_loader_keep_a_score_that_a_process_knew(size: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     on_ranks(2, folder, tmp_path, stop=12, resident=False)  # two epochs of six steps
