@@ -64,13 +64,14 @@ def test_other_dtypes_keep_theirs(kind, dtype):
     assert (ours != theirs).sum() <= (0 if dtype is torch.float64 else 4)
 
 
-@pytest.mark.parametrize("size", [(1, 8, 8), (2, 13, 11), (3, 31, 17), (1, 1, 1), (2, 5, 33)])
-@pytest.mark.parametrize("classes", [2, 19, 21, 150])
+@pytest.mark.parametrize("seed", [0, 7, 22])  # with the last two, losses at the end of a plane have differed by a bit
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 13, 11), (3, 31, 17), (1, 1, 1), (1, 33, 5)])
+@pytest.mark.parametrize("classes", [2, 19, 150])
 @pytest.mark.parametrize("thresh", [1e-6, 0.7])
 @pytest.mark.parametrize("min_kept", [2, 30])
-def test_pixels_that_tie_with_the_limit_are_not_kept(kind, size, classes, thresh, min_kept):
+def test_pixels_that_tie_with_the_limit_are_not_kept(kind, size, classes, thresh, min_kept, seed):
     """Each image is one pixel repeated at every place of a plane, but for a harder one; the host's rounding differs."""
-    generator = torch.Generator().manual_seed(classes)
+    generator = torch.Generator().manual_seed(seed)
     batch, *pixels = size
     easy = torch.randn(classes, generator=generator)
     hard = easy - 2.0 * torch.eye(classes)[1]
