@@ -43,3 +43,13 @@ def take(tree: Any, selection: Selection) -> tuple[Any, Selection]:
         return rows.masked_fill_(nothing, 0) if rows.is_floating_point() or rows.is_complex() else rows
 
     return map_rows(gather_rows(tree, selection), zeroed), selection
+
+
+def zero_row_like(tree: Any) -> Any:
+    """Replace every tensor and array by one row of zeros like its rows."""
+
+    def zero_row(rows: Any) -> Any:
+        shape = (1, *rows.shape[1:])
+        return rows.new_zeros(shape) if isinstance(rows, Tensor) else np.zeros(shape, rows.dtype)
+
+    return map_rows(tree, zero_row)

@@ -49,11 +49,11 @@ def record(rank: int, ranks: int, group: Any, options: dict[str, Any], wrapped: 
     seen: list[Any] = []
     learn = trainer.learn
 
-    def watched(kept: SelectedBatch) -> Tensor | None:
+    def watched(kept: SelectedBatch, **options: bool) -> Tensor | None:
         divisor = len(kept.targets) if kept.weight is None else kept.divisor
         weight = torch.ones(len(kept.targets)) if kept.weight is None else kept.weight
         seen.append((kept.inputs.tolist(), kept.targets.tolist(), weight.tolist(), float(divisor)))
-        return learn(kept)
+        return learn(kept, **options)
 
     trainer.learn = watched  # type: ignore[method-assign]
     loader = ResidentLoader(split(), batch_size=11, std=(0.25,))  # batches of 11, 11, and 1 or none
@@ -234,9 +234,9 @@ def scored(rank: int, ranks: int, group: Any, scorer: str) -> Any:
     seen: list[int] = []
     learn = trainer.learn
 
-    def watched(kept: SelectedBatch) -> Any:
+    def watched(kept: SelectedBatch, **options: bool) -> Any:
         seen.append(int(kept.rows))
-        return learn(kept)
+        return learn(kept, **options)
 
     trainer.learn = watched  # type: ignore[method-assign]
     data = [(x.float().nan_to_num(1e3), y) for x, y in parts_of(15, RANKS)[rank]]

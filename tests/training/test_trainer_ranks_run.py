@@ -174,3 +174,17 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     refused = torchrun("compare", "--data", "digits", "--out", str(tmp_path / "compared"))
     assert refused.returncode != 0
     assert "error: rank 0: compare needs one process, got 2" in refused.stderr
+
+
+def starts(rank: int, ranks: int, group: Any, policy: str) -> Any:
+    torch.manual_seed(0)
+    trainer = make_trainer(network(), policy=policy, rate=0.1, **PLAIN)
+    history = trainer.fit(ResidentLoader(split(), batch_size=3), steps=8)
+    return history.steps, trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("policy", ["random", "importance", "gate"])
+def test_a_rank_without_rows_in_its_first_step_keeps_none_waiting(run: Callable[..., list[Any]], policy: str) -> None:
+    (steps, first), (_, second) = run(starts, policy)
+    assert steps == 8
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -23,6 +22,7 @@ from sparse_training.data.stream import StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics, forward
 from sparse_training.objective import check_inputs, settle
+from sparse_training.padding import zero_row_like
 from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.policies.gate import GatePolicy
@@ -122,7 +122,7 @@ class TrainingStep:
         self.update.defers = self._ddp is not None
         self.compile()
         self._norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
-        self._checked, self._settled = False, False
+        self._checked, self._settled, self._exchange_settled = False, False, False
 
     def compile(self) -> None:
         """Compile the model where the settings say so; to be called again on a deep copy, which is not compiled."""
@@ -181,6 +181,7 @@ class TrainingStep:
         batch = loader.load(item, loader.choose(item, policy.choose))
         if not self._checked and batch.rows:
             self.check(batch)
+        self._settle_exchange(batch)
         self._settle(self.model, batch)
         with self.operations.of("score", batch.rows, policy.name):
             kept = policy.select(policy.score(batch), batch)
@@ -190,8 +191,9 @@ class TrainingStep:
 
     def _step_on_tokens(self, policy: Policy, samples: Batch) -> tuple[Batch, SelectedBatch]:
         """Run one forward pass of all samples; their logits, one row per token, are the policy's batch."""
-        if not self._checked:
+        if not self._checked and samples.rows:
             self.check(samples)
+        self._settle_exchange(samples)
         self._settle(self.model, samples)
         if samples.rows == 0 and not self.ranks.alone:
             inputs, targets = zero_row_like((samples.inputs, samples.targets))
@@ -327,12 +329,21 @@ class TrainingStep:
         with torch.no_grad():
             self._settle(self.model, batch)
             logits, _ = self._try(self.model, batch)
-        if self._ddp is not None:
-            self.ranks.meet(self.device)
-            settle_exchange(self._ddp, lambda: self._try(self.parallel, batch)[1].sum(), self.device)
+        self._settle_exchange(batch)
         if self.criterion.granularity == "sample":
             self.scorer.build(batch, logits)
         self._checked = True
+
+    def _settle_exchange(self, batch: Batch) -> None:
+        """Take all ranks through a first pass of DistributedDataParallel, one without rows too."""
+        if self._ddp is None or self._exchange_settled:
+            return
+        self._exchange_settled = True
+        if not batch.rows:
+            inputs, targets = zero_row_like((batch.inputs, batch.targets))
+            batch = batch._replace(inputs=inputs, targets=targets)
+        self.ranks.meet(self.device)
+        settle_exchange(self._ddp, lambda: self._try(self.parallel, batch)[1].sum(), self.device)
 
     @torch.no_grad()
     def _settle(self, model: nn.Module, batch: Batch) -> None:
@@ -431,16 +442,6 @@ def _as_integers(buffer: Tensor) -> Tensor:
     if not buffer.is_floating_point() or buffer.device.type == "xla":
         return buffer
     return buffer.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[buffer.element_size()])
-
-
-def zero_row_like(tree: Any) -> Any:
-    """Replace every tensor and array by one row of zeros like its rows."""
-
-    def zero_row(rows: Any) -> Any:
-        shape = (1, *rows.shape[1:])
-        return rows.new_zeros(shape) if isinstance(rows, Tensor) else np.zeros(shape, rows.dtype)
-
-    return map_rows(tree, zero_row)
 
 
 def _device_of(model: nn.Module) -> torch.device:
