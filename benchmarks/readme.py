@@ -114,8 +114,8 @@ def speed_summary(record: Mapping[str, Any]) -> str:
 def roofline_table(record: Mapping[str, Any]) -> str:
     """One line per benchmark whose work is known: bytes, operations, their floors, and the measured time."""
     lines = [
-        "| benchmark | MB | MFLOP | floor by bytes, ms | floor by arithmetic, ms | measured, ms | share of the floor |",
-        "|---|---|---|---|---|---|---|",
+        "| benchmark | MB | MFLOP | floor by bytes, ms | floor by arithmetic, ms | measured, ms | bound | share of the floor |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rate = record["machine"].get("flops_per_second")
     for row in record["rows"]:
@@ -132,7 +132,7 @@ def roofline_table(record: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['case']} | {notes['bytes'] / 1e6:.4g} | {notes['flops'] / 1e6:.4g} | {1e3 * by_bytes:.4g} "
             f"| {f'{1e3 * by_flops:.4g}' if rate else '-'} | {1e3 * measured:.4g} "
-            f"| {max(by_bytes, by_flops) / measured:.0%} |"
+            f"| {'bytes' if by_bytes >= by_flops else 'arithmetic'} | {max(by_bytes, by_flops) / measured:.0%} |"
         )
     return "\n".join([*lines, "", source_line(record)])
 

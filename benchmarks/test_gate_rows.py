@@ -16,22 +16,37 @@ import work
 import sparse_kernels as sk
 
 LARGE = {"fastest read": 0.75, "eager": 20, "best compiled": 5}
+FEW = {"best compiled": 3}
+PIXELS = {torch.float32: {"fastest read": 0.6, "best compiled": 2}, torch.bfloat16: {"fastest read": 0.45}}
+
+
+def case(shape, dtype, targets, rounds, calls, dim=1):
+    name = f"gate_rows-{str(dtype).removeprefix('torch.')}-{'x'.join(map(str, shape))}"
+    return pytest.param(shape, dim, dtype, targets, rounds, calls, id=name)
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("shape", "dim", "dtype", "targets", "rounds", "calls"),
     [
-        pytest.param((1024, 32000), 1, torch.float32, LARGE, 9, 1, id="gate_rows-float32-1024x32000"),
-        pytest.param((1024, 128256), 1, torch.float32, LARGE, 5, 1, id="gate_rows-float32-1024x128256"),
-        pytest.param((4096, 1000), 1, torch.float32, {"best compiled": 3}, 21, 2, id="gate_rows-float32-4096x1000"),
-        pytest.param((256, 1000), 1, torch.float32, {"best compiled": 3}, 31, 20, id="gate_rows-float32-256x1000"),
-        pytest.param((512, 100), 1, torch.float32, {"best compiled": 2}, 51, 50, id="gate_rows-float32-512x100"),
-        pytest.param((128, 10), 1, torch.float32, {"best compiled": 2}, 51, 100, id="gate_rows-float32-128x10"),
-        pytest.param(
-            (8, 21, 512, 512), 1, torch.float32, {"best compiled": 2}, 7, 1, id="gate_rows-float32-8x21x512x512"
+        case((1024, 32000), torch.float32, LARGE, 9, 1),
+        case((1024, 128256), torch.float32, LARGE, 5, 1),
+        case((4096, 1000), torch.float32, {"best compiled": 3}, 21, 2),
+        case((256, 1000), torch.float32, {"best compiled": 3}, 31, 20),
+        case((512, 100), torch.float32, FEW, 51, 50),
+        case((128, 10), torch.float32, {"best compiled": 2}, 51, 100),
+        case((1024, 32000), torch.bfloat16, {"eager": 15, "fastest read": 0.55}, 9, 1),
+        *(
+            case(shape, dtype, PIXELS[dtype], 7, 1)
+            for shape in ((8, 21, 512, 512), (4, 19, 512, 1024), (2, 150, 256, 256))
+            for dtype in PIXELS
         ),
-        pytest.param((1024, 32000), 1, torch.bfloat16, {"eager": 15}, 9, 1, id="gate_rows-bfloat16-1024x32000"),
+        case((512, 100), torch.bfloat16, {}, 51, 50),
+        *(
+            case(shape, dtype, targets, 31, calls)
+            for shape, targets, calls in (((3000, 10), FEW, 50), ((65536, 10), {}, 5), ((65536, 100), {}, 2))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ),
     ],
 )
 def test_gate_rows(interleaved, with_compiled, small, shape, dim, dtype, targets, rounds, calls):

@@ -9,8 +9,10 @@
 namespace sparse_kernels {
 namespace {
 
-// The least number of logits that is worth waking a thread for: about 10 us of work.
-constexpr int64_t kGrain = 32 * 1024;
+// The least number of logits that is worth waking a thread for, and what a row costs besides its
+// own, in logits: decisions and logarithms.
+constexpr int64_t kGrain = 24 * 1024;
+constexpr int64_t kRowCost = 24;
 // The largest group of rows that any instruction set handles together.
 constexpr int64_t kGroup = 16;
 
@@ -37,7 +39,7 @@ int64_t alignment(int64_t rows) {
 }
 
 int parts_of(int64_t rows, int64_t classes) {
-  const int parts = parts_for(rows * classes, kGrain);
+  const int parts = parts_for(rows * (classes + kRowCost), kGrain);
   return parts <= rows ? parts : rows > 0 ? int(rows) : 1;
 }
 

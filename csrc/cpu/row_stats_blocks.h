@@ -22,6 +22,15 @@ struct TailMask {
 template <class Vec>
 constexpr TailMask<Vec> kTailMask;
 
+// Contiguous classes of kLanes rows, row_stride elements apart: x[j * stride + i] is column j of
+// row i. vec_*.h may have a faster one.
+template <class Vec, class T>
+inline void transpose(Vec, const T* rows, int64_t row_stride, int columns, typename Vec::Real* x,
+                      int stride) {
+  for (int i = 0; i < Vec::kLanes; ++i)
+    for (int j = 0; j < columns; ++j) x[j * stride + i] = widen(rows[i * row_stride + j]);
+}
+
 template <class Vec>
 inline int vectors_of(int columns) {
   return (columns + Vec::kLanes - 1) / Vec::kLanes;
@@ -75,27 +84,23 @@ static inline void prefetch(const void* p) {
 #endif
 }
 
-struct BlockSums {
-  double rest, rest_d, rest_sq;
-};
-
 // The target must be -inf here, so that the loop needs no exception: where a row is short,
 // mispredicted branches would cost as much as its sums.
-template <class Vec, bool kSquares, class T>
-inline BlockSums sum_block(const T* x, int vectors, typename Vec::Real maximum,
-                           const Exponential<Vec>& in_memory) {
+//
+// Prefetches what follows in memory, of the same length, while the arithmetic on this block takes
+// its time: otherwise the first read of that would wait. To prefetch past the end of memory is
+// harmless.
+template <class Vec, bool kSquares, class X, class T>
+inline Sums<Vec> sum_block(const X* x, int vectors, typename Vec::Real maximum,
+                           const Exponential<Vec>& in_memory, const T* next) {
   constexpr int kLanes = Vec::kLanes;
   const Exponential<Vec> exponential = in_memory;
   const Vec m = Vec::splat(maximum);
-  // Prefetches the next block while the arithmetic on this one takes its time: otherwise the next
-  // block's first read, for its maximum, would wait for memory. To prefetch past the end of memory
-  // is harmless.
   const auto ahead = [&](int i) {
-    for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(x + i * kLanes + kBlock + j);
+    for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(next + i * kLanes + j);
   };
   const auto d = [&](int i) { return Vec::load(x + i * kLanes) - m; };
-  const Sums<Vec> sums = sum_of<kSquares>(vectors, exponential, d, ahead);
-  return {reduce_add(sums.rest), reduce_add(sums.rest_d), kSquares ? reduce_add(sums.rest_sq) : 0};
+  return sum_of<kSquares>(vectors, exponential, d, ahead);
 }
 
 // The largest of a block. NaN may be lost here: the sums, which meet every element, keep it.

@@ -41,10 +41,11 @@ struct RowSums : PartSums {
     largest = x > largest ? x : largest;
   }
 
-  // A block of whole vectors, or a copy; `target` points into the copy, or is null.
-  template <bool kSquares, class T>
-  void add_block(const RowStatsArgs& args, const Plan<Vec>& plan, const T* x, int64_t begin,
-                 int columns, Real* target) {
+  // A block of whole vectors, or a copy; `target` points into the copy, or is null. `next`: the
+  // block that follows in memory.
+  template <bool kSquares, class X, class T>
+  void add_block(const RowStatsArgs& args, const Plan<Vec>& plan, const X* x, int64_t begin,
+                 int columns, Real* target, const T* next) {
     const int vectors = vectors_of<Vec>(columns);
     const Real block_maximum = max_block<Vec>(x, vectors);
     if (plan.extras) add_extras(args, plan, x, begin, columns, block_maximum);
@@ -54,10 +55,11 @@ struct RowSums : PartSums {
       return;
     }
     if (target) *target = -kInfinity<Vec>;  // stays out of the sums
-    const BlockSums block = sum_block<Vec, kSquares>(x, vectors, Real(maximum), plan.exponential);
-    rest += block.rest;
-    rest_d += block.rest_d;
-    rest_sq += block.rest_sq;
+    const Sums<Vec> block =
+        sum_block<Vec, kSquares>(x, vectors, Real(maximum), plan.exponential, next);
+    rest += reduce_add(block.rest);
+    rest_d += reduce_add(block.rest_d);
+    if (kSquares) rest_sq += reduce_add(block.rest_sq);
   }
 
   template <class T>
@@ -114,16 +116,30 @@ inline RowSums<Vec> sum_part(const RowStatsArgs& args, const Plan<Vec>& plan, co
       copy_block<Vec>(x, columns, Real(args.softcap), copy);
       sums.template add_block<kSquares>(
           args, plan, copy, begin, columns,
-          has_target ? copy + position_in_copy<Vec>(int(target - begin), columns) : nullptr);
+          has_target ? copy + position_in_copy<Vec>(int(target - begin), columns) : nullptr,
+          x + kBlock);
     } else {
-      sums.template add_block<kSquares>(args, plan, x, begin, columns, nullptr);
+      sums.template add_block<kSquares>(args, plan, x, begin, columns, nullptr, x + kBlock);
     }
     begin += columns;
   }
   return sums;
 }
 
-// Rows of one block, several at a time, so that no row waits for another's reductions.
+// The sums over the lanes of kLanes vectors, those at lanes[i * kLanes]: into total[i]. In double,
+// as reduce_add().
+template <class Vec>
+inline void add_lanes(const typename Vec::Real* lanes, double* total) {
+  constexpr int kLanes = Vec::kLanes;
+  alignas(64) typename Vec::Real column[kLanes * kLanes];
+  transpose(Vec(), lanes, kLanes, kLanes, column, kLanes);
+  for (int i = 0; i < kLanes; ++i) total[i] = column[i];
+  for (int j = 1; j < kLanes; ++j)
+    for (int i = 0; i < kLanes; ++i) total[i] += double(column[j * kLanes + i]);
+}
+
+// Rows of one block, several at a time, so that no row waits for another's reductions, which are
+// done for all rows at once.
 template <class Vec, bool kSquares, class T>
 inline void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
                            const int64_t* target, int count, Group<Vec>& group) {
@@ -131,12 +147,14 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, cons
   constexpr int kLanes = Vec::kLanes;
   constexpr int kCopies = kLanes * (kBlock / 4 + kLanes);  // stays in L1
   alignas(64) Real copies[kCopies];
+  alignas(64) Real rest[kLanes * kLanes], rest_d[kLanes * kLanes], rest_sq[kLanes * kLanes];
   const int columns = int(args.classes), vectors = vectors_of<Vec>(columns);
   const int width = vectors * kLanes;
   const int step = kCopies / width < kLanes ? kCopies / width : kLanes;
-  for (int first = 0; first < count; first += step) {
-    const int last = first + step < count ? first + step : count;
-    for (int i = first; i < last; ++i) {
+  const int64_t to_next = args.layout.dimensions == 1 ? step * args.layout.stride[0] : 0;
+  for (int first = 0; first < kLanes; first += step) {
+    const int last = first + step < kLanes ? first + step : kLanes;
+    for (int i = first; i < last && i < count; ++i) {
       if (group.ignored[i]) continue;
       Real* copy = copies + (i - first) * width;
       group.maximum[i] = copy_block<Vec>(logits[i], columns, Real(args.softcap), copy);
@@ -145,14 +163,23 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, cons
       target_x = -kInfinity<Vec>;
     }
     for (int i = first; i < last; ++i) {
-      if (group.ignored[i]) continue;
-      const BlockSums sums = sum_block<Vec, kSquares>(copies + (i - first) * width, vectors,
-                                                      group.maximum[i], plan.exponential);
-      group.rest_in_double[i] = group.maximum[i] == -kInfinity<Vec> ? kNaN<Vec> : sums.rest;
-      group.rest[i] = Real(group.rest_in_double[i]);
-      group.rest_d[i] = Real(sums.rest_d);
-      group.rest_sq[i] = sums.rest_sq;
+      Sums<Vec> sums;
+      if (!group.ignored[i])
+        sums = sum_block<Vec, kSquares>(copies + (i - first) * width, vectors, group.maximum[i],
+                                        plan.exponential, logits[i] + to_next);
+      store(rest + i * kLanes, sums.rest);
+      store(rest_d + i * kLanes, sums.rest_d);
+      if (kSquares) store(rest_sq + i * kLanes, sums.rest_sq);
     }
+  }
+  alignas(64) double total_d[kLanes];
+  add_lanes<Vec>(rest, group.rest_in_double);
+  add_lanes<Vec>(rest_d, total_d);
+  if (kSquares) add_lanes<Vec>(rest_sq, group.rest_sq);
+  for (int i = 0; i < kLanes; ++i) {
+    if (group.maximum[i] == -kInfinity<Vec>) group.rest_in_double[i] = kNaN<Vec>;
+    group.rest[i] = Real(group.rest_in_double[i]);
+    group.rest_d[i] = Real(total_d[i]);
   }
 }
 

@@ -23,15 +23,6 @@ namespace sparse_kernels {
 constexpr int kTileGroups = 16;
 constexpr int kTileBytes = 32 * 1024;
 
-// Contiguous classes of kLanes rows, row_stride elements apart: x[j * stride + i] is column j of
-// row i. vec_*.h may have a faster one.
-template <class Vec, class T>
-inline void transpose(Vec, const T* rows, int64_t row_stride, int columns, typename Vec::Real* x,
-                      int stride) {
-  for (int i = 0; i < Vec::kLanes; ++i)
-    for (int j = 0; j < columns; ++j) x[j * stride + i] = widen(rows[i * row_stride + j]);
-}
-
 // Prefetches the block of planes that follows, plane by plane, a few lines at each call, while the
 // arithmetic on this one takes its time.
 template <class Vec, class T>
@@ -100,9 +91,8 @@ class Tile {
         if (plan_.extras)
           extras_[g].add(args_, plan_, begin, columns, sums_[g].shift, x_ + g * kLanes, width_);
       }
-      add<kSquares>(begin, columns);
+      add<kSquares>(begin, columns, result);
     }
-    for (int g = 0; g < groups_; ++g) finish(g, result);
   }
 
  private:
@@ -123,15 +113,15 @@ class Tile {
     for (int i = 0; i < count_; i += 64 / int(sizeof(Integer))) prefetch(from + count_ + i);
     for (int i = 0; i < count_; ++i) target_[i] = from[i];
     for (int i = count_; i < width_; ++i) target_[i] = target_[count_ - 1];
-    const uint64_t classes = uint64_t(args_.classes);
-    int any = 0;
-    for (int i = 0; i < width_; ++i) {
-      ignored_[i] = (target_[i] == args_.ignore_index) | (uint64_t(target_[i]) >= classes);
-      any |= ignored_[i];
-    }
+    const auto unusual = [&](int i) {
+      return (target_[i] == args_.ignore_index) | (uint64_t(target_[i]) >= uint64_t(args_.classes));
+    };
+    int64_t any = 0;
+    for (int i = 0; i < width_; ++i) any |= unusual(i);
     any_ignored_ = any != 0;
     if (!any_ignored_) return;
     for (int i = 0; i < width_; ++i) {
+      ignored_[i] = unusual(i);
       if (!ignored_[i]) continue;
       if (i < count_) is_ignored(args_, row_ + i, target_[i], result);
       target_[i] = 0;
@@ -178,8 +168,9 @@ class Tile {
     for (int g = 0; g < groups_; ++g) sums_[g].raise_maximum(columns, x_ + g * kLanes, width_);
   }
 
+  // Finishes each group after its last block, so that memory is at work meanwhile, too.
   template <bool kSquares>
-  void add(int64_t begin, int columns) {
+  void add(int64_t begin, int columns, RowStatsResult& result) {
     const Exponential<Vec> exponential = plan_.exponential;
     for (int i = 0; i < width_; ++i) target_column_[i] = Real(target_[i] - begin);
     const int64_t next_row = row_ + count_;
@@ -189,9 +180,11 @@ class Tile {
     else if (adjacent_ && next_row < args_.rows)
       next = logits_of(next_row);
     PlanesAhead<Vec, T> ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4));
-    for (int g = 0; g < groups_; ++g)
+    for (int g = 0; g < groups_; ++g) {
       sums_[g].template add<kSquares>(exponential, columns, target_column_ + g * kLanes,
                                       x_ + g * kLanes, width_, [&] { ahead(); });
+      if (begin + columns == args_.classes) finish(g, result);
+    }
   }
 
   void finish(int g, RowStatsResult& result) const {
@@ -199,8 +192,11 @@ class Tile {
     Group<Vec> group;
     sums_[g].finish(plan_, group);
     if (plan_.extras) extras_[g].finish(args_, group);
-    std::memcpy(group.ignored, ignored_ + first, kLanes);
     group.any_ignored = any_ignored_;
+    if (any_ignored_)
+      std::memcpy(group.ignored, ignored_ + first, kLanes);
+    else
+      std::memset(group.ignored, 0, kLanes);
     const int count = count_ - first < kLanes ? count_ - first : kLanes;
     sparse_kernels::finish(args_, plan_, group, row_ + first, count, result);
   }

@@ -105,6 +105,39 @@ inline void split_exponent(F32x8 x, F32x8& m, F32x8& k) {
   k = {_mm256_cvtepi32_ps(e)};
 }
 
+// Four logits.
+inline __m128 load_4(const float* p) { return _mm_loadu_ps(p); }
+inline __m128 load_4(const BFloat16* p) {
+  const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
+}
+inline __m128 load_4(const Float16* p) {
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Contiguous classes of eight rows, as row_stats_blocks.h has it for any vector; four at a time,
+// the last four overlap those before.
+template <class T>
+inline void transpose(F32x8, const T* rows, int64_t row_stride, int columns, float* x, int stride) {
+  for (int j = 0; columns >= 4 && j < columns; j += 4) {
+    const int first = j + 4 <= columns ? j : columns - 4;
+    __m256 z[4];  // rows i and i + 4
+    for (int i = 0; i < 4; ++i) {
+      const T* p = rows + i * row_stride + first;
+      z[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load_4(p)), load_4(p + 4 * row_stride), 1);
+    }
+    const __m256 a = _mm256_unpacklo_ps(z[0], z[1]), b = _mm256_unpacklo_ps(z[2], z[3]);
+    const __m256 c = _mm256_unpackhi_ps(z[0], z[1]), d = _mm256_unpackhi_ps(z[2], z[3]);
+    float* out = x + first * stride;
+    _mm256_storeu_ps(out, _mm256_shuffle_ps(a, b, 0x44));
+    _mm256_storeu_ps(out + stride, _mm256_shuffle_ps(a, b, 0xee));
+    _mm256_storeu_ps(out + 2 * stride, _mm256_shuffle_ps(c, d, 0x44));
+    _mm256_storeu_ps(out + 3 * stride, _mm256_shuffle_ps(c, d, 0xee));
+  }
+  for (int j = 0; columns < 4 && j < columns; ++j)
+    for (int i = 0; i < 8; ++i) x[j * stride + i] = widen(rows[i * row_stride + j]);
+}
+
 struct F64x4 {
   using Real = double;
   static constexpr int kLanes = 4;

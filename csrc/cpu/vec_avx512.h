@@ -160,8 +160,8 @@ inline void store_classes(const Float16*, const __m512i (&column)[4], int count,
   }
 }
 
-// Contiguous classes of sixteen rows, as row_stats_tiles.h has it for any vector. The last 16 bytes
-// of a row overlap those before.
+// Contiguous classes of sixteen rows, as row_stats_blocks.h has it for any vector. The last 16
+// bytes of a row overlap those before.
 template <class T>
 inline void transpose(F32x16, const T* rows, int64_t row_stride, int columns, float* x,
                       int stride) {

@@ -180,6 +180,13 @@ def test_a_watcher_sees_operators(monkeypatch):
     assert asked == ["gather_plain"]  # of the last take alone, which names no backend
 
 
+@pytest.mark.parametrize(("dim", "direct"), [(-1, True), (2, True), (1, False), (-2, False)])
+def test_the_last_dimension_is_direct_by_either_of_its_numbers(monkeypatch, dim, direct):
+    asked = untouched(monkeypatch)
+    sk.gate_rows(torch.randn(3, 3, 3), torch.zeros(3, 3, dtype=torch.int64), torch.zeros(1), weights=WEIGHTS, dim=dim)
+    assert asked == ["gate_rows_plain"] * direct
+
+
 def test_what_is_left_to_the_general_route():
     mask = torch.rand(12) < 0.5
     selection = sk.compact(mask)
