@@ -114,7 +114,7 @@ def speed_summary(record: Mapping[str, Any]) -> str:
 def roofline_table(record: Mapping[str, Any]) -> str:
     """One line per benchmark whose work is known: bytes, operations, their floors, and the measured time."""
     lines = [
-        "| benchmark | MB | MFLOP | floor by bytes, ms | floor by arithmetic, ms | measured, ms | bound | share of the floor |",
+        "| benchmark | MB | MFLOP | floor by bytes, ms | floor by arithmetic, ms | measured, ms | bound | share |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rate = record["machine"].get("flops_per_second")

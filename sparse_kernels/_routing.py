@@ -45,8 +45,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _new = tuple.__new__  # a named tuple's own constructor is one more call of Python
 
 
-def may_be_direct(backend: str | None) -> bool:
-    """Return True if a call that asks for this backend may be tried on ``cpp_direct``."""
+def may_be_direct(backend: str | None, dim: int = -1, logits: Tensor | None = None) -> bool:
+    """Return True if a call for this backend, with the classes in ``dim``, may be tried on ``cpp_direct``."""
+    if dim != -1 and dim != getattr(logits, "ndim", 0) - 1:  # the last has two numbers
+        return False
     name = backend or _dispatch._forced or _dispatch._preferred
     return cpp_direct.AVAILABLE and (name is None or name == "cpp") and unwatched()
 
@@ -61,7 +63,7 @@ def row_stats(
     inplace_backward: bool,
 ) -> RowStats:
     """Check and serve a ``row_stats`` call."""
-    if dim == -1 and not inplace_backward and may_be_direct(backend):
+    if not inplace_backward and may_be_direct(backend, dim, logits):
         stats = _plain_row_stats(logits, targets, outputs, settings)
         if stats is not None:
             return stats

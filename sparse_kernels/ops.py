@@ -26,11 +26,6 @@ from sparse_kernels.backends import cpp_direct
 from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
 
 
-def _is_last(dim: int, logits: Tensor) -> bool:
-    """Return True for the last dimension by either of its numbers; what is no tensor is told of later."""
-    return dim == -1 or dim == getattr(logits, "ndim", 0) - 1
-
-
 def row_stats(
     logits: Tensor,
     targets: Tensor,
@@ -146,7 +141,7 @@ def gate_rows(
     settings = checked_settings(
         temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
     )
-    if not outputs and offset is None and _is_last(dim, logits) and may_be_direct(backend):
+    if not outputs and offset is None and may_be_direct(backend, dim, logits):
         gated = cpp_direct.gate_rows(logits, targets, threshold, weights, settings)
         if gated is not None:
             return gated
@@ -245,7 +240,7 @@ def select(
     settings = checked_settings(
         temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
     )
-    if not outputs and offset is None and _is_last(dim, logits) and may_be_direct(backend):
+    if not outputs and offset is None and may_be_direct(backend, dim, logits):
         selected = cpp_direct.select(logits, targets, threshold, weights, settings, tree, capacity)
         if selected is not None:
             if tree is None or selected.packed is not None:
@@ -304,7 +299,7 @@ def gate_step(
     settings = checked_settings(1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed)
     if type(state) is not ControlState:
         check_state(state, ())
-    if offset is None and _is_last(dim, logits) and may_be_direct(backend):
+    if offset is None and may_be_direct(backend, dim, logits):
         stepped = cpp_direct.gate_step(logits, targets, state, setpoint, weights, settings, capacity, by_mass)
         if stepped is not None:
             return stepped
