@@ -63,7 +63,7 @@ def row_stats(
     inplace_backward: bool,
 ) -> RowStats:
     """Check and serve a ``row_stats`` call."""
-    if dim == -1 and not inplace_backward and may_be_direct(backend):
+    if not inplace_backward and may_be_direct(backend, dim, logits):
         stats = _plain_row_stats(logits, targets, outputs, settings)
         if stats is not None:
             return stats
