@@ -25,11 +25,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from sparse_training.memory import keep_freed_memory
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_kernels import keep_freed_memory
 from sparse_training import Gate, HistorySampler, SparseTrainer
 from sparse_training.data.load import load_data
 from sparse_training.data.resident import ResidentLoader

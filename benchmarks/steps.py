@@ -108,10 +108,10 @@ def _timed(owner: Any, method: str) -> list[float]:
     """The seconds of each call of a method of an object, from now on."""
     call, found = getattr(owner, method), []
 
-    def timed(*arguments: Any) -> Any:
+    def timed(*arguments: Any, **options: Any) -> Any:
         began = time.perf_counter()
         try:
-            return call(*arguments)
+            return call(*arguments, **options)
         finally:
             found.append(time.perf_counter() - began)
 

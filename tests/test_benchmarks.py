@@ -232,6 +232,6 @@ def test_the_roofline_is_the_larger_of_two_floors():
     ]
     machine = {"cpu": "x", "threads": 2, "torch": "y", "flops_per_second": 1e9}
     table = readme.roofline_table({"rows": rows, "machine": machine, "created": "2000-01-01"}).splitlines()
-    assert table[2] == "| a | 3 | 5 | 6 | 5 | 10 | 60% |"
+    assert table[2] == "| a | 3 | 5 | 6 | 5 | 10 | bytes | 60% |"
     assert table[3].endswith("| 50% |")
     assert not any("| c |" in line for line in table)
