@@ -1,6 +1,7 @@
 """Every script in examples/ runs as a user would start it, and prints what its first lines say."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -44,7 +45,8 @@ def test_first_lines_say_what_it_needs_and_prints(path):
 def test_runs_and_prints_what_it_says(path, tmp_path):
     """Every expected line is printed; its numbers may differ from machine to machine, and the script asserts them."""
     for package in NEEDS.get(path.stem, ()):
-        pytest.importorskip(package)
+        if importlib.util.find_spec(package) is None:  # some are there for their files alone, and cannot be imported
+            pytest.importorskip(package)
     command = [sys.executable, str(path)]
     if path.stem == "two_processes":
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

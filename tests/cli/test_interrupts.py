@@ -99,7 +99,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path, start):
         arguments = ["resume", "--trust-code", folder.name] if resumable else [*TRAIN, "--out", folder.name]
         process = start(tmp_path, arguments)
         # Without an end of the killing a slow machine might never see a checkpoint.
-        process.join(draw.uniform(0.0, 0.3 * seconds) if kills < KILLS else None)
+        process.join(draw.uniform(0.0, 0.6 * seconds) if kills < KILLS else None)
         if process.exitcode is None:
             process.kill()
             process.join()
