@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_kernels import linear_row_stats, row_stats
 from sparse_training.errors import UserError
+from sparse_training.integrations import token_scores
 from sparse_training.integrations.rebinding import Rebinding
 
 FIELDS = {  # field of TRL's output -> statistic
@@ -115,10 +116,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     Returns:
         Entropies [...], in the logits' dtype.
     """
-    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    stats = row_stats(logits, targets, outputs=("entropy",), ignore_index=None)
-    assert stats.entropy is not None
-    return stats.entropy.to(logits.dtype)
+    return token_scores.entropy(logits, dtype=logits.dtype)
 
 
 def selective_log_softmax_and_entropy(
