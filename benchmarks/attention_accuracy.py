@@ -6,10 +6,11 @@ are not repeated: an interrupted command is taken up where it was. ``--small`` s
 
 pixels       Fashion-MNIST, a token for each pixel, behind one convolution of 7x7: first at 28x28, in tiles of 4x7, so
              224 of 784 keys are read; then each model goes on at 56x56, in tiles of 8x8, 512 of 3,136
-bare-pixels  the same without the convolution
+bare-pixels  28x28 without the convolution
 find         16 tokens of 3,136 in a row are marked, and the first must tell their class: only the choice finds them
 
-"local" reads as many keys as "sparse", but chooses none by content; "none" has no attention. "mass kept" is the share
+"summary" is "sparse" that also reads the means of the blocks that it does not choose; "local" reads as many keys as
+"sparse", but chooses none by content; "none" has no attention. "mass kept" is the share
 of dense attention's weights that the blocks chosen by a trained model hold, beside the best choice of as many blocks
 and a random one.
 """
@@ -65,14 +66,7 @@ class Task(NamedTuple):
 TASKS = {
     "find": Task(1, 64, ("dense", "sparse", "local"), 3, (Stage(3136, 64, steps=200, batch=8, rows=200, rate=3e-3),)),
     "bare-pixels": Task(
-        2,
-        32,
-        ("dense", "sparse", "none"),
-        2,
-        (
-            Stage(784, 32, steps=1000, batch=32, rows=4000, rate=6e-3),
-            Stage(3136, 64, steps=40, batch=16, rows=1024, rate=1e-3),
-        ),
+        2, 32, ("dense", "sparse", "summary", "none"), 3, (Stage(784, 32, steps=300, batch=32, rows=4000, rate=6e-3),)
     ),
     "pixels": Task(
         2,
@@ -105,8 +99,12 @@ class Nothing(nn.Module):
 def attention(kind: str, block: int) -> Callable[[int, int], nn.Module]:
     if kind in ("dense", "none"):
         return Attention if kind == "dense" else Nothing
-    chosen = {} if kind == "sparse" else {"local": 8, "top": 0, "global_blocks": 0}
-    return partial(BlockSparseAttention, block=block, dense_below=0, **chosen)
+    chosen: dict[str, dict[str, Any]] = {
+        "sparse": {},
+        "summary": {"summary": True},
+        "local": {"local": 8, "top": 0, "global_blocks": 0},
+    }
+    return partial(BlockSparseAttention, block=block, dense_below=0, **chosen[kind])
 
 
 class First(nn.Module):

@@ -133,6 +133,7 @@ def rows(options: argparse.Namespace) -> int:
     import gpu_bench
     import gpu_cases  # noqa: F401  imported for the cases that it registers
     import gpu_head  # noqa: F401
+    import gpu_sparse_attention  # noqa: F401
     import gpu_steps  # noqa: F401  after the others: rows are measured in this order
     import timing
     import torch

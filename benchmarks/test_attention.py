@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,24 @@ from sparse_training.nn import block_sparse_attention
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "target", "rounds"),
+    ("tokens", "dtype", "target", "rounds", "summary"),
     [
-        pytest.param(1024, torch.float32, 1.0, 31, id="attention-1024"),
-        pytest.param(1100, torch.float32, 1.0, 31, id="attention-1100"),  # no multiple of the block: under a mask
-        pytest.param(4096, torch.float32, 4.0, 9, id="attention-4096"),
-        pytest.param(16384, torch.float32, 12.0, 5, id="attention-16384"),
-        pytest.param(1024, torch.bfloat16, None, 31, id="attention-bfloat16-1024"),
-        pytest.param(4096, torch.bfloat16, None, 9, id="attention-bfloat16-4096"),
+        pytest.param(1024, torch.float32, 1.0, 31, False, id="attention-1024"),
+        pytest.param(
+            1100, torch.float32, 1.0, 31, False, id="attention-1100"
+        ),  # no multiple of the block: under a mask
+        pytest.param(4096, torch.float32, 4.0, 9, False, id="attention-4096"),
+        pytest.param(16384, torch.float32, 12.0, 5, False, id="attention-16384"),
+        pytest.param(1024, torch.bfloat16, None, 31, False, id="attention-bfloat16-1024"),
+        pytest.param(4096, torch.bfloat16, None, 9, False, id="attention-bfloat16-4096"),
+        pytest.param(1024, torch.float32, 1.0, 31, True, id="attention-summary-1024"),
+        pytest.param(1100, torch.float32, 1.0, 31, True, id="attention-summary-1100"),
+        pytest.param(4096, torch.float32, 4.0, 9, True, id="attention-summary-4096"),
+        pytest.param(16384, torch.float32, 12.0, 3, True, id="attention-summary-16384"),
+        pytest.param(4096, torch.bfloat16, None, 9, True, id="attention-summary-bfloat16-4096"),
     ],
 )
-def test_forward_and_backward(interleaved, small, tokens, dtype, target, rounds):
+def test_forward_and_backward(interleaved, small, tokens, dtype, target, rounds, summary):
     torch.manual_seed(0)
     tokens = 1024 + tokens % 1024 if small else tokens
     operands = [torch.randn(1, 3, tokens, 64).to(dtype).requires_grad_() for _ in range(3)]
@@ -41,9 +49,9 @@ def test_forward_and_backward(interleaved, small, tokens, dtype, target, rounds)
 
     targets = {} if target is None else {"dense": target}
     sides = {"dense": run(F.scaled_dot_product_attention)}
-    row = interleaved(run(block_sparse_attention), sides, targets=targets, rounds=rounds)
-    row.notes["keys a query"] = 512
-    if target == 12.0:
+    row = interleaved(run(partial(block_sparse_attention, summary=summary)), sides, targets=targets, rounds=rounds)
+    row.notes["keys a query"] = 512 + summary * -(-tokens // 64)
+    if target == 12.0 and not summary:
         forms = ("sparse",) if small else ("sparse", "dense", "gathered")
         row.notes |= {f"peak memory of {form}, in operands": peak_memory(form, tokens) for form in forms}
 

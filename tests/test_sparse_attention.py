@@ -17,7 +17,7 @@ from sparse_training.nn import (
     choose_blocks,
 )
 from sparse_training.nn.block_attention import attend, gathered
-from sparse_training.nn.block_choice import in_blocks
+from sparse_training.nn.block_choice import block_means, in_blocks
 from sparse_training.nn.sparse_attention import _announce_dense
 
 SMALL = {"block": 8, "local": 3, "top": 2, "global_blocks": 1}  # 48 keys a query
@@ -34,6 +34,15 @@ SHAPES = [
 def operands(shape, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+def no_means(parts):
+    """Of blocks [sequences, blocks, block, width], where there is no summary."""
+    return [part[:, :0, 0] for part in parts[1:]]
+
+
+def means(parts, tokens):
+    return [block_means(part.unsqueeze(0), tokens).squeeze(0) for part in parts[1:]]
 
 
 def allowed(index, tokens, block):
@@ -70,34 +79,39 @@ def test_is_dense_attention_where_every_block_is_chosen():
     )
     # The same through the blocks themselves, which the public door spares here.
     index = choose_blocks(q, k, **every).flatten(0, 1)
-    y = attend(*(in_blocks(x, 8).flatten(0, 1) for x in (q, k, v)), index, 100, 8**-0.5)
+    parts = [in_blocks(x, 8).flatten(0, 1) for x in (q, k, v)]
+    y = attend(*parts, *no_means(parts), index, 100, 8**-0.5)
     torch.testing.assert_close(y.view(2, 2, 104, 8)[:, :, :100], F.scaled_dot_product_attention(q, k, v))
 
 
+@pytest.mark.parametrize("summary", [False, True])
 @pytest.mark.parametrize("tokens", [24, 21])
-def test_gradcheck(tokens):
-    settings = {"block": 4, "local": 1, "top": 1, "global_blocks": 1, "dense_below": 0}
+def test_gradcheck(tokens, summary):
+    settings = {"block": 4, "local": 1, "top": 1, "global_blocks": 1, "summary": summary, "dense_below": 0}
     assert torch.autograd.gradcheck(
         lambda q, k, v: block_sparse_attention(q, k, v, **settings), operands((1, 2, tokens, 3), seed=1)
     )
 
 
+@pytest.mark.parametrize("summary", [False, True])
 @pytest.mark.parametrize("tokens", [96, 101])
-def test_the_form_for_other_devices_gives_the_same(tokens):
+def test_the_form_for_other_devices_gives_the_same(tokens, summary):
     q, k, v = operands((2, 3, tokens, 8))
     index = choose_blocks(q, k, **SMALL).flatten(0, 1)
     results = []
     for form in (attend, gathered):
-        y = form(*(in_blocks(x, 8).flatten(0, 1) for x in (q, k, v)), index, tokens, 0.3)
+        parts = [in_blocks(x, 8).flatten(0, 1) for x in (q, k, v)]
+        y = form(*parts, *(means(parts, tokens) if summary else no_means(parts)), index, tokens, 0.3)
         y = y.view(2, 3, -1, 8)[:, :, :tokens]
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_other_devices_take_it():
+@pytest.mark.parametrize("summary", [False, True])
+def test_other_devices_take_it(summary):
     q, k, v = (torch.randn(2, 3, 1100, 16, device="meta", requires_grad=True) for _ in range(3))
-    y = block_sparse_attention(q, k, v)
+    y = block_sparse_attention(q, k, v, summary=summary)
     y.sum().backward()
     assert y.shape == q.grad.shape == (2, 3, 1100, 16)
 
@@ -187,17 +201,20 @@ def test_autocast_and_strided_operands():
     assert all(parameter.grad.isfinite().all() for parameter in attention.parameters())
 
 
+@pytest.mark.parametrize("summary", [False, True])
 @pytest.mark.parametrize("tokens", [96, 101])
-def test_opcheck(tokens):
+def test_opcheck(tokens, summary):
     q, k, v = operands((2, 3, tokens, 8), torch.float32)
     index = choose_blocks(q, k, **SMALL).flatten(0, 1)
     parts = [in_blocks(x.detach(), 8).flatten(0, 1).requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.sparse_training.block_attention, (*parts, index, tokens, 0.3))
+    extra = [x.detach().requires_grad_() for x in (means(parts, tokens) if summary else no_means(parts))]
+    torch.library.opcheck(torch.ops.sparse_training.block_attention, (*parts, *extra, index, tokens, 0.3))
 
 
+@pytest.mark.parametrize("summary", [False, True])
 @pytest.mark.parametrize("tokens", [96, 101])
-def test_compiles_as_one_graph(tokens):
-    attention = BlockSparseAttention(24, 3, dense_below=0, **SMALL)
+def test_compiles_as_one_graph(tokens, summary):
+    attention = BlockSparseAttention(24, 3, summary=summary, dense_below=0, **SMALL)
     compiled = torch.compile(copy.deepcopy(attention), fullgraph=True, backend="aot_eager")
     x = torch.randn(2, tokens, 24)
     results = []
@@ -290,16 +307,18 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(change, message):
         ({"local": True}, "`local` must be an integer of at least 1, got True"),
         ({"top": -1}, "`top` must be an integer of at least 0, got -1"),
         ({"global_blocks": "1"}, "`global_blocks` must be an integer of at least 0, got '1'"),
+        ({"summary": 1}, "`summary` must be True or False, got 1"),
+        ({"implementation": "fast"}, "`implementation` must be 'gathered' or 'flex', got 'fast'"),
+        ({"implementation": None}, "`implementation` must be 'gathered' or 'flex', got None"),
         ({"dense_below": -5}, "`dense_below` must be an integer of at least 0, got -5"),
     ],
 )
 def test_settings_out_of_range_are_refused_in_one_line(settings, message):
     q = torch.randn(1, 1, 2048, 8)
-    for call in (
-        lambda: block_sparse_attention(q, q, q, **settings),
-        lambda: BlockSparseAttention(8, 2, **settings),
-        lambda: attends_densely(2048, **settings),
-    ):
+    calls = [lambda: block_sparse_attention(q, q, q, **settings), lambda: BlockSparseAttention(8, 2, **settings)]
+    if not {"summary", "implementation"} & set(settings):
+        calls.append(lambda: attends_densely(2048, **settings))
+    for call in calls:
         with pytest.raises(UserError, match=message):
             call()
 

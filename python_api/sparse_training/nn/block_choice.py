@@ -24,6 +24,7 @@ class Blocks(NamedTuple):
     top: int
     global_blocks: int
     dense_below: int
+    summary: bool
 
     def chosen(self) -> int:
         """Number of blocks that a block of queries attends to."""
@@ -34,7 +35,9 @@ class Blocks(NamedTuple):
         return tokens < self.dense_below or tokens <= self.chosen() * self.block
 
 
-def checked_blocks(block: int, local: int, top: int, global_blocks: int, dense_below: int | None) -> Blocks:
+def checked_blocks(
+    block: int, local: int, top: int, global_blocks: int, dense_below: int | None, *, summary: bool = False
+) -> Blocks:
     """Settings as one value.
 
     Args:
@@ -44,9 +47,10 @@ def checked_blocks(block: int, local: int, top: int, global_blocks: int, dense_b
         global_blocks: blocks at the start that every query attends to, at least 0.
         dense_below: tokens below which dense attention serves, at least 0; None for 512, or twice the tokens
             attended to where that is more.
+        summary: read the means of the blocks that are not chosen. Default False.
 
     Raises:
-        UserError: one is no integer, or out of its range.
+        UserError: one is out of its range, or of another type.
     """
     given = {"block": (block, 1), "local": (local, 1), "top": (top, 0), "global_blocks": (global_blocks, 0)}
     if dense_below is not None:
@@ -56,7 +60,9 @@ def checked_blocks(block: int, local: int, top: int, global_blocks: int, dense_b
             raise UserError(f"`{name}` must be an integer of at least {least}, got {value!r}")
     if dense_below is None:
         dense_below = max(512, 2 * block * (local + top + global_blocks))
-    return Blocks(block, local, top, global_blocks, dense_below)
+    if not isinstance(summary, bool):
+        raise UserError(f"`summary` must be True or False, got {summary!r}")
+    return Blocks(block, local, top, global_blocks, dense_below, summary)
 
 
 def choose_blocks(
@@ -86,17 +92,16 @@ def choose_blocks(
     """
     check_tensors(q=q, k=k)
     blocks = checked_blocks(block, local, top, global_blocks, None)
-    return best_blocks(in_blocks(q, block), in_blocks(k, block), q.shape[2], blocks)
+    mean_q, mean_k = (block_means(in_blocks(x, block), q.shape[2]) for x in (q, k))
+    return best_blocks(mean_q, mean_k, blocks)
 
 
 @torch.no_grad()
-def best_blocks(q: Tensor, k: Tensor, tokens: int, blocks: Blocks) -> Tensor:
-    """Choose for operands in blocks, [batch, heads, blocks, block, width], of which the last holds padding."""
-    count = q.shape[2]
-    place = torch.arange(count, device=q.device)
-    filled = (tokens - place * blocks.block).clamp(max=blocks.block).unsqueeze(-1)
-    pooled_q, pooled_k = (_pooled(x) / filled for x in (q, k))
-    scores = pooled_q @ pooled_k.transpose(-1, -2)
+def best_blocks(mean_q: Tensor, mean_k: Tensor, blocks: Blocks) -> Tensor:
+    """Choose by the means of each block's queries and keys, [batch, heads, blocks, width]."""
+    count = mean_q.shape[2]
+    place = torch.arange(count, device=mean_q.device)
+    scores = mean_q @ mean_k.transpose(-1, -2)
     start = (place - blocks.local // 2).clamp(max=count - blocks.local).clamp(min=0).unsqueeze(-1)
     forced = ((place >= start) & (place < start + blocks.local)) | (place < blocks.global_blocks)
     # A NaN would rank above infinity, and its row would lose its neighbours.
@@ -104,8 +109,11 @@ def best_blocks(q: Tensor, k: Tensor, tokens: int, blocks: Blocks) -> Tensor:
     return scores.topk(min(blocks.chosen(), count), dim=-1, sorted=False).indices
 
 
-def _pooled(x: Tensor) -> Tensor:
-    return x.sum(3, dtype=torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None)
+def block_means(x: Tensor, tokens: int) -> Tensor:
+    """Mean of each block of [batch, heads, blocks, block, width], of which the last holds padding; at least float32."""
+    block = x.shape[3]
+    filled = (tokens - torch.arange(x.shape[2], device=x.device) * block).clamp(max=block).unsqueeze(-1)
+    return x.sum(3, dtype=torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None) / filled
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 from sparse_training.announcements import announce
 from sparse_training.errors import UserError
 from sparse_training.nn.block_attention import attend
-from sparse_training.nn.block_choice import Blocks, best_blocks, check_tensors, checked_blocks, in_blocks
+from sparse_training.nn.block_choice import Blocks, best_blocks, block_means, check_tensors, checked_blocks, in_blocks
+from sparse_training.nn.flex_attention import attend_flex, check_flex
+
+Implementation = Literal["gathered", "flex"]
 
 
 def block_sparse_attention(
@@ -23,13 +27,16 @@ def block_sparse_attention(
     local: int = 3,
     top: int = 4,
     global_blocks: int = 1,
+    summary: bool = False,
     dense_below: int | None = None,
     scale: float | None = None,
+    implementation: Implementation = "gathered",
 ) -> Tensor:
     """Self-attention of each block of queries to ``local + top + global_blocks`` blocks of keys.
 
-    Time and memory grow in proportion to the number of tokens; those of the choice alone grow with the square of the
-    number of blocks. It is ``torch.nn.functional.scaled_dot_product_attention`` where every block is chosen.
+    Time and memory grow in proportion to the number of tokens; those of the choice alone, and of a summary, grow with
+    the square of the number of blocks. It is ``torch.nn.functional.scaled_dot_product_attention`` where every block is
+    chosen.
 
     Dense attention serves sequences shorter than ``dense_below``, where it is faster, and those of no more blocks than
     are chosen, where it is the same. ``attends_densely`` says so in advance.
@@ -47,38 +54,58 @@ def block_sparse_attention(
             shifted, not cut. Default 3.
         top: blocks chosen by content for each block of queries and each head, at least 0. Default 4.
         global_blocks: blocks at the start of the sequence that every query attends to, at least 0. Default 1.
+        summary: let each query also read the mean key and the mean value of every block that it does not read, which
+            count as often as the block has tokens: an approximation of the rest of dense attention. Default False.
         dense_below: number of tokens below which dense attention serves, at least 0. None (the default) for twice the
             keys that a query attends to, but no less than 512: 1,024 with the other defaults.
         scale: factor of the products of queries and keys; None (the default) for 1 / sqrt(width).
+        implementation: "gathered" (the default) copies the chosen blocks, on any device. "flex" reads them in place by
+            PyTorch's FlexAttention, compiled at its first call: on CUDA, where ``block`` must be a multiple of 64, and
+            without gradients on a CPU. The results are the same.
 
     Returns:
         The weighted values, of the shape and dtype of ``q``; under ``torch.autocast`` of its dtype.
 
     Raises:
-        UserError: tensors or settings that do not fit.
+        UserError: tensors or settings that do not fit, or a device that "flex" does not serve.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 4, 4096, 64)  # of 2 sequences and 4 heads
         >>> y = block_sparse_attention(q, k, v)  # every query sees 512 of 4,096 keys
     """
     check_tensors(q=q, k=k, v=v)
-    return _attention(q, k, v, checked_blocks(block, local, top, global_blocks, dense_below), scale)
+    blocks = checked_blocks(block, local, top, global_blocks, dense_below, summary=summary)
+    return _attention(q, k, v, blocks, scale, _checked(implementation))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float | None) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float | None, implementation: Implementation
+) -> Tensor:
     batch, heads, tokens, width = q.shape
     if blocks.dense(tokens):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if implementation == "flex":
+        check_flex(blocks.block, q, k, v)
     kind = q.device.type
     # As PyTorch's own attention does; "meta" has no autocast to ask for.
     if kind != "meta" and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     q, k, v = (in_blocks(x, blocks.block) for x in (q, k, v))
-    index = best_blocks(q, k, tokens, blocks)
-    q, k, v, index = (x.flatten(0, 1) for x in (q, k, v, index))
-    y = attend(q, k, v, index, tokens, width**-0.5 if scale is None else scale)
+    mean_k = block_means(k, tokens)
+    index = best_blocks(block_means(q.detach(), tokens), mean_k, blocks)
+    mean_k, mean_v = (mean_k, block_means(v, tokens)) if blocks.summary else (mean_k[:, :, :0],) * 2
+    q, k, v, mean_k, mean_v, index = (x.flatten(0, 1) for x in (q, k, v, mean_k, mean_v, index))
+    mean_k, mean_v = mean_k.to(q.dtype), mean_v.to(q.dtype)
+    form = attend_flex if implementation == "flex" else attend
+    y = form(q, k, v, mean_k, mean_v, index, tokens, width**-0.5 if scale is None else scale)
     return y.view(batch, heads, y.shape[1] * blocks.block, width)[:, :, :tokens]
+
+
+def _checked(implementation: Implementation) -> Implementation:
+    if implementation not in get_args(Implementation):
+        raise UserError(f"`implementation` must be 'gathered' or 'flex', got {implementation!r}")
+    return implementation
 
 
 def attends_densely(
@@ -119,8 +146,12 @@ class BlockSparseAttention(nn.Module):
         local: neighbouring blocks, the query's own among them, at least 1. Default 3.
         top: blocks chosen by content, at least 0. Default 4.
         global_blocks: blocks at the start of the sequence that every query attends to, at least 0. Default 1.
+        summary: let each query also read the mean key and the mean value of every block that it does not read, which
+            count as often as the block has tokens: an approximation of the rest of dense attention. Default False.
         dense_below: number of tokens below which dense attention serves, at least 0; None (the default) for twice the
             keys that a query attends to, but no less than 512.
+        implementation: "gathered" (the default), or "flex" for PyTorch's FlexAttention; see
+            ``block_sparse_attention``.
 
     Raises:
         UserError: settings that do not fit.
@@ -139,14 +170,17 @@ class BlockSparseAttention(nn.Module):
         local: int = 3,
         top: int = 4,
         global_blocks: int = 1,
+        summary: bool = False,
         dense_below: int | None = None,
+        implementation: Implementation = "gathered",
     ) -> None:
         super().__init__()
         whole = isinstance(dim, int) and isinstance(heads, int)
         if not whole or heads < 1 or dim < 1 or dim % heads:
             raise UserError(f"`dim` must be a multiple of `heads`, both at least 1, got {dim!r} and {heads!r}")
         self.heads = heads
-        self.blocks = checked_blocks(block, local, top, global_blocks, dense_below)
+        self.blocks = checked_blocks(block, local, top, global_blocks, dense_below, summary=summary)
+        self.implementation = _checked(implementation)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
@@ -168,13 +202,14 @@ class BlockSparseAttention(nn.Module):
         if self.blocks.dense(tokens) and not torch.compiler.is_compiling():
             _announce_dense(tokens, self.blocks)
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = _attention(q, k, v, self.blocks, None)
+        y = _attention(q, k, v, self.blocks, None, self.implementation)
         mixed: Tensor = self.out(y.transpose(1, 2).reshape(batch, tokens, width))
         return mixed
 
     def extra_repr(self) -> str:
         """Settings to print."""
-        return ", ".join([f"heads={self.heads}", *(f"{name}={value}" for name, value in self.blocks._asdict().items())])
+        settings = {"heads": self.heads, **self.blocks._asdict(), "implementation": self.implementation}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
 @cache
