@@ -3,10 +3,10 @@
     python benchmarks/simulation_check.py [--processes 2,4] [--counts] [--record FILE]
 
 Rows per rank, imbalance and bytes of a step can be compared on any machine (--counts); seconds need an idle one.
-A step's costs are calibrated with as many processes at work as the run has, each with one thread: so processes that
-share a core, as four do on two, are calibrated as slow as they run. The exchange of the gradients is what it adds to a
-dense step. Exit code 1 where a figure is off by more than
-15%. With seconds it takes some 3 minutes.
+A step's costs are calibrated with as many processes at work as the run has, each with one thread. Where they share
+cores, as four do on two, the simulation shares them, too. It has one latency for all messages: the one that makes a
+simulated dense step as long as a dense step of the same processes in a loop of its own. Exit code 1 where a figure is
+off by more than 15%. With seconds it takes some 4 minutes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -36,14 +37,15 @@ from sparse_training.data.resident import ResidentLoader
 from sparse_training.experiments.environment import environment
 from sparse_training.files import write_atomic
 from sparse_training.profiling.calibration import calibrate
-from sparse_training.profiling.scale import METHODS, Cluster, Plan, Simulated, simulate
+from sparse_training.profiling.scale import METHODS, Cluster, Plan, Simulated, collectives, simulate
 from sparse_training.profiling.scale_costs import StageCosts
 from sparse_training.selection.registry import make_policy
-from sparse_training.training.clock import Costs
+from sparse_training.training.clock import Costs, Curve
 
 BATCH, RATE, TOLERANCE = 64, 0.3, 0.15
 STEPS, SETTLING = 240, 80  # of a run, and those at its start that are not counted
 CALIBRATION_SECONDS = 8.0
+EXCHANGES = 100  # dense steps by which the latency is found
 
 
 class Mean(nn.Module):
@@ -86,42 +88,53 @@ def _measure(rank: int, ranks: int, width: int, timed: bool, store: str, barrier
         costs = calibrate(trainer, loader, policies, seconds=CALIBRATION_SECONDS).to_dict()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = {method: _run(method, data, width) for method in METHODS}
-    measured = {"costs": costs, "runs": found, "small": _exchange(4), "gradients": _gradient_exchange(width)}
+    measured = {"costs": costs, "runs": found, "dense": _dense_step(width) if timed else None}
     dist.barrier()
     dist.destroy_process_group()
     return measured
 
 
-def _exchange(numbers: int) -> float:
-    """Median seconds of an all-reduce of float32 numbers."""
-    values, seconds = torch.zeros(numbers), []
-    for _ in range(30):
-        dist.barrier()
-        began = time.perf_counter()
-        dist.all_reduce(values)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def _dense_step(width: int) -> float:
+    """Mean seconds of a dense step with its collectives, each after the work that it follows in a trainer's step.
 
-
-def _gradient_exchange(width: int) -> float:
-    """Mean seconds that the exchange adds to a dense step, in the step itself.
-
-    By itself in a loop it is several times as fast: nothing has to be woken up there.
+    By itself in a loop a collective is several times as fast: nothing has to be woken up there, and no rank waits.
     """
     images, labels = torch.rand(BATCH, 1, 8, 8), torch.zeros(BATCH, dtype=torch.long)
-    ddp = DistributedDataParallel(network(width))
-    Watch().hook(ddp)
-    spent: dict[bool, list[float]] = {True: [], False: []}
-    sides = {True: ddp, False: network(width)}
-    optimizers = {side: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for side, model in sides.items()}
-    for _ in range(STEPS - SETTLING):
-        for side, model in sides.items():
+    model = network(width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    rows, finite = (torch.zeros(size // 4) for size in collectives("dense"))
+    gradients = torch.zeros(sum(parameter.numel() for parameter in model.parameters()))
+    for step in range(EXCHANGES + 10):
+        if step == 10:
+            dist.barrier()
             began = time.perf_counter()
-            optimizers[side].zero_grad()
-            cross_entropy(model(images), labels).backward()
-            optimizers[side].step()
-            spent[side].append(time.perf_counter() - began)
-    return statistics.mean(spent[True]) - statistics.mean(spent[False])
+        dist.all_reduce(rows)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(images), labels)
+        dist.all_reduce(finite)
+        loss.backward()
+        dist.all_reduce(gradients)
+        optimizer.step()
+    return (time.perf_counter() - began) / EXCHANGES
+
+
+def _on_a_core(costs: StageCosts, share: float) -> StageCosts:
+    """Costs of a process that has a core to itself, of one that had a share of it."""
+
+    def scaled(curve: Curve) -> Curve:
+        return curve[0], tuple(share * seconds for seconds in curve[1])
+
+    select = {name: scaled(curve) for name, curve in costs.select.items()}
+    return StageCosts(scaled(costs.load), scaled(costs.score), scaled(costs.train), select)
+
+
+def _cluster(costs: StageCosts, parameters: int, ranks: int, cores: int, dense_seconds: float) -> Cluster:
+    """These processes, with the latency that makes a simulated dense step as long as the one measured."""
+    instant = Cluster(latency=0.0, cores=cores)
+    plan = Plan(1 << 20, ranks, BATCH, parameters)
+    beyond = dense_seconds - simulate(plan, costs, instant)[0].seconds
+    unit = Cluster(latency=1.0).exchange_seconds(ranks, 4 * parameters, collectives("dense"))
+    return Cluster(latency=max(0.0, beyond / unit), cores=cores)
 
 
 class Watch:
@@ -143,7 +156,7 @@ class Watch:
         def counted(state, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations that are strings
             self.count(bucket.buffer())
             gradients = bucket.buffer().div_(dist.get_world_size())
-            work = collectives["all_reduce"](gradients, async_op=True)
+            work = plain["all_reduce"](gradients, async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
 
         ddp.register_comm_hook(None, counted)
@@ -160,7 +173,7 @@ class Watch:
         return {name: getattr(self, name)[SETTLING:] for name in ("rows", "bytes", "seconds")}
 
 
-collectives: dict[str, Any] = {"all_reduce": dist.all_reduce, "all_gather": dist.all_gather}
+plain: dict[str, Any] = {"all_reduce": dist.all_reduce, "all_gather": dist.all_gather}
 
 
 def _run(method: str, data: Any, width: int) -> dict[str, Any]:
@@ -169,17 +182,17 @@ def _run(method: str, data: Any, width: int) -> dict[str, Any]:
 
     def all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
         watch.count(tensor)
-        return collectives["all_reduce"](tensor, *arguments, **options)
+        return plain["all_reduce"](tensor, *arguments, **options)
 
     def all_gather(tensors: list[Tensor], tensor: Tensor, *arguments: Any, **options: Any) -> Any:
         watch.count(tensor)
-        return collectives["all_gather"](tensors, tensor, *arguments, **options)
+        return plain["all_gather"](tensors, tensor, *arguments, **options)
 
     dist.all_reduce, dist.all_gather = all_reduce, all_gather
     try:
         table = (_run_sampler if method == "infobatch-balanced" else _run_trainer)(method, data, width, watch)
     finally:
-        dist.all_reduce, dist.all_gather = collectives["all_reduce"], collectives["all_gather"]
+        dist.all_reduce, dist.all_gather = plain["all_reduce"], plain["all_gather"]
     below = None if table is None else float((table.scores < table.mean).float().mean())
     return {**watch.found(), "below_mean": below}
 
@@ -259,11 +272,10 @@ def compare(ranks: int, *, width: int = 8, timed: bool = False) -> list[dict[str
     samples = len(load_data("digits").train)
     costs, cluster = StageCosts.from_step(BATCH, load=0.0, forward=1.0, backward=2.0, optimizer=0.0), Cluster()
     if timed:
-        costs = StageCosts.from_costs(Costs.from_dict(seen[0]["costs"]))
-        rounds = math.ceil(math.log2(ranks))
-        latency = seen[0]["small"] / rounds
-        beyond = max(seen[0]["gradients"] - 2 * rounds * latency, 1e-6)
-        cluster = Cluster(8 * (ranks - 1) / ranks * parameters / beyond, latency)
+        cores = len(os.sched_getaffinity(0))
+        shared = StageCosts.from_costs(Costs.from_dict(seen[0]["costs"]))
+        costs = _on_a_core(shared, min(1.0, cores / ranks))
+        cluster = _cluster(costs, parameters, ranks, cores, statistics.mean(one["dense"] for one in seen))
     lines = []
     for number, method in enumerate(METHODS):
         runs = [one["runs"][method] for one in seen]
@@ -298,7 +310,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The simulation beside real runs of gloo processes.")
     parser.add_argument("--processes", default="2,4", help="numbers of processes")
     parser.add_argument("--counts", action="store_true", help="rows, imbalance and bytes alone, by a small model")
-    parser.add_argument("--width", type=int, default=128, help="channels of the model's layers where seconds count")
+    parser.add_argument("--width", type=int, default=256, help="channels of the model's layers where seconds count")
     parser.add_argument("--record", type=Path, help="JSON file to write")
     options = parser.parse_args()
     lines = []

@@ -135,6 +135,18 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         read_costs(path)
 
 
+@pytest.mark.parametrize(("ranks", "cores"), [(2, 2), (4, 2)])
+def test_the_check_takes_its_latency_from_a_dense_step(ranks, cores):
+    """What a dense step takes beyond its calibrated costs is spread over its messages; shared cores are not in it."""
+    shared = StageCosts.from_step(simulation_check.BATCH, load=0.0, forward=0.02, backward=0.04, optimizer=0.0)
+    costs = simulation_check._on_a_core(shared, cores / ranks)
+    cluster = simulation_check._cluster(costs, 1000, ranks, cores, 0.068)
+    dense, gate, *_ = simulate(Plan(4096, ranks, simulation_check.BATCH, 1000, rate=0.25), costs, cluster)
+    assert dense.seconds == pytest.approx(0.068, rel=1e-3)  # 60 ms of work and 4 messages of 2 ms
+    assert gate.seconds == pytest.approx(0.02 + 0.015 + 0.010, rel=0.1)  # scoring, a quarter of the rows, 5 messages
+    assert simulation_check._cluster(costs, 1000, ranks, cores, 0.05).latency == 0.0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="a PyTorch without torch.distributed and gloo"
