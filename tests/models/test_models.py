@@ -114,6 +114,7 @@ def test_the_sparse_transformer_reads_a_part_of_the_pixels_and_has_the_parameter
     assert not attention.blocks.dense(784)
     images = torch.randn(2, 1, 28, 28)
     assert not torch.allclose(dense(images), sparse(images))
+    assert attention.blocks.summary
     named = build_model("vit-sparse", shape=(1, 28, 28), classes=5)
     assert [block.attention.blocks.block for block in named[1:3]] == [28, 28], "tiles of 4x7 pixels"
     with pytest.raises(UserError, match="`attention` must be one of dense, sparse, got 'flash'"):

@@ -176,7 +176,8 @@ def vit(
         heads: attention heads. Default 4.
         depth: number of blocks. Default 2.
         patch: side of the square patches in pixels, each of which is a token; at least 1. Default 4.
-        attention: "dense" (the default), or "sparse" for ``sparse_training.nn.BlockSparseAttention``.
+        attention: "dense" (the default), or "sparse" for ``sparse_training.nn.BlockSparseAttention`` with a summary of the
+            blocks that are not chosen.
         block: most tokens of a block of sparse attention, at least 1. A block is a tile of the image: of 64 tokens one
             of 8x8 patches where their numbers of rows and columns are divisible by 8; see ``tile_of``. Default 64.
 
@@ -197,7 +198,7 @@ def vit(
     size = block if tile is None else tile[0] * tile[1]
     makers: dict[str, Callable[[int, int], nn.Module]] = {
         "dense": Attention,
-        "sparse": partial(BlockSparseAttention, block=size),
+        "sparse": partial(BlockSparseAttention, block=size, summary=True),
     }
     if attention not in makers:
         raise UserError(f"`attention` must be one of {', '.join(makers)}, got {attention!r}")
@@ -213,7 +214,8 @@ def vit(
 def vit_sparse(*, shape: Shape, classes: int) -> nn.Sequential:
     """Vision transformer with a token for every pixel and sparse attention to tiles of up to 32 pixels.
 
-    A token attends to up to 256 others. Images of fewer than 512 pixels are served by dense attention.
+    A token attends to up to 256 others, and to the means of the tiles that it does not read. Images of fewer than 512
+    pixels are served by dense attention.
 
     Args:
         shape: (C, H, W) of one image.
