@@ -309,14 +309,18 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(change, message):
         ({"global_blocks": "1"}, "`global_blocks` must be an integer of at least 0, got '1'"),
         ({"summary": 1}, "`summary` must be True or False, got 1"),
         ({"implementation": "fast"}, "`implementation` must be 'gathered' or 'flex', got 'fast'"),
+        ({"scale": float("nan")}, "`scale` must be None or a finite number, got nan"),
+        ({"scale": "1"}, "`scale` must be None or a finite number, got '1'"),
         ({"implementation": None}, "`implementation` must be 'gathered' or 'flex', got None"),
         ({"dense_below": -5}, "`dense_below` must be an integer of at least 0, got -5"),
     ],
 )
 def test_settings_out_of_range_are_refused_in_one_line(settings, message):
     q = torch.randn(1, 1, 2048, 8)
-    calls = [lambda: block_sparse_attention(q, q, q, **settings), lambda: BlockSparseAttention(8, 2, **settings)]
-    if not {"summary", "implementation"} & set(settings):
+    calls = [lambda: block_sparse_attention(q, q, q, **settings)]
+    if "scale" not in settings:
+        calls.append(lambda: BlockSparseAttention(8, 2, **settings))
+    if not {"summary", "implementation", "scale"} & set(settings):
         calls.append(lambda: attends_densely(2048, **settings))
     for call in calls:
         with pytest.raises(UserError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Literal, get_args
 
@@ -74,6 +75,8 @@ def block_sparse_attention(
         >>> y = block_sparse_attention(q, k, v)  # every query sees 512 of 4,096 keys
     """
     check_tensors(q=q, k=k, v=v)
+    if scale is not None and not (type(scale) in (int, float) and math.isfinite(scale)):
+        raise UserError(f"`scale` must be None or a finite number, got {scale!r}")
     blocks = checked_blocks(block, local, top, global_blocks, dense_below, summary=summary)
     return _attention(q, k, v, blocks, scale, _checked(implementation))
 
