@@ -176,8 +176,8 @@ def vit(
         heads: attention heads. Default 4.
         depth: number of blocks. Default 2.
         patch: side of the square patches in pixels, each of which is a token; at least 1. Default 4.
-        attention: "dense" (the default), or "sparse" for ``sparse_training.nn.BlockSparseAttention`` with a summary of the
-            blocks that are not chosen.
+        attention: "dense" (the default), or "sparse" for ``sparse_training.nn.BlockSparseAttention`` with a summary of
+            the blocks that are not chosen.
         block: most tokens of a block of sparse attention, at least 1. A block is a tile of the image: of 64 tokens one
             of 8x8 patches where their numbers of rows and columns are divisible by 8; see ``tile_of``. Default 64.
 
