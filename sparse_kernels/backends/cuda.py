@@ -35,6 +35,7 @@ from sparse_kernels._arguments import (
     TreeCall,
 )
 from sparse_kernels._row_layout import empty_rows, rows_are_packed
+from sparse_kernels.backends import current
 from sparse_kernels.backends.triton import backend as triton
 from sparse_kernels.trees import Tree
 from sparse_kernels.types import ControlState, GatedRows, Selected, Selection
@@ -196,8 +197,8 @@ def gate_step_unsupported_reason(call: GateStepCall) -> str | None:
 
 def _enqueue(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
     """Call the extension with ``device`` as PyTorch's current device, on its current stream there."""
-    with torch.cuda.device(device):  # the extension leaves the device current; this puts the caller's back
-        return function(*arguments, device.index, torch.cuda.current_stream(device).cuda_stream)
+    with current.on(device):  # the extension leaves the device current; this puts the caller's back
+        return function(*arguments, device.index, current.stream_address(device.index))
 
 
 @functools.lru_cache(maxsize=64)  # a host query of some microseconds; batches come in few sizes
