@@ -215,18 +215,32 @@ def compact(call: CompactCall) -> Selection:
     """Serve ``sparse_kernels.compact``. Without a capacity the count is read first: the one synchronisation."""
     weight = None if call.weight is None else call.weight.detach().contiguous()
     storage = _storage(call.mask.shape[0], False, call.mask.device)
-    return _compact(call.mask.contiguous(), weight, call.capacity, None, storage)
+    count = torch.empty((), dtype=torch.int32, device=storage.device)
+    return _compact(call.mask.contiguous(), weight, call.capacity, None, storage, count)
 
 
 def _compact(
-    mask: Tensor, weight_in: Tensor | None, capacity: int | None, control: tuple[Any, ...] | None, storage: Tensor
+    mask: Tensor,
+    weight_in: Tensor | None,
+    capacity: int | None,
+    control: tuple[Any, ...] | None,
+    storage: Tensor,
+    count: Tensor,
 ) -> Selection:
-    """Pack the flattened rows of contiguous tensors; ``control`` is the result of ``_control``."""
+    """Pack the flattened rows of contiguous tensors.
+
+    Args:
+        mask: of the rows.
+        weight_in: of each row, float32; None for 1.
+        capacity: slots; None for as many as there are rows to pack.
+        control: the result of ``_control``, or None.
+        storage: the result of ``_storage``.
+        count: int32 of no dimension, to be written; the overflow is made like it.
+    """
     rows, device = mask.numel(), mask.device
     slots = int(torch.count_nonzero(mask)) if capacity is None else capacity
     index = torch.empty(slots, dtype=torch.int64, device=device)
     weight = torch.empty(slots, dtype=torch.float32, device=device)
-    count = torch.empty((), dtype=torch.int32, device=device)
     overflow = torch.empty_like(count)
     _enqueue(
         _cuda.compact,
@@ -297,7 +311,7 @@ def select(call: SelectCall) -> Selected:
     """Serve ``sparse_kernels.select``: the scores', the compaction, and a gather if anything is packed."""
     gated, storage = _score(call)
     control = _control(gated.significance, call.settings, invalid=gated.invalid)
-    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage)
+    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage, torch.empty_like(gated.invalid))
     packed = None if call.packing is None else _gather(call.packing, selection)
     return Selected(gated, selection, packed)
 
@@ -309,7 +323,7 @@ def gate_step(call: GateStepCall) -> Selected:
         gated.significance, call.settings, call.targets, gated.stats.grad_norm, call.state, call.setpoint,
         gated.invalid,
     )  # fmt: skip
-    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage)
+    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage, torch.empty_like(gated.invalid))
     _tracing.mark_changed(call.state)
     return Selected(gated, selection, None)
 

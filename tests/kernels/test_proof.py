@@ -304,10 +304,40 @@ def test_force_checks_whatever_was_kept(monkeypatch, forwards, tmp_path):
     assert kept(tmp_path) == {"triton row_stats float32": ""}
 
 
-def test_a_check_that_takes_long_says_so_and_ends(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(proof, "SAY_AFTER", 0.0)
+def test_a_check_that_takes_long_says_so_meanwhile(monkeypatch, caplog):
+    """As where a compiler takes long over one kernel."""
+    said, forward = threading.Event(), triton_backend._forward
+    message = "sparse_kernels: checking the triton kernels on interpreter, once for these versions"
+
+    class Heard(logging.Handler):
+        def emit(self, record):
+            if record.getMessage() == message:
+                said.set()
+
+    def slow(*arguments, **named):
+        assert said.wait(20)
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(proof, "SAY_AFTER", 0.01)
+    monkeypatch.setattr(triton_backend, "_forward", slow)
+    handler = Heard()
+    proof.logger.addHandler(handler)
+    try:
+        sk.row_stats(*batch())
+    finally:
+        proof.logger.removeHandler(handler)
+    assert not warned(caplog)
+    assert caplog.messages.count(message) == 1
+
+
+def test_a_check_that_ends_soon_says_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(proof, "SAY_AFTER", 600.0)
     sk.row_stats(*batch())
-    assert "sparse_kernels: checking the triton kernels on interpreter, once for these versions" in caplog.messages
+    assert not [message for message in caplog.messages if "checking" in message]
+
+
+def test_a_check_ends_in_time(monkeypatch, caplog, tmp_path):
+    sk.row_stats(*batch())
     caplog.clear()
     monkeypatch.setattr(proof, "LIMIT", 0.0)
     torch.testing.assert_close(

@@ -23,7 +23,7 @@ from sparse_kernels import reference
 from sparse_kernels._arguments import GateCall, StatsCall
 from sparse_kernels._tracing import tensor_unsupported_reason
 from sparse_kernels.backends.triton.launch import BYTES
-from sparse_kernels.backends.triton.plan import Plan, layout
+from sparse_kernels.backends.triton.plan import Computed, Plan, layout
 from sparse_kernels.types import STATISTICS, WEIGHABLE, GatedRows, RowStats
 
 MAX_CLASSES = 2**30  # a row's columns are counted in 32 bits, a block past its end included
@@ -93,31 +93,33 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+_stride, _address = Tensor.stride, Tensor.data_ptr
 _cached_plan = functools.lru_cache(1024)(Plan)  # a batch is like the one before it
 
 
 def _plan(
-    call: StatsCall, shaped: Sequence[Tensor], tensors: Sequence[Tensor | None], weights: Iterable[str] | None
+    call: StatsCall, shaped: Sequence[Tensor], others: Iterable[Tensor | None], computed: Computed | None
 ) -> Plan:
     """Return the plan of a call.
 
     Args:
         call: the call.
         shaped: its tensors of the logits' shape, the logits first.
-        tensors: with which its arguments of the kernel begin, the logits first.
-        weights: the statistics that are weighed; None for a backward.
+        others: those whose dtype, or absence, is left open by the logits and by what is computed.
+        computed: the statistics; None for a backward.
     """
     logits, settings = call.logits, call.settings
-    itemsize, device = logits.element_size(), logits.device
+    device = logits.device
     return _cached_plan(
         logits.shape,
         call.dim,
+        logits.dtype,
         processors(device),
-        tuple([tensor.stride() for tensor in shaped]),
-        tuple([tensor.data_ptr() % BYTES // itemsize for tensor in shaped]),
+        tuple(map(_stride, shaped)),
+        tuple([address % BYTES for address in map(_address, shaped)]),
         device,
-        tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
-        None if weights is None else tuple(weights),
+        tuple([None if tensor is None else tensor.dtype for tensor in others]),
+        computed,
         settings.label_smoothing > 0,
         settings.softcap > 0,
     )
@@ -173,7 +175,8 @@ def _forward(
     if targets.numel():
         weights = call.weights if isinstance(call, GateCall) else _NO_WEIGHTS
         tensors = (call.logits, targets, *results, *saved, *decision)
-        plan = _plan(call, (call.logits,), tensors, weights)
+        computed = tuple(call.outputs), tuple(weights), saved is not _NO_SAVED
+        plan = _plan(call, (call.logits,), (targets, *decision), computed)
         factors = [float(weights.get(name, 0.0)) for name in WEIGHABLE]
         sums = lowest = None
         if plan.scratch:
@@ -231,7 +234,7 @@ def row_stats_backward(
     if not targets.numel():
         return
     tensors = (logits, out, targets, maximum, total, entropy, upstream.get("loss"), upstream.get("entropy"))
-    plan = _plan(call, (logits, out), tensors, None)
+    plan = _plan(call, (logits, out), tensors[2:], None)
     plan.launch(_backward_kernels().row_stats_backward_kernel, (*tensors, *_settings(call)))
 
 
@@ -257,11 +260,12 @@ def _gate_rows(call: GateCall, invalid: Tensor, finished: Tensor | None = None) 
     significance = torch.empty_like(targets, dtype=call.accumulator)
     weight, on_device, draw = None, None, _NO_DRAW
     if settings.gate_temperature:
-        weight = torch.empty_like(targets, dtype=torch.float32)
+        weight = torch.empty_like(significance, dtype=torch.float32)
         if isinstance(step, Tensor) and step.device == invalid.device:
             on_device, step = step, 0
         draw = (settings.gate_temperature, settings.p_min, _signed(settings.seed), _signed(int(step)))
     offset = None if call.offset is None else call.offset.detach().contiguous()
     counted = invalid if finished is None else None
-    decision = _Decision(mask, significance, weight, offset, call.threshold.detach(), counted, finished, on_device)
+    threshold = call.threshold.detach() if call.threshold.requires_grad else call.threshold
+    decision = _Decision(mask, significance, weight, offset, threshold, counted, finished, on_device)
     return GatedRows(mask, significance, weight, _forward(call, targets, decision, draw), invalid)

@@ -47,6 +47,10 @@ BACKWARD = (
 )  # fmt: skip
 
 
+# The statistics that are stored, those that are weighed, and whether the backward's are saved.
+Computed = tuple[tuple[str, ...], tuple[str, ...], bool]
+
+
 def layout(
     shape: Sequence[int], dim: int, strides: Sequence[Sequence[int]]
 ) -> tuple[int, int, list[tuple[int, int, int]]] | None:
@@ -75,12 +79,13 @@ class Plan:
     Args:
         shape: of the logits.
         dim: of the classes.
+        dtype: of the logits.
         processors: of the GPU.
         strides: of each tensor of the logits' shape, the logits first.
-        starts: of each of them, in elements past a multiple of 16 bytes.
+        starts: of each of them, in bytes past a multiple of 16.
         device: of all tensors.
-        dtypes: of the tensors that a call begins with; None for those that it lacks.
-        weights: the statistics that are weighed; None for a backward.
+        dtypes: of the other tensors, as far as the logits' does not decide them; None for those that are absent.
+        computed: the statistics; None for a backward.
         smoothing: label_smoothing > 0.
         softcap: softcap > 0.
     """
@@ -89,20 +94,21 @@ class Plan:
         self,
         shape: Sequence[int],
         dim: int,
+        dtype: torch.dtype,
         processors: int,
         strides: Sequence[Sequence[int]],
         starts: Sequence[int],
         device: torch.device,
         dtypes: tuple[torch.dtype | None, ...],
-        weights: tuple[str, ...] | None,
+        computed: Computed | None,
         smoothing: bool,
         softcap: bool,
     ) -> None:
         found = layout(shape, dim, strides)
         assert found is not None
         outer, inner, loops = found
-        assert dtypes[0] is not None
-        itemsize, classes = dtypes[0].itemsize, shape[dim]
+        itemsize, classes = dtype.itemsize, shape[dim]
+        starts = [start // itemsize for start in starts]
         class_stride = 1 if classes == 1 else max(loop[2] for loop in loops)
         tile = choose(classes, class_stride, itemsize, len(strides))
         adjacent = not tile.contiguous and classes > 1 and all(loop[1] == 1 for loop in loops)
@@ -139,9 +145,9 @@ class Plan:
         }
         phases: list[tuple[Launch, int, dict[str, Any]]] = [(tile, count, {})]
         rows, self.names, self.scratch = outer * inner, BACKWARD, 0
-        if weights is not None:
+        if computed is not None:
             self.names = FORWARD
-            constants |= {"rows": rows, "slices": count, **_computed(dtypes[2:], weights)}
+            constants |= {"rows": rows, "slices": count, **_constants(*computed)}
             merge = merged(tile, count, rows)
             if merge is None:
                 phases = [(tile, 1, {"PHASE": WHOLE})]
@@ -163,8 +169,11 @@ class Plan:
             values: of the call, in the order of ``names``.
         """
         with on(self.device):
-            for launch in self.launches:
-                launch(kernel, self.names, values)
+            for kept in self.launches:
+                if kept.run is None:
+                    kept.compile_and_run(kernel, dict(zip(self.names, values, strict=True)))
+                else:
+                    kept.run(*kept.in_order((*values, *kept.last)))
 
 
 class KeptLaunch:
@@ -177,14 +186,17 @@ class KeptLaunch:
         self.options = {"num_warps": tile.warps, "maxnreg": most_registers(tile, many)}
         self.run: Callable[..., object] | None = None
 
-    def __call__(self, kernel: Any, names: Sequence[str], values: Sequence[Any]) -> None:
-        if self.run is not None:
-            self.run(*self.in_order((*values, *self.last)))
-            return
-        built = kernel[self.grid](**dict(zip(names, values, strict=True)), **self.constants, **self.options)
+    def compile_and_run(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        """Run the kernel through Triton, which compiles it, and keep what it compiled.
+
+        Args:
+            kernel: the kernel.
+            arguments: by name, those of a call.
+        """
+        built = kernel[self.grid](**arguments, **self.constants, **self.options)
         if built is not None:  # the interpreter compiles nothing
             self.last = tuple(self.constants.values())
-            every = (*names, *self.constants)
+            every = (*arguments, *self.constants)
             self.in_order = operator.itemgetter(*map(every.index, built.src.signature))
             self.run = built[self.grid]
 
@@ -218,15 +230,9 @@ def _aligned(
     )
 
 
-def _computed(outputs: Sequence[object], weights: Sequence[str]) -> dict[str, bool]:
-    """Return the forward kernel's constants: it is compiled for these statistics and no more.
-
-    Args:
-        outputs: of ``STATISTICS`` in order, None for each that is not stored; then anything.
-        weights: the statistics that are weighed.
-    """
-    stored = {name for name, output in zip(STATISTICS, outputs, strict=False) if output is not None}
-    computed = stored.union(weights)
+def _constants(outputs: tuple[str, ...], weights: tuple[str, ...], saved: bool) -> dict[str, bool]:
+    """Return the forward kernel's constants: it is compiled for these statistics and no more."""
+    computed = {*outputs, *weights}
     return {
         "LOSS": "loss" in computed,
         "ENTROPY": "entropy" in computed,
