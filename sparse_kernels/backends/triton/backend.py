@@ -164,7 +164,7 @@ def _forward(
         saved: what the backward needs of each row: the maximum and the sum of exponentials.
     """
     reference.check_targets(call)  # CPU only
-    results = _NO_RESULTS
+    results: tuple[Tensor | None, ...] = _NO_RESULTS
     if call.outputs:
         accumulator = call.accumulator
         results = tuple([

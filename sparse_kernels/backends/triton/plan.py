@@ -41,7 +41,7 @@ FORWARD = (
     "logits_ptr", "targets_ptr", *(f"{name}_ptr" for name in STATISTICS), "maximum_ptr", "total_ptr", *DECISION,
     *SETTINGS, *DRAW, *(f"w_{name}" for name in WEIGHABLE), "sums_ptr", "lowest_ptr",
 )  # fmt: skip
-BACKWARD = (
+BACKWARD: tuple[str, ...] = (
     "logits_ptr", "gradient_ptr", "targets_ptr", "maximum_ptr", "total_ptr", "entropy_ptr", "loss_gradient_ptr",
     "entropy_gradient_ptr", *SETTINGS,
 )  # fmt: skip
