@@ -12,15 +12,19 @@ import pytest
 import torch
 
 import sparse_kernels as sk
+from sparse_kernels import _dispatch, ops
 from sparse_kernels._arguments import CompactCall, GateCall, GateStepCall, Settings, StatsCall, TreeCall
 from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.backends import cuda as cuda_backend
+from sparse_kernels.backends import current
 from sparse_kernels.backends.triton import backend as triton_backend
+from sparse_kernels.self_check import proof
 
 OPS = torch.ops.sparse_kernels
 ROWS, CLASSES = 128, 10
 OUTPUTS = ["loss", "entropy"]
 WEIGHTS = {"loss": 0.7, "entropy": 0.3}
+LAUNCHES: list[str] = []  # one for all tests: Triton keeps a kernel with the first one's launcher
 SETTINGS = (-1, 1.0, 0.0, 0.0, -100)  # dim, temperature, softcap, label_smoothing, ignore_index
 
 
@@ -98,36 +102,54 @@ def test_overhead_of_a_small_gradient(interleaved, op):
 
 
 @pytest.mark.parametrize(
-    "op", [pytest.param("gate_rows", id="overhead-triton"), pytest.param("gate_step", id="overhead-gate-on-gpu")]
+    "op",
+    [
+        pytest.param("gate_rows", id="overhead-triton"),
+        pytest.param("gate_step", id="overhead-gate-on-gpu"),
+        pytest.param("public", id="overhead-public-gate-on-gpu"),
+    ],
 )
 def test_overhead_of_a_call_on_a_gpu(interleaved, monkeypatch, op):
-    """From the backend's function to the launchers of Triton and of the CUDA kernels, which do nothing here.
+    """From the backend's function, or the public one, to the launchers of Triton and of the CUDA kernels.
 
-    The host code is a GPU's, but for the targets, which are checked on a CPU alone, and for the current stream, which
-    PyTorch is asked for. One row: softmax is all call too.
+    The launchers do nothing here, and PyTorch's current device and stream are constants. All other host code is a
+    GPU's, but for the targets, which are checked on a CPU alone. One row: softmax is all call too.
     """
     without = pytest.importorskip("triton_without_gpu")
     if triton_backend.interpreted():
         pytest.skip("TRITON_INTERPRET is set")
     logits, targets = torch.randn(1, CLASSES), torch.zeros(1, dtype=torch.int64)
-    launches = []
+    launches = LAUNCHES
+    launches.clear()
     monkeypatch.setattr(triton_backend.reference, "check_targets", lambda call: None)
-    monkeypatch.setattr(cuda_backend, "_cuda", SimpleNamespace(compact="compact"), raising=False)
+    extension = SimpleNamespace(compact=lambda *arguments: launches.append("compact"))
+    monkeypatch.setattr(cuda_backend, "_cuda", extension, raising=False)
     monkeypatch.setattr(cuda_backend, "_storage_bytes", lambda *arguments: 1024)
-    monkeypatch.setattr(cuda_backend, "_enqueue", lambda function, *arguments: launches.append(function))
+    monkeypatch.setattr(current, "stream_address", lambda index: 0)
     without.without_gpu(90, lambda *arguments: launches.append("scores"))
     state = sk.initial_state(torch.tensor(1.5))
     settings = Settings(gate_temperature=0.5, step=state.counters[0])
     setpoint, threshold = torch.tensor(0.3), torch.tensor(2.0)
 
-    def ours():  # as the public call makes it
+    def ours():
         if op == "gate_rows":
             return triton_backend.gate_rows(GateCall(logits, targets, (), -1, settings, threshold, WEIGHTS, None))
         gate = (logits, targets, (), -1, settings, state.values, WEIGHTS, None)
         return cuda_backend.gate_step(GateStepCall(*gate, 1, state, setpoint, False))
 
+    def public():
+        return sk.gate_step(logits, targets, state, setpoint, weights=WEIGHTS, capacity=1, gate_temperature=0.5)
+
+    if op == "public":  # which finds the kernels able and proved, as on the second call on a GPU
+        servers = [server for server in _dispatch.TABLE["gate_step"] if server.backend == "cuda"]
+        monkeypatch.setitem(_dispatch.TABLE, "gate_step", (servers[0]._replace(kinds=None),))
+        monkeypatch.setattr(cuda_backend, "_tensor_unsupported_reason", lambda tensor: None)
+        monkeypatch.setattr(triton_backend, "interpreted", lambda: True)
+        monkeypatch.setitem(proof._known, ("cuda", "gate_step", torch.float32, logits.device), proof.AGREED)
+        monkeypatch.setattr(ops, "may_be_direct", lambda *arguments: False)
     try:
-        interleaved(ours, {"softmax": lambda: torch.softmax(logits, -1)}, rounds=51, calls=100)
+        softmax = {"softmax": lambda: torch.softmax(logits, -1)}
+        interleaved(public if op == "public" else ours, softmax, rounds=51, calls=100)
     finally:
         if torch.cuda.is_available():  # else there is no driver to go back to
             without.driver.reset_active()

@@ -164,7 +164,7 @@ def statistic_names(outputs: Any, known: Collection[str] = STATISTICS) -> Collec
 
 def check_statistic_weights(weights: Any) -> None:
     """Raise unless this maps statistics to numbers."""
-    if not isinstance(weights, Mapping):
+    if type(weights) is not dict and not isinstance(weights, Mapping):
         raise TypeError(f"`weights` must map statistics to numbers, such as {{'loss': 1.0}}, got {kind(weights)}")
     known = bool(weights)
     for name in weights:  # a loop: PyTorch 2.6's compiler does not know set.issuperset

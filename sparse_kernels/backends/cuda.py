@@ -35,6 +35,7 @@ from sparse_kernels._arguments import (
     TreeCall,
 )
 from sparse_kernels._row_layout import empty_rows, rows_are_packed
+from sparse_kernels.backends import current
 from sparse_kernels.backends.triton import backend as triton
 from sparse_kernels.trees import Tree
 from sparse_kernels.types import ControlState, GatedRows, Selected, Selection
@@ -196,8 +197,8 @@ def gate_step_unsupported_reason(call: GateStepCall) -> str | None:
 
 def _enqueue(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
     """Call the extension with ``device`` as PyTorch's current device, on its current stream there."""
-    with torch.cuda.device(device):  # the extension leaves the device current; this puts the caller's back
-        return function(*arguments, device.index, torch.cuda.current_stream(device).cuda_stream)
+    with current.on(device):  # the extension leaves the device current; this puts the caller's back
+        return function(*arguments, device.index, current.stream_address(device.index))
 
 
 @functools.lru_cache(maxsize=64)  # a host query of some microseconds; batches come in few sizes
@@ -214,18 +215,32 @@ def compact(call: CompactCall) -> Selection:
     """Serve ``sparse_kernels.compact``. Without a capacity the count is read first: the one synchronisation."""
     weight = None if call.weight is None else call.weight.detach().contiguous()
     storage = _storage(call.mask.shape[0], False, call.mask.device)
-    return _compact(call.mask.contiguous(), weight, call.capacity, None, storage)
+    count = torch.empty((), dtype=torch.int32, device=storage.device)
+    return _compact(call.mask.contiguous(), weight, call.capacity, None, storage, count)
 
 
 def _compact(
-    mask: Tensor, weight_in: Tensor | None, capacity: int | None, control: tuple[Any, ...] | None, storage: Tensor
+    mask: Tensor,
+    weight_in: Tensor | None,
+    capacity: int | None,
+    control: tuple[Any, ...] | None,
+    storage: Tensor,
+    count: Tensor,
 ) -> Selection:
-    """Pack the flattened rows of contiguous tensors; ``control`` is the result of ``_control``."""
+    """Pack the flattened rows of contiguous tensors.
+
+    Args:
+        mask: of the rows.
+        weight_in: of each row, float32; None for 1.
+        capacity: slots; None for as many as there are rows to pack.
+        control: the result of ``_control``, or None.
+        storage: the result of ``_storage``.
+        count: int32 of no dimension, to be written; the overflow is made like it.
+    """
     rows, device = mask.numel(), mask.device
     slots = int(torch.count_nonzero(mask)) if capacity is None else capacity
     index = torch.empty(slots, dtype=torch.int64, device=device)
     weight = torch.empty(slots, dtype=torch.float32, device=device)
-    count = torch.empty((), dtype=torch.int32, device=device)
     overflow = torch.empty_like(count)
     _enqueue(
         _cuda.compact,
@@ -296,7 +311,7 @@ def select(call: SelectCall) -> Selected:
     """Serve ``sparse_kernels.select``: the scores', the compaction, and a gather if anything is packed."""
     gated, storage = _score(call)
     control = _control(gated.significance, call.settings, invalid=gated.invalid)
-    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage)
+    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage, torch.empty_like(gated.invalid))
     packed = None if call.packing is None else _gather(call.packing, selection)
     return Selected(gated, selection, packed)
 
@@ -308,7 +323,7 @@ def gate_step(call: GateStepCall) -> Selected:
         gated.significance, call.settings, call.targets, gated.stats.grad_norm, call.state, call.setpoint,
         gated.invalid,
     )  # fmt: skip
-    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage)
+    selection = _compact(gated.mask, gated.weight, call.capacity, control, storage, torch.empty_like(gated.invalid))
     _tracing.mark_changed(call.state)
     return Selected(gated, selection, None)
 

@@ -175,6 +175,12 @@ def _checked(name: str, backend: Any, part: Part) -> tuple[str, bool]:
     _, op, dtype, device = part
     began, compared = time.monotonic(), 0
     before = _spent.get(device, 0.0)
+    # A thread tells, as one comparison may wait long for a compiler.
+    late = threading.Timer(
+        SAY_AFTER, lambda: _tell(f"checking the {name} kernels on {_title(device)}, once for these versions")
+    )
+    late.daemon = True
+    late.start()
     try:
         with undisturbed(device):
             for found in comparisons(op, backend, device, dtype):
@@ -185,11 +191,10 @@ def _checked(name: str, backend: Any, part: Part) -> tuple[str, bool]:
                 if before + spent > LIMIT:
                     _unfinished.add(part)
                     return f"the check ran out of its {LIMIT:.0f} s after {compared} comparisons, which agreed", False
-                if spent > SAY_AFTER:
-                    _tell(f"checking the {name} kernels on {_title(device)}, once for these versions")
     except Exception as error:
         return failure(error)
     finally:
+        late.cancel()
         _spent[device] = before + time.monotonic() - began
     return (AGREED, True) if compared else ("nothing was compared", False)
 

@@ -334,7 +334,7 @@ def test_compaction_with_a_controller(device, rows, labels_dtype, with_mass, tem
     storage[:1] = 0
     settings = Settings(ignore_index=7, **law)
     operands = cuda_backend._control(significance, settings, labels, mass, state, setpoint, invalid)
-    found = cuda_backend._compact(mask, None, capacity, operands, storage)
+    found = cuda_backend._compact(mask, None, capacity, operands, storage, torch.empty_like(invalid))
     assert_same(found, reference.compact(CompactCall(mask, None, capacity)))
     assert invalid == (significance.isnan() & (labels != 7 if labels is not None else True)).sum()
     assert_step(
@@ -343,7 +343,7 @@ def test_compaction_with_a_controller(device, rows, labels_dtype, with_mass, tem
     for _ in range(1 if rows > 65_536 else 2):  # whichever block comes last
         again, storage[:1] = copy_of(before), 0
         operands = cuda_backend._control(significance, settings, labels, mass, again, setpoint, invalid)
-        assert_same(cuda_backend._compact(mask, None, capacity, operands, storage), found)
+        assert_same(cuda_backend._compact(mask, None, capacity, operands, storage, torch.empty_like(invalid)), found)
         assert torch.equal(again.counters, state.counters)
         assert torch.equal(again.values.view(torch.int32), state.values.view(torch.int32))
 

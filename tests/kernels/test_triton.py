@@ -18,7 +18,7 @@ import sparse_kernels as sk
 from sparse_kernels import philox, reference
 from sparse_kernels._arguments import GateCall, Settings, StatsCall
 from sparse_kernels.backends.triton import backend as triton_backend
-from sparse_kernels.backends.triton import launch
+from sparse_kernels.backends.triton import launch, plan
 from sparse_kernels.types import STATISTICS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -364,11 +364,13 @@ def test_a_call_that_names_no_backend_never_comes_here(monkeypatch):
 
 @runs
 def test_slices_of_rows(many_processors, monkeypatch):
-    grids = []
-    launched = triton_backend.Plan.launch
-    monkeypatch.setattr(
-        triton_backend.Plan, "launch", lambda *arguments: (grids.append(arguments[4]), launched(*arguments))
-    )
+    grids, launched = [], plan.KeptLaunch.compile_and_run
+
+    def seen(self, *arguments):
+        grids.append(self.grid[1])
+        launched(self, *arguments)
+
+    monkeypatch.setattr(plan.KeptLaunch, "compile_and_run", seen)
     torch.manual_seed(10)
     logits = 3 * torch.randn(6, 1101)
     targets = torch.tensor([0, 1100, 1024, -100, 5, 1099])
@@ -397,14 +399,13 @@ def test_slices_of_rows(many_processors, monkeypatch):
 
 @runs
 def test_many_short_rows_are_finished_apart(monkeypatch):
+    monkeypatch.setattr(triton_backend, "_cached_plan", plan.Plan)  # none is found, none is kept
     monkeypatch.setattr(launch, "MANY_ROWS", 5)
     monkeypatch.setattr(launch, "MANY_REPETITIONS", 5)
     torch.manual_seed(11)
     logits, targets = 3 * torch.randn(7, 100), torch.randint(0, 100, (7,))
     targets[2] = -100
-    monkeypatch.setattr(
-        triton_backend, "merged", lambda *arguments: merges.append(made := launch.merged(*arguments)) or made
-    )
+    monkeypatch.setattr(plan, "merged", lambda *arguments: merges.append(made := launch.merged(*arguments)) or made)
     merges = []
     compare(logits, targets)
     assert merges[-1] is not None

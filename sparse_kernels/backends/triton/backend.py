@@ -12,8 +12,9 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +22,12 @@ from torch import Tensor
 from sparse_kernels import reference
 from sparse_kernels._arguments import GateCall, StatsCall
 from sparse_kernels._tracing import tensor_unsupported_reason
-from sparse_kernels.backends.triton.launch import BYTES, MERGE, SLICE, WHOLE, merged
-from sparse_kernels.backends.triton.plan import Plan, Variant, layout
-from sparse_kernels.types import GatedRows, RowStats
+from sparse_kernels.backends.triton.launch import BYTES
+from sparse_kernels.backends.triton.plan import Computed, Plan, layout
+from sparse_kernels.types import STATISTICS, WEIGHABLE, GatedRows, RowStats
 
 MAX_CLASSES = 2**30  # a row's columns are counted in 32 bits, a block past its end included
 _NO_WEIGHTS: dict[str, float] = {}
-_NOTHING: dict[str, Any] = {}
 
 
 @functools.cache
@@ -93,60 +93,97 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+_stride, _address = Tensor.stride, Tensor.data_ptr
 _cached_plan = functools.lru_cache(1024)(Plan)  # a batch is like the one before it
 
 
-def _plan(call: StatsCall, *tensors: Tensor) -> Plan:
-    logits = call.logits
-    itemsize = logits.element_size()
+def _plan(
+    call: StatsCall, shaped: Sequence[Tensor], others: Iterable[Tensor | None], computed: Computed | None
+) -> Plan:
+    """Return the plan of a call.
+
+    Args:
+        call: the call.
+        shaped: its tensors of the logits' shape, the logits first.
+        others: those whose dtype, or absence, is left open by the logits and by what is computed.
+        computed: the statistics; None for a backward.
+    """
+    logits, settings = call.logits, call.settings
+    device = logits.device
     return _cached_plan(
         logits.shape,
         call.dim,
         logits.dtype,
-        processors(logits.device),
-        tuple([tensor.stride() for tensor in tensors]),
-        tuple([tensor.data_ptr() % BYTES // itemsize for tensor in tensors]),
+        processors(device),
+        tuple(map(_stride, shaped)),
+        tuple([address % BYTES for address in map(_address, shaped)]),
+        device,
+        tuple([None if tensor is None else tensor.dtype for tensor in others]),
+        computed,
+        settings.label_smoothing > 0,
+        settings.softcap > 0,
     )
+
+
+def _settings(call: StatsCall) -> tuple[float, ...]:
+    """Return the numbers of plan.SETTINGS."""
+    settings = call.settings
+    return settings.ignore_index, 1.0 / settings.temperature, settings.softcap, settings.label_smoothing
+
+
+class _Decision(NamedTuple):
+    """The gate's tensors among the forward kernel's arguments: plan.DECISION."""
+
+    mask: Tensor | None = None
+    significance: Tensor | None = None
+    weight: Tensor | None = None
+    offset: Tensor | None = None
+    threshold: Tensor | None = None
+    invalid: Tensor | None = None
+    finished: Tensor | None = None
+    step: Tensor | None = None
+
+
+_NO_DECISION, _NO_DRAW, _NO_SAVED, _NO_RESULTS = _Decision(), (1.0, 0.0, 0, 0), (None, None), (None,) * len(STATISTICS)
 
 
 def _forward(
     call: StatsCall,
     targets: Tensor,
-    gate: dict[str, Any] | None = None,
-    saved: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
+    decision: _Decision = _NO_DECISION,
+    draw: tuple[float, float, int, int] = _NO_DRAW,
+    saved: tuple[Tensor | None, Tensor | None] = _NO_SAVED,
+) -> RowStats:
+    """Launch the forward kernel.
+
+    Args:
+        call: the call.
+        targets: its own, contiguous.
+        decision: the gate's tensors.
+        draw: the gate's numbers: plan.DRAW.
+        saved: what the backward needs of each row: the maximum and the sum of exponentials.
+    """
     reference.check_targets(call)  # CPU only
-    results = {
-        name: torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else call.accumulator)
-        for name in dict.fromkeys(call.outputs)
-    }
-    rows = targets.numel()
-    if rows == 0:
-        return results
-    weights = call.weights if isinstance(call, GateCall) else _NO_WEIGHTS
-    plan, kernels = _plan(call, call.logits), _kernels()
-    names = tuple(results), tuple(weights)
-    values: dict[str, Any] = {
-        **(saved or _NOTHING),
-        **(gate or _NOTHING),
-        "logits_ptr": call.logits,
-        "targets_ptr": targets,
-        "rows": rows,
-        "slices": plan.slices,
-    }
-    for name, tensor in results.items():
-        values[name + "_ptr"] = tensor
-    for name, weight in weights.items():
-        values["w_" + name] = float(weight)
-    merge, kernel = merged(plan.tile, plan.slices, rows), kernels.row_stats_kernel
-    if merge is None:
-        plan.launch(kernel, call, plan.tile, 1, Variant(*names, WHOLE), values)
-        return results
-    values["sums_ptr"] = torch.empty((7, plan.slices, rows), dtype=call.accumulator, device=targets.device)
-    values["lowest_ptr"] = torch.empty((plan.slices, rows), dtype=torch.int32, device=targets.device)
-    plan.launch(kernel, call, plan.tile, plan.slices, Variant(*names, SLICE), values)
-    plan.launch(kernel, call, merge, 1, Variant(*names, MERGE), values)
-    return results
+    results: tuple[Tensor | None, ...] = _NO_RESULTS
+    if call.outputs:
+        accumulator = call.accumulator
+        results = tuple([
+            torch.empty_like(targets, dtype=torch.int64 if name == "argmax" else accumulator)
+            if name in call.outputs else None
+            for name in STATISTICS
+        ])  # fmt: skip
+    if targets.numel():
+        weights = call.weights if isinstance(call, GateCall) else _NO_WEIGHTS
+        tensors = (call.logits, targets, *results, *saved, *decision)
+        computed = tuple(call.outputs), tuple(weights), saved is not _NO_SAVED
+        plan = _plan(call, (call.logits,), (targets, *decision), computed)
+        factors = [float(weights.get(name, 0.0)) for name in WEIGHABLE]
+        sums = lowest = None
+        if plan.scratch:
+            sums = torch.empty(7 * plan.scratch, dtype=call.accumulator, device=targets.device)
+            lowest = torch.empty(plan.scratch, dtype=torch.int32, device=targets.device)
+        plan.launch(_kernels().row_stats_kernel, (*tensors, *_settings(call), *draw, *factors, sums, lowest))
+    return RowStats(*results)
 
 
 def _detached(call: Any) -> Any:
@@ -156,7 +193,7 @@ def _detached(call: Any) -> Any:
 
 def row_stats(call: StatsCall) -> RowStats:
     """Serve ``sparse_kernels.row_stats``; not differentiable, which ``torch_library`` adds."""
-    return RowStats(**_forward(_detached(call), call.targets.contiguous()))
+    return _forward(_detached(call), call.targets.contiguous())
 
 
 def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
@@ -167,9 +204,9 @@ def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
     """
     call = _detached(call)
     targets = call.targets.contiguous()
-    saved = {name: torch.empty_like(targets, dtype=call.accumulator) for name in ("maximum_ptr", "total_ptr")}
-    results = _forward(call, targets, saved=saved)
-    return RowStats(**results), saved["maximum_ptr"], saved["total_ptr"]
+    maximum = torch.empty_like(targets, dtype=call.accumulator)
+    total = torch.empty_like(maximum)
+    return _forward(call, targets, saved=(maximum, total)), maximum, total
 
 
 def row_stats_backward(
@@ -196,18 +233,9 @@ def row_stats_backward(
         return
     if not targets.numel():
         return
-    plan = _plan(call, logits, out)
-    values = {
-        "logits_ptr": logits,
-        "gradient_ptr": out,
-        "targets_ptr": targets,
-        "maximum_ptr": maximum,
-        "total_ptr": total,
-        "entropy_ptr": entropy,
-        "loss_gradient_ptr": upstream.get("loss"),
-        "entropy_gradient_ptr": upstream.get("entropy"),
-    }
-    plan.launch(_backward_kernels().row_stats_backward_kernel, call, plan.tile, plan.slices, Variant(), values)
+    tensors = (logits, out, targets, maximum, total, entropy, upstream.get("loss"), upstream.get("entropy"))
+    plan = _plan(call, (logits, out), tensors[2:], None)
+    plan.launch(_backward_kernels().row_stats_backward_kernel, (*tensors, *_settings(call)))
 
 
 def gate_rows(call: GateCall) -> GatedRows:
@@ -227,25 +255,17 @@ def gate_rows_uncounted(call: GateCall, finished: Tensor) -> GatedRows:
 
 def _gate_rows(call: GateCall, invalid: Tensor, finished: Tensor | None = None) -> GatedRows:
     call = _detached(call)
-    targets, device, settings = call.targets.contiguous(), call.logits.device, call.settings
+    targets, settings, step = call.targets.contiguous(), call.settings, call.settings.step
     mask = torch.empty_like(targets, dtype=torch.bool)
     significance = torch.empty_like(targets, dtype=call.accumulator)
-    weight = torch.empty_like(targets, dtype=torch.float32) if settings.gate_temperature else None
-    step = settings.step
-    on_device = isinstance(step, Tensor) and step.device == device and weight is not None
-    gate = {
-        "mask_ptr": mask.view(torch.int8),
-        "significance_ptr": significance,
-        "weight_ptr": weight,
-        "offset_ptr": None if call.offset is None else call.offset.detach().contiguous(),
-        "threshold_ptr": call.threshold.detach(),
-        "invalid_ptr": invalid if finished is None else None,
-        "finished_ptr": finished,
-        "gate_temperature": float(settings.gate_temperature or 1.0),
-        "p_min": float(settings.p_min),
-        "seed": _signed(settings.seed),
-        "step": 0 if on_device or weight is None else _signed(int(step)),
-        "step_ptr": step if on_device else None,
-    }
-    results = _forward(call, targets, gate)
-    return GatedRows(mask, significance, weight, RowStats(**results), invalid)
+    weight, on_device, draw = None, None, _NO_DRAW
+    if settings.gate_temperature:
+        weight = torch.empty_like(significance, dtype=torch.float32)
+        if isinstance(step, Tensor) and step.device == invalid.device:
+            on_device, step = step, 0
+        draw = (settings.gate_temperature, settings.p_min, _signed(settings.seed), _signed(int(step)))
+    offset = None if call.offset is None else call.offset.detach().contiguous()
+    counted = invalid if finished is None else None
+    threshold = call.threshold.detach() if call.threshold.requires_grad else call.threshold
+    decision = _Decision(mask, significance, weight, offset, threshold, counted, finished, on_device)
+    return GatedRows(mask, significance, weight, _forward(call, targets, decision, draw), invalid)
