@@ -57,7 +57,17 @@ class TopFraction:
         if not values.numel():
             return valid
         counted = values.detach().masked_fill(~valid, torch.nan)
-        return (counted >= counted.flatten().nanquantile(1.0 - self.keep)) & valid
+        return (counted >= _quantile(counted.flatten(), 1.0 - self.keep)) & valid
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """Return ``values.nanquantile(q)``, which PyTorch 2.6 does not compile, and no PyTorch takes of 2^24 values."""
+    ordered = values.sort().values  # NaN last
+    last = (~ordered.isnan()).sum().sub(1).clamp(min=0)
+    place = torch.full_like(ordered[:1], q) * last  # in the values' dtype, as there: 0.7 of 10 is 7
+    ends = torch.cat((place.floor(), place.ceil())).long().minimum(last)
+    low, high = ordered.index_select(0, ends).unbind()
+    return torch.lerp(low, high, place.frac())
 
 
 @runtime_checkable
