@@ -174,3 +174,33 @@ def check_statistic_weights(weights: Any) -> None:
     for name, weight in weights.items():
         if not isinstance(weight, (int, float)):
             number(f"weights[{name!r}]", weight)
+
+
+_UNSERVED = {  # keywords of PyTorch's cross-entropies, and what does their work here
+    "weight": "multiply each row's loss by the weight of its target's class",
+    "reduction": "reduce the rows' losses, as by `.loss.mean()`",
+    "reduce": "reduce the rows' losses, as by `.loss.mean()`",
+    "size_average": "reduce the rows' losses, as by `.loss.mean()`",
+    "bias": "give a head's bias as `linear_bias`",
+    "options": "give the number of rows at once as `chunk`",
+}
+
+
+def refuse_unserved(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise for keywords that a function does not take.
+
+    Args:
+        function: the public function; its own parameters are what was expected.
+        given: the keywords, by name.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name, value in given.items():
+        kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        taken = [key for key, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
+        hint = _UNSERVED.get(name)
+        raise TypeError(
+            f"{function.__name__} has no argument `{name}`, got {described(value)}; "
+            + (f"{hint}" if hint else f"it takes {', '.join(taken)}")
+        )
