@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ _UNSERVED = {  # keywords of PyTorch's cross-entropies, and what does their work
     "reduce": "reduce the rows' losses, as by `.loss.mean()`",
     "size_average": "reduce the rows' losses, as by `.loss.mean()`",
     "bias": "give a head's bias as `linear_bias`",
-    "options": "give the number of rows at once as `chunk`",
+    "options": "give a head's number of rows at once as `chunk`",
 }
 
 
@@ -190,17 +191,14 @@ def refuse_unserved(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     """Raise for keywords that a function does not take.
 
     Args:
-        function: the public function; its own parameters are what was expected.
-        given: the keywords, by name.
+        function: a public function, whose last parameter gathers such keywords.
+        given: the keywords, at least one.
 
     Raises:
-        TypeError: there is one.
+        TypeError: always.
     """
-    for name, value in given.items():
-        kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        taken = [key for key, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
-        hint = _UNSERVED.get(name)
-        raise TypeError(
-            f"{function.__name__} has no argument `{name}`, got {described(value)}; "
-            + (f"{hint}" if hint else f"it takes {', '.join(taken)}")
-        )
+    name, value = next(iter(given.items()))
+    taken = [key for key in inspect.signature(function).parameters if key != "unserved"]
+    expected = _UNSERVED.get(name, f"it takes {', '.join(taken)}")
+    got = described(value) if isinstance(value, Tensor) else kind(value)
+    raise TypeError(f"{function.__name__} has no argument `{name}`, got {got}: {expected}")

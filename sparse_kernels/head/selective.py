@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sparse_kernels._operands import check_device, described, kind, number
+from sparse_kernels._operands import check_device, described, kind, number, refuse_unserved
 from sparse_kernels._tracing import transformed
 from sparse_kernels.head import operators
 from sparse_kernels.head.call import HeadCall, head_settings
@@ -114,6 +114,7 @@ def selective_linear_cross_entropy(
     ignore_index: int | None = -100,
     row_mask: Tensor | None = None,
     chunk: int | None = None,
+    **unserved: Any,
 ) -> SelectiveLoss:
     """Compute the cross-entropy over selected rows of a linear layer's logits, which are never held whole.
 
@@ -144,6 +145,7 @@ def selective_linear_cross_entropy(
         ignore_index: target of the rows that do not count; None for no such target. Default: -100.
         row_mask: bool [...]; False for further rows that do not count. Default: none.
         chunk: as in :func:`linear_row_stats`. Default: chosen.
+        **unserved: refused, each with what to do in its place.
 
     Returns:
         SelectiveLoss. The loss is float32, or float64 for a float64 input.
@@ -159,6 +161,8 @@ def selective_linear_cross_entropy(
         >>> loss, kept = selective_linear_cross_entropy(hidden, head.weight, target, select=gate)
         >>> loss.backward()
     """
+    if unserved:
+        refuse_unserved(selective_linear_cross_entropy, unserved)
     if reduction not in REDUCTIONS:
         raise ValueError(f"`reduction` must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     settings = head_settings(temperature, softcap, logit_scale, label_smoothing, ignore_index)
