@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import heads
 import torch
 from conftest import machine
-from timing import Cpu, Row, Side, interleave, ratios, record_path, write_record
+from timing import Cpu, Row, Side, interleave, quantiles, ratios, record_path, write_record
 from torch import Tensor
 
 import sparse_kernels as sk
@@ -28,6 +28,7 @@ from sparse_training import Gate, Significance
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 Operands = tuple[Tensor, Tensor, Tensor]
+FAR = 4.0  # times as slow as ours: such a peer is timed once
 MEASURED = ("torch mean", "torch none", "TRL", "Liger", "Cut Cross-Entropy", "dense")
 
 
@@ -65,20 +66,33 @@ def statistics(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return loss.sum() / (y != -100).sum()
 
 
-def check(ours: Side, sides: dict[str, Side]) -> None:
-    """No speed-up is recorded unless the gradients agree, to some roundings of the largest. Warms each side."""
-    right = ours()
+def measured(
+    ours: dict[str, Side], peers: dict[str, Side], rounds: int
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Each side's seconds, and the peers so far behind the first of ours that they were timed once.
+
+    The first call of a side warms it, and no speed-up is recorded unless its gradients agree with those of our first,
+    to some roundings of the largest.
+    """
+    sides, right, first = ours | peers, None, {}
     for name, side in sides.items():
-        for a, c in zip(right, side(), strict=True):
+        began = time.perf_counter()
+        found = side()
+        first[name] = time.perf_counter() - began
+        right = right or found
+        for a, c in zip(right, found, strict=True) if name in peers else ():
             error, largest = (a.float() - c.float()).abs().max(), c.float().abs().max()
             assert error <= 0.03 * largest, f"{name}: {float(error / largest):.3g}"
+    once = [name for name in peers if first[name] > FAR * next(iter(first.values()))]
+    seconds = interleave(Cpu(), {n: side for n, side in sides.items() if n not in once}, rounds=rounds, warm=0)
+    return seconds | {name: quantiles([first[name]]) for name in once}, once
 
 
 def of_every_peer(shape: Shape, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
     """All rows, and a fifth of them: one set of times for three rows of the record."""
     given = shape.operands(dtype)
     x, w, y = given
-    found, left_out = heads.available()
+    found, left_out = heads.available(dtype=dtype)
     peers = {name: gradients(head, given) for name, head in found.items()}
     with torch.no_grad():
         losses = sk.linear_row_stats(x, w, y, outputs="loss").loss
@@ -89,14 +103,13 @@ def of_every_peer(shape: Shape, dtype: torch.dtype, rounds: int) -> Iterator[Row
         "quantile": gradients(selective(sk.TopFraction(0.2, of="entropy")), given),
         "gate": gradients(selective(gate), given),
     }
-    stats = {"linear_row_stats": gradients(statistics, given)}
-    check(ours["all"], peers | stats)
     notes = {name: products(side) for name, side in ours.items()}
-    seconds = interleave(Cpu(), ours | stats | peers, rounds=rounds, warm=0)
+    stats = {"linear_row_stats": gradients(statistics, given)}
+    seconds, once = measured(ours | stats, peers, rounds)
     for name, target in (("all", 0.97), ("quantile", 1.7), ("gate", 2.0)):
         others = (*stats, *peers) if name == "all" else tuple(peers)
         times = {"ours": seconds[name], **{other: seconds[other] for other in others}}
-        more = {"left out": left_out} if left_out else {}
+        more = more_notes(left_out, once)
         case = f"head-{name}-{shape.case(dtype)}"
         yield Row(case, times, ratios(times), dict.fromkeys(peers, target), notes[name] | more)
 
@@ -108,15 +121,21 @@ def products(side: Side) -> dict[str, float]:
     return {"rows kept": rows.differentiated, "products a row": round(rows.products / max(rows.scored, 1), 2)}
 
 
+def more_notes(left_out: dict[str, str], once: list[str]) -> dict[str, Any]:
+    """What a row says besides: peers that do not run here, and those that were timed once."""
+    return ({"left out": left_out} if left_out else {}) | ({"timed once": once} if once else {})
+
+
 def half_prompt(shape: Shape, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
     """Half of the tokens have no label; TRL's function scores every position on a CPU."""
     x, w, y = shape.operands(dtype)
     y[: len(y) // 2] = -100
-    found, left_out = heads.available("TRL", "torch mean")
-    ours, peers = gradients(statistics, (x, w, y)), {n: gradients(head, (x, w, y)) for n, head in found.items()}
-    check(ours, peers)
-    seconds = interleave(Cpu(), {"ours": ours, **peers}, rounds=rounds, warm=0)
-    notes = {"left out": left_out} if left_out else {}
+    found, left_out = heads.available("TRL", "torch mean", dtype=dtype)
+    peers = {name: gradients(head, (x, w, y)) for name, head in found.items()}
+    ours = gradients(statistics, (x, w, y))
+    ours()
+    seconds, once = measured({"ours": ours}, peers, rounds)
+    notes = more_notes(left_out, once)
     targets = {"TRL": 3.0} if "TRL" in found else {}
     yield Row(f"head-prompts-{shape.case(dtype)}", seconds, ratios(seconds), targets, notes)
 
