@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import heads
 import torch
 from conftest import machine
+from readme import MEMORY
 from timing import Cpu, Row, Side, interleave, quantiles, ratios, record_path, write_record
 from torch import Tensor
 
@@ -182,7 +183,7 @@ def memory(shape: Shape, names: tuple[str, ...]) -> Iterator[Row]:
             taken[name] = round(json.loads(done.stdout)["extra"] / 2**20, 1)
     chunked = {"torch mean": 1.0} if "torch mean" in taken else {}
     times = {name: taken[name] / taken["ours"] for name in taken if name != "ours"}
-    notes = {"MB besides the gradients": taken} | ({"left out": left_out} if left_out else {})
+    notes = {MEMORY: taken} | ({"left out": left_out} if left_out else {})
     yield Row(f"memory-head-{shape.case(BFLOAT16)}", {}, times, chunked, notes)
 
 
