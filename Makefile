@@ -18,7 +18,7 @@ SECONDS_EACH ?= 6
 WORKERS ?= 2
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo help hosts test test-slow test-versions test-floor test-newest test-triton-matrix wheels test-arm test-xla bench gpu sanitize fuzz headers lint format clean
+.PHONY: demo help hosts test test-slow test-versions test-floor test-newest test-triton-matrix wheels test-arm test-xla bench bench-head gpu sanitize fuzz headers lint format clean
 
 demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -90,6 +90,9 @@ test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CP
 
 bench: $(READY) $(PEERS)  ## speed, as ratios; needs an idle machine
 	$(BIN)/pytest benchmarks --benchmark-only --record
+
+bench-head: $(READY) $(PEERS)  ## a language model's head beside those that users run, 12 minutes; needs an idle machine
+	$(BIN)/python benchmarks/head.py
 
 gpu:  ## 12 minutes at most; PARTS="build check bench:300" for some, RESUME=1 for what is left, WHEELS=folder for peers
 	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(RESUME),--resume) $(PARTS)

@@ -73,19 +73,21 @@ HEADS: dict[str, Callable[[], Head]] = {
 }
 
 
-def available(*names: str, device: torch.device | str = "cpu") -> tuple[dict[str, Head], dict[str, str]]:
-    """Heads that run here on a small call, and why the others do not."""
+def available(
+    *names: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Head], dict[str, str]]:
+    """Heads that run here on a small call, which compiles those that are compiled, and why the others do not."""
     found: dict[str, Head] = {}
-    reasons = {name: _reason(name, found, device) for name in names or HEADS}
+    reasons = {name: _reason(name, found, device, dtype) for name in names or HEADS}
     return found, {name: reason for name, reason in reasons.items() if reason}
 
 
-def _reason(name: str, found: dict[str, Head], device: torch.device | str) -> str:
+def _reason(name: str, found: dict[str, Head], device: torch.device | str, dtype: torch.dtype) -> str:
     """Why a head does not run on a small call; what runs is added."""
     try:
         head = HEADS[name]()
-        hidden, weight = torch.randn(4, 16, device=device), torch.randn(256, 16, device=device)
-        head(hidden, weight, torch.zeros(4, dtype=torch.int64, device=device))
+        hidden, weight = (torch.randn(size, 16, device=device, dtype=dtype).requires_grad_() for size in (4, 256))
+        head(hidden, weight, torch.zeros(4, dtype=torch.int64, device=device)).backward()
     except Exception as error:  # whatever a package does on a machine that it was not made for
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     found[name] = head

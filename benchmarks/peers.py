@@ -171,7 +171,8 @@ def _loaded(load: Callable[..., Any], device: torch.device) -> Any:
 
 def versions() -> dict[str, str]:
     """Of the packages compared with, where they are installed."""
-    return {name: _version(name) for name in ("triton", "liger-kernel", "quack-kernels", "trl", "transformers")}
+    packages = ("triton", "liger-kernel", "quack-kernels", "trl", "transformers", "cut-cross-entropy")
+    return {name: _version(name) for name in packages}
 
 
 def _version(name: str) -> str:

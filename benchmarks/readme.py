@@ -9,6 +9,7 @@ nothing is written, and the exit code is 1 where a page and its results differ. 
     summary   at most six rows of it
     method    one method of a study, the argument, against the baseline
     roofline  bytes, operations and floors of a record of benchmarks
+    memory    what each side of a record of the head takes besides its gradients
     original  one setting of a record of original_tables.py, the argument; or, as "claims", what was published
 """
 
@@ -38,7 +39,7 @@ from sparse_training.reporting.text import interval, points, probability
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 BLOCK = re.compile(
-    r"(<!-- (results|summary|method|roofline|original)(?: (\S+))?: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (results|summary|method|roofline|memory|original)(?: (\S+))?: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 TASKS = {  # of a study, as a reader knows them
     "clean": "clean",
@@ -64,6 +65,7 @@ CASES = {  # of a summary of benchmarks: a few rows of the many
     "row_stats-bfloat16-2048x151936-packages": "loss, entropy; 2,048×151,936, bfloat16",
     "compact-16M-flags": "indices of 16M flags",
 }
+MEMORY = "MB besides the gradients"  # the note of a row that measured it
 REFERENCES = ("best", "read", "copy")  # sides of a benchmark that do not do the same work, or repeat another
 
 
@@ -84,6 +86,8 @@ def speed_table(record: Mapping[str, Any]) -> str:
     lines = ["| benchmark | times faster than | target |", "|---|---|---|"]
     for row in record["rows"]:
         ratios = row["ratios"]
+        if MEMORY in row["notes"]:
+            continue
         peers = ", ".join(f"{name} {ratio_text(ratio)}" for name, ratio in ratios.items() if name != "read")
         targets = ", ".join(
             f"{name} {target:g} ({'met' if ratios[name] >= target else 'missed'})"
@@ -134,6 +138,16 @@ def roofline_table(record: Mapping[str, Any]) -> str:
             f"| {f'{1e3 * by_flops:.4g}' if rate else '-'} | {1e3 * measured:.4g} "
             f"| {'bytes' if by_bytes >= by_flops else 'arithmetic'} | {max(by_bytes, by_flops) / measured:.0%} |"
         )
+    return "\n".join([*lines, "", source_line(record)])
+
+
+def memory_table(record: Mapping[str, Any]) -> str:
+    """One line per side whose memory was measured, and the column of each shape."""
+    rows = {row["case"].removeprefix("memory-head-"): row["notes"].get(MEMORY) for row in record["rows"]}
+    taken = {shape: sides for shape, sides in rows.items() if sides}
+    lines = [f"| MB besides the gradients | {' | '.join(taken)} |", "|---" * (1 + len(taken)) + "|"]
+    for name in dict.fromkeys(name for sides in taken.values() for name in sides):
+        lines.append(f"| {name} | {' | '.join(f'{s[name]:,.0f}' if name in s else '-' for s in taken.values())} |")
     return "\n".join([*lines, "", source_line(record)])
 
 
@@ -253,6 +267,8 @@ def render(kind: str, argument: str | None, path: str) -> str:
         record = read_result(ROOT / path, STUDY)
     if kind == "original":
         return original_page.claims_table() if argument == "claims" else original_page.table(record, argument or "")
+    if kind == "memory":
+        return memory_table(record)
     if kind == "roofline":
         return roofline_table(record)
     if kind == "method":

@@ -126,12 +126,12 @@ class Cuda:
 
 
 def interleave(
-    timer: Cpu | Cuda, sides: dict[str, Side], *, rounds: int, budget: float = float("inf")
+    timer: Cpu | Cuda, sides: dict[str, Side], *, rounds: int, budget: float = float("inf"), warm: int = 2
 ) -> dict[str, dict[str, float]]:
-    """Each side's quantiles over ``rounds``, or as many (3 at least) as fit ``budget`` seconds."""
-    for side in sides.values():  # warm: compile, page in
-        side()
-        side()
+    """Each side's quantiles over ``rounds``, or as many (3 at least) as fit ``budget`` seconds, once ``warm``."""
+    for side in sides.values():  # compile, page in
+        for _ in range(warm):
+            side()
     samples: dict[str, list[float]] = {name: [] for name in sides}
     began = time.perf_counter()
     for done in range(rounds):

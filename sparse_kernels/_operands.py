@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -174,3 +175,30 @@ def check_statistic_weights(weights: Any) -> None:
     for name, weight in weights.items():
         if not isinstance(weight, (int, float)):
             number(f"weights[{name!r}]", weight)
+
+
+_UNSERVED = {  # keywords of PyTorch's cross-entropies, and what does their work here
+    "weight": "multiply each row's loss by the weight of its target's class",
+    "reduction": "reduce the rows' losses, as by `.loss.mean()`",
+    "reduce": "reduce the rows' losses, as by `.loss.mean()`",
+    "size_average": "reduce the rows' losses, as by `.loss.mean()`",
+    "bias": "give a head's bias as `linear_bias`",
+    "options": "give a head's number of rows at once as `chunk`",
+}
+
+
+def refuse_unserved(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise for keywords that a function does not take.
+
+    Args:
+        function: a public function, whose last parameter gathers such keywords.
+        given: the keywords, at least one.
+
+    Raises:
+        TypeError: always.
+    """
+    name, value = next(iter(given.items()))
+    taken = [key for key in inspect.signature(function).parameters if key != "unserved"]
+    expected = _UNSERVED.get(name, f"it takes {', '.join(taken)}")
+    got = described(value) if isinstance(value, Tensor) else kind(value)
+    raise TypeError(f"{function.__name__} has no argument `{name}`, got {got}: {expected}")

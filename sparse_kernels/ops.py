@@ -20,7 +20,7 @@ from sparse_kernels._arguments import (
     check_state,
     checked_settings,
 )
-from sparse_kernels._operands import described, vetted, vetted_selection
+from sparse_kernels._operands import described, refuse_unserved, vetted, vetted_selection
 from sparse_kernels._routing import may_be_direct
 from sparse_kernels.backends import cpp_direct
 from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
@@ -38,6 +38,7 @@ def row_stats(
     ignore_index: int | None = -100,
     inplace_backward: bool = False,
     backend: str | None = None,
+    **unserved: Any,
 ) -> RowStats:
     """Compute per-row statistics of softmax(z), z = softcap * tanh(logits / softcap) / temperature.
 
@@ -45,8 +46,7 @@ def row_stats(
 
     Args:
         logits: float32, bfloat16, float16 or float64, any shape with the classes in ``dim``.
-        targets: int64 or int32 class indices, the logits' shape without ``dim``; also a list or a NumPy array
-            of them.
+        targets: int64 or int32 class indices, the logits' shape without ``dim``; also a list or NumPy array of them.
         outputs: any of ``STATISTICS``, or the name of one; ``RowStats`` says what each is. Default: loss and entropy.
         dim: dimension of the classes. Default: the last.
         temperature: divides the logits; above 0. Default: 1.
@@ -58,6 +58,7 @@ def row_stats(
             so in eager mode; a compiler and the reference may use new memory. If another operation needs the logits
             for a gradient, PyTorch raises its error for a modified tensor. Default: False.
         backend: ``cpp``, ``triton``, ``cuda``, ``gpu`` (either) or ``torch``. Default: the first that serves the call.
+        **unserved: refused, each with what to do in its place.
 
     Returns:
         RowStats. ``loss`` and ``entropy`` are differentiable in the logits. Without a softcap, a logit of -inf has
@@ -75,6 +76,8 @@ def row_stats(
         >>> stats = row_stats(logits, targets, outputs=("loss", "grad_norm"))
         >>> stats.loss.mean().backward()
     """
+    if unserved:
+        refuse_unserved(row_stats, unserved)
     settings = checked_settings(temperature, softcap, label_smoothing, ignore_index)
     return _routing.row_stats(logits, targets, outputs, dim, settings, backend, inplace_backward)
 
@@ -97,6 +100,7 @@ def gate_rows(
     seed: int = 0,
     step: int | Tensor = 0,
     backend: str | None = None,
+    **unserved: Any,
 ) -> GatedRows:
     """Compute ``row_stats`` and compare their weighted sum with a threshold, in one pass.
 
@@ -125,6 +129,7 @@ def gate_rows(
         step: number of the draw, an int or a one-element int64 tensor. A draw depends on seed, step and the row's
             number alone. Default: 0.
         backend: as in :func:`row_stats`. Default: the first that serves the call.
+        **unserved: refused, each with what to do in its place.
 
     Returns:
         GatedRows, none of it differentiable. Ignored and invalid rows are never kept; invalid ones are counted.
@@ -138,6 +143,8 @@ def gate_rows(
         >>> gated = gate_rows(logits, targets, torch.tensor(1.5), weights={"loss": 1.0})
         >>> kept = compact(gated.mask).take((inputs, targets))
     """
+    if unserved:
+        refuse_unserved(gate_rows, unserved)
     settings = checked_settings(
         temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
     )
@@ -201,6 +208,7 @@ def select(
     seed: int = 0,
     step: int | Tensor = 0,
     backend: str | None = None,
+    **unserved: Any,
 ) -> Selected:
     """Select rows by their logits and pack them: ``gate_rows``, ``compact`` and ``gather_rows`` as one call.
 
@@ -224,6 +232,7 @@ def select(
         seed: of the draws. Default: 0.
         step: number of the draw, an int or a one-element int64 tensor. Default: 0.
         backend: ``cpp``, ``cuda``, ``gpu`` or ``torch``. Default: the first that serves the call.
+        **unserved: refused, each with what to do in its place.
 
     Returns:
         Selected. ``packed`` is differentiable in the tree.
@@ -237,6 +246,8 @@ def select(
         >>> kept = select(logits, targets, threshold, weights={"loss": 1.0}, tree=(inputs, targets), capacity=64)
         >>> inputs, targets = kept.packed
     """
+    if unserved:
+        refuse_unserved(select, unserved)
     settings = checked_settings(
         temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
     )
@@ -308,21 +319,11 @@ def gate_step(
     outputs = ("grad_norm",) if by_mass else ()
     return _routing.gate_step(
         GateStepCall(
-            logits,
-            targets,
-            outputs,
-            dim,
-            settings,
-            state.values,
-            weights,
-            offset,
-            capacity,
-            state,
-            cast(Tensor, setpoint),
-            by_mass,
+            logits, targets, outputs, dim, settings, state.values, weights, offset, capacity, state,
+            cast(Tensor, setpoint), by_mass,
         ),
         backend,
-    )
+    )  # fmt: skip
 
 
 def initial_state(threshold: float | Tensor = -math.inf) -> ControlState:

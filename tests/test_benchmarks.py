@@ -62,6 +62,13 @@ def test_the_study_of_tokens_runs_small_and_is_taken_up(tmp_path):
     assert taken_up["runs"] == whole["runs"]
 
 
+def test_the_benchmark_of_the_head_runs_small():
+    out = run("benchmarks/head.py", "--small")
+    for case in ("head-all", "head-quantile", "head-gate", "head-prompts", "memory-head"):
+        assert f"\n{case}-bfloat16-32x16x64: " in f"\n{out}"
+    assert "\nbackward-fifth-float32-32x64-then-read: all rows " in out
+
+
 def test_the_benchmark_of_hosts_runs_small():
     if not (ROOT / "build" / "hosts" / ".ready").exists():
         pytest.skip("no wheel of hosts in build/hosts (make hosts)")

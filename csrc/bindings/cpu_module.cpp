@@ -169,7 +169,7 @@ PYBIND11_MODULE(_cpp, m) {
         [](Address logits, int dtype, int64_t rows, int64_t classes, const py::tuple& layout,
            Address targets, bool targets_are_int32, const py::tuple& settings, Address gradient,
            const py::tuple& gradient_layout, Address maximum, Address total, Address entropy,
-           Address loss_gradient, Address entropy_gradient) {
+           Address loss_gradient, Address entropy_gradient, bool zeroed) {
           sk::RowStatsBackwardArgs args{};
           set_input(args, logits, dtype, rows, classes, layout, targets, targets_are_int32,
                     settings_of(settings));
@@ -181,6 +181,7 @@ PYBIND11_MODULE(_cpp, m) {
           args.entropy = at<void>(entropy);
           args.loss_gradient = at<void>(loss_gradient);
           args.entropy_gradient = at<void>(entropy_gradient);
+          args.zeroed = zeroed;
           py::gil_scoped_release unlocked;
           sk::row_stats_backward(args);
         });

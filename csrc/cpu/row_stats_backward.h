@@ -11,7 +11,8 @@
 //   backward_packed  few contiguous classes (row_stats_backward_packed.h)
 //   backward_group   classes that are not contiguous: rows in lanes
 //
-// A row that is ignored, or whose g and h are both 0, has the gradient 0: its logits are not read.
+// A row that is ignored, or whose g and h are both 0, has the gradient 0: its logits are not read,
+// and nothing is written where the memory is known to hold zeros.
 // Where the whole gradient would not stay in the caches, it is written past them, unless it takes
 // the memory of the logits, which are in them.
 #pragma once
@@ -126,10 +127,10 @@ void backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.logits) + row_offset(args.layout, row);
     T* gradient = static_cast<T*>(args.gradient) + row_offset(args.gradient_layout, row);
-    if (has_zero_gradient<Vec>(args, row))
-      zero_bytes(reinterpret_cast<char*>(gradient), bytes, streaming);
-    else
+    if (!has_zero_gradient<Vec>(args, row))
       backward_row<Vec>(args, gradient_of, row, x, gradient, streaming);
+    else if (!args.zeroed)
+      zero_bytes(reinterpret_cast<char*>(gradient), bytes, streaming);
   }
   if (streaming) finish_streaming();
 }

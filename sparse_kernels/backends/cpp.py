@@ -179,8 +179,9 @@ def _forward(call: StatsCall, saved: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def row_stats_backward(
-    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, upstream: dict[str, Tensor], out: Tensor
-) -> None:
+    call: StatsCall, maximum: Tensor, total: Tensor, entropy: Tensor | None, upstream: dict[str, Tensor], out: Tensor,
+    *, zeroed: bool = False,
+) -> None:  # fmt: skip
     """Write the gradient in the logits to ``out``.
 
     Args:
@@ -190,11 +191,13 @@ def row_stats_backward(
         entropy: the forward's, contiguous; None without an upstream gradient of it.
         upstream: the contiguous upstream gradient of ``loss``, ``entropy`` or both.
         out: the logits' shape and dtype; it may be the logits.
+        zeroed: ``out`` holds zeros, so that rows without a gradient need not be written.
     """
     targets = call.targets.contiguous()
     layout = _layout(out, call.dim)
     gradient = out
     if layout is None:
+        zeroed = False
         gradient = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         layout = _layout(gradient, call.dim)
     _cpp.row_stats_backward(
@@ -206,6 +209,7 @@ def row_stats_backward(
         0 if entropy is None else entropy.data_ptr(),
         upstream["loss"].data_ptr() if "loss" in upstream else 0,
         upstream["entropy"].data_ptr() if "entropy" in upstream else 0,
+        zeroed,
     )
     if gradient is not out:
         out.copy_(gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sparse_kernels import reference
 from sparse_kernels._arguments import StatsCall
+from sparse_kernels._operands import refuse_unserved
 from sparse_kernels._tracing import transformed
 from sparse_kernels.head import operators
 from sparse_kernels.head.call import HeadCall, head_settings
@@ -30,6 +32,7 @@ def linear_row_stats(
     ignore_index: int | None = -100,
     row_mask: Tensor | None = None,
     chunk: int | None = None,
+    **unserved: Any,
 ) -> RowStats:
     """Compute ``row_stats(F.linear(input, linear_weight, linear_bias), target)`` without holding the logits.
 
@@ -55,6 +58,7 @@ def linear_row_stats(
         chunk: number of rows, at least 1, whose logits are in memory at once. Default: scored are as many rows as fit
             32 MB (256 MB on an accelerator), and differentiated so many that their logits weigh no more than the
             weight.
+        **unserved: refused, each with what to do in its place.
 
     Returns:
         RowStats of shape [...], float32, or float64 for a float64 input. ``loss`` and ``entropy`` are differentiable
@@ -75,6 +79,8 @@ def linear_row_stats(
         >>> kept = stats.entropy >= stats.entropy.quantile(0.8)
         >>> (stats.loss * kept).sum().backward()
     """
+    if unserved:
+        refuse_unserved(linear_row_stats, unserved)
     settings = head_settings(temperature, softcap, logit_scale, label_smoothing, ignore_index)
     call = HeadCall(input, linear_weight, target, linear_bias, outputs, settings, row_mask, chunk)
     return statistics_of(call)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sparse_kernels._operands import check_device, described, kind, number
+from sparse_kernels._operands import check_device, described, kind, number, refuse_unserved
 from sparse_kernels._tracing import transformed
 from sparse_kernels.head import operators
 from sparse_kernels.head.call import HeadCall, head_settings
@@ -57,7 +57,17 @@ class TopFraction:
         if not values.numel():
             return valid
         counted = values.detach().masked_fill(~valid, torch.nan)
-        return (counted >= counted.flatten().nanquantile(1.0 - self.keep)) & valid
+        return (counted >= _quantile(counted.flatten(), 1.0 - self.keep)) & valid
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """Return ``values.nanquantile(q)``, which PyTorch 2.6 does not compile, and no PyTorch takes of 2^24 values."""
+    ordered = values.sort().values  # NaN last
+    last = (~ordered.isnan()).sum().sub(1).clamp(min=0)
+    place = torch.full_like(ordered[:1], q) * last  # in the values' dtype, as there: 0.7 of 10 is 7
+    ends = torch.cat((place.floor(), place.ceil())).long().minimum(last)
+    low, high = ordered.index_select(0, ends).unbind()
+    return torch.lerp(low, high, place.frac())
 
 
 @runtime_checkable
@@ -104,6 +114,7 @@ def selective_linear_cross_entropy(
     ignore_index: int | None = -100,
     row_mask: Tensor | None = None,
     chunk: int | None = None,
+    **unserved: Any,
 ) -> SelectiveLoss:
     """Compute the cross-entropy over selected rows of a linear layer's logits, which are never held whole.
 
@@ -134,6 +145,7 @@ def selective_linear_cross_entropy(
         ignore_index: target of the rows that do not count; None for no such target. Default: -100.
         row_mask: bool [...]; False for further rows that do not count. Default: none.
         chunk: as in :func:`linear_row_stats`. Default: chosen.
+        **unserved: refused, each with what to do in its place.
 
     Returns:
         SelectiveLoss. The loss is float32, or float64 for a float64 input.
@@ -149,6 +161,8 @@ def selective_linear_cross_entropy(
         >>> loss, kept = selective_linear_cross_entropy(hidden, head.weight, target, select=gate)
         >>> loss.backward()
     """
+    if unserved:
+        refuse_unserved(selective_linear_cross_entropy, unserved)
     if reduction not in REDUCTIONS:
         raise ValueError(f"`reduction` must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     settings = head_settings(temperature, softcap, logit_scale, label_smoothing, ignore_index)

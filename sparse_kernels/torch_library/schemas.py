@@ -25,6 +25,7 @@ from sparse_kernels._dispatch import BACKENDS, choose
 from sparse_kernels._operands import with_memory
 from sparse_kernels._row_layout import empty_rows
 from sparse_kernels._tracing import mark_changed
+from sparse_kernels.memory import LARGE, untouched_zeros
 from sparse_kernels.types import ControlState, Selection
 
 library: Any = torch.library.Library("sparse_kernels", "DEF")  # type: ignore[no-untyped-call, unused-ignore]
@@ -123,9 +124,27 @@ def row_stats_backward(logits: Tensor, *arguments: Any) -> Tensor:
         logits: of the forward.
         *arguments: those of ``_ROW_STATS_BACKWARD``.
     """
-    gradient = torch.empty_like(logits)
-    _write_gradient(gradient, logits, *arguments)
+    zeros = _zeros_for_idle_rows(logits, *arguments)
+    gradient = torch.empty_like(logits) if zeros is None else zeros
+    _write_gradient(gradient, logits, *arguments, zeroed=zeros is not None)
     return gradient
+
+
+def _zeros_for_idle_rows(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, entropy: Tensor | None,
+    loss_gradient: Tensor | None, entropy_gradient: Tensor | None, dim: int, *arguments: Any,
+) -> Tensor | None:  # fmt: skip
+    """Return memory of zeros for a gradient, much of which is that of rows without an upstream gradient; or None.
+
+    Only the C++ backend leaves such memory as it is, and only in rows of contiguous classes.
+    """
+    *settings, backend = arguments
+    size = logits.numel() * logits.element_size()
+    if backend != "cpp" or size < LARGE or dim not in (-1, logits.dim() - 1) or not logits.is_contiguous():
+        return None
+    idle = torch.stack([gradient == 0 for gradient in (loss_gradient, entropy_gradient) if gradient is not None]).all(0)
+    idle |= targets == checked_settings(*settings).ignore_index
+    return untouched_zeros(logits) if int(idle.sum()) * (size // idle.numel()) >= LARGE else None
 
 
 def _row_stats_backward_(logits: Tensor, *arguments: Any) -> None:
@@ -135,7 +154,7 @@ def _row_stats_backward_(logits: Tensor, *arguments: Any) -> None:
 
 def _write_gradient(
     out: Tensor, logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, entropy: Tensor | None,
-    loss_gradient: Tensor | None, entropy_gradient: Tensor | None, dim: int, *arguments: Any,
+    loss_gradient: Tensor | None, entropy_gradient: Tensor | None, dim: int, *arguments: Any, zeroed: bool = False,
 ) -> None:  # fmt: skip
     *settings, backend = arguments
     floating = _floating(logits)
@@ -158,7 +177,8 @@ def _write_gradient(
     maximum, total = with_memory(maximum).contiguous(), with_memory(total).contiguous()
     entropy = None if entropy is None else with_memory(entropy).contiguous()
     choose("row_stats", call, backend)
-    BACKENDS[backend].row_stats_backward(call, maximum, total, entropy, upstream, out)
+    options = {"zeroed": True} if zeroed else {}
+    BACKENDS[backend].row_stats_backward(call, maximum, total, entropy, upstream, out, **options)
 
 
 _define(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_kernels import linear_row_stats
+from sparse_kernels import gate_rows, linear_row_stats, row_stats, select, selective_linear_cross_entropy
 
 X, W = torch.randn(6, 4), torch.randn(9, 4)
 Y = torch.randint(0, 9, (6,))
@@ -76,3 +76,39 @@ def test_bad_input_is_refused_in_one_line(bad, kind, message):
 def test_a_module_in_place_of_its_weight_is_refused():
     with pytest.raises(TypeError, match=r"linear_weight.*torch.Tensor.*Linear"):
         linear_row_stats(X, nn.Linear(4, 9), Y)
+
+
+CALLS = {
+    "row_stats": lambda **options: row_stats(X, Y % 4, **options),
+    "gate_rows": lambda **options: gate_rows(X, Y % 4, 0.0, weights={"loss": 1.0}, **options),
+    "select": lambda **options: select(X, Y % 4, 0.0, weights={"loss": 1.0}, **options),
+    "linear_row_stats": lambda **options: linear_row_stats(X, W, Y, **options),
+    "selective_linear_cross_entropy": lambda **options: selective_linear_cross_entropy(X, W, Y, select=None, **options),
+}
+UNSERVED = {
+    "weight": (
+        torch.ones(9),
+        r"`weight`, got torch.float32 of shape \(9,\): multiply each row's loss by the weight of",
+    ),
+    "size_average": (True, r"`size_average`, got bool True: reduce the rows' losses"),
+    "reduce": (False, r"`reduce`, got bool False: reduce the rows' losses"),
+    "bias": (torch.zeros(9), r"`bias`, got torch.float32 of shape \(9,\): give a head's bias as `linear_bias`"),
+    "options": (None, r"`options`, got NoneType: give a head's number of rows at once as `chunk`"),
+    "temprature": (2.0, r"`temprature`, got float 2.0: it takes .*temperature, softcap"),
+}
+
+
+@pytest.mark.parametrize(("name", "given", "message"), [(name, *rest) for name, rest in UNSERVED.items()], ids=UNSERVED)
+@pytest.mark.parametrize("function", CALLS)
+def test_a_keyword_of_pytorchs_is_refused_with_what_to_do_instead(function, name, given, message):
+    with pytest.raises(TypeError, match=f"^{function} has no argument {message}") as caught:
+        CALLS[function](**{name: given})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", ["row_stats", "linear_row_stats"])
+def test_a_reduction_of_rows_is_refused(function):
+    with pytest.raises(
+        TypeError, match=f"^{function} has no argument `reduction`, got str 'mean': reduce the rows' lo"
+    ):
+        CALLS[function](reduction="mean")

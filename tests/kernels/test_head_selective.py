@@ -116,6 +116,26 @@ def test_a_quantile_of_a_statistic(of, reduction, settings):
     assert rows.differentiated == int(kept.sum())
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.8, 0.5, 0.3, 0.2, 0.1])
+def test_the_quantile_is_pytorchs(keep):
+    g = torch.Generator().manual_seed(1)
+    for rows in (1, 2, 10, 11, 997):
+        values = torch.randn(rows, generator=g).masked_fill(torch.rand(rows, generator=g) < 0.2, torch.nan)
+        valid = torch.rand(rows, generator=g) < 0.9
+        counted = values.masked_fill(~valid, torch.nan)
+        assert torch.equal(TopFraction(keep).mask(values, valid), counted >= counted.nanquantile(1.0 - keep))
+
+
+def test_a_quantile_of_more_rows_than_pytorchs_takes():
+    values = torch.arange(2**24 + 8).float()
+    values[1] = torch.nan
+    with pytest.raises(RuntimeError, match="too large"):
+        values.nanquantile(0.5)
+    kept = TopFraction(0.25).mask(values, values != 2.0)
+    assert int(kept.sum()) in range(2**22 - 1, 2**22 + 4)  # ties of a float32 place
+    assert bool(kept[-(2**22) + 1 :].all())
+
+
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("reduction", ["mean_kept", "mean_valid", "sum"])

@@ -1,6 +1,8 @@
 """The backward of ``row_stats`` on rows without an upstream gradient: zeros, and their logits are not read."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sparse_kernels import reference
 from sparse_kernels._arguments import StatsCall, checked_settings
 from sparse_kernels._dispatch import BACKENDS
 from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.memory import untouched_zeros
 
 BUILT = not cpp_backend.unavailable_reason()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,6 +80,49 @@ def test_unused_rows_of_a_gradient_that_no_cache_holds(instruction_set):
     right = leaf.detach()[::7].softmax(-1)
     right[torch.arange(6), targets[::7]] -= 1
     torch.testing.assert_close(found[::7], right)
+
+
+def resident():
+    """Bytes of this process in memory."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.fixture
+def fresh_memory():
+    """Memory as the system gives it, not filled."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.mark.skipif(not BUILT or not sys.platform.startswith("linux"), reason="_cpp is not built, or no Linux")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unused_rows_of_a_large_gradient_take_no_memory(fresh_memory, dtype):
+    logits, targets, _ = batch((2, 64, 120_001), -1, dtype)
+    targets[0, 1] = -100  # its upstream gradient is not 0
+    above = torch.zeros(2, 64)
+    above[:, ::16] = above[0, 1] = 0.5
+    leaf = logits.requires_grad_()
+    loss = sk.row_stats(leaf, targets).loss
+    before = resident()
+    (found,) = torch.autograd.grad(loss, leaf, above)
+    assert resident() - before < found.nbytes / 4
+    assert found.nbytes >= 16 << 20
+    right = leaf.detach()[:, ::16].float().softmax(-1)
+    right -= torch.nn.functional.one_hot(targets[:, ::16], 120_001)
+    torch.testing.assert_close(found[:, ::16], (0.5 * right).to(dtype))
+    above[0, 1] = 0.0
+    assert found[above == 0].eq(0).all()
+    found += 1.0  # an ordinary tensor
+    assert found[above == 0].eq(1).all()
+
+
+def test_memory_that_is_there_already_is_used_again(fresh_memory):
+    like = torch.empty(8 << 20)
+    assert (untouched_zeros(like) is not None) == sys.platform.startswith("linux")
+    torch.use_deterministic_algorithms(True)  # fills new memory, so that its pages are there
+    assert untouched_zeros(like) is None
 
 
 @pytest.mark.parametrize("settings", [(1.0, 0.0, 0.0), (0.7, 5.0, 0.2)], ids=str)

@@ -187,7 +187,8 @@ def row_stats_backward_kernel(
     b = a
     c = a
     d = a
-    used = tl.zeros((ROWS,), tl.int1)  # rows with an upstream gradient; the others are written as zeros
+    # Rows with an upstream gradient; the others are written as zeros. Triton 3.2's interpreter makes no booleans.
+    used = tl.zeros((ROWS,), tl.int32) != 0
     if loss_gradient_ptr is not None:
         g_loss = tl.load(loss_gradient_ptr + row, mask=inside, other=0.0).to(ACC)
         used |= g_loss != 0.0

@@ -98,6 +98,7 @@ struct RowStatsBackwardArgs : RowStatsInput {  // the forward has checked the ta
   // 0 where all rows have the same, which is one number in memory.
   int64_t loss_gradient_step = 1;
   int64_t entropy_gradient_step = 1;
+  bool zeroed = false;  // the gradient's memory holds zeros, so that nothing need be written there
 };
 
 struct RowStatsResult {
