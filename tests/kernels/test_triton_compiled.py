@@ -193,11 +193,14 @@ def test_a_thread_has_rows_of_its_own_where_no_axis_is_contiguous(compiled):
     """In every Triton. The loads are single: nothing else may be concluded from what deals the rows out."""
     for kernels in compiled.values():
         for kernel in kernels:
-            if kernel["case"] in ("gate 10", "21 classes apart, everything, float64"):
-                width = "U16" if kernel["case"] == "gate 10" else "64"
-                assert kernel["dealt"] == [[1, 1, 0]], kernel
-                assert {load for wait in kernel["waits"] for load in wait} <= {width, "64", "32"}, kernel
-                assert not any(wide for wide, _ in kernel["loads"]), kernel
+            loads = [load for wait in kernel["waits"] for load in wait]
+            if kernel["case"] == "gate 10":
+                assert loads.count("U16") == launch.SHORT + 1, kernel  # and the target's logit
+            elif kernel["case"] == "21 classes apart, everything, float64":
+                assert "128" not in loads, kernel
+            else:
+                continue
+            assert kernel["dealt"] == [[1, 1, 0]], kernel
 
 
 def test_few_rows_fill_a_gpu(compiled):
