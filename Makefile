@@ -64,7 +64,7 @@ test-floor test-newest: test-%: $(VERSIONS)/%/.ready
 
 TRITONS := $(BIN) $(VERSIONS)/floor/bin $(VERSIONS)/newest/bin
 
-test-triton-matrix: $(READY) $(VERSIONS)/floor/.ready $(VERSIONS)/newest/.ready  ## every kind of Triton kernel for 7 architectures, by 3 Tritons
+test-triton-matrix: $(READY) $(VERSIONS)/floor/.ready $(VERSIONS)/newest/.ready  ## every kind of Triton kernel for 7 architectures, by 3 Tritons; about an hour on two cores
 	for folder in $(TRITONS); do \
 	  $$folder/python -c 'import triton; print("triton", triton.__version__)' && \
 	  PYTHONPATH=$(CURDIR):$(CURDIR)/python_api TRITON_MATRIX=all $$folder/python -m pytest -q --durations=0 \

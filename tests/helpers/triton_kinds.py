@@ -147,6 +147,7 @@ NAMED: dict[str, Callable[[], None]] = {
     "31 classes, backward": lambda: backward(4096, 31, BFLOAT16),
     "21 classes, everything": lambda: stats((4096, 21), FLOAT32, -1, STATISTICS, **HARD),
     "21 classes, everything, float64": lambda: stats((4096, 21), FLOAT64, -1, STATISTICS, **HARD),
+    "21 classes apart, everything, float64": lambda: everything(torch.empty((131_072, 42), dtype=FLOAT64)[:, ::2]),
     "50 classes": lambda: gate(4096, 50, FLOAT32),
     "50 classes, everything": lambda: stats((4096, 50), BFLOAT16, -1, STATISTICS, **HARD),
     "64 classes": lambda: gate(4096, 64, BFLOAT16),

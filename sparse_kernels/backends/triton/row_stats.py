@@ -205,7 +205,7 @@ def row_stats_kernel(
         base = rows_at(logits_ptr, outer, first, inner, outer_stride, inner_stride, ALIGNED, PIXELS)
         m, second, lowest, rest, rest_t, rest_sq, sum_d, x_y = scan_pixels(
             base, inside, y, class_stride, classes, slice_columns, scale, softcap, LOSS, ENTROPY, SQUARES, MARGIN,
-            ARGMAX, SMOOTHING, SOFTCAP, DOUBLE, ROWS, WIDTH,
+            ARGMAX, SMOOTHING, SOFTCAP, DOUBLE, PIXELS, ROWS, WIDTH,
         )  # fmt: skip
     m, second, lowest, rest, rest_t, rest_sq = join(
         m, second, lowest, rest, rest_t, rest_sq, scale, ENTROPY, SQUARES, MARGIN, ARGMAX

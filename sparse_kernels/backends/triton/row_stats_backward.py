@@ -20,6 +20,7 @@ from sparse_kernels.backends.triton.math import FAR, LN2, LOG2E, tanh
 from sparse_kernels.backends.triton.tiles import (
     columns_of_tile,
     edges_of_row,
+    places_of_rows,
     rows_at,
     rows_of_program,
     slice_of_program,
@@ -66,16 +67,17 @@ def gradient_of(block, column, y, alive, m, scale, a, b, c, d, softcap, SOFTCAP:
 @triton.jit
 def write_block(
     base, out, inside, alive, y, class_stride, gradient_class_stride, classes, m, scale, a, b, c, d, softcap,
-    SOFTCAP: tl.constexpr, CONTIGUOUS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    SOFTCAP: tl.constexpr, CONTIGUOUS: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of rows that one tile holds."""
     place = columns_of_tile(CHUNKS, LANES, WIDTH)
     here = (place < classes) & inside[:, None, None, None]
     offset = place if CONTIGUOUS else place.to(tl.int64) * class_stride
     out_offset = place if CONTIGUOUS else place.to(tl.int64) * gradient_class_stride
-    block = tl.load(base[:, None, None, None] + offset, mask=here)
+    block = tl.load(places_of_rows(base, offset, CONTIGUOUS, PIXELS), mask=here)
     g = gradient_of(block, place, y, alive, m, scale, a, b, c, d, softcap, SOFTCAP)
-    tl.store(out[:, None, None, None] + out_offset, g, mask=here)
+    tl.store(places_of_rows(out, out_offset, CONTIGUOUS, PIXELS), g, mask=here)
 
 
 @triton.jit
@@ -111,25 +113,26 @@ def write_row(
 @triton.jit
 def write_pixels(
     base, out, inside, alive, y, class_stride, gradient_class_stride, classes, slice_columns, m, scale, a, b, c, d,
-    softcap, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr,
+    softcap, SOFTCAP: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the program's slice of rows side by side, WIDTH classes after WIDTH classes."""
     begin, columns = slice_of_program(classes, slice_columns)
     place = columns_of_tile(1, 1, WIDTH)
     inside_tile = inside[:, None, None, None]
-    pointers = base[:, None, None, None]
-    out_pointers = out[:, None, None, None]
-    block = tl.load(pointers + (begin + place).to(tl.int64) * class_stride, mask=(place < columns) & inside_tile)
+    pointers = places_of_rows(base, (begin + place).to(tl.int64) * class_stride, False, PIXELS)
+    block = tl.load(pointers, mask=(place < columns) & inside_tile)
     start = columns * 0
     while start < columns:
         column = begin + start + place
         after = start + WIDTH
         here = (after + place < columns) & inside_tile
         loaded = block
-        block = tl.load(pointers + (column + WIDTH).to(tl.int64) * class_stride, mask=here)
+        pointers = places_of_rows(base, (column + WIDTH).to(tl.int64) * class_stride, False, PIXELS)
+        block = tl.load(pointers, mask=here)
         g = gradient_of(loaded, column, y, alive, m, scale, a, b, c, d, softcap, SOFTCAP)
         here = (start + place < columns) & inside_tile
-        tl.store(out_pointers + column.to(tl.int64) * gradient_class_stride, g, mask=here)
+        pointers = places_of_rows(out, column.to(tl.int64) * gradient_class_stride, False, PIXELS)
+        tl.store(pointers, g, mask=here)
         start = after
 
 
@@ -229,10 +232,10 @@ def row_stats_backward_kernel(
         if LOOP:
             write_pixels(
                 base, out, inside, alive, y, class_stride, gradient_class_stride, classes, slice_columns, m, scale, a,
-                b, c, d, softcap, SOFTCAP, WIDTH,
+                b, c, d, softcap, SOFTCAP, PIXELS, WIDTH,
             )  # fmt: skip
         else:
             write_block(
                 base, out, inside, alive, y, class_stride, gradient_class_stride, classes, m, scale, a, b, c, d,
-                softcap, SOFTCAP, CONTIGUOUS, CHUNKS, LANES, WIDTH,
+                softcap, SOFTCAP, CONTIGUOUS, PIXELS, CHUNKS, LANES, WIDTH,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from sparse_kernels.backends.triton.tiles import (
     columns_of_tile,
     edges_of_row,
     load_logits,
+    places_of_rows,
     slice_of_program,
     words_of_row,
     words_of_tile,
@@ -183,7 +184,8 @@ def load_block(
     if PIXELS:
         here &= inside[:, None, None, None]
     offset = place if CONTIGUOUS else place.to(tl.int64) * class_stride
-    block = tl.load(base[:, None, None, None] + offset, mask=here, other=float("-inf"))
+    pointers = places_of_rows(base, offset, CONTIGUOUS, PIXELS)
+    block = tl.load(pointers, mask=here, other=float("-inf"))
     if CONTIGUOUS:  # one warp. Otherwise ptxas puts the sums of a row before the loads of the next
         tl.debug_barrier()
     return place, here, block
@@ -273,7 +275,7 @@ def scan_row(
 def scan_pixels(
     base, inside, y, class_stride, classes, slice_columns, scale, softcap, LOSS: tl.constexpr, ENTROPY: tl.constexpr,
     SQUARES: tl.constexpr, MARGIN: tl.constexpr, ARGMAX: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
-    DOUBLE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    DOUBLE: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return the peaks, sums and sum_d of the program's slice of rows side by side, and their targets' logits.
 
@@ -284,8 +286,8 @@ def scan_pixels(
     begin, columns = slice_of_program(classes, slice_columns)
     place = columns_of_tile(1, 1, WIDTH)
     inside_tile = inside[:, None, None, None]
-    pointers = base[:, None, None, None]
-    block = tl.load(pointers + (begin + place).to(tl.int64) * class_stride, mask=(place < columns) & inside_tile)
+    pointers = places_of_rows(base, (begin + place).to(tl.int64) * class_stride, False, PIXELS)
+    block = tl.load(pointers, mask=(place < columns) & inside_tile)
     if SMOOTHING:
         x_y = load_logits(base + y.to(tl.int64) * class_stride, inside, softcap, SOFTCAP, DOUBLE)
         origin = origin_of(x_y)[:, None, None, None]
@@ -294,7 +296,8 @@ def scan_pixels(
         after = start + WIDTH
         x = capped(block, softcap, SOFTCAP, DOUBLE)
         here = after + place < columns
-        block = tl.load(pointers + (begin + after + place).to(tl.int64) * class_stride, mask=here & inside_tile)
+        pointers = places_of_rows(base, (begin + after + place).to(tl.int64) * class_stride, False, PIXELS)
+        block = tl.load(pointers, mask=here & inside_tile)
         column = begin + start + place
         here = (start + place < columns) & inside_tile
         if LOSS and SMOOTHING:

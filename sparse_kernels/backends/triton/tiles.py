@@ -58,6 +58,20 @@ def rows_at(pointer, outer, first, inner, outer_stride, inner_stride, ALIGNED: t
 
 
 @triton.jit
+def places_of_rows(base, offset, CONTIGUOUS: tl.constexpr, PIXELS: tl.constexpr):
+    """Return pointers to a tile's places, ``offset`` behind the first columns of its rows.
+
+    Where no axis is contiguous, Triton up to 3.6 deals out threads along the first one, the rows, and Triton 3.8 along
+    the last one, so that 16 threads would each end 16 rows. It is the axis with the longest contiguous stretch: the
+    claim of two settles which, and does no more. Two are moved at a time only from addresses known to be multiples.
+    """
+    pointers = base[:, None, None, None] + offset
+    if not CONTIGUOUS and not PIXELS:
+        pointers = tl.max_contiguous(pointers, (2, 1, 1, 1))
+    return pointers
+
+
+@triton.jit
 def columns_of_tile(CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Return the column of each place, int32 [1, LANES, CHUNKS, WIDTH]."""
     return words_of_tile(CHUNKS, LANES, WIDTH) + tl.arange(0, WIDTH)[None, None, None, :]
