@@ -56,10 +56,15 @@ def liger() -> Head:
     return lambda hidden, weight, target: function.apply(hidden, weight, target).sum() / (target != -100).sum()
 
 
-def cut_cross_entropy(impl: str = "torch_compile") -> Head:
-    """Apple's Cut Cross-Entropy."""
+def cut_cross_entropy() -> Head:
+    """Apple's Cut Cross-Entropy: its kernels on a GPU, its compiled form elsewhere."""
     (function,) = _load("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy")
-    return lambda hidden, weight, target: function(hidden, weight, target, impl=impl)
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        found: Tensor = function(hidden, weight, target, impl="cce" if hidden.is_cuda else "torch_compile")
+        return found
+
+    return loss
 
 
 HEADS: dict[str, Callable[[], Head]] = {

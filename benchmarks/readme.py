@@ -146,8 +146,11 @@ def memory_table(record: Mapping[str, Any]) -> str:
     rows = {row["case"].removeprefix("memory-head-"): row["notes"].get(MEMORY) for row in record["rows"]}
     taken = {shape: sides for shape, sides in rows.items() if sides}
     lines = [f"| MB besides the gradients | {' | '.join(taken)} |", "|---" * (1 + len(taken)) + "|"]
-    for name in dict.fromkeys(name for sides in taken.values() for name in sides):
-        lines.append(f"| {name} | {' | '.join(f'{s[name]:,.0f}' if name in s else '-' for s in taken.values())} |")
+    names = dict.fromkeys(name for sides in taken.values() for name in sides)
+    lines += [
+        f"| {name} | {' | '.join(f'{sides[name]:,.0f}' if name in sides else '-' for sides in taken.values())} |"
+        for name in names
+    ]
     return "\n".join([*lines, "", source_line(record)])
 
 

@@ -58,7 +58,6 @@ def row_stats(
             so in eager mode; a compiler and the reference may use new memory. If another operation needs the logits
             for a gradient, PyTorch raises its error for a modified tensor. Default: False.
         backend: ``cpp``, ``triton``, ``cuda``, ``gpu`` (either) or ``torch``. Default: the first that serves the call.
-        **unserved: refused, each with what to do in its place.
 
     Returns:
         RowStats. ``loss`` and ``entropy`` are differentiable in the logits. Without a softcap, a logit of -inf has
@@ -129,7 +128,6 @@ def gate_rows(
         step: number of the draw, an int or a one-element int64 tensor. A draw depends on seed, step and the row's
             number alone. Default: 0.
         backend: as in :func:`row_stats`. Default: the first that serves the call.
-        **unserved: refused, each with what to do in its place.
 
     Returns:
         GatedRows, none of it differentiable. Ignored and invalid rows are never kept; invalid ones are counted.
@@ -232,7 +230,6 @@ def select(
         seed: of the draws. Default: 0.
         step: number of the draw, an int or a one-element int64 tensor. Default: 0.
         backend: ``cpp``, ``cuda``, ``gpu`` or ``torch``. Default: the first that serves the call.
-        **unserved: refused, each with what to do in its place.
 
     Returns:
         Selected. ``packed`` is differentiable in the tree.

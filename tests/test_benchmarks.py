@@ -83,6 +83,8 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path):
     rows = {row["case"]: row for row in json.loads(record.read_text())["rows"]}
     assert not [row["notes"]["failed"] for row in rows.values() if "failed" in row["notes"]]
     assert rows["gate_rows-bfloat16-8192x151936"]["ratios"]["share of copy"] > 0
+    for case in ("head", "head-fifth", "linear_row_stats", "linear_row_stats-fifth"):
+        assert "ours" in rows[f"{case}-bfloat16-8192x4096x131072"]["seconds"]
     assert rows["gate-512x10"]["seconds"].keys() == {"ours", "eager", "ours without a graph", "copy"}
     assert "ok     check: agrees with the float64 reference" in out
     # Taken up where it was left: nothing to do, and what was measured stays.

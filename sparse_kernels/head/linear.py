@@ -58,7 +58,6 @@ def linear_row_stats(
         chunk: number of rows, at least 1, whose logits are in memory at once. Default: scored are as many rows as fit
             32 MB (256 MB on an accelerator), and differentiated so many that their logits weigh no more than the
             weight.
-        **unserved: refused, each with what to do in its place.
 
     Returns:
         RowStats of shape [...], float32, or float64 for a float64 input. ``loss`` and ``entropy`` are differentiable

@@ -145,7 +145,6 @@ def selective_linear_cross_entropy(
         ignore_index: target of the rows that do not count; None for no such target. Default: -100.
         row_mask: bool [...]; False for further rows that do not count. Default: none.
         chunk: as in :func:`linear_row_stats`. Default: chosen.
-        **unserved: refused, each with what to do in its place.
 
     Returns:
         SelectiveLoss. The loss is float32, or float64 for a float64 input.

@@ -123,6 +123,7 @@ void row_stats_backward() {
   args.entropy = memory();
   args.loss_gradient = memory();
   args.entropy_gradient = memory();
+  args.zeroed = integer() != 0;
   sk::row_stats_backward(args);
   answer(0);
 }

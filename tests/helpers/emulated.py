@@ -161,7 +161,7 @@ class Emulated:
         return self.ask(request)
 
     def row_stats_backward(self, *arguments: Any) -> None:
-        *scored, gradient, layout, maximum, total, entropy, of_loss, of_entropy = arguments
+        *scored, gradient, layout, maximum, total, entropy, of_loss, of_entropy, zeroed = arguments
         logits, dtype, rows, classes, *_ = scored
         request = Request("row_stats_backward")
         self._input(request, *scored)
@@ -169,6 +169,7 @@ class Emulated:
         request.memory(0 if gradient == logits else gradient, ITEM[dtype] * span(rows, classes, layout))
         for address in (maximum, total, entropy, of_loss, of_entropy):
             request.memory(address, (8 if ITEM[dtype] == 8 else 4) * rows)
+        request.integers(int(zeroed))
         self.ask(request)
 
     def count_flags(self, mask: int, rows: int) -> list[int]:
