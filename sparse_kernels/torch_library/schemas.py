@@ -142,7 +142,10 @@ def _zeros_for_idle_rows(
     size = logits.numel() * logits.element_size()
     if backend != "cpp" or size < LARGE or dim not in (-1, logits.dim() - 1) or not logits.is_contiguous():
         return None
-    idle = torch.stack([gradient == 0 for gradient in (loss_gradient, entropy_gradient) if gradient is not None]).all(0)
+    upstream = [gradient for gradient in (loss_gradient, entropy_gradient) if gradient is not None]
+    if not upstream or any(gradient.shape != targets.shape for gradient in upstream):
+        return None  # the second is refused where all operands are looked at
+    idle = torch.stack([gradient == 0 for gradient in upstream]).all(0)
     idle |= targets == checked_settings(*settings).ignore_index
     return untouched_zeros(logits) if int(idle.sum()) * (size // idle.numel()) >= LARGE else None
 

@@ -118,6 +118,20 @@ def test_unused_rows_of_a_large_gradient_take_no_memory(fresh_memory, dtype):
     assert found[above == 0].eq(1).all()
 
 
+@pytest.mark.skipif(not BUILT, reason="_cpp is not built, or this PyTorch is too old")
+def test_a_large_gradient_of_upstream_zeros_and_of_a_wrong_shape(fresh_memory):
+    logits, targets, _ = batch((64, 70_000), -1)
+    leaf = logits.requires_grad_()
+    loss = sk.row_stats(leaf, targets).loss
+    for nothing in (torch.zeros(64), torch._efficientzerotensor(64), torch.zeros(()).expand(64)):
+        (found,) = torch.autograd.grad(loss, leaf, nothing, retain_graph=True)
+        assert found.eq(0).all()
+    one = torch.ones(64)
+    scoring = (-1, 1.0, 0.0, 0.0, -100, "cpp")
+    with pytest.raises(ValueError, match="`loss_gradient` must be"):
+        torch.ops.sparse_kernels.row_stats_backward(leaf, targets, one, one, None, torch.zeros(7), None, *scoring)
+
+
 def test_memory_that_is_there_already_is_used_again(fresh_memory):
     like = torch.empty(8 << 20)
     assert (untouched_zeros(like) is not None) == sys.platform.startswith("linux")
