@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,9 @@ def block_sparse_attention(
         >>> y = block_sparse_attention(q, k, v)  # every query sees 512 of 4,096 keys
     """
     check_tensors(q=q, k=k, v=v)
-    if scale is not None and not (type(scale) in (int, float) and math.isfinite(scale)):
-        raise UserError(f"`scale` must be None or a finite number, got {scale!r}")
+    if scale is not None and not torch.compiler.is_compiling():  # where it may be a symbol
+        if not (type(scale) in (int, float) and math.isfinite(scale)):
+            raise UserError(f"`scale` must be None or a finite number, got {scale!r}")
     blocks = checked_blocks(block, local, top, global_blocks, dense_below, summary=summary)
     return _attention(q, k, v, blocks, scale, _checked(implementation))
 
@@ -106,7 +107,7 @@ def _attention(
 
 
 def _checked(implementation: Implementation) -> Implementation:
-    if implementation not in get_args(Implementation):
+    if implementation not in ("gathered", "flex"):
         raise UserError(f"`implementation` must be 'gathered' or 'flex', got {implementation!r}")
     return implementation
 
