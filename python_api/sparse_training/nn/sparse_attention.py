@@ -75,9 +75,9 @@ def block_sparse_attention(
         >>> y = block_sparse_attention(q, k, v)  # every query sees 512 of 4,096 keys
     """
     check_tensors(q=q, k=k, v=v)
-    if scale is not None and not torch.compiler.is_compiling():  # where it may be a symbol
-        if not (type(scale) in (int, float) and math.isfinite(scale)):
-            raise UserError(f"`scale` must be None or a finite number, got {scale!r}")
+    # Under torch.compile it may be a symbol.
+    if scale is not None and not torch.compiler.is_compiling() and not _finite(scale):
+        raise UserError(f"`scale` must be None or a finite number, got {scale!r}")
     blocks = checked_blocks(block, local, top, global_blocks, dense_below, summary=summary)
     return _attention(q, k, v, blocks, scale, _checked(implementation))
 
@@ -104,6 +104,10 @@ def _attention(
     form = attend_flex if implementation == "flex" else attend
     y = form(q, k, v, mean_k, mean_v, index, tokens, width**-0.5 if scale is None else scale)
     return y.view(batch, heads, y.shape[1] * blocks.block, width)[:, :, :tokens]
+
+
+def _finite(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
 
 
 def _checked(implementation: Implementation) -> Implementation:
