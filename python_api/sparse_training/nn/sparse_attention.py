@@ -96,7 +96,7 @@ def _attention(
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     q, k, v = (in_blocks(x, blocks.block) for x in (q, k, v))
-    mean_k = block_means(k, tokens)
+    mean_k = block_means(k if blocks.summary else k.detach(), tokens)
     index = best_blocks(block_means(q.detach(), tokens), mean_k, blocks)
     mean_k, mean_v = (mean_k, block_means(v, tokens)) if blocks.summary else (mean_k[:, :, :0],) * 2
     q, k, v, mean_k, mean_v, index = (x.flatten(0, 1) for x in (q, k, v, mean_k, mean_v, index))
