@@ -41,8 +41,6 @@ def test_gives_the_same_without_gradients(tokens, summary):
 @pytest.mark.parametrize(("tokens", "summary"), CASES)
 def test_gives_the_same_gradients(tokens, summary, monkeypatch):
     """PyTorch has this backward for debugging alone, and refuses it on a CPU: its refusal and ours are taken out."""
-    if not hasattr(pytorch, "_validate_device"):
-        pytest.skip("this PyTorch has no backward of FlexAttention on a CPU")
     monkeypatch.setattr(pytorch, "_validate_device", lambda *operands: None)
     monkeypatch.setattr("sparse_training.nn.sparse_attention.check_flex", lambda *arguments: None)
     inputs = [x.requires_grad_() for x in operands(tokens)]

@@ -226,6 +226,17 @@ def test_compiles_as_one_graph(tokens, summary):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_scale_may_change_in_one_compiled_graph():
+    form = torch.compile(
+        lambda x, scale: block_sparse_attention(x, x, x, scale=scale, dense_below=0, **SMALL),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    x = torch.randn(1, 2, 101, 8)
+    for scale in (0.3, 0.4, 0.5):
+        torch.testing.assert_close(form(x, scale), block_sparse_attention(x, x, x, scale=scale, dense_below=0, **SMALL))
+
+
 def test_a_compiled_module_of_a_short_sequence_is_one_graph_too():
     attention = torch.compile(BlockSparseAttention(8, 2), fullgraph=True, backend="eager")
     _announce_dense.cache_clear()  # as in a process that has announced nothing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,8 @@ def block_sparse_attention(
         >>> y = block_sparse_attention(q, k, v)  # every query sees 512 of 4,096 keys
     """
     check_tensors(q=q, k=k, v=v)
-    if scale is not None and not (type(scale) in (int, float) and math.isfinite(scale)):
+    # Under torch.compile it may be a symbol.
+    if scale is not None and not torch.compiler.is_compiling() and not _finite(scale):
         raise UserError(f"`scale` must be None or a finite number, got {scale!r}")
     blocks = checked_blocks(block, local, top, global_blocks, dense_below, summary=summary)
     return _attention(q, k, v, blocks, scale, _checked(implementation))
@@ -95,7 +96,7 @@ def _attention(
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     q, k, v = (in_blocks(x, blocks.block) for x in (q, k, v))
-    mean_k = block_means(k, tokens)
+    mean_k = block_means(k if blocks.summary else k.detach(), tokens)
     index = best_blocks(block_means(q.detach(), tokens), mean_k, blocks)
     mean_k, mean_v = (mean_k, block_means(v, tokens)) if blocks.summary else (mean_k[:, :, :0],) * 2
     q, k, v, mean_k, mean_v, index = (x.flatten(0, 1) for x in (q, k, v, mean_k, mean_v, index))
@@ -105,8 +106,12 @@ def _attention(
     return y.view(batch, heads, y.shape[1] * blocks.block, width)[:, :, :tokens]
 
 
+def _finite(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+
+
 def _checked(implementation: Implementation) -> Implementation:
-    if implementation not in get_args(Implementation):
+    if implementation not in ("gathered", "flex"):
         raise UserError(f"`implementation` must be 'gathered' or 'flex', got {implementation!r}")
     return implementation
 
