@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kGrain = 24 * 1024;
 constexpr int64_t kRowCost = 24;
 // The largest group of rows that any instruction set handles together.
-constexpr int64_t kGroup = 16;
+constexpr int64_t kGroup = 32;
 
 const RowStatsFunctions& implementation() {
   switch (instruction_set()) {

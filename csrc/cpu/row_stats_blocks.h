@@ -22,15 +22,6 @@ struct TailMask {
 template <class Vec>
 constexpr TailMask<Vec> kTailMask;
 
-// Contiguous classes of kLanes rows, row_stride elements apart: x[j * stride + i] is column j of
-// row i. vec_*.h may have a faster one.
-template <class Vec, class T>
-inline void transpose(Vec, const T* rows, int64_t row_stride, int columns, typename Vec::Real* x,
-                      int stride) {
-  for (int i = 0; i < Vec::kLanes; ++i)
-    for (int j = 0; j < columns; ++j) x[j * stride + i] = widen(rows[i * row_stride + j]);
-}
-
 template <class Vec>
 inline int vectors_of(int columns) {
   return (columns + Vec::kLanes - 1) / Vec::kLanes;

@@ -138,11 +138,11 @@ inline void add_lanes(const typename Vec::Real* lanes, double* total) {
     for (int i = 0; i < kLanes; ++i) total[i] += double(column[j * kLanes + i]);
 }
 
-// Rows of one block, several at a time, so that no row waits for another's reductions, which are
-// done for all rows at once.
+// Rows of one block, into lanes [at, at + kLanes) of the group; several at a time, so that no row
+// waits for another's reductions, which are done for all rows at once.
 template <class Vec, bool kSquares, class T>
 inline void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
-                           const int64_t* target, int count, Group<Vec>& group) {
+                           const int64_t* target, int count, Group<Vec>& group, int at) {
   using Real = typename Vec::Real;
   constexpr int kLanes = Vec::kLanes;
   constexpr int kCopies = kLanes * (kBlock / 4 + kLanes);  // stays in L1
@@ -155,43 +155,44 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, cons
   for (int first = 0; first < kLanes; first += step) {
     const int last = first + step < kLanes ? first + step : kLanes;
     for (int i = first; i < last && i < count; ++i) {
-      if (group.ignored[i]) continue;
+      if (group.ignored[at + i]) continue;
       Real* copy = copies + (i - first) * width;
-      group.maximum[i] = copy_block<Vec>(logits[i], columns, Real(args.softcap), copy);
+      group.maximum[at + i] = copy_block<Vec>(logits[i], columns, Real(args.softcap), copy);
       Real& target_x = copy[position_in_copy<Vec>(int(target[i]), columns)];
-      group.target_d[i] = target_x - group.maximum[i];
+      group.target_d[at + i] = target_x - group.maximum[at + i];
       target_x = -kInfinity<Vec>;
     }
     for (int i = first; i < last; ++i) {
       Sums<Vec> sums;
-      if (!group.ignored[i])
-        sums = sum_block<Vec, kSquares>(copies + (i - first) * width, vectors, group.maximum[i],
-                                        plan.exponential, logits[i] + to_next);
+      if (!group.ignored[at + i])
+        sums =
+            sum_block<Vec, kSquares>(copies + (i - first) * width, vectors, group.maximum[at + i],
+                                     plan.exponential, logits[i] + to_next);
       store(rest + i * kLanes, sums.rest);
       store(rest_d + i * kLanes, sums.rest_d);
       if (kSquares) store(rest_sq + i * kLanes, sums.rest_sq);
     }
   }
   alignas(64) double total_d[kLanes];
-  add_lanes<Vec>(rest, group.rest_in_double);
+  add_lanes<Vec>(rest, group.rest_in_double + at);
   add_lanes<Vec>(rest_d, total_d);
-  if (kSquares) add_lanes<Vec>(rest_sq, group.rest_sq);
+  if (kSquares) add_lanes<Vec>(rest_sq, group.rest_sq + at);
   for (int i = 0; i < kLanes; ++i) {
-    if (group.maximum[i] == -kInfinity<Vec>) group.rest_in_double[i] = kNaN<Vec>;
-    group.rest[i] = Real(group.rest_in_double[i]);
-    group.rest_d[i] = Real(total_d[i]);
+    if (group.maximum[at + i] == -kInfinity<Vec>) group.rest_in_double[at + i] = kNaN<Vec>;
+    group.rest[at + i] = Real(group.rest_in_double[at + i]);
+    group.rest_d[at + i] = Real(total_d[i]);
   }
 }
 
-// Rows of several blocks, or with extras. Where `parts` is not null, it holds the sums.
+// The same of rows of several blocks, or with extras. Where `parts` is not null, it holds the sums.
 template <class Vec, bool kSquares, class T>
 inline void sum_long_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
                           const int64_t* target, int64_t row, int count, const PartSums* parts,
-                          Group<Vec>& group) {
+                          Group<Vec>& group, int at) {
   using Real = typename Vec::Real;
   const int64_t parts_per_row = parts_of_row(args.classes);
   for (int i = 0; i < count; ++i) {
-    if (group.ignored[i]) continue;
+    if (group.ignored[at + i]) continue;
     RowSums<Vec> sums;
     for (int64_t part = 0; part < parts_per_row; ++part) {
       const RowSums<Vec> more =
@@ -203,43 +204,41 @@ inline void sum_long_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const
         sums.merge(more, args.inverse_temperature);
     }
     const bool masked = sums.maximum == -kInfinity<Vec>;  // every logit: no distribution
-    group.maximum[i] = Real(sums.maximum);
-    group.rest_in_double[i] = masked ? kNaN<Vec> : sums.rest;
-    group.rest[i] = Real(group.rest_in_double[i]);
-    group.rest_d[i] = Real(sums.rest_d);
-    group.rest_sq[i] = sums.rest_sq;
-    group.second[i] = Real(sums.second);
-    group.mean[i] = Real(sums.sum / double(args.classes) - sums.maximum);
-    group.argmax[i] = sums.argmax;
-    group.target_d[i] = widen(logits[i][target[i]]);
+    group.maximum[at + i] = Real(sums.maximum);
+    group.rest_in_double[at + i] = masked ? kNaN<Vec> : sums.rest;
+    group.rest[at + i] = Real(group.rest_in_double[at + i]);
+    group.rest_d[at + i] = Real(sums.rest_d);
+    group.rest_sq[at + i] = sums.rest_sq;
+    group.second[at + i] = Real(sums.second);
+    group.mean[at + i] = Real(sums.sum / double(args.classes) - sums.maximum);
+    group.argmax[at + i] = sums.argmax;
+    group.target_d[at + i] = widen(logits[i][target[i]]);
   }
-  Vec target_x = Vec::load(group.target_d);
+  Vec target_x = Vec::load(group.target_d + at);
   if (args.softcap != 0.0) target_x = vec_cap(target_x, Real(args.softcap));
-  store(group.target_d, target_x - Vec::load(group.maximum));
+  store(group.target_d + at, target_x - Vec::load(group.maximum + at));
 }
 
-// Rows [row, row + count), at most kLanes of them.
+// Rows [row, row + count), at most kLanes of them, into lanes [at, at + kLanes) of the group.
 template <class Vec, class T, bool kSquares>
 inline void sum_rows(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t row, int count,
-                     const PartSums* parts, RowStatsResult& result) {
+                     const PartSums* parts, Group<Vec>& group, int at, RowStatsResult& result) {
   constexpr int kLanes = Vec::kLanes;
-  Group<Vec> group;
   const T* logits[kLanes];
   int64_t target[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     target[i] = i < count ? target_of(args, row + i) : args.ignore_index;
-    group.ignored[i] = 0;
+    group.ignored[at + i] = 0;
     if (is_ignored(args, row + i, target[i], result)) {
-      group.ignore(i);
+      group.ignore(at + i);
       continue;
     }
     logits[i] = static_cast<const T*>(args.logits) + row_offset(args.layout, row + i);
   }
   if (args.classes <= kBlock && !plan.extras)
-    sum_short_rows<Vec, kSquares, T>(args, plan, logits, target, count, group);
+    sum_short_rows<Vec, kSquares, T>(args, plan, logits, target, count, group, at);
   else
-    sum_long_rows<Vec, kSquares, T>(args, plan, logits, target, row, count, parts, group);
-  finish(args, plan, group, row, count, result);
+    sum_long_rows<Vec, kSquares, T>(args, plan, logits, target, row, count, parts, group, at);
 }
 
 // RowStatsFunctions::sum_parts for logits of type T.

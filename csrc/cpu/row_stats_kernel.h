@@ -2,7 +2,7 @@
 // computed; there are two ways through the logits:
 //   rows in lanes     few contiguous classes, or rows in any layout (row_stats_tiles.h)
 //   columns in lanes  many contiguous classes (row_stats_columns.h)
-// Each fills a Group of kLanes rows, and finish() turns it into outputs (row_stats_group.h).
+// Each fills a Group of rows, and finish() turns it into outputs (row_stats_group.h).
 //
 // instruction_set.h gives the rule for linkage that holds in all of these headers.
 #pragma once
@@ -27,8 +27,12 @@ RowStatsResult forward(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t 
   const bool in_columns = args.class_stride == 1 && args.classes > kTransposeClasses;
   for (int64_t row = begin; row < end;) {
     if (in_columns) {
-      const int count = int(end - row < kLanes ? end - row : kLanes);
-      sum_rows<Vec, T, kSquares>(args, plan, row, count, parts, result);
+      Group<Vec> group;
+      const int count = int(end - row < group.kRows ? end - row : group.kRows);
+      for (int i = 0; i < count; i += kLanes)
+        sum_rows<Vec, T, kSquares>(args, plan, row + i, count - i < kLanes ? count - i : kLanes,
+                                   parts, group, i, result);
+      finish(args, plan, group, row, count, result);
       row += count;
     } else {
       Tile<Vec, T> tile(args, plan, row, end);

@@ -29,15 +29,17 @@ struct Sums {
 constexpr int kRun = 32;
 
 // Sums over d(0) to d(count - 1). They alternate between two sums: more would not fit into AVX2's
-// registers, and with one each term would wait for the term before. Calls ahead(i) before every
-// fourth term.
+// registers, and with one each term would wait for the term before. The two halves of a pair are
+// two sums. Calls ahead(i) before every fourth term.
 template <bool kSquares, class Vec, class D, class Ahead>
 inline Sums<Vec> sum_of(int count, const Exponential<Vec>& exponential, const D& d,
                         const Ahead& ahead) {
+  constexpr int kTerms = kRun / vectors_in<Vec>;
   Sums<Vec> total;
   for (int i = 0; i < count;) {
-    const int end = count - i < kRun ? count : i + kRun;
-    Sums<Vec> even, odd;
+    const int end = count - i < kTerms ? count : i + kTerms;
+    Sums<Vec> even, unpaired;
+    Sums<Vec>& odd = vectors_in<Vec> > 1 ? even : unpaired;
     for (; i + 4 <= end; i += 4) {
       ahead(i);
       even.template add<kSquares>(d(i), exponential);
@@ -46,7 +48,7 @@ inline Sums<Vec> sum_of(int count, const Exponential<Vec>& exponential, const D&
       odd.template add<kSquares>(d(i + 3), exponential);
     }
     for (; i < end; ++i) even.template add<kSquares>(d(i), exponential);
-    total = total + (even + odd);
+    total = total + (even + unpaired);
   }
   return total;
 }

@@ -1,7 +1,7 @@
-// Row statistics with rows in lanes, up to kTileGroups x kLanes rows at a time: few contiguous
-// classes, or rows in any layout. A block of the tile's columns, kTileBytes at most, is copied into
-// L1 such that each column's rows are adjacent; the steps that follow go through all groups of
-// kLanes rows one after the other, so that no group waits for another's.
+// Row statistics with rows in lanes, up to kRows at a time: few contiguous classes, or rows in
+// any layout. A block of the tile's columns, kTileBytes at most, is copied into L1 such that each
+// column's rows are adjacent; the steps that follow go through all groups of kLanes rows one after
+// the other, so that no group waits for another's.
 //
 // Planes of pixels are often a power of two apart: without the copy their lines would compete for
 // the same few places of L1 between the read for the maximum and that for the sums.
@@ -20,42 +20,47 @@
 
 namespace sparse_kernels {
 
-constexpr int kTileGroups = 16;
 constexpr int kTileBytes = 32 * 1024;
 
-// Prefetches the block of planes that follows, plane by plane, a few lines at each call, while the
+// Prefetches the block of planes that follows, plane by plane, two lines at a time, while the
 // arithmetic on this one takes its time.
-template <class Vec, class T>
 class PlanesAhead {
  public:
+  // operator() is called `calls` times.
+  template <class T>
   PlanesAhead(const T* planes, int64_t class_stride, int columns, int width, int calls)
-      : plane_(reinterpret_cast<const char*>(planes)),
-        stride_(class_stride * int64_t(sizeof(T))),
-        bytes_(width * int(sizeof(T))),
-        left_(planes && calls > 0 ? columns : 0),
-        lines_(left_ > 0 ? (columns * (bytes_ / 64 + 1) + calls - 1) / calls : 0) {}
+      : at_(reinterpret_cast<const char*>(planes)), stride_(class_stride * int64_t(sizeof(T))) {
+    const int in_line = int(reinterpret_cast<uintptr_t>(planes) % 64);
+    bytes_ = (width * int(sizeof(T)) + in_line + 127) / 128 * 128;
+    end_ = at_ + bytes_;
+    left_ = planes && calls > 0 ? columns * (bytes_ / 128) : 0;
+    at_once_ = left_ > 0 ? (left_ + calls - 1) / calls : 0;
+  }
 
   void operator()() {
-    for (int i = 0; i < lines_ && left_ > 0; ++i) {
-      prefetch(plane_ + at_);
-      at_ += 64;
-      if (at_ < bytes_) continue;
-      at_ = 0;
-      plane_ += stride_;
-      --left_;
+    const int count = left_ < at_once_ ? left_ : at_once_;
+    left_ -= count;
+    for (int i = 0; i < count; ++i) {
+      prefetch(at_);
+      prefetch(at_ + 64);
+      at_ += 128;
+      if (at_ != end_) continue;
+      at_ += stride_ - bytes_;
+      end_ += stride_;
     }
   }
 
  private:
-  const char* plane_;
+  const char *at_, *end_;
   int64_t stride_;
-  int bytes_, left_, lines_, at_ = 0;
+  int bytes_, left_, at_once_;
 };
 
 template <class Vec, class T>
 class Tile {
   using Real = typename Vec::Real;
-  static constexpr int kLanes = Vec::kLanes, kRows = kTileGroups * kLanes;
+  using Lanes = Pair<Vec>;
+  static constexpr int kLanes = Lanes::kLanes, kTileGroups = 8, kRows = kTileGroups * kLanes;
   static constexpr int kSize = kTileBytes / int(sizeof(Real));
 
  public:
@@ -135,18 +140,18 @@ class Tile {
   // Columns [begin, begin + columns) of the tile; raises the maxima to theirs.
   void copy_planes(int64_t begin, int columns) {
     int g = 0;
-    for (; g + 8 <= groups_; g += 8) copy_groups<8>(g, begin, columns);
+    for (; g + 4 <= groups_; g += 4) copy_groups<4>(g, begin, columns);
     for (; g < groups_; ++g) copy_groups<1>(g, begin, columns);
   }
   template <int kGroups>
   void copy_groups(int g, int64_t begin, int columns) {
     const T* plane = logits_of(row_) + begin * args_.class_stride + g * kLanes;
     Real* x = x_ + g * kLanes;
-    Vec maximum[kGroups];
+    Lanes maximum[kGroups];
     for (int i = 0; i < kGroups; ++i) maximum[i] = sums_[g + i].maximum;
     for (int j = 0; j < columns; ++j, plane += args_.class_stride, x += width_)
       for (int i = 0; i < kGroups; ++i) {
-        const Vec v = Vec::load(plane + i * kLanes);
+        const Lanes v = Lanes::load(plane + i * kLanes);
         store(x + i * kLanes, v);
         maximum[i] = max(maximum[i], v);
       }
@@ -158,7 +163,7 @@ class Tile {
     int i = 0;
     if (evenly_spaced)
       for (; i + kLanes <= count_; i += kLanes)
-        transpose(Vec(), logits_of(row_ + i) + begin, args_.layout.stride[0], columns, x_ + i,
+        transpose(Lanes(), logits_of(row_ + i) + begin, args_.layout.stride[0], columns, x_ + i,
                   width_);
     for (; i < width_; ++i) {
       const T* p = logits_of(row_ + (i < count_ ? i : count_ - 1)) + begin * args_.class_stride;
@@ -168,7 +173,7 @@ class Tile {
     for (int g = 0; g < groups_; ++g) sums_[g].raise_maximum(columns, x_ + g * kLanes, width_);
   }
 
-  // Finishes each group after its last block, so that memory is at work meanwhile, too.
+  // Finishes rows soon after their last block, so that memory is at work meanwhile, too.
   template <bool kSquares>
   void add(int64_t begin, int columns, RowStatsResult& result) {
     const Exponential<Vec> exponential = plan_.exponential;
@@ -179,25 +184,30 @@ class Tile {
       next = logits_of(row_) + (begin + columns) * args_.class_stride;
     else if (adjacent_ && next_row < args_.rows)
       next = logits_of(next_row);
-    PlanesAhead<Vec, T> ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4));
+    PlanesAhead ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4));
+    constexpr int kAtOnce = Group<Vec>::kRows / kLanes;
     for (int g = 0; g < groups_; ++g) {
       sums_[g].template add<kSquares>(exponential, columns, target_column_ + g * kLanes,
                                       x_ + g * kLanes, width_, [&] { ahead(); });
-      if (begin + columns == args_.classes) finish(g, result);
+      if (begin + columns == args_.classes && (g % kAtOnce == kAtOnce - 1 || g == groups_ - 1))
+        finish(g / kAtOnce * kAtOnce, g + 1, result);
     }
   }
 
-  void finish(int g, RowStatsResult& result) const {
-    const int first = g * kLanes;
+  // Groups [g, end).
+  void finish(int g, int end, RowStatsResult& result) const {
+    const int first = g * kLanes, rows = (end - g) * kLanes;
     Group<Vec> group;
-    sums_[g].finish(plan_, group);
-    if (plan_.extras) extras_[g].finish(args_, group);
+    for (int i = 0; g + i < end; ++i) {
+      sums_[g + i].finish(plan_, group, i * kLanes);
+      if (plan_.extras) extras_[g + i].finish(args_, group, i * kLanes);
+    }
     group.any_ignored = any_ignored_;
     if (any_ignored_)
-      std::memcpy(group.ignored, ignored_ + first, kLanes);
+      std::memcpy(group.ignored, ignored_ + first, rows);
     else
-      std::memset(group.ignored, 0, kLanes);
-    const int count = count_ - first < kLanes ? count_ - first : kLanes;
+      std::memset(group.ignored, 0, sizeof group.ignored);
+    const int count = count_ - first < rows ? count_ - first : rows;
     sparse_kernels::finish(args_, plan_, group, row_ + first, count, result);
   }
 

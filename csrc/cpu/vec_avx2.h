@@ -82,12 +82,14 @@ inline float reduce_max(F32x8 a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-template <class Slope>
-inline F32x8 exp2_steps(F32x8 d, F32x8 scale, Slope slope) {
+inline F32x8 nearest_step(F32x8 d, F32x8 scale, F32x8& f) {
   // Adding 1.5 * 2^23 leaves the rounded sum in the low bits.
   const F32x8 magic = F32x8::splat(12582912.0f);
   const F32x8 shifted = fma(d, scale, magic);
-  const F32x8 f = fms(d, scale, shifted - magic);
+  f = fms(d, scale, shifted - magic);
+  return shifted;
+}
+inline F32x8 power_of_step(F32x8 shifted, F32x8 f, F32x8 slope) {
   const __m256i n = _mm256_castps_si256(shifted.v);
   // A table gives 2^(i/8) for the lowest three bits i of n. The other bits of n are added to the
   // exponent; so are these three, which the entries of the table make up for.
@@ -95,7 +97,7 @@ inline F32x8 exp2_steps(F32x8 d, F32x8 scale, Slope slope) {
                                           0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
   const F32x8 power = {_mm256_castsi256_ps(
       _mm256_add_epi32(_mm256_permutevar8x32_epi32(table, n), _mm256_slli_epi32(n, 20)))};
-  return fma(power * f, slope(f), power);  // f is NaN where d is, whatever n is
+  return fma(power * f, slope, power);  // f is NaN where d is, whatever n is
 }
 
 inline void split_exponent(F32x8 x, F32x8& m, F32x8& k) {
@@ -181,13 +183,15 @@ inline double reduce_max(F64x4 a) {
   return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
-template <class Slope>
-inline F64x4 exp2_steps(F64x4 d, F64x4 scale, Slope slope) {
+inline F64x4 nearest_step(F64x4 d, F64x4 scale, F64x4& f) {
   // Adding 1.5 * 2^52 leaves the rounded sum in the low bits.
   const F64x4 magic = F64x4::splat(0x1.8p52);
   const F64x4 shifted = fma(d, scale, magic);
-  const F64x4 f = fms(d, scale, shifted - magic);
-  const F64x4 p = fma(slope(f), f, F64x4::splat(1.0));
+  f = fms(d, scale, shifted - magic);
+  return shifted;
+}
+inline F64x4 power_of_step(F64x4 shifted, F64x4 f, F64x4 slope) {
+  const F64x4 p = fma(slope, f, F64x4::splat(1.0));
   const __m256i biased = _mm256_add_epi64(_mm256_castpd_si256(shifted.v), _mm256_set1_epi64x(1023));
   return p * F64x4{_mm256_castsi256_pd(_mm256_slli_epi64(biased, 52))};  // a product keeps NaN
 }

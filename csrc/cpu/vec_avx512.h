@@ -74,12 +74,14 @@ inline double reduce_add(F32x16 a) {
 }
 inline float reduce_max(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
 
-template <class Slope>
-inline F32x16 exp2_steps(F32x16 d, F32x16 scale, Slope slope) {
+inline F32x16 nearest_step(F32x16 d, F32x16 scale, F32x16& f) {
   // Adding 1.5 * 2^23 leaves the rounded sum in the low bits.
   const F32x16 magic = F32x16::splat(12582912.0f);
   const F32x16 shifted = fma(d, scale, magic);
-  const F32x16 f = fms(d, scale, shifted - magic);
+  f = fms(d, scale, shifted - magic);
+  return shifted;
+}
+inline F32x16 power_of_step(F32x16 shifted, F32x16 f, F32x16 slope) {
   const __m512i n = _mm512_castps_si512(shifted.v);
   // A table gives 2^(i/16) for the lowest four bits i of n. The other bits of n are added to the
   // exponent; so are these four, which the entries of the table make up for.
@@ -89,7 +91,7 @@ inline F32x16 exp2_steps(F32x16 d, F32x16 scale, Slope slope) {
                         0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
   const F32x16 power = {_mm512_castsi512_ps(
       _mm512_add_epi32(_mm512_permutexvar_epi32(n, table), _mm512_slli_epi32(n, 19)))};
-  return fma(power * f, slope(f), power);  // f is NaN where d is, whatever n is
+  return fma(power * f, slope, power);  // f is NaN where d is, whatever n is
 }
 
 inline void split_exponent(F32x16 x, F32x16& m, F32x16& k) {
@@ -213,12 +215,14 @@ inline F64x8 select_ge(F64x8 a, F64x8 b, F64x8 x, F64x8 y) {
 inline double reduce_add(F64x8 a) { return _mm512_reduce_add_pd(a.v); }
 inline double reduce_max(F64x8 a) { return _mm512_reduce_max_pd(a.v); }
 
-template <class Slope>
-inline F64x8 exp2_steps(F64x8 d, F64x8 scale, Slope slope) {
+inline F64x8 nearest_step(F64x8 d, F64x8 scale, F64x8& f) {
   const F64x8 n = {
       _mm512_roundscale_pd((d * scale).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  const F64x8 f = fms(d, scale, n);
-  return {_mm512_scalef_pd(fma(slope(f), f, F64x8::splat(1.0)).v, n.v)};
+  f = fms(d, scale, n);
+  return n;
+}
+inline F64x8 power_of_step(F64x8 n, F64x8 f, F64x8 slope) {
+  return {_mm512_scalef_pd(fma(slope, f, F64x8::splat(1.0)).v, n.v)};
 }
 
 inline void split_exponent(F64x8 x, F64x8& m, F64x8& k) {

@@ -5,6 +5,7 @@
 
 #include "vec_math_f32.h"
 #include "vec_math_f64.h"
+#include "vec_pair.h"
 
 namespace sparse_kernels {
 
@@ -34,10 +35,16 @@ struct Exponential {
     scale = Vec::splat(Real(Vec::kPowerSteps * c));
     lowest = Vec::splat(l < -double(kLargest<Vec>) ? -kLargest<Vec> : Real(l));
   }
+  // The same of a pair. What it computes with is one vector, not two.
+  template <class Half>
+  explicit Exponential(const Exponential<Half>& half)
+      : scale(Vec::twice(half.scale)), lowest(Vec::twice(half.lowest)) {}
   // NaN stays NaN because max returns its second argument then.
   Vec clamp(Vec d) const { return max(lowest, d); }
   Vec operator()(Vec clamped) const {
-    return exp2_steps(clamped, scale, [](Vec f) { return Approximation<Vec>::exp2_slope(f); });
+    Vec f;
+    const Vec n = nearest_step(clamped, scale, f);
+    return power_of_step(n, f, Approximation<Vec>::exp2_slope(f));
   }
 };
 

@@ -102,13 +102,15 @@ inline double reduce_add(F32x8 a) {
 // The largest number: NaN only where all lanes are.
 inline float reduce_max(F32x8 a) { return vmaxnmvq_f32(vmaxnmq_f32(a.low, a.high)); }
 
-template <class Slope>
-inline F32x8 exp2_steps(F32x8 d, F32x8 scale, Slope slope) {
+inline F32x8 nearest_step(F32x8 d, F32x8 scale, F32x8& f) {
   // Adding 1.5 * 2^23 leaves the rounded sum in the low bits.
   const F32x8 magic = F32x8::splat(12582912.0f);
   const F32x8 shifted = fma(d, scale, magic);
-  const F32x8 f = fms(d, scale, shifted - magic);
-  const F32x8 p = fma(slope(f), f, F32x8::splat(1.0f));
+  f = fms(d, scale, shifted - magic);
+  return shifted;
+}
+inline F32x8 power_of_step(F32x8 shifted, F32x8 f, F32x8 slope) {
+  const F32x8 p = fma(slope, f, F32x8::splat(1.0f));
   const auto power = [](float32x4_t n) {
     const int32x4_t biased = vaddq_s32(vreinterpretq_s32_f32(n), vdupq_n_s32(127));
     return vreinterpretq_f32_s32(vshlq_n_s32(biased, 23));
@@ -184,13 +186,15 @@ inline F64x4 min(F64x4 a, F64x4 b) {
 inline double reduce_add(F64x4 a) { return vaddvq_f64(vaddq_f64(a.low, a.high)); }
 inline double reduce_max(F64x4 a) { return vmaxnmvq_f64(vmaxnmq_f64(a.low, a.high)); }
 
-template <class Slope>
-inline F64x4 exp2_steps(F64x4 d, F64x4 scale, Slope slope) {
+inline F64x4 nearest_step(F64x4 d, F64x4 scale, F64x4& f) {
   // Adding 1.5 * 2^52 leaves the rounded sum in the low bits.
   const F64x4 magic = F64x4::splat(0x1.8p52);
   const F64x4 shifted = fma(d, scale, magic);
-  const F64x4 f = fms(d, scale, shifted - magic);
-  const F64x4 p = fma(slope(f), f, F64x4::splat(1.0));
+  f = fms(d, scale, shifted - magic);
+  return shifted;
+}
+inline F64x4 power_of_step(F64x4 shifted, F64x4 f, F64x4 slope) {
+  const F64x4 p = fma(slope, f, F64x4::splat(1.0));
   const auto power = [](float64x2_t n) {
     const int64x2_t biased = vaddq_s64(vreinterpretq_s64_f64(n), vdupq_n_s64(1023));
     return vreinterpretq_f64_s64(vshlq_n_s64(biased, 52));

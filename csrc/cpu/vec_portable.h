@@ -6,7 +6,7 @@
 //   Real, kLanes                 the type and the number of its elements
 //   Vec::splat(x)                x in every lane
 //   Vec::load(p)                 kLanes consecutive logits of any type that widens to Real
-//   kPowerSteps, exp2_steps      see below
+//   kPowerSteps                  steps of 2^x between powers of two: see nearest_step
 // and the operators and functions of this file.
 #pragma once
 
@@ -116,32 +116,35 @@ inline Real reduce_max(Lanes8<Real> a) {
   return m;
 }
 
-// 2^(d scale / kPowerSteps) where that is between 2^-124 and 1, or NaN: the caller clamps. slope(f)
-// is (2^(f / kPowerSteps) - 1) / f, for f in [-1/2, 1/2].
-template <class Slope>
-inline Lanes8<float> exp2_steps(Lanes8<float> d, Lanes8<float> scale, Slope slope) {
-  using Vec = Lanes8<float>;
-  // Adding 1.5 * 2^23 leaves round(t) in the low bits: a conversion from float to int would be
-  // undefined for NaN. The result is a product, since a sum of exponents could make a number of a
-  // NaN.
-  const Vec magic = Vec::splat(12582912.0f);
-  const Vec shifted = d * scale + magic;
-  const Vec f = fms(d, scale, shifted - magic);
-  const Vec p = fma(slope(f), f, Vec::splat(1.0f));
-  return Vec::map([&](int i) {
+// 2^(d scale / kPowerSteps) where that is between 2^-124 and 1 (2^-1020 and 1 in double), or NaN:
+// the caller clamps. In two functions, so that several vectors can take turns. nearest_step returns
+// n, the integer nearest to d scale, as power_of_step reads it, and the rest f in [-1/2, 1/2];
+// `slope` is (2^(f / kPowerSteps) - 1) / f.
+inline Lanes8<float> nearest_step(Lanes8<float> d, Lanes8<float> scale, Lanes8<float>& f) {
+  // Adding 1.5 * 2^23 leaves the rounded sum in the low bits: a conversion from float to int would
+  // be undefined for NaN.
+  const Lanes8<float> magic = Lanes8<float>::splat(12582912.0f);
+  const Lanes8<float> shifted = d * scale + magic;
+  f = fms(d, scale, shifted - magic);
+  return shifted;
+}
+inline Lanes8<float> power_of_step(Lanes8<float> shifted, Lanes8<float> f, Lanes8<float> slope) {
+  const Lanes8<float> p = fma(slope, f, Lanes8<float>::splat(1.0f));
+  // A product, since a sum of exponents could make a number of a NaN.
+  return Lanes8<float>::map([&](int i) {
     return p.lane[i] * float_from_bits((bits_from_float(shifted.lane[i]) + 127) << 23);
   });
 }
-
-// The same, down to 2^-1020.
-template <class Slope>
-inline Lanes8<double> exp2_steps(Lanes8<double> d, Lanes8<double> scale, Slope slope) {
-  using Vec = Lanes8<double>;
-  const Vec magic = Vec::splat(0x1.8p52);
-  const Vec shifted = d * scale + magic;
-  const Vec f = fms(d, scale, shifted - magic);
-  const Vec p = fma(slope(f), f, Vec::splat(1.0));
-  return Vec::map([&](int i) {
+inline Lanes8<double> nearest_step(Lanes8<double> d, Lanes8<double> scale, Lanes8<double>& f) {
+  const Lanes8<double> magic = Lanes8<double>::splat(0x1.8p52);
+  const Lanes8<double> shifted = d * scale + magic;
+  f = fms(d, scale, shifted - magic);
+  return shifted;
+}
+inline Lanes8<double> power_of_step(Lanes8<double> shifted, Lanes8<double> f,
+                                    Lanes8<double> slope) {
+  const Lanes8<double> p = fma(slope, f, Lanes8<double>::splat(1.0));
+  return Lanes8<double>::map([&](int i) {
     return p.lane[i] * double_from_bits((bits_from_double(shifted.lane[i]) + 1023) << 52);
   });
 }
