@@ -36,7 +36,7 @@ struct Exponential {
   }
   // NaN stays NaN because max returns its second argument then.
   Vec clamp(Vec d) const { return max(lowest, d); }
-  Vec operator()(Vec clamped) const {
+  __attribute__((always_inline)) Vec operator()(Vec clamped) const {
     return exp2_steps(clamped, scale, [](Vec f) { return Approximation<Vec>::exp2_slope(f); });
   }
 };
