@@ -29,6 +29,10 @@
 
 namespace sparse_kernels {
 
+// Bytes by which logits are fetched before they are used where the gradient is streamed: the
+// processor by itself looks less far ahead. The memory after a row is most often the next one's.
+constexpr int64_t kReadAhead = 4096;
+
 template <class Vec, class T, class Gradient>
 inline void backward_row(const RowStatsBackwardArgs& args, const Gradient& in_memory, int64_t row,
                          const T* x, T* gradient, bool streaming) {
@@ -51,6 +55,9 @@ inline void backward_row(const RowStatsBackwardArgs& args, const Gradient& in_me
   };
   const auto pairs = [&](int64_t j, auto write) {
     for (; j + 2 * kLanes <= args.classes; j += 2 * kLanes) {
+      const char* ahead = reinterpret_cast<const char*>(x + j) + kReadAhead;
+      if (streaming)
+        for (int i = 0; i < int(2 * kLanes * sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
       Vec first, second;
       load_pair(x + j, first, second);
       write(gradient + j, gradient_of(constants, first), gradient_of(constants, second));
