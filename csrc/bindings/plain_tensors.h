@@ -5,7 +5,6 @@
 #include <Python.h>
 
 #include <cstdint>
-#include <limits>
 #include <new>
 #include <utility>
 
@@ -92,26 +91,30 @@ struct Input {
   }
 };
 
-// A new tensor, owned until taken; or none. Its memory and what describes it are one allocation:
-// the exchange interface's own would make a tensor of PyTorch's only to be wrapped in another.
+// A new tensor, owned until taken; or none. Its memory is allocated here as PyTorch does it, of the
+// same size, so that each can use what the other has freed: the exchange interface's own function
+// would make a tensor of PyTorch's only to be wrapped in another.
 class Output {
  public:
   Output() = default;
   Output(const int64_t* shape, int ndim, DataType dtype) {
     int64_t bytes = (dtype.bits + 7) / 8;
     for (int d = 0; d < ndim; ++d) require(!__builtin_mul_overflow(bytes, shape[d], &bytes));
-    const size_t header = aligned(sizeof(dlpack::Managed) + sizeof(int64_t) * size_t(ndim));
-    require(bytes <= std::numeric_limits<int64_t>::max() - int64_t(header));
-    char* memory = static_cast<char*>(::operator new(header + size_t(bytes), kAlignment));
-    data_ = memory + header;
+    const size_t described = sizeof(dlpack::Managed) + sizeof(int64_t) * size_t(ndim);
+    data_ = static_cast<char*>(::operator new(size_t(bytes), kAlignment, std::nothrow));
+    auto* memory = static_cast<char*>(::operator new(described, std::nothrow));
     auto* own_shape = reinterpret_cast<int64_t*>(memory + sizeof(dlpack::Managed));
+    if (!data_ || !memory) {
+      free_memory(data_, memory);
+      throw NotServed();
+    }
     for (int d = 0; d < ndim; ++d) own_shape[d] = shape[d];
-    managed_ = new (memory)
-        dlpack::Managed{{dlpack::kMajor, 0},
-                        nullptr,
-                        [](dlpack::Managed* managed) { ::operator delete(managed, kAlignment); },
-                        0,
-                        {data_, {dlpack::kCpu, 0}, ndim, dtype, own_shape, nullptr, 0}};
+    managed_ = new (memory) dlpack::Managed{
+        {dlpack::kMajor, 0},
+        nullptr,
+        [](dlpack::Managed* managed) { free_memory(managed->tensor.data, managed); },
+        0,
+        {data_, {dlpack::kCpu, 0}, ndim, dtype, own_shape, nullptr, 0}};
   }
   Output(Output&& other) noexcept { *this = std::move(other); }
   Output& operator=(Output&& other) noexcept {
@@ -137,8 +140,9 @@ class Output {
 
  private:
   static constexpr std::align_val_t kAlignment{64};  // PyTorch's own
-  static constexpr size_t aligned(size_t bytes) {
-    return (bytes + size_t(kAlignment) - 1) & ~(size_t(kAlignment) - 1);
+  static void free_memory(void* data, void* managed) {
+    ::operator delete(data, kAlignment);
+    ::operator delete(managed);
   }
 
   dlpack::Managed* managed_ = nullptr;
