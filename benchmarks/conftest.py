@@ -1,7 +1,8 @@
 """Interleaved timing for every benchmark, one table at the end, and a JSON record.
 
 pytest benchmarks --benchmark-only                     print
-pytest benchmarks --benchmark-only --record            also write benchmarks/results/<device>-<date>.json
+pytest benchmarks --benchmark-only --record            also write benchmarks/results/<device>-<date>.json, case by case
+pytest benchmarks --benchmark-only --record --resume   only the cases that this record does not have yet
 pytest benchmarks --small                              every line once on tiny sizes: no speed, nothing recorded
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import os
 import platform
+import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +27,15 @@ import sparse_kernels
 from sparse_kernels import keep_freed_memory
 
 _rows: list[Row] = []
+BUDGET = 10.0  # seconds of a case's rounds, of which there are 3 at least: all cases together take 25 minutes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", action="store_true", help="write benchmarks/results/<device>-<date>.json")
+    parser.addoption(
+        "--record", nargs="?", const=timing.record_path("cpu"), type=Path, metavar="FILE",
+        help="write FILE, by default benchmarks/results/<device>-<date>.json",
+    )  # fmt: skip
+    parser.addoption("--resume", action="store_true", help="leave out the cases that the record already has")
     parser.addoption("--small", action="store_true", help="tiny sizes, one round, nothing compiled or recorded")
 
 
@@ -35,8 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "keeps_freed_memory: as `sparse-train` has it; see keep_freed_memory")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--resume"):
+        done = timing.recorded(config.getoption("--record") or timing.record_path("cpu"))
+        items[:] = [item for item in items if not any(is_case(item, case) for case in done)]
     items.sort(key=lambda item: item.get_closest_marker("keeps_freed_memory") is not None)  # there is no way back
+
+
+def is_case(item: pytest.Item, case: str) -> bool:
+    """Whether a row of a record is a benchmark's; one of several has a name that goes on."""
+    return f"{case}-".startswith(f"{item.callspec.id}-")
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +88,12 @@ def with_compiled(small: bool) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def interleaved(benchmark: Any, request: pytest.FixtureRequest, small: bool) -> Callable[..., Row]:
-    """Times ``ours`` and every peer in turn, each ``calls`` times a round."""
+def interleaved(benchmark: Any, request: pytest.FixtureRequest, small: bool) -> Iterator[Callable[..., Row]]:
+    """Times ``ours`` and every peer in turn, each ``calls`` times a round, in an order of its own every round.
+
+    A side that always followed the same other would always find in the caches what that one left there.
+    """
+    made: list[Row] = []
 
     def run(
         ours: Callable[[], Any],
@@ -84,29 +104,42 @@ def interleaved(benchmark: Any, request: pytest.FixtureRequest, small: bool) -> 
         calls: int = 1,
         notes: dict[str, Any] | None = None,
     ) -> Row:
-        samples: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
+        sides = {"ours": ours, **peers}
+        samples: dict[str, list[float]] = {name: [] for name in sides}
         timer = timing.Cpu()
         if small:
             rounds = calls = 1
+        for side in sides.values():  # compile, page in
+            if timer.time(side)() < 1.0:
+                side()
 
-        def time_side(name: str, side: Callable[[], Any]) -> None:
-            samples[name].append(timer.time(side, calls)())
+        def time_all() -> None:
+            order, began = random.Random(0), time.perf_counter()
+            for done in range(rounds):
+                if done >= 3 and time.perf_counter() - began > BUDGET:
+                    break
+                for name in order.sample(list(sides), len(sides)):
+                    samples[name].append(timer.time(sides[name], calls)())
 
-        for side in (ours, *peers.values()):  # warm: compile, page in
-            side()
-            side()
-        benchmark.pedantic(
-            lambda: time_side("ours", ours),
-            setup=lambda: [time_side(name, peer) for name, peer in peers.items()] and None,
-            rounds=rounds,
-        )
+        benchmark.pedantic(time_all, rounds=1)
         seconds = {name: timing.quantiles(values) for name, values in samples.items()}
-        row = Row(request.node.callspec.id, seconds, timing.ratios(seconds), targets or {}, notes or {})
-        benchmark.extra_info.update(asdict(row))
-        _rows.append(row)
-        return row
+        notes = {**(notes or {}), "rounds": len(samples["ours"])}
+        made.append(Row(request.node.callspec.id, seconds, timing.ratios(seconds), targets or {}, notes))
+        return made[-1]
 
-    return run
+    yield run
+    for row in made:  # now, because a benchmark may have added to it
+        benchmark.extra_info.update(asdict(row))
+    add_rows(made, request.config)
+
+
+def add_rows(rows: list[Row], config: pytest.Config) -> None:
+    """Keep rows for the summary, and write them where the run is recorded: what is done is not lost."""
+    _rows.extend(rows)
+    if rows and config.getoption("--record") and not config.getoption("--small"):
+        if "flops_per_second" not in _machine:
+            _machine["flops_per_second"] = flops_per_second()
+        timing.write_record(config.getoption("--record"), _machine, rows)
 
 
 def machine() -> dict[str, Any]:
@@ -147,6 +180,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for line in row.lines():
             write(line)
     if config.getoption("--record") and not config.getoption("--small"):
-        path = timing.record_path("cpu")
-        timing.write_record(path, _machine | {"flops_per_second": flops_per_second()}, _rows)
-        write(f"written: {path}")
+        write(f"written: {config.getoption('--record')}")

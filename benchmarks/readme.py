@@ -124,18 +124,15 @@ def roofline_table(record: Mapping[str, Any]) -> str:
     rate = record["machine"].get("flops_per_second")
     for row in record["rows"]:
         notes, seconds = row["notes"], row["seconds"]
-        read = [side["p50"] for name, side in seconds.items() if name.startswith("read: ")]
-        if "flops" not in notes:
+        if "bytes" not in notes:
             continue
-        if read:
-            by_bytes = min(read) * notes["bytes"] / notes["logits"]
-        else:
-            by_bytes = notes["bytes"] / notes["copy, bytes per second"]
-        by_flops = notes["flops"] / rate if rate else 0.0
+        by_bytes = floor_by_bytes(notes, seconds)
+        flops = notes.get("flops")  # none where rows are only moved
+        by_flops = flops / rate if flops and rate else 0.0
         measured = seconds["ours"]["p50"]
         lines.append(
-            f"| {row['case']} | {notes['bytes'] / 1e6:.4g} | {notes['flops'] / 1e6:.4g} | {1e3 * by_bytes:.4g} "
-            f"| {f'{1e3 * by_flops:.4g}' if rate else '-'} | {1e3 * measured:.4g} "
+            f"| {row['case']} | {notes['bytes'] / 1e6:.4g} | {f'{flops / 1e6:.4g}' if flops else '-'} "
+            f"| {1e3 * by_bytes:.4g} | {f'{1e3 * by_flops:.4g}' if by_flops else '-'} | {1e3 * measured:.4g} "
             f"| {'bytes' if by_bytes >= by_flops else 'arithmetic'} | {max(by_bytes, by_flops) / measured:.0%} |"
         )
     return "\n".join([*lines, "", source_line(record)])
@@ -152,6 +149,15 @@ def memory_table(record: Mapping[str, Any]) -> str:
         for name in names
     ]
     return "\n".join([*lines, "", source_line(record)])
+
+
+def floor_by_bytes(notes: Mapping[str, Any], seconds: Mapping[str, Any]) -> float:
+    """Seconds in which a benchmark's bytes can be moved: by its fastest read, its copy, or a copy of the device's."""
+    if read := [side["p50"] for name, side in seconds.items() if name.startswith("read: ")]:
+        return min(read) * notes["bytes"] / notes["logits"]
+    if "copy" in seconds:  # of the same bytes
+        return seconds["copy"]["p50"]
+    return notes["bytes"] / notes["copy, bytes per second"]
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:

@@ -69,7 +69,8 @@ def test_mask_to_packed_rows(interleaved, make, targets, rounds, calls):
         assert all(torch.equal(a, b) for a, b in zip(ours(), form(tree, mask), strict=True))
     sides = {name: (lambda form=form: form(tree, mask)) for name, form in forms.items()}
     sides["copy"] = lambda: [tensor[:kept].clone() for tensor in tree]
-    row = interleaved(ours, sides, targets=targets, rounds=rounds, calls=calls)
+    moved = sum(2 * kept * tensor[0].numel() * tensor.element_size() for tensor in tree)
+    row = interleaved(ours, sides, targets=targets, rounds=rounds, calls=calls, notes={"bytes": len(mask) + moved})
     row.ratios["best"] = min(row.ratios[name] for name in forms)
 
 

@@ -59,17 +59,31 @@ def test_all_outputs(interleaved, with_compiled, small, shape, rounds):
         )
 
 
+def gradient_cases(*cases):
+    """``kept``: the gradient's memory is that of the last one; otherwise the system maps it anew."""
+    return [
+        pytest.param(
+            shape, dtype, rounds, calls,
+            id=f"forward-backward-{'kept-' if kept else ''}{str(dtype)[6:]}-{shape[0]}x{shape[1]}",
+            marks=[pytest.mark.keeps_freed_memory] if kept else [],
+        )
+        for shape, kept, rounds, calls in cases
+        for dtype in (torch.float32, torch.bfloat16)
+    ]  # fmt: skip
+
+
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("shape", "dtype", "rounds"),
-    [
-        pytest.param((1024, 32000), torch.float32, 7, id="forward-backward-float32-1024x32000"),
-        pytest.param((4096, 1000), torch.float32, 15, id="forward-backward-float32-4096x1000"),
-        pytest.param((1024, 32000), torch.bfloat16, 7, id="forward-backward-bfloat16-1024x32000"),
-        pytest.param((4096, 1000), torch.bfloat16, 15, id="forward-backward-bfloat16-4096x1000"),
-    ],
+    ("shape", "dtype", "rounds", "calls"),
+    gradient_cases(
+        ((1024, 32000), False, 7, 1),
+        ((1024, 32000), True, 7, 1),
+        ((4096, 1000), False, 15, 1),
+        ((65536, 10), False, 15, 4),
+        ((3000, 10), False, 31, 50),
+    ),
 )
-def test_forward_and_backward(interleaved, with_compiled, small, shape, dtype, rounds):
+def test_forward_and_backward(interleaved, with_compiled, small, shape, dtype, rounds, calls):
     logits, labels = rows_of(shape, dtype, small)
     logits.requires_grad_()
     weights = torch.rand(2, len(labels))
@@ -90,6 +104,7 @@ def test_forward_and_backward(interleaved, with_compiled, small, shape, dtype, r
         {name: (lambda form=form: gradient(form)) for name, form in forms.items()} | timing.reads(logits),
         targets={"eager": 5, "best compiled": 2},
         rounds=rounds,
+        calls=calls,
         notes=work.forward_backward(logits),
     )
 

@@ -13,7 +13,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import _rows
+from conftest import add_rows
 from steps import scorer_row, timed_arms
 from torch.utils.data import DataLoader, Dataset
 
@@ -65,11 +65,11 @@ def test_step(benchmark, request, small, data, model, batch, layer):
         return SparseTrainer(copy.deepcopy(network), policy=policy, rate=used, settings=TrainerSettings(amp=amp))
 
     scorers = ("self", f"early:{layer}", "proxy", "history")
-    rounds = 1 if small else 7
+    rounds = 1 if small else 5
     samples = benchmark.pedantic(lambda: timed_arms(make, loader, scorers, rounds=rounds), rounds=1)
-    for scorer in scorers:
-        case = f"{request.node.callspec.id}-{scorer.partition(':')[0]}"
-        _rows.append(scorer_row(case, scorer, samples, batch))
+    name = request.node.callspec.id
+    rows = [scorer_row(f"{name}-{scorer.partition(':')[0]}", scorer, samples, batch) for scorer in scorers]
+    add_rows(rows, request.config)
 
 
 class Decoded(Dataset):
@@ -118,5 +118,6 @@ def test_epoch_by_history(interleaved, small, data, model):
 
         return run
 
-    row = interleaved(epoch(by_history, True), {"dense": epoch(whole, False)}, targets={"dense": 9.0}, rounds=3)
+    sides = {"dense": epoch(whole, False)}
+    row = interleaved(epoch(by_history, True), sides, targets={"dense": 9.0}, rounds=2)
     row.notes |= {"batch": batch, "rows of a dense epoch": len(rows), "steps of ours": len(sampler)}

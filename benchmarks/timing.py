@@ -147,6 +147,11 @@ def record_path(device: str) -> Path:
     return RESULTS / f"{device}-{today()}.json"
 
 
+def recorded(path: Path) -> set[str]:
+    """The cases of a record; none where there is no such file."""
+    return {row["case"] for row in json.loads(path.read_text())["rows"]} if path.exists() else set()
+
+
 def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
 

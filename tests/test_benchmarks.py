@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import baselines
@@ -34,6 +35,26 @@ def test_every_benchmark_runs_small():
     out = run("-m", "pytest", "benchmarks", "--small", "-q", "-p", "no:cacheprovider")
     for case in ("gate_rows-float32-1024x32000", "forward-backward-bfloat16-4096x1000", "compact-16M-flags"):
         assert f"{case}: " in out
+
+
+@pytest.mark.slow
+def test_benchmarks_are_recorded_case_by_case_and_taken_up(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    record = tmp_path / "record.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    command += ["--record", str(record)]
+    long = "overhead-row_stats or row_stats-all-float32-4096x1000"  # in this order, and the second compiles first
+    with subprocess.Popen([*command, "-k", long], cwd=ROOT, stdout=subprocess.PIPE) as killed:
+        while killed.poll() is None and not record.exists():
+            time.sleep(0.05)
+        killed.kill()
+    (first,) = json.loads(record.read_text())["rows"]
+    assert first["case"] == "overhead-row_stats"
+    out = run(*command[1:], "--resume", "-k", "overhead-row_stats or overhead-compact")
+    assert "overhead-row_stats" not in out
+    assert "written: " in out
+    again, second = json.loads(record.read_text())["rows"]
+    assert (again, second["case"]) == (first, "overhead-compact")
 
 
 def test_the_accuracy_of_attention_runs_small():
@@ -246,9 +267,11 @@ def test_the_roofline_is_the_larger_of_two_floors():
             "notes": {"bytes": 1e6, "copy, bytes per second": 2e8, "flops": 1},
         },
         {"case": "c", "seconds": seconds, "notes": {}},
+        {"case": "moved", "seconds": {"ours": {"p50": 0.010}, "copy": {"p50": 0.008}}, "notes": {"bytes": 4e6}},
     ]
     machine = {"cpu": "x", "threads": 2, "torch": "y", "flops_per_second": 1e9}
     table = readme.roofline_table({"rows": rows, "machine": machine, "created": "2000-01-01"}).splitlines()
     assert table[2] == "| a | 3 | 5 | 6 | 5 | 10 | bytes | 60% |"
     assert table[3].endswith("| 50% |")
+    assert table[4] == "| moved | 4 | - | 8 | - | 10 | bytes | 80% |"
     assert not any("| c |" in line for line in table)

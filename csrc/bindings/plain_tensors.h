@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <new>
 #include <utility>
 
 #include "dlpack.h"
@@ -90,16 +91,30 @@ struct Input {
   }
 };
 
-// A new tensor, owned until taken; or none.
+// A new tensor, owned until taken; or none. Its memory is allocated here as PyTorch does it, of the
+// same size, so that each can use what the other has freed: the exchange interface's own function
+// would make a tensor of PyTorch's only to be wrapped in another.
 class Output {
  public:
   Output() = default;
   Output(const int64_t* shape, int ndim, DataType dtype) {
-    dlpack::Tensor prototype{
-        nullptr, {dlpack::kCpu, 0}, ndim, dtype, const_cast<int64_t*>(shape), nullptr, 0};
-    const auto set_error = [](void*, const char*, const char*) { PyErr_NoMemory(); };
-    require(api->allocate(&prototype, &managed_, nullptr, set_error) == 0);
-    data_ = static_cast<char*>(managed_->tensor.data) + managed_->tensor.byte_offset;
+    int64_t bytes = (dtype.bits + 7) / 8;
+    for (int d = 0; d < ndim; ++d) require(!__builtin_mul_overflow(bytes, shape[d], &bytes));
+    const size_t described = sizeof(dlpack::Managed) + sizeof(int64_t) * size_t(ndim);
+    data_ = static_cast<char*>(::operator new(size_t(bytes), kAlignment, std::nothrow));
+    auto* memory = static_cast<char*>(::operator new(described, std::nothrow));
+    auto* own_shape = reinterpret_cast<int64_t*>(memory + sizeof(dlpack::Managed));
+    if (!data_ || !memory) {
+      free_memory(data_, memory);
+      throw NotServed();
+    }
+    for (int d = 0; d < ndim; ++d) own_shape[d] = shape[d];
+    managed_ = new (memory) dlpack::Managed{
+        {dlpack::kMajor, 0},
+        nullptr,
+        [](dlpack::Managed* managed) { free_memory(managed->tensor.data, managed); },
+        0,
+        {data_, {dlpack::kCpu, 0}, ndim, dtype, own_shape, nullptr, 0}};
   }
   Output(Output&& other) noexcept { *this = std::move(other); }
   Output& operator=(Output&& other) noexcept {
@@ -124,6 +139,12 @@ class Output {
   }
 
  private:
+  static constexpr std::align_val_t kAlignment{64};  // PyTorch's own
+  static void free_memory(void* data, void* managed) {
+    ::operator delete(data, kAlignment);
+    ::operator delete(managed);
+  }
+
   dlpack::Managed* managed_ = nullptr;
   char* data_ = nullptr;
 };

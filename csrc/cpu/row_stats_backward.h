@@ -25,50 +25,60 @@
 #include "row_stats_plan.h"
 #include "scalar_types.h"
 #include "sparse_kernels/cpu/row_stats.h"
+#include "vec_pairs.h"
 #include "wide_copy.h"
 
 namespace sparse_kernels {
 
-template <class Vec, class T>
-inline void backward_row(const RowStatsBackwardArgs& args, const LogitGradient<Vec>& in_memory,
-                         int64_t row, const T* x, T* gradient, bool streaming) {
-  using Real = typename Vec::Real;
+// Bytes by which logits are fetched before they are used where the gradient is streamed: the
+// processor by itself looks less far ahead. The memory after a row is most often the next one's.
+constexpr int64_t kReadAhead = 4096;
+
+template <class Vec, class T, class Gradient>
+inline void backward_row(const RowStatsBackwardArgs& args, const Gradient& in_memory, int64_t row,
+                         const T* x, T* gradient, bool streaming) {
   constexpr int kLanes = Vec::kLanes;
-  const LogitGradient<Vec> gradient_of = in_memory;
+  const Gradient gradient_of = in_memory;
   const UpstreamOfRows<Vec> upstream(args, row, 1);
   const RowConstants<Vec> constants(args, row, 1, upstream);
-  Real at_target[kLanes];
-  store(at_target, upstream.at_target(args));
-  const int64_t target = target_of(args, row);
-  const auto gradient_at = [&](int64_t j, const T* from) {
-    Vec here = Vec::splat(0);
-    if (uint64_t(target - j) < uint64_t(kLanes)) {
-      Real lanes[kLanes] = {};
-      lanes[target - j] = at_target[0];
-      here = Vec::load(lanes);
+  // Before the stores: the gradient may be written over the logits.
+  T of_target[kLanes] = {x[target_of(args, row)]};
+  store(of_target,
+        gradient_of.at_target(constants, Vec::load(of_target), upstream.at_target(args)));
+  const auto some = [&](int64_t j, int64_t columns) {
+    for (int64_t end = j + columns; j < end; j += kLanes) {
+      T copy[kLanes] = {};
+      const size_t bytes = sizeof(T) * size_t(end - j < kLanes ? end - j : kLanes);
+      std::memcpy(copy, x + j, bytes);
+      store(copy, gradient_of(constants, Vec::load(copy)));
+      std::memcpy(gradient + j, copy, bytes);
     }
-    return gradient_of(constants, Vec::load(from), here);
   };
-  const auto part = [&](int64_t j, int64_t columns) {  // of a vector
-    T copy[kLanes] = {};
-    std::memcpy(copy, x + j, sizeof(T) * size_t(columns));
-    store(copy, gradient_at(j, copy));
-    std::memcpy(gradient + j, copy, sizeof(T) * size_t(columns));
+  const auto pairs = [&](int64_t j, auto write) {
+    for (; j + 2 * kLanes <= args.classes; j += 2 * kLanes) {
+      const char* ahead = reinterpret_cast<const char*>(x + j) + kReadAhead;
+      if (streaming)
+        for (int i = 0; i < int(2 * kLanes * sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
+      Vec first, second;
+      load_pair(x + j, first, second);
+      write(gradient + j, gradient_of(constants, first), gradient_of(constants, second));
+    }
+    some(j, args.classes - j);
   };
-  int64_t j = 0;
   if (streaming) {
-    j = int64_t(-reinterpret_cast<uintptr_t>(gradient) % kStreamAlignment / sizeof(T));
-    for (int64_t i = 0; i < j; i += kLanes) part(i, j - i < kLanes ? j - i : kLanes);
-    for (; j + kLanes <= args.classes; j += kLanes) stream(gradient + j, gradient_at(j, x + j));
+    const auto head =
+        int64_t(-reinterpret_cast<uintptr_t>(gradient) % kStreamAlignment / sizeof(T));
+    some(0, head);
+    pairs(head, [](T* to, Vec first, Vec second) { stream_pair(to, first, second); });
   } else {
-    for (; j + kLanes <= args.classes; j += kLanes) store(gradient + j, gradient_at(j, x + j));
+    pairs(0, [](T* to, Vec first, Vec second) { store_pair(to, first, second); });
   }
-  if (j < args.classes) part(j, args.classes - j);
+  gradient[target_of(args, row)] = of_target[0];
 }
 
 // Rows in lanes, for classes that are not contiguous.
-template <class Vec, class T>
-inline void backward_group(const RowStatsBackwardArgs& args, const LogitGradient<Vec>& gradient_of,
+template <class Vec, class T, class Gradient>
+inline void backward_group(const RowStatsBackwardArgs& args, const Gradient& gradient_of,
                            int64_t row, int count) {
   using Real = typename Vec::Real;
   constexpr int kLanes = Vec::kLanes;
@@ -93,29 +103,27 @@ inline void backward_group(const RowStatsBackwardArgs& args, const LogitGradient
   const RowConstants<Vec> constants(args, row, count, upstream);
   const Vec zero = Vec::splat(0), one = Vec::splat(1), is_active = Vec::load(rows.active);
   // An unused row may hold NaN, so it is not multiplied by 0 but replaced.
-  const auto gradient_at = [&](Vec x, Vec at_target) {
-    return select_ge(is_active, one, gradient_of(constants, x, at_target), zero);
-  };
+  const auto of_active = [&](Vec found) { return select_ge(is_active, one, found, zero); };
   T part[kLanes];
   for (int64_t j = 0; j < args.classes; ++j) {
     const int64_t in_offset = j * args.class_stride, out_offset = j * args.gradient_class_stride;
     if (adjacent) {
-      store(out[0] + out_offset, gradient_at(Vec::load(x[0] + in_offset), zero));
+      store(out[0] + out_offset, of_active(gradient_of(constants, Vec::load(x[0] + in_offset))));
       continue;
     }
     for (int i = 0; i < kLanes; ++i) part[i] = x[i][in_offset];
-    store(part, gradient_at(Vec::load(part), zero));
+    store(part, of_active(gradient_of(constants, Vec::load(part))));
     for (int i = 0; i < count; ++i) out[i][out_offset] = part[i];
   }
-  store(part, gradient_at(Vec::load(target_x), upstream.at_target(args)));
+  store(part,
+        of_active(gradient_of.at_target(constants, Vec::load(target_x), upstream.at_target(args))));
   for (int i = 0; i < count; ++i) out[i][rows.target[i] * args.gradient_class_stride] = part[i];
 }
 
-// RowStatsFunctions::backward for logits of type T.
-template <class Vec, class T>
-void backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) {
+template <class Vec, class T, class Gradient>
+inline void backward_rows(const RowStatsBackwardArgs& args, const Gradient& gradient_of,
+                          int64_t begin, int64_t end) {
   constexpr int kLanes = Vec::kLanes;
-  const LogitGradient<Vec> gradient_of(args);
   if (args.class_stride != 1 || args.gradient_class_stride != 1) {
     for (int64_t row = begin; row < end; row += kLanes)
       backward_group<Vec, T>(args, gradient_of, row, int(end - row < kLanes ? end - row : kLanes));
@@ -133,6 +141,15 @@ void backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) {
       zero_bytes(reinterpret_cast<char*>(gradient), bytes, streaming);
   }
   if (streaming) finish_streaming();
+}
+
+// RowStatsFunctions::backward for logits of type T.
+template <class Vec, class T>
+void backward(const RowStatsBackwardArgs& args, int64_t begin, int64_t end) {
+  if (args.softcap != 0)
+    backward_rows<Vec, T>(args, LogitGradient<Vec, true>(args), begin, end);
+  else
+    backward_rows<Vec, T>(args, LogitGradient<Vec, false>(args), begin, end);
 }
 
 }  // namespace sparse_kernels

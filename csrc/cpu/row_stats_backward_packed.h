@@ -17,14 +17,13 @@ namespace sparse_kernels {
 constexpr int kPackedClasses = 128;
 
 // kLanes rows whose logits and gradients follow one another.
-template <class Vec, class T>
-inline void backward_packed_rows(const RowStatsBackwardArgs& args,
-                                 const LogitGradient<Vec>& in_memory, const ActiveRows<Vec>& rows,
-                                 const int32_t* row_of, int64_t row, int count, const T* x,
-                                 T* gradient) {
+template <class Vec, class T, class Gradient>
+inline void backward_packed_rows(const RowStatsBackwardArgs& args, const Gradient& in_memory,
+                                 const ActiveRows<Vec>& rows, const int32_t* row_of, int64_t row,
+                                 int count, const T* x, T* gradient) {
   using Real = typename Vec::Real;
   constexpr int kLanes = Vec::kLanes;
-  const LogitGradient<Vec> gradient_of = in_memory;
+  const Gradient gradient_of = in_memory;
   const int classes = int(args.classes);
   const UpstreamOfRows<Vec> upstream(args, row, count);
   const RowConstants<Vec> constants(args, row, count, upstream);
@@ -34,20 +33,20 @@ inline void backward_packed_rows(const RowStatsBackwardArgs& args,
   for (int i = 0; i < kLanes; ++i) target_x[i] = widen(x[i * classes + rows.target[i]]);
   for (int v = 0; v < classes; ++v) {
     const int32_t* lanes = row_of + v * kLanes;
-    Vec found = gradient_of(constants.permuted(lanes), Vec::load(x + v * kLanes), zero);
+    Vec found = gradient_of(constants.permuted(lanes), Vec::load(x + v * kLanes));
     // An unused row may hold NaN, so it is not multiplied by 0 but replaced.
     if (!rows.all) found = select_ge(permute(is_active, lanes), one, found, zero);
     store(gradient + v * kLanes, found);
   }
   T of_target[kLanes];
-  store(of_target, gradient_of(constants, Vec::load(target_x), upstream.at_target(args)));
+  store(of_target, gradient_of.at_target(constants, Vec::load(target_x), upstream.at_target(args)));
   for (int i = 0; i < kLanes; ++i)
     if (rows.active[i] != 0) gradient[i * classes + rows.target[i]] = of_target[i];
 }
 
 // Rows [begin, end), up to kPackedClasses classes.
-template <class Vec, class T>
-inline void backward_packed(const RowStatsBackwardArgs& args, const LogitGradient<Vec>& gradient_of,
+template <class Vec, class T, class Gradient>
+inline void backward_packed(const RowStatsBackwardArgs& args, const Gradient& gradient_of,
                             int64_t begin, int64_t end) {
   constexpr int kLanes = Vec::kLanes;
   const int64_t classes = args.classes;

@@ -41,68 +41,81 @@ struct UpstreamOfRows {
   }
 };
 
-// The numbers of rows in lanes, or of one row in every lane.
+// The numbers of rows in lanes, or of one row in every lane. With d = x - maximum,
+//   p (g - h (log p + H)) / temperature = e^(d / temperature) (slope d + level)
 template <class Vec>
 struct RowConstants {
   using Real = typename Vec::Real;
 
   Vec maximum;
-  Vec weight;  // 1 / (S temperature)
-  Vec shift;   // H - log S
-  Vec loss_gradient, minus_entropy_gradient;
+  Vec slope, level;
   Vec minus_uniform;  // of the label smoothing, over the temperature
 
   RowConstants(const RowStatsBackwardArgs& args, int64_t row, int count,
                const UpstreamOfRows<Vec>& upstream)
-      : maximum(of_rows<Vec>(args.maximum, row, count)),
-        loss_gradient(upstream.loss),
-        minus_entropy_gradient(Vec::splat(0) - upstream.entropy) {
+      : maximum(of_rows<Vec>(args.maximum, row, count)) {
     const Vec total = of_rows<Vec>(args.total, row, count);
     const Vec inverse_temperature = Vec::splat(Real(args.inverse_temperature));
-    weight = inverse_temperature / total;
-    shift = of_rows<Vec>(args.entropy, row, count) - vec_log(total);
+    const Vec weight = inverse_temperature / total;
+    const Vec minus_entropy_gradient = Vec::splat(0) - upstream.entropy;
+    const Vec shift = of_rows<Vec>(args.entropy, row, count) - vec_log(total);
     const Vec share = Vec::splat(Real(args.label_smoothing / double(args.classes)));
-    minus_uniform = (Vec::splat(0) - upstream.loss * share) * inverse_temperature;
+    maximum = plain_nan(maximum);
+    slope = plain_nan(minus_entropy_gradient * weight * inverse_temperature);
+    level = plain_nan(weight * fma(minus_entropy_gradient, shift, upstream.loss));
+    minus_uniform = plain_nan((Vec::splat(0) - upstream.loss * share) * inverse_temperature);
   }
 
   // Lane i gets the numbers of lane lanes[i].
   RowConstants permuted(const int32_t* lanes) const {
     RowConstants out = *this;
     out.maximum = permute(maximum, lanes);
-    out.weight = permute(weight, lanes);
-    out.shift = permute(shift, lanes);
-    out.loss_gradient = permute(loss_gradient, lanes);
-    out.minus_entropy_gradient = permute(minus_entropy_gradient, lanes);
+    out.slope = permute(slope, lanes);
+    out.level = permute(level, lanes);
     out.minus_uniform = permute(minus_uniform, lanes);
     return out;
   }
+
+ private:
+  // A caller's NaN may have any bits; store_pair() needs this one's.
+  static Vec plain_nan(Vec x) { return select_ge(x, x, x, Vec::splat(kNaN<Vec>)); }
 };
 
-// What all rows of a call share.
-template <class Vec>
+// What all rows of a call share. always_inline: a call for each vector would pass the rows' numbers
+// and the result through memory. Whether there is a softcap is known when this is compiled, because
+// loops that test for it need more registers than there are.
+template <class Vec, bool kCapped>
 struct LogitGradient {
   using Real = typename Vec::Real;
 
-  Vec inverse_temperature;
   Exponential<Vec> exponential;
   Real softcap;
 
   explicit LogitGradient(const RowStatsBackwardArgs& args)
-      : inverse_temperature(Vec::splat(Real(args.inverse_temperature))),
-        exponential(args.inverse_temperature),
-        softcap(Real(args.softcap)) {}
+      : exponential(args.inverse_temperature), softcap(Real(args.softcap)) {}
 
-  // `at_target` is UpstreamOfRows::at_target in the target's column and 0 elsewhere.
-  Vec operator()(const RowConstants<Vec>& row, Vec x, Vec at_target) const {
+  // Of logits that are not their rows' targets.
+  __attribute__((always_inline)) Vec operator()(const RowConstants<Vec>& row, Vec x) const {
+    return of_capped(x, [&](Vec z) { return of_softmax(row, z); });
+  }
+  // Of the targets; `part` is UpstreamOfRows::at_target.
+  Vec at_target(const RowConstants<Vec>& row, Vec x, Vec part) const {
+    return of_capped(x, [&](Vec z) { return of_softmax(row, z) - part; });
+  }
+
+ private:
+  template <class Function>
+  __attribute__((always_inline)) Vec of_capped(Vec x, const Function& function) const {
+    if constexpr (!kCapped) return function(x);
     Vec tanh_slope;
-    if (softcap != 0) x = Vec::splat(softcap) * vec_tanh(x / Vec::splat(softcap), &tanh_slope);
-    const Vec zero = Vec::splat(0), d = exponential.clamp(x - row.maximum);
-    Vec p = exponential(d) * row.weight;
-    p = select_ge(exponential.lowest, d, zero, p);  // a masked logit gets exactly 0
-    const Vec log_p_and_entropy = fma(d, inverse_temperature, row.shift);
-    const Vec factor = fma(row.minus_entropy_gradient, log_p_and_entropy, row.loss_gradient);
-    const Vec gradient = fma(p, factor, row.minus_uniform) - at_target;
-    return softcap != 0 ? gradient * tanh_slope : gradient;
+    const Vec capped = Vec::splat(softcap) * vec_tanh(x / Vec::splat(softcap), &tanh_slope);
+    return function(capped) * tanh_slope;
+  }
+  __attribute__((always_inline)) Vec of_softmax(const RowConstants<Vec>& row, Vec z) const {
+    const Vec zero = Vec::splat(0), d = exponential.clamp(z - row.maximum);
+    // A masked logit gets exactly 0.
+    const Vec power = select_ge(exponential.lowest, d, zero, exponential(d));
+    return fma(power, fma(row.slope, d, row.level), row.minus_uniform);
   }
 };
 

@@ -50,6 +50,28 @@ inline void stream(T* p, F32x8 a) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), rounded_bits(a, T{}));
 }
 inline void stream(float* p, F32x8 a) { _mm256_stream_ps(p, a.v); }
+// vec_pairs.h has these for any vector. Here a 32-bit word holds two bfloat16: even and odd ones.
+inline void load_pair(const BFloat16* p, F32x8& even, F32x8& odd) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))))};
+}
+// The upper half is `a` rounded to the nearest bfloat16, ties to even.
+inline __m256i rounded_up_half(F32x8 a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+inline __m256i rounded_pair(F32x8 even, F32x8 odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(rounded_up_half(even), 16), rounded_up_half(odd),
+                            0xaa);
+}
+inline void store_pair(BFloat16* p, F32x8 even, F32x8 odd) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_pair(even, odd));
+}
+inline void stream_pair(BFloat16* p, F32x8 even, F32x8 odd) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded_pair(even, odd));
+}
 inline F32x8 permute(F32x8 a, const int32_t* lanes) {
   const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
   return {_mm256_permutevar8x32_ps(a.v, index)};

@@ -48,6 +48,44 @@ inline void stream(T* p, F32x16 a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded_bits(a, T{}));
 }
 inline void stream(float* p, F32x16 a) { _mm512_stream_ps(p, a.v); }
+// vec_pairs.h has these for any vector. Here a 32-bit word holds two bfloat16: even and odd ones.
+inline void load_pair(const BFloat16* p, F32x16& even, F32x16& odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+  odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))))};
+}
+// The upper half is `a` rounded to the nearest bfloat16, ties to even.
+inline __m512i rounded_up_half(F32x16 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_sub_epi32(down, odd, down, _mm512_set1_epi32(-1));
+}
+inline __m512i rounded_pair(F32x16 even, F32x16 odd, BFloat16) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded_up_half(even), 16),
+                                 rounded_up_half(odd));
+}
+inline __m512i rounded_pair(F32x16 first, F32x16 second, Float16) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(rounded_bits(first, Float16{})),
+                            rounded_bits(second, Float16{}), 1);
+}
+template <class T>
+inline void store_pair(T* p, F32x16 first, F32x16 second) {
+  _mm512_storeu_si512(p, rounded_pair(first, second, T{}));
+}
+template <class T>
+inline void stream_pair(T* p, F32x16 first, F32x16 second) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), rounded_pair(first, second, T{}));
+}
+inline void store_pair(float* p, F32x16 first, F32x16 second) {
+  store(p, first);
+  store(p + F32x16::kLanes, second);
+}
+inline void stream_pair(float* p, F32x16 first, F32x16 second) {
+  stream(p, first);
+  stream(p + F32x16::kLanes, second);
+}
+
 inline F32x16 permute(F32x16 a, const int32_t* lanes) {
   return {_mm512_permutexvar_ps(_mm512_loadu_si512(lanes), a.v)};
 }

@@ -41,7 +41,7 @@ struct Exponential {
       : scale(Vec::twice(half.scale)), lowest(Vec::twice(half.lowest)) {}
   // NaN stays NaN because max returns its second argument then.
   Vec clamp(Vec d) const { return max(lowest, d); }
-  Vec operator()(Vec clamped) const {
+  __attribute__((always_inline)) Vec operator()(Vec clamped) const {
     Vec f;
     const Vec n = nearest_step(clamped, scale, f);
     return power_of_step(n, f, Approximation<Vec>::exp2_slope(f));

@@ -88,7 +88,8 @@ class _PlainRowStats(torch.autograd.Function):
         *fields, maximum, total = results
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(field for field in fields[2:] if field is not None))
+        if others := [field for field in fields[2:] if field is not None]:
+            ctx.mark_non_differentiable(*others)
         ctx.save_for_backward(logits, targets, maximum, total, fields[1])
         return tuple(fields)
 

@@ -1,6 +1,7 @@
-"""Every ``torch.empty`` in these tests is filled with NaN (or the largest integer), so that an output
-that a kernel forgot to write shows."""
+"""Every ``torch.empty`` in these tests is filled with NaN (or the largest integer), and memory that C++ takes itself
+with numbers, where the C library can, so that an output that a kernel forgot to write shows."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,14 +15,19 @@ from emulated import INSTRUCTION_SETS, forced
 from sparse_kernels.backends.triton import backend as triton_backend
 from sparse_kernels.backends.triton import launch
 
+M_PERTURB = -6  # glibc's mallopt: freed bytes become the value, allocated ones its complement
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    mallopt(M_PERTURB, 0x3F)  # as float32 0.75 and -6
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    mallopt(M_PERTURB, 0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulated import INSTRUCTION_SETS
 from test_cpp import DTYPES, LAYOUTS, SHAPES
 
 import sparse_kernels as sk
@@ -139,3 +140,35 @@ def test_rounding_of_the_stored_lse_does_not_reach_the_gradient_of_shifted_rows(
         logits.detach().double(),
     )
     torch.testing.assert_close(logits.grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("classes", [10, 200])
+def test_a_nan_of_any_bits_stays_nan(instruction_set, dtype, classes):
+    """Rounded as a number, a NaN of nothing but set bits would become -0."""
+    logits, targets = torch.randn(20, classes).to(dtype).requires_grad_(), torch.arange(20) % classes
+    upstream = torch.ones(20)
+    upstream.view(torch.int32)[3] = 0x7FFFFFFF
+    upstream.view(torch.int32)[4] = -1
+    (gradient,) = torch.autograd.grad(sk.row_stats(logits, targets, backend="cpp").loss, logits, upstream)
+    assert gradient[3:5].isnan().all()
+    assert gradient[[*range(3), *range(5, 20)]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("instruction_set", [name for name in INSTRUCTION_SETS if name != "neon"], indirect=True)
+def test_a_gradient_larger_than_the_caches_is_the_same(instruction_set, dtype):
+    """From 16 MB on it is stored past them, from the first whole line of each row on; here no two rows begin alike."""
+    torch.manual_seed(12)
+    logits, targets = torch.randn(66, 130_003).to(dtype), torch.randint(0, 130_003, (66,))
+    targets[0], targets[1], targets[2] = 0, 130_002, -100
+
+    def gradient(rows):
+        leaf = logits[rows].clone().requires_grad_()
+        stats = sk.row_stats(leaf, targets[rows], backend="cpp")
+        return torch.autograd.grad((stats.loss + 0.1 * stats.entropy).sum(), leaf)[0]
+
+    whole = gradient(slice(None))
+    assert whole.numel() * whole.element_size() >= 16 << 20
+    for begin in range(0, 66, 11):
+        assert torch.equal(whole[begin : begin + 11], gradient(slice(begin, begin + 11)))

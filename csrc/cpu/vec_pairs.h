@@ -1,0 +1,33 @@
+// Two vectors at a time, for loops in which the order of the logits does not matter.
+//
+// load_pair() reads 2 kLanes consecutive logits into two vectors, in an order that store_pair() and
+// stream_pair() reverse. Those of 16 bits need not be moved to the lanes of their places then: the
+// even ones go to one vector and the odd ones to the other, and their results are one store.
+// Here are the functions for any vector; vec_avx2.h and vec_avx512.h have their own for 16 bits.
+#pragma once
+
+namespace sparse_kernels {
+
+template <class Vec, class T>
+inline void load_pair(const T* p, Vec& first, Vec& second) {
+  first = Vec::load(p);
+  second = Vec::load(p + Vec::kLanes);
+}
+
+// As store(), but to bfloat16 the bits of a NaN are rounded like any others. They stay a NaN's
+// unless the NaN fills all of its lower half too; what arithmetic returns for bfloat16 operands
+// does not.
+template <class Vec, class T>
+inline void store_pair(T* p, Vec first, Vec second) {
+  store(p, first);
+  store(p + Vec::kLanes, second);
+}
+
+// store_pair() past the caches, as stream() is store().
+template <class Vec, class T>
+inline void stream_pair(T* p, Vec first, Vec second) {
+  stream(p, first);
+  stream(p + Vec::kLanes, second);
+}
+
+}  // namespace sparse_kernels
