@@ -25,7 +25,7 @@
 #include "row_stats_plan.h"
 #include "scalar_types.h"
 #include "sparse_kernels/cpu/row_stats.h"
-#include "vec_pairs.h"
+#include "vec_any_order.h"
 #include "wide_copy.h"
 
 namespace sparse_kernels {
