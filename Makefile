@@ -88,7 +88,7 @@ test-arm: $(READY)  ## the NEON kernels, compiled for aarch64 and run by an emul
 test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CPU's results
 	PJRT_DEVICE=CPU PYTHONPATH=$(CURDIR):$(CURDIR)/python_api $(XLA)/bin/python -m pytest -p no:cacheprovider tests/xla
 
-bench: $(READY) $(PEERS)  ## speed, as ratios, on an idle machine: half an hour; CASES="gate_rows or pack" for some, RESUME=1 for what is left
+bench: $(READY) $(PEERS)  ## speed, as ratios, on an idle machine: twenty minutes; CASES="gate_rows or pack" for some, RESUME=1 for what is left
 	$(BIN)/pytest benchmarks --benchmark-only $(if $(CASES),-k "$(CASES)") $(if $(RESUME),--resume) --record
 
 bench-head: $(READY) $(PEERS)  ## a language model's head beside those that users run, 12 minutes; needs an idle machine

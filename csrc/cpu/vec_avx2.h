@@ -50,7 +50,7 @@ inline void stream(T* p, F32x8 a) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), rounded_bits(a, T{}));
 }
 inline void stream(float* p, F32x8 a) { _mm256_stream_ps(p, a.v); }
-// vec_any_order.h has these for any vector. Here a 32-bit word holds two bfloat16: even and odd ones.
+// As in vec_any_order.h. Here a 32-bit word holds two bfloat16: even and odd ones.
 inline void load_pair(const BFloat16* p, F32x8& even, F32x8& odd) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   even = {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};

@@ -48,7 +48,7 @@ inline void stream(T* p, F32x16 a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded_bits(a, T{}));
 }
 inline void stream(float* p, F32x16 a) { _mm512_stream_ps(p, a.v); }
-// vec_any_order.h has these for any vector. Here a 32-bit word holds two bfloat16: even and odd ones.
+// As in vec_any_order.h. Here a 32-bit word holds two bfloat16: even and odd ones.
 inline void load_pair(const BFloat16* p, F32x16& even, F32x16& odd) {
   const __m512i both = _mm512_loadu_si512(p);
   even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
