@@ -23,7 +23,8 @@ namespace sparse_kernels {
 constexpr int kTileBytes = 32 * 1024;
 
 // Prefetches the block of planes that follows, plane by plane, two lines at a time, while the
-// arithmetic on this one takes its time.
+// arithmetic on this one takes its time. Vec names the instruction set alone.
+template <class Vec>
 class PlanesAhead {
  public:
   // operator() is called `calls` times.
@@ -184,7 +185,7 @@ class Tile {
       next = logits_of(row_) + (begin + columns) * args_.class_stride;
     else if (adjacent_ && next_row < args_.rows)
       next = logits_of(next_row);
-    PlanesAhead ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4));
+    PlanesAhead<Vec> ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4));
     constexpr int kAtOnce = Group<Vec>::kRows / kLanes;
     for (int g = 0; g < groups_; ++g) {
       sums_[g].template add<kSquares>(exponential, columns, target_column_ + g * kLanes,

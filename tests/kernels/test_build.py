@@ -193,6 +193,7 @@ def test_code_of_an_instruction_set_shares_no_function_with_portable_code(tmp_pa
     options = ["-std=c++17", "-O0", f"-I{ROOT / 'csrc' / 'include'}", *file_flags()[name].split()]
     subprocess.run(["c++", *options, "-c", str(ROOT / "csrc" / "cpu" / name), "-o", str(path)], check=True)
     symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
-    defined = re.findall(r"^[0-9a-f]+ ([A-Zu]) (.*)$", symbols, re.M)
+    # A DW.ref is an address, of the function that unwinds the stack: no code.
+    defined = re.findall(r"^[0-9a-f]+ ([A-Zu]) (?!DW\.ref\.)(.*)$", symbols, re.M)
     assert any(symbol.startswith(f"sparse_kernels::{isa}::") for _, symbol in defined)
     assert [symbol for kind, symbol in defined if kind in "WVu" and f"sparse_kernels::{isa}::" not in symbol] == []

@@ -1,5 +1,6 @@
 """The backward of ``row_stats`` on rows without an upstream gradient: zeros, and their logits are not read."""
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from sparse_kernels._dispatch import BACKENDS
 from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.memory import untouched_zeros
 
+M_PERTURB = -6  # of <malloc.h>: conftest.py has it fill memory
 BUILT = not cpp_backend.unavailable_reason()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = [*(["cpp"] if BUILT else []), *(["triton"] if INTERPRETED else [])]
@@ -90,8 +92,12 @@ def resident():
 
 @pytest.fixture
 def fresh_memory():
-    """Memory as the system gives it, not filled."""
+    """Memory as the system gives it, not filled, and nothing that other tests have freed."""
+    c_library = ctypes.CDLL(None)
     torch.use_deterministic_algorithms(False)
+    if hasattr(c_library, "malloc_trim"):  # glibc
+        c_library.mallopt(M_PERTURB, 0)
+        c_library.malloc_trim(0)
     yield
     torch.use_deterministic_algorithms(True)
 
