@@ -91,7 +91,7 @@ test-xla: $(XLA)/.ready  ## one program for every mask and threshold, and the CP
 bench: $(READY) $(PEERS)  ## speed, as ratios, on an idle machine: twenty minutes; CASES="gate_rows or pack" for some, RESUME=1 for what is left
 	$(BIN)/pytest benchmarks --benchmark-only $(if $(CASES),-k "$(CASES)") $(if $(RESUME),--resume) --record
 
-bench-head: $(READY) $(PEERS)  ## a language model's head beside those that users run, 12 minutes; needs an idle machine
+bench-head: $(READY) $(PEERS)  ## a language model's head beside those that users run, 15 minutes; needs an idle machine
 	$(BIN)/python benchmarks/head.py
 
 gpu:  ## 12 minutes at most; PARTS="build check bench:300" for some, RESUME=1 for what is left, WHEELS=folder for peers

@@ -2,7 +2,7 @@
 
 All sides of a shape take turns in one process: every row, a fifth of the rows by quantile and by gate, and the peers,
 which multiply every row whatever is selected. Each part goes to benchmarks/results/head-DATE.json once it is measured,
-so that an interrupted recording keeps what it has, and ``--missing`` takes it up. 12 minutes; ``--only TEXT`` for some
+so that an interrupted recording keeps what it has, and ``--missing`` takes it up. 15 minutes; ``--only TEXT`` for some
 parts, ``--small`` for a few on tiny shapes and no record.
 """
 
