@@ -24,7 +24,7 @@ from sparse_training.reporting.result import read_result
 
 ROOT = Path(__file__).parents[1]
 STUDY = "benchmarks/results/study-2026-11-29.json"
-STEPS = "benchmarks/results/cpu-2026-11-26.json"
+STEPS = "benchmarks/results/cpu-2026-11-29.json"
 FOLDER = ROOT / "docs" / "_static"
 
 METHODS = {  # light colour, dark colour, marker; those that a record has are drawn

@@ -61,7 +61,7 @@ class TopFraction:
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
-    """Return ``values.nanquantile(q)``, which PyTorch 2.6 does not compile, and no PyTorch takes of 2^24 values."""
+    """Return ``values.nanquantile(q)``, which PyTorch 2.6 does not compile, nor 2.13 take of 2^24 values."""
     ordered = values.sort().values  # NaN last
     last = (~ordered.isnan()).sum().sub(1).clamp(min=0)
     place = torch.full_like(ordered[:1], q) * last  # in the values' dtype, as there: 0.7 of 10 is 7
