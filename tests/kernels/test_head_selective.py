@@ -129,10 +129,6 @@ def test_the_quantile_is_pytorchs(keep):
 def test_a_quantile_of_more_rows_than_pytorchs_takes():
     values = torch.arange(2**24 + 8).float()
     values[1] = torch.nan
-    try:
-        values.nanquantile(0.5)
-    except RuntimeError as error:  # before PyTorch 2.14
-        assert "too large" in str(error)
     kept = TopFraction(0.25).mask(values, values != 2.0)
     assert int(kept.sum()) in range(2**22 - 1, 2**22 + 4)  # ties of a float32 place
     assert bool(kept[-(2**22) + 1 :].all())
