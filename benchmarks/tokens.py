@@ -208,8 +208,9 @@ class Run:
         self.model, self.method = LanguageModel(data.vocabulary, settings), method
         self.batches = batches(text, settings, seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.rate, weight_decay=0.01)
+        total = max(11, steps + 1)  # a tenth of 10 is the first step alone, over which PyTorch divides by zero
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, settings.rate, total_steps=max(2, steps + 1), pct_start=0.1
+            self.optimizer, settings.rate, total_steps=total, pct_start=0.1
         )
         self.kept = self.seen = self.noise = 0
 
