@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from attention import assert_same, operands
 from torch.nn import functional as F
 
 from sparse_training.nn import BlockSparseAttention, block_sparse_attention, choose_blocks
 
 SMALL = {"block": 8, "local": 3, "top": 2, "global_blocks": 1}
-
-
-def operands(shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
 
 
 def expected(q, k, v, index, block):
@@ -45,10 +41,7 @@ def test_is_attention_with_a_key_for_each_block_that_is_not_chosen(shape, settin
     q, k, v = operands(shape)
     y = block_sparse_attention(q, k, v, summary=True, dense_below=0, **settings)
     right = expected(q, k, v, choose_blocks(q, k, **settings), settings.get("block", 64))
-    torch.testing.assert_close(y, right)
-    grad = torch.randn_like(y)
-    for ours, theirs in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (y, right)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_same(y, right, q, k, v)
 
 
 def test_where_a_block_is_its_mean_it_is_dense_attention():

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from attention import assert_same, operands
 from torch.nn import functional as F
 
 from sparse_training import UserError
@@ -29,11 +30,6 @@ SHAPES = [
     pytest.param((1, 2, 64, 4), {**SMALL, "block": 1, "local": 2, "top": 5, "global_blocks": 0}, id="blocks-of-one"),
     pytest.param((1, 12, 640, 64), {}, id="bert-base"),
 ]
-
-
-def operands(shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
 
 
 def no_means(parts):
@@ -64,10 +60,7 @@ def test_is_dense_attention_under_a_mask_of_the_chosen_blocks(shape, settings):
     assert int(mask.sum(-1).max()) == min(chosen * block, shape[2])  # distinct: each key counts once
     y = block_sparse_attention(q, k, v, dense_below=0, **settings)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(y, expected)
-    grad = torch.randn_like(y)
-    for ours, theirs in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (y, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_same(y, expected, q, k, v)
 
 
 def test_is_dense_attention_where_every_block_is_chosen():

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparse_training.nn.blocks import tokens_in_blocks, wide
+
 _GATHERED_BYTES = 1 << 20  # of keys, a thread: with values and their gradients a few times a core's own cache
 
 
@@ -61,13 +63,13 @@ def gathered(
     rows = _rows(index, blocks).flatten()
     # Gathered in float32: the gradient of a block is a sum over all that chose it, which 16 bits would lose.
     keys, values = (
-        x.reshape(sequences * blocks, block * width).to(_wide(x.dtype)).index_select(0, rows).to(x.dtype)
+        x.reshape(sequences * blocks, block * width).to(wide(x.dtype)).index_select(0, rows).to(x.dtype)
         .view(sequences * blocks, index.shape[-1] * block, width)
         for x in (k, v)
     )  # fmt: skip
     if mean_k.shape[1]:
         keys, values = (
-            torch.cat([x, mean.to(_wide(mean.dtype)).repeat_interleave(blocks, 0).to(mean.dtype)], 1)
+            torch.cat([x, mean.to(wide(mean.dtype)).repeat_interleave(blocks, 0).to(mean.dtype)], 1)
             for x, mean in ((keys, mean_k), (values, mean_v))
         )
     keys, values = keys.unsqueeze(1), values.unsqueeze(1)
@@ -76,10 +78,6 @@ def gathered(
         q.reshape(sequences * blocks, 1, block, width), keys, values, attn_mask=mask, scale=scale
     )
     return y.view(q.shape)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rows(index: Tensor, blocks: int) -> Tensor:
@@ -99,8 +97,8 @@ def _mask(index: Tensor, block: int, tokens: int, mean_k: Tensor) -> Tensor | No
     index = index.flatten(0, 1)
     place = index.unsqueeze(-1) * block + torch.arange(block, device=index.device)
     padding = mean_k.new_zeros(place.shape).masked_fill(place >= tokens, -torch.inf).flatten(1)
-    filled = (tokens - torch.arange(means, device=index.device) * block).clamp(max=block)
-    counts = filled.to(_wide(mean_k.dtype)).log().to(mean_k.dtype).repeat(len(index), 1)
+    filled = tokens_in_blocks(means, block, tokens, index.device)
+    counts = filled.to(wide(mean_k.dtype)).log().to(mean_k.dtype).repeat(len(index), 1)
     if means:
         counts = counts.scatter(1, index, -torch.inf)
     return torch.cat([padding, counts], 1)[:, None, None]
@@ -174,7 +172,7 @@ def _forward(
 
 
 def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
 @_forward.register_fake
@@ -199,8 +197,8 @@ def _backward(
     grads, queries, ys = (x.reshape(sequences * blocks, 1, block, width) for x in (grad, q, y))
     flat_sums = sums.view(sequences * blocks, 1, block)
     # Sums over all blocks of queries that read a block: more than 16 bits hold.
-    wide, of_q = _wide(q.dtype), torch.empty_like(queries)
-    of_k, of_v, of_mean_k, of_mean_v = (torch.zeros_like(x, dtype=wide) for x in (flat_k, flat_v, mean_k, mean_v))
+    of_sums, of_q = wide(q.dtype), torch.empty_like(queries)
+    of_k, of_v, of_mean_k, of_mean_v = (torch.zeros_like(x, dtype=of_sums) for x in (flat_k, flat_v, mean_k, mean_v))
     for piece in _pieces(q, index, tokens, mean_k):
         at, keys, values = piece.at, piece.gather(flat_k, mean_k), piece.gather(flat_v, mean_v)
         of_q[at], of_keys, of_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

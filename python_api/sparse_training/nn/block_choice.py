@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_training.errors import UserError
+from sparse_training.nn.blocks import tokens_in_blocks, wide
 
 
 class Blocks(NamedTuple):
@@ -111,9 +112,8 @@ def best_blocks(mean_q: Tensor, mean_k: Tensor, blocks: Blocks) -> Tensor:
 
 def block_means(x: Tensor, tokens: int) -> Tensor:
     """Mean of each block of [batch, heads, blocks, block, width], of which the last holds padding; at least float32."""
-    block = x.shape[3]
-    filled = (tokens - torch.arange(x.shape[2], device=x.device) * block).clamp(max=block).unsqueeze(-1)
-    return x.sum(3, dtype=torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None) / filled
+    filled = tokens_in_blocks(x.shape[2], x.shape[3], tokens, x.device).unsqueeze(-1)
+    return x.sum(3, dtype=wide(x.dtype)) / filled
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparse_training.errors import UserError
+from sparse_training.nn.blocks import tokens_in_blocks
 
 _TILE = 64  # tokens: PyTorch tunes its CUDA kernels among tiles of which some divide every multiple of 64
 
@@ -49,7 +50,7 @@ def attend_flex(
     # For each key the column of [chosen, not chosen, nothing] that allows it.
     column = (place // block).masked_fill(place >= tokens, 2 * blocks)
     column = torch.cat([column, F.pad(blocks + place[:means], (0, rest), value=2 * blocks)])
-    filled = (tokens - block * place[:means]).clamp(max=block)
+    filled = tokens_in_blocks(means, block, tokens, q.device)
     weight = F.pad(filled.to(torch.float32).log(), (blocks * block, rest))
     if not torch.is_grad_enabled():  # PyTorch refuses views of what requires a gradient even so
         q, k, v = q.detach(), k.detach(), v.detach()
