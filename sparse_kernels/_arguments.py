@@ -10,12 +10,13 @@ import numbers
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_kernels._known import Known
 from sparse_kernels._moves import TreeCall as TreeCall  # so that all calls are found here
 from sparse_kernels._operands import (
     check_device,
@@ -40,15 +41,25 @@ _STATE = (("values", torch.float32, len(CONTROL_VALUES)), ("counters", torch.int
 
 @dataclass(slots=True)
 class StatsCall:
-    """A checked ``row_stats`` call."""
+    """A checked ``row_stats`` call. A copy with other tensors needs ``known=None``."""
 
     logits: Tensor  # [..., classes, ...], floating
     targets: Tensor  # int64 or int32, logits' shape without ``dim``
     outputs: Collection[str]
     dim: int  # -1 for the last
     settings: Settings
+    known: Known | None = field(default=None, kw_only=True)  # about calls like this one
 
     def __post_init__(self) -> None:
+        known = self.known
+        if known is None or known.checked is None:
+            self._check()
+            if known is not None:
+                known.checked = self.dim, self.outputs
+        else:
+            self.dim, self.outputs = known.checked
+
+    def _check(self) -> None:
         logits = self.logits = vetted("logits", self.logits, "; use torch.as_tensor(logits)")
         given: Any = self.targets
         if not isinstance(given, Tensor) and isinstance(given, (list, tuple, np.ndarray)):
@@ -139,11 +150,14 @@ class GateCall(StatsCall):
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a second class, which zero-argument super() does not know.
         StatsCall.__post_init__(self)
-        self._check_threshold()
         check_statistic_weights(self.weights)
         for name, weight in self.weights.items():
             if not -MOST <= weight <= MOST:
                 raise ValueError(f"`weights` must be numbers from -{MOST:.0e} to {MOST:.0e}, got {name}={weight}")
+
+    def _check(self) -> None:
+        StatsCall._check(self)
+        self._check_threshold()
         if self.offset is not None:
             offset = self.offset = vetted("offset", self.offset)
             if offset.shape != self.targets.shape or not offset.dtype.is_floating_point:
@@ -154,6 +168,11 @@ class GateCall(StatsCall):
         step = self.settings.step
         if isinstance(step, Tensor) and not step.is_cpu:
             check_device("step", step, "the logits", self.logits.device)
+
+    @property
+    def step(self) -> int | Tensor:
+        """The number of the draws; of a tensor the first element counts."""
+        return self.settings.step
 
     def operands(self) -> list[Tensor]:
         """Return every tensor of the call."""
@@ -183,8 +202,17 @@ class CompactCall:
     mask: Tensor  # bool [rows]
     weight: Tensor | None  # float32 [rows]
     capacity: int | None
+    known: Known | None = None  # about calls like this one
 
     def __post_init__(self) -> None:
+        self.capacity = _checked_capacity(self.capacity)
+        known = self.known
+        if known is None or known.checked is None:
+            self._check()
+            if known is not None:
+                known.checked = ()
+
+    def _check(self) -> None:
         mask = self.mask = vetted("mask", self.mask, "; use torch.as_tensor(mask)")
         if mask.dtype is not torch.bool or mask.dim() != 1:
             how = "; use mask.flatten()" if mask.dtype is torch.bool else ""
@@ -194,7 +222,6 @@ class CompactCall:
             if weight.shape != mask.shape or weight.dtype is not torch.float32:
                 raise ValueError(f"`weight` must be float32 of shape {tuple(mask.shape)}, got {described(weight)}")
             check_device("weight", weight, "the mask", mask.device)
-        self.capacity = _checked_capacity(self.capacity)
 
     def operands(self) -> list[Tensor]:
         """Return every tensor of the call."""
@@ -227,6 +254,7 @@ class ControlCall:
     mass: Tensor | None  # floating, significance's shape
     overflow: Tensor | None  # int32, one element a state
     settings: Settings  # ignore_index, gate_temperature and p_min alone count
+    known: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         significance = self.significance = vetted("significance", self.significance)
@@ -341,7 +369,10 @@ class SelectCall(GateCall):
 
 @dataclass(slots=True)
 class GateStepCall(GateCall):
-    """A checked ``gate_step`` call; ``threshold`` is ``state.values``, whose first element it is."""
+    """A checked ``gate_step`` call; ``threshold`` is ``state.values``, whose first element it is.
+
+    So is ``step`` of ``state.counters``, whatever the settings say.
+    """
 
     capacity: int | None
     state: ControlState
@@ -351,6 +382,11 @@ class GateStepCall(GateCall):
     def __post_init__(self) -> None:
         GateCall.__post_init__(self)
         self.capacity = _checked_capacity(self.capacity)
+
+    @property
+    def step(self) -> Tensor:
+        """The number of the draws: the first element."""
+        return self.state.counters
 
     def operands(self) -> list[Tensor]:
         """Return every tensor of the call."""

@@ -194,10 +194,15 @@ def preferring(op: str, name: str) -> list[Server]:
 
 def _reason(server: Server, call: Any) -> str | None:
     """Return why a backend cannot serve a call, or None."""
+    known = call.known
+    if known is not None and server.unsupported_reason in known.able:
+        return None
     reason = server.unsupported_reason(call)
     if reason is None and server.backend != "torch":
         # Here for all that take addresses, so that no operand's address leaves Python unlooked at.
         reason = tensors_unsupported_reason(call.operands())
+    if reason is None and known is not None:
+        known.able.add(server.unsupported_reason)
     return reason
 
 

@@ -26,6 +26,7 @@ class TreeCall(Tree):
     """
 
     __slots__ = ("scatter", "selection")
+    known = None  # a call like this one is checked anew
 
     def __init__(self, tree: Any, selection: Selection, rows: int, *, scatter: bool = False) -> None:
         index, count, _ = vetted_places(selection.index, selection.count, selection.size)

@@ -26,6 +26,7 @@ from sparse_kernels._arguments import (
     check_inplace_backward,
 )
 from sparse_kernels._dispatch import choose, serve_fused
+from sparse_kernels._known import known_of
 from sparse_kernels._operands import vetted_selection
 from sparse_kernels._tracing import observed, unwatched
 from sparse_kernels.backends import cpp_direct
@@ -45,9 +46,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _new = tuple.__new__  # a named tuple's own constructor is one more call of Python
 
 
-def may_be_direct(backend: str | None, dim: int = -1, logits: Tensor | None = None) -> bool:
-    """Return True if a call for this backend, with the classes in ``dim``, may be tried on ``cpp_direct``."""
-    if dim != -1 and dim != getattr(logits, "ndim", 0) - 1:  # the last has two numbers
+def may_be_direct(backend: str | None, operand: Any, dim: int = -1) -> bool:
+    """Return True if a call for this backend may be tried on ``cpp_direct``.
+
+    Args:
+        backend: the one asked for, or None.
+        operand: the first operand, perhaps no tensor.
+        dim: of the classes in the operand. Default: the last.
+    """
+    if not getattr(operand, "is_cpu", False) or (dim != -1 and dim != operand.ndim - 1):  # the last has two numbers
         return False
     name = backend or _dispatch._forced or _dispatch._preferred
     return cpp_direct.AVAILABLE and (name is None or name == "cpp") and unwatched()
@@ -63,17 +70,18 @@ def row_stats(
     inplace_backward: bool,
 ) -> RowStats:
     """Check and serve a ``row_stats`` call."""
-    if not inplace_backward and may_be_direct(backend, dim, logits):
+    if not inplace_backward and may_be_direct(backend, logits, dim):
         stats = _plain_row_stats(logits, targets, outputs, settings)
         if stats is not None:
             return stats
-    call = StatsCall(logits, targets, outputs, dim, settings)
+    known = known_of((logits, targets), StatsCall, outputs, dim, type(dim))
+    call = StatsCall(logits, targets, outputs, dim, settings, known=known)
     logits = call.logits
     gradient = logits.requires_grad and torch.is_grad_enabled() and _differentiable(call.outputs)
     if inplace_backward and gradient:
         check_inplace_backward(logits)
     name, serve = choose("row_stats", call, backend)
-    if name == "torch" or not (gradient or observed(*call.operands())):
+    if name == "torch" or not (gradient or _seen(call)):
         served: RowStats = serve(call)
         return served
     return torch_library.row_stats(call, name, gradient=gradient, inplace_backward=inplace_backward)
@@ -97,7 +105,7 @@ def _plain_row_stats(
 def gate_rows(call: GateCall, backend: str | None) -> GatedRows:
     """Serve a ``gate_rows`` call."""
     name, serve = choose("gate_rows", call, backend)
-    if name == "torch" or not observed(*call.operands()):
+    if name == "torch" or not _seen(call):
         gated: GatedRows = serve(call)
         return gated
     return torch_library.gate_rows(call, name)
@@ -106,7 +114,7 @@ def gate_rows(call: GateCall, backend: str | None) -> GatedRows:
 def compact(call: CompactCall, backend: str | None) -> Selection:
     """Serve a ``compact`` call."""
     name, serve = choose("compact", call, backend)
-    if name == "torch" or not observed(*call.operands()):
+    if name == "torch" or not _seen(call):
         selection: Selection = serve(call)
         return selection
     return torch_library.compact(call, name)
@@ -123,7 +131,7 @@ def control(call: ControlCall, backend: str | None) -> None:
 
 def gather_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
     """Check and serve a ``gather_rows`` call."""
-    if may_be_direct(backend):
+    if may_be_direct(backend, selection.index):
         packed = cpp_direct.gather_rows(tree, selection)
         if packed is not None:
             return packed
@@ -145,6 +153,11 @@ def scatter_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
     return torch_library.scatter_rows(call, name)
 
 
+def _seen(call: StatsCall | CompactCall) -> bool:
+    """Return True if a compiler, a tracer or a dispatch mode must see the operators; nobody sees a known call."""
+    return call.known is None and observed(*call.operands())
+
+
 def _move_is_seen(tensors: list[Tensor]) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -157,7 +170,7 @@ def select(call: SelectCall, backend: str | None) -> Selected:
     """Serve a ``select`` call, composed of its three operations unless a backend has it as one."""
     packing = call.packing
     alone = packing is None or not (packing.arrays or _move_is_seen(packing.tensors))  # no arrays, no gradient
-    if alone and not observed(*call.operands()):
+    if alone and not _seen(call):
         served: Selected | None = serve_fused("select", call, backend)
         if served is not None:
             return served
@@ -170,15 +183,16 @@ def select(call: SelectCall, backend: str | None) -> Selected:
 
 def gate_step(call: GateStepCall, backend: str | None) -> Selected:
     """Serve a ``gate_step`` call, composed of ``select`` and ``control`` unless a backend has it as one."""
-    if not observed(*call.operands()):
+    if not _seen(call):
         served: Selected | None = serve_fused("gate_step", call, backend)
         if served is not None:
             return served
-    state = call.state
-    threshold = state.values[0]
+    state, settings = call.state, call.settings
+    if settings.gate_temperature:
+        settings = settings._replace(step=state.counters[0])
     selected = select(
         SelectCall(
-            call.logits, call.targets, call.outputs, call.dim, call.settings, threshold, call.weights, call.offset,
+            call.logits, call.targets, call.outputs, call.dim, settings, state.values[0], call.weights, call.offset,
             None, call.capacity,
         ),
         backend,

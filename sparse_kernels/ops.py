@@ -20,6 +20,7 @@ from sparse_kernels._arguments import (
     check_state,
     checked_settings,
 )
+from sparse_kernels._known import known_of
 from sparse_kernels._operands import described, refuse_unserved, vetted, vetted_selection
 from sparse_kernels._routing import may_be_direct
 from sparse_kernels.backends import cpp_direct
@@ -146,13 +147,18 @@ def gate_rows(
     settings = checked_settings(
         temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
     )
-    if not outputs and offset is None and may_be_direct(backend, dim, logits):
+    if not outputs and offset is None and may_be_direct(backend, logits, dim):
         gated = cpp_direct.gate_rows(logits, targets, threshold, weights, settings)
         if gated is not None:
             return gated
-    return _routing.gate_rows(
-        GateCall(logits, targets, outputs, dim, settings, cast(Tensor, threshold), weights, offset), backend
-    )
+    tensors: tuple[Any, ...] = logits, targets, threshold
+    if offset is not None:
+        tensors += (offset,)
+    if type(step) is not int:
+        tensors += (settings.step,)
+    known = known_of(tensors, GateCall, offset is None, outputs, dim, type(dim))
+    call = GateCall(logits, targets, outputs, dim, settings, cast(Tensor, threshold), weights, offset, known=known)
+    return _routing.gate_rows(call, backend)
 
 
 def compact(
@@ -179,11 +185,12 @@ def compact(
         >>> compact(torch.tensor([True, False, True]), capacity=4).index
         tensor([0, 2, 0, 0])
     """
-    if may_be_direct(backend):
+    if may_be_direct(backend, mask):
         selection = cpp_direct.compact(mask, weight, capacity)
         if selection is not None:
             return selection
-    return _routing.compact(CompactCall(mask, weight, capacity), backend)
+    known = known_of((mask,) if weight is None else (mask, weight), CompactCall)
+    return _routing.compact(CompactCall(mask, weight, capacity, known), backend)
 
 
 def select(
@@ -248,7 +255,7 @@ def select(
     settings = checked_settings(
         temperature, softcap, label_smoothing, ignore_index, gate_temperature, p_min, seed, step
     )
-    if not outputs and offset is None and may_be_direct(backend, dim, logits):
+    if not outputs and offset is None and may_be_direct(backend, logits, dim):
         selected = cpp_direct.select(logits, targets, threshold, weights, settings, tree, capacity)
         if selected is not None:
             if tree is None or selected.packed is not None:
@@ -307,17 +314,17 @@ def gate_step(
     settings = checked_settings(1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed)
     if type(state) is not ControlState:
         check_state(state, ())
-    if offset is None and may_be_direct(backend, dim, logits):
+    if offset is None and may_be_direct(backend, logits, dim):
         stepped = cpp_direct.gate_step(logits, targets, state, setpoint, weights, settings, capacity, by_mass)
         if stepped is not None:
             return stepped
-    if gate_temperature:
-        settings = settings._replace(step=state.counters[0])
     outputs = ("grad_norm",) if by_mass else ()
+    tensors = logits, targets, *state, setpoint
+    known = known_of(tensors if offset is None else (*tensors, offset), GateStepCall, outputs, dim, type(dim))
     return _routing.gate_step(
         GateStepCall(
             logits, targets, outputs, dim, settings, state.values, weights, offset, capacity, state,
-            cast(Tensor, setpoint), by_mass,
+            cast(Tensor, setpoint), by_mass, known=known,
         ),
         backend,
     )  # fmt: skip

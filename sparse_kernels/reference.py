@@ -248,7 +248,7 @@ def differentiable_gradient(call: StatsCall, logits: Tensor, upstream: Mapping[s
         logits: requires grad.
         upstream: the upstream gradient of each differentiable output, by name.
     """
-    stats = row_stats(replace(call, logits=logits, outputs=upstream))
+    stats = row_stats(replace(call, logits=logits, outputs=upstream, known=None))
     outputs = [getattr(stats, name) for name in upstream]
     (gradient,) = torch.autograd.grad(outputs, logits, list(upstream.values()), create_graph=True)
     return gradient

@@ -226,8 +226,8 @@ def gate_rows(call: GateCall) -> GatedRows:
     weight = None
     if settings.gate_temperature:
         weight = torch.empty_like(targets, dtype=torch.float32)
-        if isinstance(settings.step, Tensor):
-            settings = settings._replace(step=int(settings.step))
+        if isinstance(call.step, Tensor):
+            settings = settings._replace(step=int(call.step.flatten()[0]))
     invalid = torch.empty_like(_COUNT)
     results = _allocate(call, targets)
     bad_row = _cpp.gate_rows(

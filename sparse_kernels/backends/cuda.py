@@ -40,6 +40,7 @@ from sparse_kernels.backends.triton import backend as triton
 from sparse_kernels.trees import Tree
 from sparse_kernels.types import ControlState, GatedRows, Selected, Selection
 
+_new = tuple.__new__  # a named tuple's own constructor is one more call of Python
 MAX_ROWS = 2**31 - 1  # of a mask: counts are int32
 
 _missing: str | None = None
@@ -257,7 +258,7 @@ def _compact(
         storage.data_ptr(),
         storage.nbytes,
     )
-    return Selection(index, weight, count, overflow, rows)
+    return _new(Selection, (index, weight, count, overflow, rows))
 
 
 def _control(
@@ -325,7 +326,7 @@ def gate_step(call: GateStepCall) -> Selected:
     )  # fmt: skip
     selection = _compact(gated.mask, gated.weight, call.capacity, control, storage, torch.empty_like(gated.invalid))
     _tracing.mark_changed(call.state)
-    return Selected(gated, selection, None)
+    return _new(Selected, (gated, selection, None))
 
 
 def gather_rows(call: TreeCall) -> Any:

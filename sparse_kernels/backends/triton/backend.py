@@ -28,6 +28,7 @@ from sparse_kernels.types import STATISTICS, WEIGHABLE, GatedRows, RowStats
 
 MAX_CLASSES = 2**30  # a row's columns are counted in 32 bits, a block past its end included
 _NO_WEIGHTS: dict[str, float] = {}
+_new = tuple.__new__  # a named tuple's own constructor is one more call of Python
 
 
 @functools.cache
@@ -125,6 +126,21 @@ def _plan(
     )
 
 
+def _known_plan(call: StatsCall, targets: Tensor, decision: _Decision, computed: Computed) -> Plan:
+    """Return the forward's plan, which a known call finds by the little that differs between calls like it."""
+    known, settings = call.known, call.settings
+    if known is None:
+        return _plan(call, (call.logits,), (targets, *decision), computed)
+    left = (
+        call.logits.data_ptr() % BYTES, processors(call.logits.device), computed, decision.finished is None,
+        settings.gate_temperature > 0, settings.label_smoothing > 0, settings.softcap > 0,
+    )  # fmt: skip
+    plan: Plan | None = known.plans.get(left)
+    if plan is None:
+        plan = known.plans[left] = _plan(call, (call.logits,), (targets, *decision), computed)
+    return plan
+
+
 def _settings(call: StatsCall) -> tuple[float, ...]:
     """Return the numbers of plan.SETTINGS."""
     settings = call.settings
@@ -145,6 +161,7 @@ class _Decision(NamedTuple):
 
 
 _NO_DECISION, _NO_DRAW, _NO_SAVED, _NO_RESULTS = _Decision(), (1.0, 0.0, 0, 0), (None, None), (None,) * len(STATISTICS)
+_NO_STATS = RowStats()
 
 
 def _forward(
@@ -176,24 +193,26 @@ def _forward(
         weights = call.weights if isinstance(call, GateCall) else _NO_WEIGHTS
         tensors = (call.logits, targets, *results, *saved, *decision)
         computed = tuple(call.outputs), tuple(weights), saved is not _NO_SAVED
-        plan = _plan(call, (call.logits,), (targets, *decision), computed)
+        plan = _known_plan(call, targets, decision, computed)
         factors = [float(weights.get(name, 0.0)) for name in WEIGHABLE]
         sums = lowest = None
         if plan.scratch:
             sums = torch.empty(7 * plan.scratch, dtype=call.accumulator, device=targets.device)
             lowest = torch.empty(plan.scratch, dtype=torch.int32, device=targets.device)
         plan.launch(_kernels().row_stats_kernel, (*tensors, *_settings(call), *draw, *factors, sums, lowest))
-    return RowStats(*results)
+    return RowStats(*results) if results is not _NO_RESULTS else _NO_STATS
 
 
-def _detached(call: Any) -> Any:
-    """Return the call without a gradient, which the interpreter would refuse to copy back."""
-    return replace(call, logits=call.logits.detach()) if call.logits.requires_grad else call
+def _detach(call: StatsCall) -> None:
+    """Take the call's logits without their gradient, which the interpreter would refuse to copy back."""
+    if call.logits.requires_grad:
+        call.logits = call.logits.detach()
 
 
 def row_stats(call: StatsCall) -> RowStats:
     """Serve ``sparse_kernels.row_stats``; not differentiable, which ``torch_library`` adds."""
-    return _forward(_detached(call), call.targets.contiguous())
+    _detach(call)
+    return _forward(call, call.targets.contiguous())
 
 
 def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
@@ -202,7 +221,7 @@ def row_stats_saving(call: StatsCall) -> tuple[RowStats, Tensor, Tensor]:
     Returns:
         The statistics, the maximum of the logits after the softcap, and the sum of exponentials.
     """
-    call = _detached(call)
+    _detach(call)
     targets = call.targets.contiguous()
     maximum = torch.empty_like(targets, dtype=call.accumulator)
     total = torch.empty_like(maximum)
@@ -222,13 +241,13 @@ def row_stats_backward(
         upstream: the contiguous upstream gradient of ``loss``, ``entropy`` or both, in the results' dtype.
         out: the logits' shape and dtype; it may be the logits.
     """
-    call = _detached(call)
+    _detach(call)
     logits, targets = call.logits, call.targets.contiguous()
     if layout(logits.shape, call.dim, [logits.stride(), out.stride()]) is None:
         # Each is two nested loops, but both together are three.
         logits = logits.movedim(call.dim, -1).contiguous()
         gradient = torch.empty_like(logits)
-        row_stats_backward(replace(call, logits=logits, dim=-1), maximum, total, entropy, upstream, gradient)
+        row_stats_backward(replace(call, logits=logits, dim=-1, known=None), maximum, total, entropy, upstream, gradient)
         out.movedim(call.dim, -1).copy_(gradient)
         return
     if not targets.numel():
@@ -254,8 +273,8 @@ def gate_rows_uncounted(call: GateCall, finished: Tensor) -> GatedRows:
 
 
 def _gate_rows(call: GateCall, invalid: Tensor, finished: Tensor | None = None) -> GatedRows:
-    call = _detached(call)
-    targets, settings, step = call.targets.contiguous(), call.settings, call.settings.step
+    _detach(call)
+    targets, settings, step = call.targets.contiguous(), call.settings, call.step
     mask = torch.empty_like(targets, dtype=torch.bool)
     significance = torch.empty_like(targets, dtype=call.accumulator)
     weight, on_device, draw = None, None, _NO_DRAW
@@ -267,5 +286,5 @@ def _gate_rows(call: GateCall, invalid: Tensor, finished: Tensor | None = None) 
     offset = None if call.offset is None else call.offset.detach().contiguous()
     counted = invalid if finished is None else None
     threshold = call.threshold.detach() if call.threshold.requires_grad else call.threshold
-    decision = _Decision(mask, significance, weight, offset, threshold, counted, finished, on_device)
-    return GatedRows(mask, significance, weight, _forward(call, targets, decision, draw), invalid)
+    decision = _new(_Decision, (mask, significance, weight, offset, threshold, counted, finished, on_device))
+    return _new(GatedRows, (mask, significance, weight, _forward(call, targets, decision, draw), invalid))
