@@ -149,7 +149,8 @@ def test_overhead_of_a_call_on_a_gpu(interleaved, monkeypatch, op):
         monkeypatch.setattr(ops, "may_be_direct", lambda *arguments: False)
     try:
         softmax = {"softmax": lambda: torch.softmax(logits, -1)}
-        interleaved(public if op == "public" else ours, softmax, rounds=51, calls=100)
+        limit = {"softmax": 0.035} if op == "public" else {}  # 25 us where softmax takes 0.88
+        interleaved(public if op == "public" else ours, softmax, targets=limit, rounds=51, calls=100)
     finally:
         if torch.cuda.is_available():  # else there is no driver to go back to
             without.driver.reset_active()

@@ -202,17 +202,9 @@ class CompactCall:
     mask: Tensor  # bool [rows]
     weight: Tensor | None  # float32 [rows]
     capacity: int | None
-    known: Known | None = None  # about calls like this one
+    known: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        self.capacity = _checked_capacity(self.capacity)
-        known = self.known
-        if known is None or known.checked is None:
-            self._check()
-            if known is not None:
-                known.checked = ()
-
-    def _check(self) -> None:
         mask = self.mask = vetted("mask", self.mask, "; use torch.as_tensor(mask)")
         if mask.dtype is not torch.bool or mask.dim() != 1:
             how = "; use mask.flatten()" if mask.dtype is torch.bool else ""
@@ -222,6 +214,7 @@ class CompactCall:
             if weight.shape != mask.shape or weight.dtype is not torch.float32:
                 raise ValueError(f"`weight` must be float32 of shape {tuple(mask.shape)}, got {described(weight)}")
             check_device("weight", weight, "the mask", mask.device)
+        self.capacity = _checked_capacity(self.capacity)
 
     def operands(self) -> list[Tensor]:
         """Return every tensor of the call."""

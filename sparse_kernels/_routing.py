@@ -74,7 +74,7 @@ def row_stats(
         stats = _plain_row_stats(logits, targets, outputs, settings)
         if stats is not None:
             return stats
-    known = known_of((logits, targets), StatsCall, outputs, dim, type(dim))
+    known = known_of(StatsCall, (logits, targets), outputs, dim)
     call = StatsCall(logits, targets, outputs, dim, settings, known=known)
     logits = call.logits
     gradient = logits.requires_grad and torch.is_grad_enabled() and _differentiable(call.outputs)
@@ -114,7 +114,7 @@ def gate_rows(call: GateCall, backend: str | None) -> GatedRows:
 def compact(call: CompactCall, backend: str | None) -> Selection:
     """Serve a ``compact`` call."""
     name, serve = choose("compact", call, backend)
-    if name == "torch" or not _seen(call):
+    if name == "torch" or not observed(*call.operands()):
         selection: Selection = serve(call)
         return selection
     return torch_library.compact(call, name)
@@ -153,7 +153,7 @@ def scatter_rows(tree: Any, selection: Selection, backend: str | None) -> Any:
     return torch_library.scatter_rows(call, name)
 
 
-def _seen(call: StatsCall | CompactCall) -> bool:
+def _seen(call: StatsCall) -> bool:
     """Return True if a compiler, a tracer or a dispatch mode must see the operators; nobody sees a known call."""
     return call.known is None and observed(*call.operands())
 

@@ -156,7 +156,7 @@ def gate_rows(
         tensors += (offset,)
     if type(step) is not int:
         tensors += (settings.step,)
-    known = known_of(tensors, GateCall, offset is None, outputs, dim, type(dim))
+    known = known_of(GateCall, tensors, outputs, dim, offset is not None)
     call = GateCall(logits, targets, outputs, dim, settings, cast(Tensor, threshold), weights, offset, known=known)
     return _routing.gate_rows(call, backend)
 
@@ -189,8 +189,7 @@ def compact(
         selection = cpp_direct.compact(mask, weight, capacity)
         if selection is not None:
             return selection
-    known = known_of((mask,) if weight is None else (mask, weight), CompactCall)
-    return _routing.compact(CompactCall(mask, weight, capacity, known), backend)
+    return _routing.compact(CompactCall(mask, weight, capacity), backend)
 
 
 def select(
@@ -282,6 +281,7 @@ def gate_step(
     p_min: float = 0.0,
     seed: int = 0,
     backend: str | None = None,
+    **unserved: Any,
 ) -> Selected:
     """Select rows at a controller's threshold, then update the controller: ``select`` and ``control`` as one call.
 
@@ -311,6 +311,8 @@ def gate_step(
         ValueError: as :func:`select` and :func:`control`; the state has not changed then.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    if unserved:
+        refuse_unserved(gate_step, unserved)
     settings = checked_settings(1.0, 0.0, label_smoothing, ignore_index, gate_temperature, p_min, seed)
     if type(state) is not ControlState:
         check_state(state, ())
@@ -319,8 +321,10 @@ def gate_step(
         if stepped is not None:
             return stepped
     outputs = ("grad_norm",) if by_mass else ()
-    tensors = logits, targets, *state, setpoint
-    known = known_of(tensors if offset is None else (*tensors, offset), GateStepCall, outputs, dim, type(dim))
+    tensors: tuple[Any, ...] = logits, targets, *state, setpoint
+    if offset is not None:
+        tensors += (offset,)
+    known = known_of(GateStepCall, tensors, outputs, dim, offset is not None)
     return _routing.gate_step(
         GateStepCall(
             logits, targets, outputs, dim, settings, state.values, weights, offset, capacity, state,

@@ -216,6 +216,19 @@ MODEL = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
         (LossChange(rows=10), {}, "row numbers from 0 to 9, got 0 to 63"),
         (Novelty(), {"embedding": None}, "Novelty needs `embedding`"),
         (Novelty(), {"embedding": torch.zeros(3, WIDTH)}, r"shape \[64, width\], got \[3, 8\]"),
+        (Novelty(), {"embedding": torch.ones(ROWS, WIDTH).long()}, r"floating of shape .*, got torch.int64 of"),
+        (Novelty(memory=9), {"embedding": torch.ones(ROWS, WIDTH).bool()}, r"floating of shape .*, got torch.bool of"),
+        (
+            LossChange(rows=ROWS),
+            {"index": torch.arange(ROWS).float()},
+            "row numbers, int64 or int32, got torch.float32",
+        ),
+        (LossChange(rows=ROWS), {"index": torch.ones(ROWS).bool()}, "row numbers, int64 or int32, got torch.bool"),
+        (
+            Feedback(),
+            {"feedback": torch.ones(ROWS) + 1j},
+            "must be real numbers, or bool, got torch.complex64",
+        ),
         (Contrast(), {"inputs": torch.zeros(ROWS, 3)}, r"needs images, float \[B, C, H, W\]"),
         (
             Feedback(),
@@ -234,6 +247,20 @@ def test_a_batch_that_a_term_cannot_serve_is_refused_before_anything_changes(
         gate(**{**batch(), **change})
     assert "\n" not in str(caught.value)
     assert str(before) == str(gate.state_dict())
+
+
+def test_numbers_of_any_real_dtype_are_served() -> None:
+    given = batch()
+    failed = torch.arange(ROWS) % 3 == 0
+    found = [of(Feedback())(**{**given, "feedback": failed.to(dtype)}) for dtype in (torch.float32, torch.bool)]
+    assert torch.equal(found[0].index, found[1].index)
+    rows = given["index"]
+    found = [of(LossChange(rows=ROWS))(**{**given, "index": rows.to(dtype)}) for dtype in (torch.int64, torch.int32)]
+    assert torch.equal(found[0].index, found[1].index)
+    with pytest.raises(UserError, match="must be real numbers, got torch"):
+        Gate(0.25).by(torch.ones(ROWS) + 1j)
+    found = [Gate(0.25).by(failed.to(dtype)) for dtype in (torch.float32, torch.bool)]
+    assert torch.equal(found[0].index, found[1].index)
 
 
 def test_an_embedding_of_another_width_is_refused() -> None:

@@ -4,12 +4,13 @@ import json
 
 import torch
 
-from sparse_kernels import _dispatch
+from sparse_kernels import _dispatch, _known
 from sparse_kernels.self_check import proof
 
 
 def forget(monkeypatch):
     """As in a new process."""
+    _known.forget()
     for name, empty in (("_known", {}), ("_kept", {}), ("_spent", {}), ("_told", set()), ("_unfinished", set())):
         monkeypatch.setattr(proof, name, empty)
     monkeypatch.setattr(proof, "mode", "auto")

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 from emulated import INSTRUCTION_SETS, forced
 
+from sparse_kernels import _known
 from sparse_kernels.backends.triton import backend as triton_backend
 from sparse_kernels.backends.triton import launch
 
@@ -28,6 +29,12 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     mallopt(M_PERTURB, 0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    """Tests change what is the same for all calls of a process, such as the number of processors."""
+    _known.forget()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_kernels import gate_rows, linear_row_stats, row_stats, select, selective_linear_cross_entropy
+from sparse_kernels import (
+    gate_rows,
+    initial_state,
+    linear_row_stats,
+    row_stats,
+    select,
+    selective_linear_cross_entropy,
+)
+from sparse_kernels.ops import gate_step
 
 X, W = torch.randn(6, 4), torch.randn(9, 4)
 Y = torch.randint(0, 9, (6,))
@@ -81,6 +89,9 @@ def test_a_module_in_place_of_its_weight_is_refused():
 CALLS = {
     "row_stats": lambda **options: row_stats(X, Y % 4, **options),
     "gate_rows": lambda **options: gate_rows(X, Y % 4, 0.0, weights={"loss": 1.0}, **options),
+    "gate_step": lambda **options: gate_step(
+        X, Y % 4, initial_state(), torch.tensor(0.5), weights={"loss": 1.0}, **options
+    ),
     "select": lambda **options: select(X, Y % 4, 0.0, weights={"loss": 1.0}, **options),
     "linear_row_stats": lambda **options: linear_row_stats(X, W, Y, **options),
     "selective_linear_cross_entropy": lambda **options: selective_linear_cross_entropy(X, W, Y, select=None, **options),
@@ -94,7 +105,7 @@ UNSERVED = {
     "reduce": (False, r"`reduce`, got bool False: reduce the rows' losses"),
     "bias": (torch.zeros(9), r"`bias`, got torch.float32 of shape \(9,\): give a head's bias as `linear_bias`"),
     "options": (None, r"`options`, got NoneType: give a head's number of rows at once as `chunk`"),
-    "temprature": (2.0, r"`temprature`, got float 2.0: it takes .*temperature, softcap"),
+    "temprature": (2.0, r"`temprature`, got float 2.0: it takes .*label_smoothing, ignore_index"),
 }
 
 

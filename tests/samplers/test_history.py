@@ -72,6 +72,9 @@ def test_a_signed_table_keeps_negative_scores():
         ([0, 5], [1.0, 1.0], IndexError, "must be in 0 to 4, got 0 to 5"),
         ([-1], [1.0], IndexError, "got -1"),
         ([0, 1], [1.0], UserError, "1 scores for 2 rows"),
+        ([0.0, 1.0], [1.0, 1.0], UserError, "`index` must be row numbers, int64 or int32, got torch.float32"),
+        ([True, False], [1.0, 1.0], UserError, "got torch.bool"),
+        ([0, 1], [1j, 1.0], UserError, "`scores` must be real numbers, got torch.complex64"),
     ],
 )
 def test_what_does_not_fit_the_table_is_refused_and_leaves_it(index, values, error, words):

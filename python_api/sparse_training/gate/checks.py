@@ -1,10 +1,13 @@
-"""Checks of a gate's settings."""
+"""Checks of a gate's settings, and of row numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sparse_training.errors import UserError
 
@@ -111,3 +114,17 @@ def check_combination(
             f"`grad_norm_fraction` cannot be used with decision={decision!r}, floor={floor}, which count rows; "
             "use `rate`"
         )
+
+
+def check_row_numbers(index: Tensor) -> Tensor:
+    """Return row numbers as int64, if they are integers.
+
+    Args:
+        index: int64 or int32, of any shape; of any dtype if it is empty.
+
+    Raises:
+        UserError: they are of another dtype.
+    """
+    if index.dtype not in (torch.int64, torch.int32) and index.numel():
+        raise UserError(f"`index` must be row numbers, int64 or int32, got {index.dtype}")
+    return index.long()

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 from sparse_training.announcements import announce
 from sparse_training.errors import UserError
+from sparse_training.gate.checks import check_row_numbers
 from sparse_training.ranks import gather_numbers, rank_and_world_size
 from sparse_training.samplers.adaptive_weights import BALANCE_FROM, SamplingWeights, check_switches
 from sparse_training.samplers.importance import Importance
@@ -309,16 +310,16 @@ class HistorySampler(Sampler[list[int]]):
         """Enter the scores of rows, such as their losses. If they are a drawn batch, it counts as trained on.
 
         Args:
-            index: row numbers in the data set, int64 [n], all of this process.
+            index: row numbers in the data set, int64 or int32 [n], all of this process.
             scores: scores of the rows, [n]; see ``ScoreTable.update``. For "adaptive" the losses, which must be
                 cross-entropies where there are no logits.
             logits: the model's class logits, [n, classes], which ``denoise`` needs. Default None.
 
         Raises:
-            UserError: rows of another process, or tensors that do not fit one another.
+            UserError: rows of another process, tensors that do not fit one another, or of the wrong dtype.
             IndexError: there is no such row.
         """
-        rows = index.cpu()
+        rows = check_row_numbers(index.cpu())
         if ((rows - self.rank) % self.replicas).any():
             raise UserError(
                 f"rows of another process: `index` must hold numbers that are {self.rank} modulo {self.replicas}"

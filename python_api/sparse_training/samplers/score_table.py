@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_kernels.sum_tree import SumTree, assign
 from sparse_training.errors import UserError
+from sparse_training.gate.checks import check_row_numbers
 
 
 class ScoreTable:
@@ -137,10 +138,13 @@ def one_per_row(index: Tensor, scores: Tensor, rows: int) -> tuple[Tensor, Tenso
         int64 [n] and float32 [n].
 
     Raises:
-        UserError: not one score a row.
+        UserError: not one real score a row, or row numbers that are no integers.
         IndexError: a row outside 0 to ``rows`` - 1.
     """
-    index, scores = index.detach().reshape(-1).cpu(), scores.detach().reshape(-1).float().cpu()
+    if scores.is_complex():
+        raise UserError(f"`scores` must be real numbers, got {scores.dtype}")
+    index = check_row_numbers(index.detach().reshape(-1).cpu())
+    scores = scores.detach().reshape(-1).float().cpu()
     if index.shape != scores.shape:
         raise UserError(f"`scores` must hold one score for each row, got {len(scores)} scores for {len(index)} rows")
     if len(index):

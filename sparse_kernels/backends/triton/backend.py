@@ -247,7 +247,9 @@ def row_stats_backward(
         # Each is two nested loops, but both together are three.
         logits = logits.movedim(call.dim, -1).contiguous()
         gradient = torch.empty_like(logits)
-        row_stats_backward(replace(call, logits=logits, dim=-1, known=None), maximum, total, entropy, upstream, gradient)
+        row_stats_backward(
+            replace(call, logits=logits, dim=-1, known=None), maximum, total, entropy, upstream, gradient
+        )
         out.movedim(call.dim, -1).copy_(gradient)
         return
     if not targets.numel():

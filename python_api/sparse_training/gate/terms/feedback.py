@@ -19,11 +19,11 @@ class Feedback(Term):
 
     Args:
         weight: as for ``Term``.
-        table: feedback of every row of the data set, finite, float [rows of the data set]. Entries may be changed
-            during the run, in the gate's copy: ``gate.terms[i].table``. None (the default) for none.
+        table: feedback of every row of the data set, finite, of any real dtype or bool, [rows of the data set]. Entries
+            may be changed during the run, in the gate's copy: ``gate.terms[i].table``. None (the default) for none.
 
     Raises:
-        UserError: the table is not a float tensor of one dimension with finite values.
+        UserError: the table is not a tensor of one dimension with finite real values.
     """
 
     statistics = ("loss",)
@@ -72,12 +72,14 @@ def check_feedback(name: str, values: Tensor, rows: int | None) -> None:
         rows: its length; None for any.
 
     Raises:
-        UserError: it is no float tensor [rows], or not finite.
+        UserError: it is no tensor [rows] of real numbers, or not finite.
     """
     shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
     expected = "one dimension" if rows is None else f"shape [{rows}], one per row"
     if not isinstance(values, Tensor) or values.ndim != 1 or rows not in (None, values.shape[0]):
         raise UserError(f"{name} must be a tensor of {expected}, got {shape}")
+    if values.is_complex():
+        raise UserError(f"{name} must be real numbers, or bool, got {values.dtype}")
     looks = values.device.type == "cpu" and not torch.compiler.is_compiling()
     if looks and not bool(values.isfinite().all()):
         raise UserError(f"{name} must be finite, got {int((~values.isfinite()).sum())} entries that are not")

@@ -30,7 +30,8 @@ class Novelty(Term):
             tokens or pixels, of its last linear or convolutional one.
 
     Raises:
-        UserError: ``memory`` is out of range; at a batch, an embedding of the wrong shape or width, or no classes.
+        UserError: ``memory`` is out of range; at a batch, an embedding of the wrong dtype, shape or width, or no
+            classes.
     """
 
     needs = ("embedding",)
@@ -51,11 +52,14 @@ class Novelty(Term):
         return context.classes if self.memory is None else self.memory
 
     def check(self, context: Context) -> None:
-        """Check the embedding's shape."""
+        """Check the embedding's dtype and shape."""
         embedding, slots = context.embedding, self._slots(context)
         assert embedding is not None
-        if embedding.ndim != 2 or embedding.shape[0] != context.rows:
-            raise UserError(f"`embedding` must have shape [{context.rows}, width], got {list(embedding.shape)}")
+        if embedding.ndim != 2 or embedding.shape[0] != context.rows or not embedding.is_floating_point():
+            raise UserError(
+                f"`embedding` must be floating of shape [{context.rows}, width], got {embedding.dtype} of shape "
+                f"{list(embedding.shape)}"
+            )
         if not slots:
             raise UserError("the term Novelty needs class targets for its centroids; use Novelty(memory=1000)")
         if self.memory is None and slots > CENTROIDS:
