@@ -46,14 +46,17 @@ def warm_up(
 
     Raises:
         TypeError: shapes that are not sequences of ints; a dtype that no operation takes.
-        ValueError: sizes or a dimension that logits cannot have; otherwise as :func:`row_stats` and :func:`gate_rows`.
+        ValueError: a GPU where there is none; sizes or a dimension that logits cannot have; otherwise as
+            :func:`row_stats` and :func:`gate_rows`.
         RuntimeError: a CUDA graph is being captured.
 
     Example:
         >>> sparse_kernels.warm_up("cuda", [(4096, 1000)], dtype=torch.bfloat16)
     """
     where = torch.device(device)
-    if where.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"`device` must be one that PyTorch finds, got {where}, and there is no CUDA device")
+    if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("`warm_up` must be called before a CUDA graph is captured, not during the capture")
     given: Any = shapes
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):

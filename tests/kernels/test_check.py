@@ -154,6 +154,12 @@ def test_what_is_no_shape_is_refused_in_one_line(arguments, error, message):
     assert "\n" not in str(found.value)
 
 
+def test_a_gpu_that_is_not_there_cannot_be_warmed_up(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="`device` must be one that PyTorch finds, got cuda:1, and there is no CUDA"):
+        sk.warm_up("cuda:1", [(4, 3)])
+
+
 def test_a_capture_is_too_late_to_warm_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

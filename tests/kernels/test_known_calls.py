@@ -9,9 +9,10 @@ from proof_parts import unproved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as sk
-from sparse_kernels import ControlState, _arguments, _dispatch, _known
+from sparse_kernels import ControlState, _arguments, _dispatch, _known, _routing, ops
 from sparse_kernels.backends import cpp as cpp_backend
 from sparse_kernels.backends import cpp_direct
+from sparse_kernels.backends.triton import backend as triton_backend
 from sparse_kernels.ops import gate_step
 from sparse_kernels.self_check import proof
 
@@ -50,6 +51,7 @@ def stats_with(backend, seed=0, **changes):
 
 
 def outcome(function, *arguments, **options):
+    """The tensors and numbers that a call gives, or its error."""
     try:
         found = function(*arguments, **options)
     except Exception as error:
@@ -78,7 +80,7 @@ def test_a_later_call_gives_what_it_would_give_alone(function, backend):
         assert_same(found, outcome(function, backend, seed))
 
 
-@pytest.mark.skipif("cpp" not in BACKENDS, reason="the reference takes no addresses")
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the reference is many")
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_what_was_found_out_is_not_asked_again(monkeypatch, function):
     asked = []
@@ -187,22 +189,71 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def without_findings(monkeypatch):
+    """Calls a function with every call checked and routed anew."""
+
+    def call(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            for module in (ops, _routing):
+                patch.setattr(module, "known_of", lambda *_: None)
+            return function(*arguments, **options)
+
+    return call
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("function", "changed"), CHANGES)
-def test_whatever_comes_after_a_good_call_is_served_or_refused_as_if_alone(function, changed, backend):
+def test_whatever_comes_after_a_good_call_is_served_or_refused_as_if_alone(
+    function, changed, backend, without_findings
+):
     function = FUNCTIONS[function]
 
     def own():
         return {name: given() if name == "state" else given for name, given in changed.items()}
 
+    for dim in (-1, 1, 1):
+        function(backend, dim=dim)
+    alone = without_findings(outcome, function, backend, **own())
     for _ in range(2):
-        function(backend)
-    after_good_ones = [outcome(function, backend, **own()) for _ in range(2)]
-    _known.forget()
-    alone = outcome(function, backend, **own())
-    for found in after_good_ones:
-        assert_same(found, alone)
-    assert_same(outcome(function, backend), outcome(function, backend))
+        assert_same(outcome(function, backend, **own()), alone)
+    assert_same(outcome(function, backend), without_findings(outcome, function, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_offset_is_not_taken_for_a_step(backend):
+    logits, targets, threshold, one = torch.ones(1, 3), torch.zeros(1).long(), torch.tensor(1.0), torch.tensor([3])
+    given = {"weights": WEIGHTS, "gate_temperature": 0.5, "backend": backend}
+    for _ in range(2):
+        sk.gate_rows(logits, targets, threshold, step=one, **given)
+    with pytest.raises(ValueError, match="`offset` must be floating"):
+        sk.gate_rows(logits, targets, threshold, offset=one, **given)
+
+
+def test_a_layout_that_a_kernel_cannot_read_is_seen():
+    if "cpp" not in BACKENDS:
+        pytest.skip("the reference is many")
+    wide = torch.randn(2, 3, 2, 3, 2, 3, 2, 3, 4, 5)
+    apart, targets = wide[:, :2, :, :2, :, :2, :, :2, :2], torch.zeros(2, 2, 2, 2, 2, 2, 2, 2, 2, dtype=torch.int64)
+    for _ in range(2):
+        sk.row_stats(apart.contiguous(), targets, backend="cpp")
+    with pytest.raises(sk.BackendUnavailable, match="too many dimensions"):
+        sk.row_stats(apart, targets, backend="cpp")
+
+
+@pytest.mark.skipif(triton_backend.unavailable_reason() is not None, reason="nothing is interpreted")
+@pytest.mark.parametrize("function", [stats_with, gated_with])
+def test_a_plan_is_that_of_the_layout_and_the_settings(function, without_findings):
+    """Triton's plans are found by what a kind of call leaves open: start, statistics and settings."""
+    flat = torch.cat((torch.zeros(1), LOGITS.flatten()))
+    changes = [{}, {"logits": LOGITS.T.contiguous().T}, {"logits": flat[1:].view(12, 5)}, {"label_smoothing": 0.5}]
+    changes += [{"softcap": 2.0}, {"dim": 1}]
+    if function is gated_with:
+        changes += [{"weights": {"margin": 1.0}}, {"gate_temperature": 0.5}, {"offset": torch.linspace(0, 1, 12)}]
+    for _ in range(2):
+        for changed in changes:
+            alone = without_findings(outcome, function, "triton", **changed)
+            assert_same(outcome(function, "triton", **changed), alone)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
