@@ -245,15 +245,24 @@ def test_a_layout_that_a_kernel_cannot_read_is_seen():
 @pytest.mark.parametrize("function", [stats_with, gated_with])
 def test_a_plan_is_that_of_the_layout_and_the_settings(function, without_findings):
     """Triton's plans are found by what a kind of call leaves open: start, statistics and settings."""
-    flat = torch.cat((torch.zeros(1), LOGITS.flatten()))
-    changes = [{}, {"logits": LOGITS.T.contiguous().T}, {"logits": flat[1:].view(12, 5)}, {"label_smoothing": 0.5}]
-    changes += [{"softcap": 2.0}, {"dim": 1}]
+    wide = torch.randn(12 * 32 + 1)  # rows that are loaded by 16 bytes, but for those that begin elsewhere
+    changes = [{}, {"logits": LOGITS.T.contiguous().T}, {"logits": wide[:-1].view(12, 32)}, {"dim": 1}]
+    changes += [{"logits": wide[1:].view(12, 32)}, {"label_smoothing": 0.5}, {"softcap": 2.0}]
     if function is gated_with:
         changes += [{"weights": {"margin": 1.0}}, {"gate_temperature": 0.5}, {"offset": torch.linspace(0, 1, 12)}]
     for _ in range(2):
         for changed in changes:
             alone = without_findings(outcome, function, "triton", **changed)
             assert_same(outcome(function, "triton", **changed), alone)
+
+
+@pytest.mark.skipif(triton_backend.unavailable_reason() is not None, reason="nothing is interpreted")
+def test_draws_have_a_plan_of_their_own():
+    """What Triton compiled for a call without draws has no place for their tensors."""
+    for temperature in (0.0, 0.5, 0.0, 0.5):
+        gated_with("triton", gate_temperature=temperature)
+    (known,) = _known._kinds.values()
+    assert len(known.plans) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -132,7 +132,7 @@ def _known_plan(call: StatsCall, targets: Tensor, decision: _Decision, computed:
     if known is None:
         return _plan(call, (call.logits,), (targets, *decision), computed)
     left = (
-        call.logits.data_ptr() % BYTES, processors(call.logits.device), computed, decision.finished is None,
+        call.logits.data_ptr() % BYTES, processors(call.logits.device), computed,
         settings.gate_temperature > 0, settings.label_smoothing > 0, settings.softcap > 0,
     )  # fmt: skip
     plan: Plan | None = known.plans.get(left)
