@@ -71,8 +71,3 @@ def known_of(kind: type, tensors: tuple[Any, ...], outputs: Any, dim: Any, with_
             _kinds.clear()
         found = _kinds[key] = Known()
     return found
-
-
-def forget() -> None:
-    """Drop all findings; for tests, which change what cannot change in a process otherwise."""
-    _kinds.clear()

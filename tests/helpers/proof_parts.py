@@ -10,7 +10,7 @@ from sparse_kernels.self_check import proof
 
 def forget(monkeypatch):
     """As in a new process."""
-    _known.forget()
+    _known._kinds.clear()
     for name, empty in (("_known", {}), ("_kept", {}), ("_spent", {}), ("_told", set()), ("_unfinished", set())):
         monkeypatch.setattr(proof, name, empty)
     monkeypatch.setattr(proof, "mode", "auto")

@@ -34,7 +34,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_known() -> None:
     """Tests change what is the same for all calls of a process, such as the number of processors."""
-    _known.forget()
+    _known._kinds.clear()
 
 
 @pytest.fixture(autouse=True, scope="session")
