@@ -43,26 +43,28 @@ class Known:
 _kinds: dict[Hashable, Known] = {}
 
 
-def known_of(kind: type, tensors: tuple[Any, ...], outputs: Any, dim: Any, with_offset: bool = False) -> Known | None:
+def known_of(kind: type, tensors: tuple[Any, ...], outputs: Any, dim: Any, offset: Any = None) -> Known | None:
     """Return the findings about calls like this one; None where there are none to be kept.
 
     None as well where a compiler, a mode or a transform may see the call, and for anything but plain tensors.
 
     Args:
         kind: class of the call.
-        tensors: every tensor of the call.
+        tensors: every other tensor of the call than the offset.
         outputs: names of statistics, as given.
         dim: of the classes, as given.
-        with_offset: an offset is among the tensors. Default: False.
+        offset: as given. Default: none.
     """
     if not unwatched() or type(outputs) is not tuple or type(dim) is not int:
         return None
+    if offset is not None:
+        tensors = *tensors, offset
     if not _PLAIN.issuperset(map(type, tensors)):
         return None
     if True in map(_is_negated, tensors) or True in map(_is_lazy_zeros, tensors):  # their bytes are not their values
         return None
     try:
-        key = kind, outputs, dim, with_offset, *map(_metadata, tensors), *map(_stride, tensors)
+        key = kind, outputs, dim, offset is None, *map(_metadata, tensors), *map(_stride, tensors)
         found = _kinds.get(key)
     except (TypeError, RuntimeError):  # a name without a hash, a tensor without strides
         return None

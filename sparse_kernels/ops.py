@@ -151,12 +151,8 @@ def gate_rows(
         gated = cpp_direct.gate_rows(logits, targets, threshold, weights, settings)
         if gated is not None:
             return gated
-    tensors: tuple[Any, ...] = logits, targets, threshold
-    if offset is not None:
-        tensors += (offset,)
-    if type(step) is not int:
-        tensors += (settings.step,)
-    known = known_of(GateCall, tensors, outputs, dim, offset is not None)
+    tensors = (logits, targets, threshold) if type(step) is int else (logits, targets, threshold, settings.step)
+    known = known_of(GateCall, tensors, outputs, dim, offset)
     call = GateCall(logits, targets, outputs, dim, settings, cast(Tensor, threshold), weights, offset, known=known)
     return _routing.gate_rows(call, backend)
 
@@ -321,10 +317,7 @@ def gate_step(
         if stepped is not None:
             return stepped
     outputs = ("grad_norm",) if by_mass else ()
-    tensors: tuple[Any, ...] = logits, targets, *state, setpoint
-    if offset is not None:
-        tensors += (offset,)
-    known = known_of(GateStepCall, tensors, outputs, dim, offset is not None)
+    known = known_of(GateStepCall, (logits, targets, *state, setpoint), outputs, dim, offset)
     return _routing.gate_step(
         GateStepCall(
             logits, targets, outputs, dim, settings, state.values, weights, offset, capacity, state,
@@ -369,8 +362,7 @@ def control(
     """Update a gate's threshold by one batch, in place, so that the fraction of rows above it meets a set-point.
 
     ``gate_rows`` takes ``state.value("threshold")``. Nothing waits for a device, and nothing locks a state: one thread
-    at a time may update it. ``sparse_kernels/control_law.py``
-    derives the law.
+    at a time may update it. ``sparse_kernels/control_law.py`` derives the law.
 
     Args:
         state: from :func:`initial_state`. Rows of NaN are counted in it.

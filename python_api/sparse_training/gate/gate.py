@@ -22,7 +22,6 @@ from sparse_training.gate.checks import (
     check_fraction,
     check_integer,
     check_number,
-    check_row_numbers,
     check_set_point,
 )
 from sparse_training.gate.controller import PIController
@@ -287,8 +286,7 @@ class Gate(nn.Module):
             logits: class logits, floating [rows, classes], or any shape with the classes in ``dim``: rows are then
                 numbered in the order of the targets. They are detached, for a selection has no gradient.
             targets: classes, int64 or int32, of the logits' shape without ``dim``.
-            index: row numbers in the data set, int64 or int32 [samples], for terms with a history. None (the
-                default) for none.
+            index: row numbers in the data set, int64 or int32 [samples], for terms with a history. Default: none.
             offset: number added to each row's significance, floating, of the targets' shape. None (the default) for 0.
             inputs: the model's inputs, for terms such as ``Contrast``. None (the default) for none.
             embedding: for ``Novelty``, floating [rows, width] or [B, T, width]. None (the default) for none.
@@ -302,10 +300,8 @@ class Gate(nn.Module):
             ValueError: tensors do not fit one another, as in ``sparse_kernels.gate_rows``.
             UserError: a term lacks what it needs, or is given it in the wrong shape.
         """
-        if index is not None:
-            if index.shape != (expected := targets.shape[:1]):
-                raise UserError(f"`index` must have shape {tuple(expected)}, one per sample, got {tuple(index.shape)}")
-            index = check_row_numbers(index)
+        if index is not None and index.shape != (expected := targets.shape[:1]):
+            raise UserError(f"`index` must have shape {tuple(expected)}, one per sample, got {tuple(index.shape)}")
         if logits.requires_grad:
             logits = logits.detach()
         if offset is not None:
@@ -358,8 +354,6 @@ class Gate(nn.Module):
         """
         if self.by_grad_norm:
             raise UserError(f"grad_norm_fraction={self.setpoint} needs logits, got a significance; use a rate")
-        if significance.is_complex():
-            raise UserError(f"`significance` must be real numbers, got {significance.dtype}")
         logits, targets = certain_rows(significance, self.ignore_index)
         if valid is not None:
             targets = torch.where(valid, targets, self.ignore_index)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_kernels import GatedRows
 from sparse_kernels.philox import uniform
+from sparse_training.errors import UserError
 
 
 def break_ties(significance: Tensor, valid: Tensor, *, seed: int, step: int | Tensor) -> Tensor:
@@ -83,9 +84,14 @@ def certain_rows(significance: Tensor, ignore_index: int) -> tuple[Tensor, Tenso
     """Make logits and targets whose loss and entropy are 0, so that an offset alone decides.
 
     Args:
-        significance: [rows], for the shape and device.
+        significance: real numbers [rows], for the shape and device.
         ignore_index: target of the rows that do not count, which is avoided by a second class of probability 1.
+
+    Raises:
+        UserError: the significance is complex.
     """
+    if significance.is_complex():
+        raise UserError(f"`significance` must be real numbers, got {significance.dtype}")
     label = 1 if ignore_index == 0 else 0
     logits = torch.zeros(significance.shape[0], label + 1, device=significance.device)
     logits[:, :label] = -30.0

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from sparse_kernels import row_stats
 from sparse_training import ranks
 from sparse_training.errors import UserError
+from sparse_training.gate.checks import check_row_numbers
 from sparse_training.gate.schedules import Follow, Weight
 from sparse_training.gate.significance import Significance, weight_at
 from sparse_training.gate.terms.base import Term
@@ -105,7 +106,7 @@ class Terms(nn.Module):
             logits: class logits.
             targets: class indices, of the logits' shape without the class dimension.
             group: group of processes that share the gate; None for one process.
-            index: row numbers, one per target; None for none.
+            index: row numbers, int64 or int32, one per target; None for none.
             inputs: the model's inputs; None for none.
             embedding: embeddings [rows, width], or of the targets' shape and the width behind it; None for none.
             feedback: numbers [rows]; None for none.
@@ -118,6 +119,7 @@ class Terms(nn.Module):
             )  # fmt: skip
             found = {name: getattr(stats, name).flatten() for name in self.statistics}
         flat = targets.flatten()
+        index = None if index is None else check_row_numbers(index)
         if embedding is not None and targets.ndim > 1 and embedding.shape[:-1] == targets.shape:
             embedding = embedding.flatten(0, -2)
         return self.described(
