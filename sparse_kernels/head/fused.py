@@ -15,8 +15,15 @@ from torch import Tensor
 
 from sparse_kernels.head.call import FlatHead
 from sparse_kernels.head.counter import count
-from sparse_kernels.head.products import ParameterGradients, differentiated_rows, logits_of, scored_rows
+from sparse_kernels.head.products import (
+    ParameterGradients,
+    differentiated_rows,
+    input_gradient,
+    logits_of,
+    scored_rows,
+)
 from sparse_kernels.head.scores import SAVED, HeadGradients, Scored, differentiate_logits, rows_of, score
+from sparse_kernels.memory import large_pages
 
 
 class FusedLoss(NamedTuple):
@@ -31,10 +38,10 @@ class FusedLoss(NamedTuple):
 class _KeptRows:
     """Logits of kept rows, held until there are enough of them, and the gradients summed so far."""
 
-    def __init__(self, head: FlatHead, needed: Sequence[bool]) -> None:
+    def __init__(self, head: FlatHead, rows: int, needed: Sequence[bool]) -> None:
         self._head = head
-        self.size = min(differentiated_rows(head), head.target.shape[0])
-        self._logits = head.input.new_empty(self.size, head.weight.shape[0])
+        self.size = differentiated_rows(head, rows)
+        self._logits = large_pages(head.input.new_empty(self.size, head.weight.shape[0]))
         self._rows: list[Tensor] = []
         self._saved: list[tuple[Tensor, ...]] = []
         self.held = 0
@@ -61,7 +68,7 @@ class _KeptRows:
             above = torch.full_like(saved["maximum"], upstream)
             differentiate_logits(head, logits, rows_of(head.target, index), saved, {"loss": above})
             if self._input is not None:
-                self._input.index_copy_(0, index, logits @ head.weight)
+                self._input.index_copy_(0, index, input_gradient(logits, head))
             self._parameters.add(logits, rows_of(head.input, index), last=last)
             count(differentiated=self.held)
         self._rows, self._saved, self.held, self.whole = [], [], 0, False
@@ -95,11 +102,12 @@ def fused_loss(
     significance = head.input.new_zeros(rows, dtype=torch.float32)
     mask = torch.zeros_like(head.valid)
     index = head.valid.nonzero().squeeze(1)
-    valid, size, kept = index.shape[0], scored_rows(head), 0
-    holding = _KeptRows(head, needed) if any(needed) else None
+    valid, kept = index.shape[0], 0
+    size = scored_rows(head, valid)
+    holding = _KeptRows(head, valid, needed) if any(needed) else None
     buffer = None
     if threshold is not None or holding is None:
-        buffer = head.input.new_empty(min(size, valid), head.weight.shape[0])
+        buffer = large_pages(head.input.new_empty(size, head.weight.shape[0]))
     outputs = tuple(dict.fromkeys(("loss", *weights)))
     unknown = divisor is None and threshold is not None  # until all rows are scored
     upstream = 1.0 / (max(valid, 1) if divisor is None else divisor)

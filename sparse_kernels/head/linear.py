@@ -56,8 +56,8 @@ def linear_row_stats(
             Default: -100.
         row_mask: bool [...]; a row where it is False is treated as an ignored one. Default: all rows count.
         chunk: number of rows, at least 1, whose logits are in memory at once. Default: scored are as many rows as fit
-            32 MB (256 MB on an accelerator), and differentiated so many that their logits weigh no more than the
-            weight.
+            30 MB (256 MB on an accelerator), or 256 if these are fewer, and differentiated so many that their logits
+            weigh no more than the weight in float32.
 
     Returns:
         RowStats of shape [...], float32, or float64 for a float64 input. ``loss`` and ``entropy`` are differentiable

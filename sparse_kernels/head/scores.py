@@ -16,7 +16,14 @@ from sparse_kernels._arguments import StatsCall
 from sparse_kernels._dispatch import BACKENDS, choose
 from sparse_kernels.head.call import FlatHead
 from sparse_kernels.head.counter import count
-from sparse_kernels.head.products import ParameterGradients, differentiated_rows, logits_of, scored_rows
+from sparse_kernels.head.products import (
+    ParameterGradients,
+    differentiated_rows,
+    input_gradient,
+    logits_of,
+    scored_rows,
+)
+from sparse_kernels.memory import large_pages
 from sparse_kernels.reference import transform_logits
 
 SAVED = ("maximum", "total")  # of each row, for the gradient
@@ -64,9 +71,9 @@ def statistics(head: FlatHead, outputs: Sequence[str]) -> dict[str, Tensor]:
         for name in (*outputs, *SAVED)
     }
     index = head.valid.nonzero().squeeze(1)
-    size = min(scored_rows(head), index.shape[0])
-    buffer = head.input.new_empty(size, head.weight.shape[0])
-    for start in range(0, index.shape[0], size or 1):
+    size = scored_rows(head, index.shape[0])
+    buffer = large_pages(head.input.new_empty(size, head.weight.shape[0]))
+    for start in range(0, index.shape[0], size):
         some = index[start : start + size]
         logits = logits_of(rows_of(head.input, some), head, buffer)
         scored = score(head, logits, rows_of(head.target, some), outputs)
@@ -129,9 +136,9 @@ def gradients(
     input = torch.zeros_like(head.input) if needed[0] else None
     parameters = ParameterGradients(head, weight=needed[1], bias=needed[2])
     kept = index.shape[0]
-    size = min(differentiated_rows(head), kept)
-    buffer = head.input.new_empty(size, head.weight.shape[0])
-    for start in range(0, kept, size or 1):
+    size = differentiated_rows(head, kept)
+    buffer = large_pages(head.input.new_empty(size, head.weight.shape[0]))
+    for start in range(0, kept, size):
         some = index[start : start + size]
         rows = head.input.index_select(0, some)
         gradient = logits_of(rows, head, buffer)
@@ -139,7 +146,7 @@ def gradients(
         above = {name: values.index_select(0, some) for name, values in upstream.items()}
         differentiate_logits(head, gradient, head.target.index_select(0, some), row, above)
         if input is not None:
-            input.index_copy_(0, some, gradient @ head.weight)
+            input.index_copy_(0, some, input_gradient(gradient, head))
         parameters.add(gradient, rows, last=start + size >= kept)
     count(recomputed=kept, differentiated=kept)
     return HeadGradients(input, *parameters.results())

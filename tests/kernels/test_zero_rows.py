@@ -13,7 +13,7 @@ from sparse_kernels import reference
 from sparse_kernels._arguments import StatsCall, checked_settings
 from sparse_kernels._dispatch import BACKENDS
 from sparse_kernels.backends import cpp as cpp_backend
-from sparse_kernels.memory import untouched_zeros
+from sparse_kernels.memory import LARGE, large_pages, untouched_zeros
 
 M_PERTURB = -6  # of <malloc.h>: conftest.py has it fill memory
 BUILT = not cpp_backend.unavailable_reason()
@@ -161,3 +161,21 @@ def test_the_references_gradient_in_closed_form_is_that_of_autograd(settings):
     torch.testing.assert_close(found, expected)
     reference.row_stats_backward(call, maximum, total, stats.entropy, upstream, logits)
     torch.testing.assert_close(logits, expected)
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not THP.exists(), reason="no large pages")
+@pytest.mark.parametrize("size", [LARGE - 1, 4 * LARGE])
+def test_large_pages_are_asked_for_under_a_large_tensor(size):
+    memory = torch.empty(size, dtype=torch.uint8)
+    assert large_pages(memory) is memory
+    middle, asked = memory.data_ptr() + size // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            begin, end = (int(number, 16) for number in words[0].split("-"))
+        elif words[0] == "VmFlags:" and begin <= middle < end:
+            asked = "hg" in words
+    assert asked == (size > LARGE)
