@@ -139,8 +139,8 @@ struct LogitGradient {
   __attribute__((always_inline)) Vec of_softmax(const RowConstants<Vec>& row,
                                                 const Begun& begun) const {
     // A masked logit gets exactly 0.
-    const Vec power = select_ge(exponential.lowest, begun.d, Vec::splat(0),
-                                exponential.end(begun.power));
+    const Vec power =
+        select_ge(exponential.lowest, begun.d, Vec::splat(0), exponential.end(begun.power));
     return fma(power, fma(row.slope, begun.d, row.level), row.minus_uniform);
   }
   __attribute__((always_inline)) Vec sloped(Vec gradient, const Begun& begun) const {

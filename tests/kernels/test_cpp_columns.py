@@ -1,4 +1,4 @@
-"""Long rows, which are read block by block and, at 16 bits, by pairs of vectors: every number must count, wherever it is."""
+"""Long rows, read block by block and, at 16 bits, by pairs of vectors: every number must count, wherever it is."""
 
 import pytest
 import torch
