@@ -54,14 +54,32 @@ inline void backward_row(const RowStatsBackwardArgs& args, const Gradient& in_me
       std::memcpy(gradient + j, copy, bytes);
     }
   };
-  const auto pairs = [&](int64_t j, auto write) {
-    for (; j + 2 * kLanes <= args.classes; j += 2 * kLanes) {
+  const auto batches = [&](int64_t j, auto write) {
+    using Logits = Batch<Vec>;
+    constexpr int64_t kStep = 2 * Logits::kLanes;
+    const typename Gradient::template Of<Logits> of_batch(gradient_of);
+    const RowConstants<Logits> row_constants(constants);
+    const auto begin = [&](int64_t at) {
+      Logits logits;
+      load_in_any_order(x + at, logits);
+      return of_batch.begin(row_constants, logits);
+    };
+    const auto end = [&](int64_t at, const auto& begun) {
+      write(gradient + at, of_batch.end(row_constants, begun));
+    };
+    for (; j + kStep <= args.classes; j += kStep) {
       const char* ahead = reinterpret_cast<const char*>(x + j) + kReadAhead;
       if (streaming)
-        for (int i = 0; i < int(2 * kLanes * sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
-      Vec first, second;
-      load_pair(x + j, first, second);
-      write(gradient + j, gradient_of(constants, first), gradient_of(constants, second));
+        for (int i = 0; i < int(kStep * sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
+      const int64_t next = j + Logits::kLanes;
+      if constexpr (vectors_in<Logits> > 1) {  // overlapped, as in row_stats_sums.h
+        const auto first = begin(j), second = begin(next);
+        end(j, first);
+        end(next, second);
+      } else {
+        end(j, begin(j));
+        end(next, begin(next));
+      }
     }
     some(j, args.classes - j);
   };
@@ -69,9 +87,9 @@ inline void backward_row(const RowStatsBackwardArgs& args, const Gradient& in_me
     const auto head =
         int64_t(-reinterpret_cast<uintptr_t>(gradient) % kStreamAlignment / sizeof(T));
     some(0, head);
-    pairs(head, [](T* to, Vec first, Vec second) { stream_pair(to, first, second); });
+    batches(head, [](T* to, auto found) { stream_in_any_order(to, found); });
   } else {
-    pairs(0, [](T* to, Vec first, Vec second) { store_pair(to, first, second); });
+    batches(0, [](T* to, auto found) { store_in_any_order(to, found); });
   }
   gradient[target_of(args, row)] = of_target[0];
 }

@@ -1,9 +1,12 @@
 // Functions of one block of a row: up to kBlock + kLanes consecutive classes, in whole vectors.
 #pragma once
 
+#include <type_traits>
+
 #include "row_stats_plan.h"
 #include "row_stats_sums.h"
 #include "scalar_types.h"
+#include "vec_any_order.h"
 #include "vec_math.h"
 
 namespace sparse_kernels {
@@ -81,28 +84,43 @@ static inline void prefetch(const void* p) {
 // Prefetches what follows in memory, of the same length, while the arithmetic on this block takes
 // its time: otherwise the first read of that would wait. To prefetch past the end of memory is
 // harmless.
+//
+// Logits of 16 bits are read in pairs of vectors: `vectors` is even then.
 template <class Vec, bool kSquares, class X, class T>
 inline Sums<Vec> sum_block(const X* x, int vectors, typename Vec::Real maximum,
                            const Exponential<Vec>& in_memory, const T* next) {
-  constexpr int kLanes = Vec::kLanes;
-  const Exponential<Vec> exponential = in_memory;
-  const Vec m = Vec::splat(maximum);
+  using Terms = std::conditional_t<sizeof(X) == 2, Batch<Vec>, Vec>;
+  constexpr int kLanes = Terms::kLanes;
+  const Exponential<Vec> of_vector = in_memory;
+  const Exponential<Terms> exponential(of_vector);
+  const Terms m = Terms::splat(maximum);
   const auto ahead = [&](int i) {
     for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(next + i * kLanes + j);
   };
-  const auto d = [&](int i) { return Vec::load(x + i * kLanes) - m; };
-  return sum_of<kSquares>(vectors, exponential, d, ahead);
+  const auto d = [&](int i) {
+    Terms logits;
+    load_in_any_order(x + i * kLanes, logits);
+    return logits - m;
+  };
+  constexpr bool kOverlapped = vectors_in<Terms> > 1;
+  return in_one_vector(
+      sum_of<kSquares, kOverlapped>(vectors / vectors_in<Terms>, exponential, d, ahead));
 }
 
 // The largest of a block. NaN may be lost here: the sums, which meet every element, keep it.
 template <class Vec, class T>
 inline typename Vec::Real max_block(const T* x, int vectors) {
-  constexpr int kLanes = Vec::kLanes, kUnroll = 4;
-  Vec m[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) m[u] = Vec::splat(-kInfinity<Vec>);
+  constexpr int kLanes = Vec::kLanes;
+  Vec m[4];
+  for (Vec& v : m) v = Vec::splat(-kInfinity<Vec>);
   int i = 0;
-  for (; i + kUnroll <= vectors; i += kUnroll)
-    for (int u = 0; u < kUnroll; ++u) m[u] = max(m[u], Vec::load(x + (i + u) * kLanes));
+  for (; i + 4 <= vectors; i += 4)
+    for (int u = 0; u < 4; u += 2) {
+      Vec first, second;
+      load_pair(x + (i + u) * kLanes, first, second);
+      m[u] = max(m[u], first);
+      m[u + 1] = max(m[u + 1], second);
+    }
   for (; i < vectors; ++i) m[0] = max(m[0], Vec::load(x + i * kLanes));
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "row_stats_blocks.h"
 #include "row_stats_functions.h"
@@ -41,11 +42,11 @@ struct RowSums : PartSums {
     largest = x > largest ? x : largest;
   }
 
-  // A block of whole vectors, or a copy; `target` points into the copy, or is null. `next`: the
-  // block that follows in memory.
+  // A block of whole pairs of vectors, or a copy; `target` points into the copy, or is null.
+  // `next`: the block that follows in memory.
   template <bool kSquares, class X, class T>
   void add_block(const RowStatsArgs& args, const Plan<Vec>& plan, const X* x, int64_t begin,
-                 int columns, Real* target, const T* next) {
+                 int columns, X* target, const T* next) {
     const int vectors = vectors_of<Vec>(columns);
     const Real block_maximum = max_block<Vec>(x, vectors);
     if (plan.extras) add_extras(args, plan, x, begin, columns, block_maximum);
@@ -54,7 +55,7 @@ struct RowSums : PartSums {
       if (has_nan<Vec>(x, vectors)) rest = kNaN<Vec>;
       return;
     }
-    if (target) *target = -kInfinity<Vec>;  // stays out of the sums
+    if (target) narrow(-kInfinity<Vec>, target);  // stays out of the sums
     const Sums<Vec> block =
         sum_block<Vec, kSquares>(x, vectors, Real(maximum), plan.exponential, next);
     rest += reduce_add(block.rest);
@@ -106,20 +107,28 @@ inline RowSums<Vec> sum_part(const RowStatsArgs& args, const Plan<Vec>& plan, co
   const int64_t first = part * kPartClasses;
   const int64_t end = part + 1 == parts_of_row(args.classes) ? args.classes : first + kPartClasses;
   RowSums<Vec> sums;
+  // Blocks of 16-bit logits have as many bytes as those of float32.
+  constexpr int kColumns = sizeof(T) == 2 ? 2 * kBlock : kBlock;
   for (int64_t begin = first; begin < end;) {
     const T* x = logits + begin;
     // The last block includes a remainder of less than a vector.
-    const int columns = int(end - begin < kBlock + kLanes ? end - begin : kBlock);
+    const int columns = int(end - begin < kColumns + kLanes ? end - begin : kColumns);
     const bool has_target = target >= begin && target < begin + columns;
-    if (has_target || args.softcap != 0.0 || columns % kLanes) {
-      alignas(64) Real copy[kBlock + kLanes];
+    if (args.softcap != 0.0 || columns % (2 * kLanes)) {
+      alignas(64) Real copy[kColumns + kLanes];
       copy_block<Vec>(x, columns, Real(args.softcap), copy);
       sums.template add_block<kSquares>(
           args, plan, copy, begin, columns,
           has_target ? copy + position_in_copy<Vec>(int(target - begin), columns) : nullptr,
-          x + kBlock);
+          x + kColumns);
+    } else if (has_target) {
+      alignas(64) T copy[kColumns];
+      std::memcpy(copy, x, sizeof(T) * size_t(columns));
+      sums.template add_block<kSquares>(args, plan, copy, begin, columns, copy + (target - begin),
+                                        x + kColumns);
     } else {
-      sums.template add_block<kSquares>(args, plan, x, begin, columns, nullptr, x + kBlock);
+      sums.template add_block<kSquares>(args, plan, x, begin, columns, static_cast<T*>(nullptr),
+                                        x + kColumns);
     }
     begin += columns;
   }

@@ -66,6 +66,14 @@ struct RowConstants {
     minus_uniform = plain_nan((Vec::splat(0) - upstream.loss * share) * inverse_temperature);
   }
 
+  // The same of a pair.
+  template <class Half>
+  explicit RowConstants(const RowConstants<Half>& half)
+      : maximum(Vec::twice(half.maximum)),
+        slope(Vec::twice(half.slope)),
+        level(Vec::twice(half.level)),
+        minus_uniform(Vec::twice(half.minus_uniform)) {}
+
   // Lane i gets the numbers of lane lanes[i].
   RowConstants permuted(const int32_t* lanes) const {
     RowConstants out = *this;
@@ -87,35 +95,57 @@ struct RowConstants {
 template <class Vec, bool kCapped>
 struct LogitGradient {
   using Real = typename Vec::Real;
+  template <class Other>
+  using Of = LogitGradient<Other, kCapped>;
 
   Exponential<Vec> exponential;
   Real softcap;
 
   explicit LogitGradient(const RowStatsBackwardArgs& args)
       : exponential(args.inverse_temperature), softcap(Real(args.softcap)) {}
+  // The same of a pair.
+  template <class Half>
+  explicit LogitGradient(const LogitGradient<Half, kCapped>& half)
+      : exponential(half.exponential), softcap(half.softcap) {}
 
   // Of logits that are not their rows' targets.
   __attribute__((always_inline)) Vec operator()(const RowConstants<Vec>& row, Vec x) const {
-    return of_capped(x, [&](Vec z) { return of_softmax(row, z); });
+    return end(row, begin(row, x));
   }
   // Of the targets; `part` is UpstreamOfRows::at_target.
   Vec at_target(const RowConstants<Vec>& row, Vec x, Vec part) const {
-    return of_capped(x, [&](Vec z) { return of_softmax(row, z) - part; });
+    const Begun begun = begin(row, x);
+    return sloped(of_softmax(row, begun) - part, begun);
+  }
+
+  // The same in two halves, as Exponential has them.
+  struct Begun {
+    Vec d, tanh_slope;  // the latter only where there is a softcap
+    typename Exponential<Vec>::Begun power;
+  };
+  __attribute__((always_inline)) Begun begin(const RowConstants<Vec>& row, Vec x) const {
+    Begun begun;
+    if constexpr (kCapped)
+      x = Vec::splat(softcap) * vec_tanh(x / Vec::splat(softcap), &begun.tanh_slope);
+    begun.d = exponential.clamp(x - row.maximum);
+    begun.power = exponential.begin(begun.d);
+    return begun;
+  }
+  __attribute__((always_inline)) Vec end(const RowConstants<Vec>& row, const Begun& begun) const {
+    return sloped(of_softmax(row, begun), begun);
   }
 
  private:
-  template <class Function>
-  __attribute__((always_inline)) Vec of_capped(Vec x, const Function& function) const {
-    if constexpr (!kCapped) return function(x);
-    Vec tanh_slope;
-    const Vec capped = Vec::splat(softcap) * vec_tanh(x / Vec::splat(softcap), &tanh_slope);
-    return function(capped) * tanh_slope;
-  }
-  __attribute__((always_inline)) Vec of_softmax(const RowConstants<Vec>& row, Vec z) const {
-    const Vec zero = Vec::splat(0), d = exponential.clamp(z - row.maximum);
+  __attribute__((always_inline)) Vec of_softmax(const RowConstants<Vec>& row,
+                                                const Begun& begun) const {
     // A masked logit gets exactly 0.
-    const Vec power = select_ge(exponential.lowest, d, zero, exponential(d));
-    return fma(power, fma(row.slope, d, row.level), row.minus_uniform);
+    const Vec power =
+        select_ge(exponential.lowest, begun.d, Vec::splat(0), exponential.end(begun.power));
+    return fma(power, fma(row.slope, begun.d, row.level), row.minus_uniform);
+  }
+  __attribute__((always_inline)) Vec sloped(Vec gradient, const Begun& begun) const {
+    if constexpr (kCapped) return gradient * begun.tanh_slope;
+    return gradient;
   }
 };
 

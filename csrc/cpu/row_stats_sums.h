@@ -11,9 +11,7 @@ struct Sums {
   Vec rest = Vec::splat(0), rest_d = Vec::splat(0), rest_sq = Vec::splat(0);
 
   template <bool kSquares>
-  void add(Vec d, const Exponential<Vec>& exponential) {
-    d = exponential.clamp(d);
-    const Vec e = exponential(d);
+  void add(Vec e, Vec d) {
     rest = rest + e;
     rest_d = fma(e, d, rest_d);
     if (kSquares) rest_sq = fma(e, e, rest_sq);
@@ -31,26 +29,62 @@ constexpr int kRun = 32;
 // Sums over d(0) to d(count - 1). They alternate between two sums: more would not fit into AVX2's
 // registers, and with one each term would wait for the term before. The two halves of a pair are
 // two sums. Calls ahead(i) before every fourth term.
-template <bool kSquares, class Vec, class D, class Ahead>
+//
+// kOverlapped: a term is begun before the one before it is ended. A term is a chain of a dozen
+// operations, and fewer of them fill the processor's queue then. It takes more registers, of which
+// there are too few where d itself needs some.
+template <bool kSquares, bool kOverlapped, class Vec, class D, class Ahead>
 inline Sums<Vec> sum_of(int count, const Exponential<Vec>& exponential, const D& d,
                         const Ahead& ahead) {
   constexpr int kTerms = kRun / vectors_in<Vec>;
+  struct Begun {
+    Vec d;
+    typename Exponential<Vec>::Begun power;
+  };
+  const auto begin = [&](int i) {
+    const Vec clamped = exponential.clamp(d(i));
+    return Begun{clamped, exponential.begin(clamped)};
+  };
   Sums<Vec> total;
   for (int i = 0; i < count;) {
     const int end = count - i < kTerms ? count : i + kTerms;
     Sums<Vec> even, unpaired;
     Sums<Vec>& odd = vectors_in<Vec> > 1 ? even : unpaired;
+    const auto add = [&](Sums<Vec>& sums, const Begun& term) {
+      sums.template add<kSquares>(exponential.end(term.power), term.d);
+    };
     for (; i + 4 <= end; i += 4) {
       ahead(i);
-      even.template add<kSquares>(d(i), exponential);
-      odd.template add<kSquares>(d(i + 1), exponential);
-      even.template add<kSquares>(d(i + 2), exponential);
-      odd.template add<kSquares>(d(i + 3), exponential);
+      if constexpr (!kOverlapped) {
+        add(even, begin(i));
+        add(odd, begin(i + 1));
+        add(even, begin(i + 2));
+        add(odd, begin(i + 3));
+        continue;
+      }
+      const Begun first = begin(i), second = begin(i + 1);
+      add(even, first);
+      const Begun third = begin(i + 2);
+      add(odd, second);
+      const Begun fourth = begin(i + 3);
+      add(even, third);
+      add(odd, fourth);
     }
-    for (; i < end; ++i) even.template add<kSquares>(d(i), exponential);
+    for (; i < end; ++i) add(even, begin(i));
     total = total + (even + unpaired);
   }
   return total;
+}
+
+// The sums of a pair's two vectors.
+template <class Vec>
+inline Sums<Vec> in_one_vector(const Sums<Vec>& sums) {
+  return sums;
+}
+template <class Half>
+inline Sums<Half> in_one_vector(const Sums<Pair<Half>>& sums) {
+  return {sums.rest.low + sums.rest.high, sums.rest_d.low + sums.rest_d.high,
+          sums.rest_sq.low + sums.rest_sq.high};
 }
 
 }  // namespace sparse_kernels

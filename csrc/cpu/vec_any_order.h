@@ -6,6 +6,10 @@
 // Here are the functions for any vector; vec_avx2.h and vec_avx512.h have their own for 16 bits.
 #pragma once
 
+#include <type_traits>
+
+#include "vec_pair.h"
+
 namespace sparse_kernels {
 
 template <class Vec, class T>
@@ -28,6 +32,36 @@ template <class Vec, class T>
 inline void stream_pair(T* p, Vec first, Vec second) {
   stream(p, first);
   stream(p + Vec::kLanes, second);
+}
+
+// What such a loop takes at a time, and the same for it: a pair, or one vector where a pair would
+// not stay in registers.
+template <class Vec>
+using Batch = std::conditional_t<Vec::kInRegisters, Pair<Vec>, Vec>;
+
+template <class Half, class T>
+inline void load_in_any_order(const T* p, Pair<Half>& pair) {
+  load_pair(p, pair.low, pair.high);
+}
+template <class Half, class T>
+inline void store_in_any_order(T* p, Pair<Half> pair) {
+  store_pair(p, pair.low, pair.high);
+}
+template <class Half, class T>
+inline void stream_in_any_order(T* p, Pair<Half> pair) {
+  stream_pair(p, pair.low, pair.high);
+}
+template <class Vec, class T>
+inline void load_in_any_order(const T* p, Vec& v) {
+  v = Vec::load(p);
+}
+template <class Vec, class T>
+inline void store_in_any_order(T* p, Vec v) {
+  store(p, v);
+}
+template <class Vec, class T>
+inline void stream_in_any_order(T* p, Vec v) {
+  stream(p, v);
 }
 
 }  // namespace sparse_kernels

@@ -13,6 +13,7 @@ struct F32x16 {
   using Real = float;
   static constexpr int kLanes = 16;
   static constexpr int kPowerSteps = 16;
+  static constexpr bool kInRegisters = true;
 
   __m512 v;
 
@@ -224,6 +225,7 @@ struct F64x8 {
   using Real = double;
   static constexpr int kLanes = 8;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kInRegisters = true;
 
   __m512d v;
 

@@ -13,6 +13,7 @@ struct F32x8 {
   using Real = float;
   static constexpr int kLanes = 8;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kInRegisters = true;
 
   float32x4_t low, high;
 
@@ -133,6 +134,7 @@ struct F64x4 {
   using Real = double;
   static constexpr int kLanes = 4;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kInRegisters = true;
 
   float64x2_t low, high;
 

@@ -65,6 +65,10 @@ inline Pair<Half> operator*(Pair<Half> a, Pair<Half> b) {
   return {a.low * b.low, a.high * b.high};
 }
 template <class Half>
+inline Pair<Half> operator/(Pair<Half> a, Pair<Half> b) {
+  return {a.low / b.low, a.high / b.high};
+}
+template <class Half>
 inline Pair<Half> fma(Pair<Half> a, Pair<Half> b, Pair<Half> c) {
   return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
 }

@@ -7,6 +7,7 @@
 //   Vec::splat(x)                x in every lane
 //   Vec::load(p)                 kLanes consecutive logits of any type that widens to Real
 //   kPowerSteps                  steps of 2^x between powers of two: see nearest_step
+//   kInRegisters                 whether compilers keep several of these at a time in registers
 // and the operators and functions of this file.
 #pragma once
 
@@ -23,6 +24,7 @@ struct Lanes8 {
   using Real = Element;
   static constexpr int kLanes = 8;
   static constexpr int kPowerSteps = 1;
+  static constexpr bool kInRegisters = false;
 
   Real lane[kLanes];
 

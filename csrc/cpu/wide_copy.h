@@ -1,12 +1,15 @@
-// memcpy and memset with streaming stores for outputs that are larger than the caches. A streaming
-// store does not first read the line that it overwrites and evicts nothing from the cache.
+// memcpy and memset for rows. Outputs that are larger than the caches are written with streaming
+// stores: such a store does not first read the line that it overwrites and evicts nothing from the
+// cache. With AVX-512 the rows of other outputs are copied by lines that are fetched ahead.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(SPARSE_KERNELS_X86)
-#include <emmintrin.h>
+#include <immintrin.h>
+
+#include "sparse_kernels/cpu/instruction_set.h"
 #endif
 
 namespace sparse_kernels {
@@ -32,7 +35,27 @@ inline void by_lines(char* to, int64_t bytes, const Store& store, const Plain& p
   plain(offset, bytes - offset);
 }
 
-inline void copy_bytes(char* to, const char* from, int64_t bytes, bool streaming) {
+constexpr int64_t kWideRow = 1024;  // bytes; shorter rows are left to memcpy
+constexpr int64_t kWriteAhead = 4096;
+
+// memcpy whose lines are already on their way into the cache when they are written.
+__attribute__((target("avx512f"))) static inline void copy_lines(char* to, const char* from,
+                                                                 int64_t bytes) {
+  int64_t i = 0;
+  for (; i + 2 * kLine <= bytes; i += 2 * kLine) {
+    __builtin_prefetch(to + i + kWriteAhead, 1);
+    __builtin_prefetch(to + i + kLine + kWriteAhead, 1);
+    const __m512i first = _mm512_loadu_si512(from + i);
+    const __m512i second = _mm512_loadu_si512(from + i + kLine);
+    _mm512_storeu_si512(to + i, first);
+    _mm512_storeu_si512(to + i + kLine, second);
+  }
+  std::memcpy(to + i, from + i, size_t(bytes - i));
+}
+
+static inline void copy_bytes(char* to, const char* from, int64_t bytes, bool streaming) {
+  if (!streaming && bytes >= kWideRow && instruction_set() == InstructionSet::kAvx512)
+    return copy_lines(to, from, bytes);
   if (!streaming || bytes < kStreamedRow) {
     std::memcpy(to, from, size_t(bytes));
     return;
@@ -68,7 +91,7 @@ static inline void finish_streaming() { _mm_sfence(); }
 
 #else
 
-inline void copy_bytes(char* to, const char* from, int64_t bytes, bool) {
+static inline void copy_bytes(char* to, const char* from, int64_t bytes, bool) {
   std::memcpy(to, from, size_t(bytes));
 }
 static inline void zero_bytes(char* to, int64_t bytes, bool) { std::memset(to, 0, size_t(bytes)); }

@@ -139,6 +139,20 @@ def test_gather_of_a_tree_keeps_its_structure(backend):
     assert taken["meta"][1][0].shape == (len(selection.index), 2, 2)
 
 
+@pytest.mark.parametrize("row_bytes", [1023, 1024, 1025, 1087, 1151, 1152, 1153, 5000, 12_288, 12_289])
+def test_rows_of_any_length_are_whole(instruction_set, row_bytes):
+    """Rows of every offset to a cache line, among others that stay as they are."""
+    torch.manual_seed(0)
+    rows = torch.randint(0, 256, (40, row_bytes), dtype=torch.uint8)
+    index = torch.randperm(40)[:17].sort().values
+    selection = sk.compact(torch.zeros(40, dtype=torch.bool).index_fill_(0, index, 1))
+    packed = sk.gather_rows(rows, selection, backend="cpp")
+    assert torch.equal(packed, rows[index])
+    assert torch.equal(
+        sk.scatter_rows(packed, selection, backend="cpp"), torch.zeros_like(rows).index_copy_(0, index, packed)
+    )
+
+
 @pytest.mark.parametrize("shape", [(500, 3000), (3, 100_003), (20, 1_600_001), (40_000, 3), (3, 0)])
 def test_large_tensors_by_several_threads(backend, shape):
     """Shares of whole rows, rows cut between threads, and from 16 MB on streaming stores and large pages."""
