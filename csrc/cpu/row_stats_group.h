@@ -16,7 +16,7 @@ namespace sparse_kernels {
 template <class Vec>
 struct alignas(64) Group {
   using Real = typename Vec::Real;
-  static constexpr int kRows = 4 * Vec::kLanes;
+  static constexpr int kRows = 8 * Vec::kLanes;
 
   Real maximum[kRows];  // of the logits
   Real rest[kRows];

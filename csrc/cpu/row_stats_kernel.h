@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "row_stats_ahead.h"
 #include "row_stats_backward.h"
 #include "row_stats_columns.h"
 #include "row_stats_functions.h"
@@ -24,6 +25,7 @@ RowStatsResult forward(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t 
                        const PartSums* parts) {
   constexpr int kLanes = Vec::kLanes;
   RowStatsResult result;
+  const RowsAhead<Vec> rows_ahead(args);
   const bool in_columns = args.class_stride == 1 && args.classes > kTransposeClasses;
   for (int64_t row = begin; row < end;) {
     if (in_columns) {
@@ -35,7 +37,7 @@ RowStatsResult forward(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t 
       finish(args, plan, group, row, count, result);
       row += count;
     } else {
-      Tile<Vec, T> tile(args, plan, row, end);
+      Tile<Vec, T> tile(args, plan, rows_ahead, row, end);
       tile.template compute<kSquares>(result);
       row += tile.rows();
     }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "row_stats_ahead.h"
 #include "row_stats_blocks.h"
 #include "row_stats_group.h"
 #include "row_stats_lanes.h"
@@ -22,41 +23,6 @@ namespace sparse_kernels {
 
 constexpr int kTileBytes = 32 * 1024;
 
-// Prefetches the block of planes that follows, plane by plane, two lines at a time, while the
-// arithmetic on this one takes its time. Vec names the instruction set alone.
-template <class Vec>
-class PlanesAhead {
- public:
-  // operator() is called `calls` times.
-  template <class T>
-  PlanesAhead(const T* planes, int64_t class_stride, int columns, int width, int calls)
-      : at_(reinterpret_cast<const char*>(planes)), stride_(class_stride * int64_t(sizeof(T))) {
-    const int in_line = int(reinterpret_cast<uintptr_t>(planes) % 64);
-    bytes_ = (width * int(sizeof(T)) + in_line + 127) / 128 * 128;
-    end_ = at_ + bytes_;
-    left_ = planes && calls > 0 ? columns * (bytes_ / 128) : 0;
-    at_once_ = left_ > 0 ? (left_ + calls - 1) / calls : 0;
-  }
-
-  void operator()() {
-    const int count = left_ < at_once_ ? left_ : at_once_;
-    left_ -= count;
-    for (int i = 0; i < count; ++i) {
-      prefetch(at_);
-      prefetch(at_ + 64);
-      at_ += 128;
-      if (at_ != end_) continue;
-      at_ += stride_ - bytes_;
-      end_ += stride_;
-    }
-  }
-
- private:
-  const char *at_, *end_;
-  int64_t stride_;
-  int bytes_, left_, at_once_;
-};
-
 template <class Vec, class T>
 class Tile {
   using Real = typename Vec::Real;
@@ -66,8 +32,9 @@ class Tile {
 
  public:
   // Of rows from `row` on, before `end`.
-  Tile(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t row, int64_t end)
-      : args_(args), plan_(plan), row_(row) {
+  Tile(const RowStatsArgs& args, const Plan<Vec>& plan, const RowsAhead<Vec>& rows_ahead,
+       int64_t row, int64_t end)
+      : args_(args), plan_(plan), rows_ahead_(rows_ahead), row_(row) {
     const RowLayout& layout = args.layout;
     const int inner = layout.dimensions - 1;
     int64_t left = end - row;
@@ -116,7 +83,6 @@ class Tile {
   // Lanes past the last row repeat it.
   template <class Integer>
   void copy_targets(const Integer* from, RowStatsResult& result) {
-    for (int i = 0; i < count_; i += 64 / int(sizeof(Integer))) prefetch(from + count_ + i);
     for (int i = 0; i < count_; ++i) target_[i] = from[i];
     for (int i = count_; i < width_; ++i) target_[i] = target_[count_ - 1];
     const auto unusual = [&](int i) {
@@ -188,6 +154,7 @@ class Tile {
     PlanesAhead<Vec> ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4));
     constexpr int kAtOnce = Group<Vec>::kRows / kLanes;
     for (int g = 0; g < groups_; ++g) {
+      if (begin == 0) rows_ahead_(next_row + g * kLanes, kLanes);
       sums_[g].template add<kSquares>(exponential, columns, target_column_ + g * kLanes,
                                       x_ + g * kLanes, width_, [&] { ahead(); });
       if (begin + columns == args_.classes && (g % kAtOnce == kAtOnce - 1 || g == groups_ - 1))
@@ -214,12 +181,14 @@ class Tile {
 
   const RowStatsArgs& args_;
   const Plan<Vec>& plan_;
+  const RowsAhead<Vec>& rows_ahead_;
   int64_t row_;
   int count_, groups_, width_;  // rows; groups of kLanes; the lanes of all groups
   bool adjacent_ = false;       // pixels: a class's logits are adjacent in memory
   bool any_ignored_;
-  uint8_t ignored_[kRows];
-  int64_t target_[kRows];                  // a class, also where the row is ignored
+  // Aligned: whole vectors of these are read and written.
+  alignas(64) uint8_t ignored_[kRows];
+  alignas(64) int64_t target_[kRows];      // a class, also where the row is ignored
   alignas(64) Real target_column_[kRows];  // of the block; no column of it where it is in another
   LaneSums<Vec> sums_[kTileGroups];
   Extras<Vec> extras_[kTileGroups];

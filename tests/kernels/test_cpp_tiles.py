@@ -39,6 +39,15 @@ def test_pixels_of_several_tiles_and_blocks(instruction_set, shape, dtype):
     compare(logits, targets, dim=1)
 
 
+@pytest.mark.parametrize("rows", [31, 33, 63, 65, 127, 128, 129, 160, 255, 256, 257, 290])
+def test_rows_about_those_that_are_decided_together(instruction_set, rows):
+    """Statistics and decisions are made of several vectors of rows at once, of which the last may be in part."""
+    torch.manual_seed(rows)
+    logits, targets = 3 * torch.randn(rows, 9), torch.randint(0, 9, (rows,))
+    compare(logits, targets)
+    compare(logits.t().contiguous(), targets, dim=0)
+
+
 @pytest.mark.parametrize("layout", ["pixels", "few classes"])
 def test_bad_rows_of_a_tile_are_counted_and_leave_the_others_alone(instruction_set, layout):
     torch.manual_seed(2)
