@@ -1,5 +1,6 @@
 """Before any test module: whoever imports triton first decides for the process whether its kernels are interpreted."""
 
+import gc
 import os
 
 import pytest
@@ -12,3 +13,9 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     register(config)
+
+
+def pytest_collection_finish() -> None:
+    """Spare what is imported from garbage collection: hosts collect after each training, which took up to a second."""
+    gc.collect()
+    gc.freeze()
