@@ -8,7 +8,7 @@ import os
 
 import fresh
 import pytest
-from emulated import forced
+from emulated import each, forced
 
 # A process of its own, which a wrong read ends; it names each case before.
 SCRIPT = """
@@ -65,7 +65,7 @@ import os; os._exit(0)
 """
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", each(("portable", "avx2", "avx512")))
 def test_nothing_is_read_past_the_end_of_the_operands(name):
     with forced(name):  # skips where it is absent
         environment = {**os.environ, "SPARSE_KERNELS_CPU": name}
