@@ -60,7 +60,7 @@ def _server(read_at_import: tuple[str | None, ...]) -> Server:
 def run(
     *arguments: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 240.0
 ) -> subprocess.CompletedProcess[str]:
-    """Return how ``python *arguments`` ended, whose first is -c or -m, and what it printed.
+    """Return how ``python *arguments`` ended, whose first is -c, -m or a script, and what it printed.
 
     Args:
         arguments: as Python's command line has them.
@@ -98,14 +98,17 @@ def _main() -> None:
     import torch._dynamo  # noqa: F401
 
     gc.freeze()
-    mode, program, *rest = _serve()
-    sys.path[0] = "" if mode == "-c" else os.getcwd()
-    sys.argv = [mode, *rest]
-    if mode == "-m":
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-    else:
+    mode, *rest = sys.argv = _serve()
+    if mode == "-c":
+        sys.path[0], sys.argv = "", ["-c", *rest[1:]]
         sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(program, "<string>", "exec"), sys.modules["__main__"].__dict__)
+        exec(compile(rest[0], "<string>", "exec"), sys.modules["__main__"].__dict__)
+    elif mode == "-m":
+        sys.path[0], sys.argv = os.getcwd(), rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(mode).parent)
+        runpy.run_path(mode, run_name="__main__")
 
 
 if __name__ == "__main__":
