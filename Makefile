@@ -18,7 +18,7 @@ SECONDS_EACH ?= 6
 WORKERS ?= 2
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo help hosts test test-slow test-versions test-floor test-newest test-triton-matrix wheels test-arm test-xla bench bench-head gpu sanitize fuzz headers lint format clean
+.PHONY: demo help hosts test test-slow test-all test-versions test-floor test-newest test-triton-matrix wheels test-arm test-xla bench bench-head gpu sanitize fuzz headers lint format clean
 
 demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded digits, and draw the report
 	$(BIN)/sparse-train compare --data digits --rate 0.1 --seconds $(SECONDS_EACH) --seeds 3 --out $(OUT)
@@ -27,14 +27,19 @@ demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded
 help:  ## print this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-# A process a core, a file's tests in one of them; their threads wait asleep, as there are more of them than cores.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+# A process a core, a file's tests in one of them, in the order of tests/conftest.py; their threads wait asleep, as there
+# are more of them than cores.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -q $(PARALLEL)
 
 test: $(READY) hosts  ## the suite but for what is marked slow
 	$(PYTEST) -m 'not slow'
 
 test-slow: $(READY) hosts  ## what is marked slow
 	$(PYTEST) -m slow
+
+test-all: $(READY) hosts  ## both in one run, with one start, and one end at which a core waits for the other
+	$(PYTEST)
 
 # Files of packages whose pins forbid one environment: tests load single files of them (tests/helpers/host_files.py).
 # Those tests skip where a wheel cannot be had; where all can, none does.
@@ -53,14 +58,15 @@ $(HOSTS)/.ready: tests/versions/hosts.txt | $(READY)
 # is installed of this package: its C++ part was built for READY's environment, and serves every PyTorch of that Python.
 VERSIONS := build/versions
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
-VERSIONS_SUITE ?= tests/kernels tests/test_smoke.py -k 'not test_cuda and not test_build'
+VERSIONS_SUITE ?= tests/kernels tests/test_smoke.py
+VERSIONS_MARKS ?= not any_pytorch
 
 test-versions: test-floor test-newest  ## the kernels and a short training with the oldest and the newest PyTorch
 
 test-floor test-newest: test-%: $(VERSIONS)/%/.ready
 	$(VERSIONS)/$*/bin/python -c 'import torch; print("torch", torch.__version__)'
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api SPARSE_KERNELS_EXPECT=cpp SPARSE_KERNELS_STRICT_SKIPS=1 \
-	  OMP_WAIT_POLICY=passive $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider -n $(WORKERS) --dist loadfile $(VERSIONS_SUITE)
+	  OMP_WAIT_POLICY=passive $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider $(PARALLEL) -m '$(VERSIONS_MARKS)' $(VERSIONS_SUITE)
 
 TRITONS := $(BIN) $(VERSIONS)/floor/bin $(VERSIONS)/newest/bin
 
@@ -125,10 +131,15 @@ $(SANITIZED)/fuzz_kernels: tests/fuzz/fuzz_kernels.cpp $(SANITIZED)/.built
 headers: $(READY)  ## parse each C++ and CUDA header alone
 	$(BIN)/python tests/check_headers.py
 
-lint: $(READY) headers  ## formatting, types and import contracts
+lint: types headers formatting  ## formatting, types and import contracts; with -j2 in half the time
+
+.PHONY: types formatting
+types: $(READY)
+	$(BIN)/mypy
+
+formatting: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 

@@ -1,6 +1,8 @@
 """Before any test module: whoever imports triton first decides for the process whether its kernels are interpreted."""
 
+import gc
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -12,3 +14,15 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     register(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with many slow tests first: begun last, one would keep a process long after the others have ended."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Spare what is imported from garbage collection: hosts collect after each training, which took up to a second."""
+    gc.collect()
+    gc.freeze()

@@ -4,10 +4,9 @@ import ast
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -47,9 +46,6 @@ def test_runs_and_prints_what_it_says(path, tmp_path):
     for package in NEEDS.get(path.stem, ()):
         if importlib.util.find_spec(package) is None:  # some are there for their files alone, and cannot be imported
             pytest.importorskip(package)
-    command = [sys.executable, str(path)]
-    if path.stem == "two_processes":
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     places = [str(ROOT), str(ROOT / "python_api")]
     environment = {
         **os.environ,
@@ -57,7 +53,9 @@ def test_runs_and_prints_what_it_says(path, tmp_path):
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    before = launcher if path.stem == "two_processes" else []
+    run = fresh.run(*before, str(path), cwd=tmp_path, environment=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     printed = [NUMBER.sub("#", line.strip()) for line in run.stdout.splitlines()]
     _, output = first_lines(path)

@@ -4,10 +4,10 @@ import csv
 import logging
 import math
 import os
-import subprocess
 import sys
 import time
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -350,9 +350,9 @@ SparseTrainer(nn.Linear(8, 2), policy="dense").fit(loader, epochs=1, evaluate=lo
 """
 
     def said(setup):
-        return subprocess.run(
-            [sys.executable, "-c", code.format(setup=setup)], capture_output=True, text=True, check=True
-        ).stderr.splitlines()
+        done = fresh.run("-c", code.format(setup=setup))
+        assert done.returncode == 0, done.stderr
+        return done.stderr.splitlines()
 
     assert said("") == ["1 batch of 4 had a loss that is not finite and were not learned from"]
     lines = said("import logging; logging.basicConfig(level='INFO', format='%(name)s %(message)s')")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 
@@ -408,8 +409,7 @@ def test_a_folder_of_another_command_is_refused(here, capsys):
 
 def test_python_dash_m_and_an_unknown_backend(here):
     environment = {**os.environ, "SPARSE_KERNELS_BACKEND": "abacus"}  # read at import: hence a process
-    command = [sys.executable, "-m", "sparse_training", "train", "--steps", "3"]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    ran = fresh.run("-m", "sparse_training", "train", "--steps", "3", environment=environment)
     assert ran.returncode == 2
     assert ran.stderr == "error: unknown backend 'abacus'; use one of cpp, triton, torch, cuda, gpu\n"
     assert os.listdir() == []

@@ -11,7 +11,7 @@ import math
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ CALLS = (
     "set_instruction_set", "row_stats", "gate_rows", "row_stats_backward", "count_flags", "compact", "gather_rows",
     "scatter_rows",
 )  # fmt: skip
+IN_USE = None if cpp.unavailable_reason() else cpp._cpp.instruction_set()
 MOST = 2**30  # bytes of an operand
+
+
+def each(names: Sequence[str] = INSTRUCTION_SETS) -> list[Any]:
+    """Return a parameter for each instruction set; all but the one in use are the same with every PyTorch."""
+    return [name if name == IN_USE else pytest.param(name, marks=pytest.mark.any_pytorch) for name in names]
 
 
 def unavailable_reason() -> str | None:

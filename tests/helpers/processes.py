@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import queue
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 LIMIT = 240.0  # seconds until a hang is a failure
 
@@ -44,7 +44,8 @@ class Processes:
 
     def start(self) -> None:
         self.starts += 1
-        context = mp.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # they need not import PyTorch, each for itself
+        context.set_forkserver_preload(["sparse_training", "torch._dynamo"])
         self.tasks = [context.Queue() for _ in range(self.size)]
         self.answers = context.Queue()
         store = str(self.folder / f"store-{self.starts}")

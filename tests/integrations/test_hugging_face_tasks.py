@@ -262,8 +262,8 @@ def test_a_gate_that_keeps_all_tokens_is_the_host(tmp_path, name):
 def test_a_gate_that_keeps_some_samples_trains_on_those_of_the_highest_loss(tmp_path, name):
     model, rows = make(name)
     alone = []
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
     for row in rows:  # the host's own loss of each sample
-        trainer = transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
         with torch.no_grad():
             alone.append(trainer.compute_loss(model.eval(), transformers.default_data_collator([row])).item())
     highest = [rows[place] for place in sorted(range(N), key=alone.__getitem__)[-2:]]

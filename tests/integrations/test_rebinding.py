@@ -1,10 +1,10 @@
 """Names of a host that are bound to functions of ours and back, on a package that is written for the purpose."""
 
 import importlib
-import subprocess
 import sys
 import textwrap
 
+import fresh
 import pytest
 
 from sparse_training.errors import UserError
@@ -167,5 +167,6 @@ def test_the_integrations_import_no_host():
         hosts = {"trl", "transformers", "lightning", "verl", "openrlhf", "torchtitan", "mmseg", "swift", "axolotl"}
         print(sorted(hosts & set(sys.modules)))
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    run = fresh.run("-c", textwrap.dedent(code))
+    assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from emulated import INSTRUCTION_SETS, forced
+from emulated import each, forced
 
 from sparse_kernels import _known
 from sparse_kernels.backends.triton import backend as triton_backend
@@ -89,7 +89,7 @@ def many_processors(monkeypatch):
     monkeypatch.setattr(triton_backend, "processors", lambda device: 10_000)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=each())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ backend forced to one instruction set, put back afterwards; NEON is emulated on other processors."""
     with forced(request.param):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import fresh
 import pytest
 import torch
 
@@ -64,8 +65,7 @@ print(sk.backend_info())
 
 def run_with(script=EVERY_OPERATION, **variables):
     environment = {**os.environ, "TRITON_INTERPRET": "0", **variables}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return fresh.run("-c", script, environment=environment)
 
 
 @functools.cache
@@ -272,9 +272,7 @@ def test_instruction_set_is_forced_by_the_environment_or_refused(name):
         pytest.skip("the C++ backend is not built")
     available = sk.backends.cpp._cpp.instruction_sets()
     environment = {**os.environ, "SPARSE_KERNELS_CPU": name}
-    done = subprocess.run(
-        [sys.executable, "-m", "sparse_kernels"], capture_output=True, text=True, env=environment, check=False
-    )
+    done = fresh.run("-m", "sparse_kernels", environment=environment)
     if name in available:
         assert f"cpp ({name}" in done.stdout
     else:

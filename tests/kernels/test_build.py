@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.any_pytorch
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("pybind11", reason="the build's own needs are not installed here")
 pytest.importorskip("ninja", reason="the build's own needs are not installed here")

@@ -1,8 +1,8 @@
 """The command that checks, and the warm-up before a capture."""
 
-import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 from proof_parts import forget, kept, no_check, unproved
@@ -103,9 +103,8 @@ def test_nothing_to_check_is_no_success(monkeypatch, capsys):
 
 
 def test_the_command_is_documented():
-    done = subprocess.run(
-        [sys.executable, "-m", "sparse_kernels", "check", "--help"], capture_output=True, text=True, check=True
-    )
+    done = fresh.run("-m", "sparse_kernels", "check", "--help")
+    assert done.returncode == 0, done.stderr
     for option in ("--device", "--backend", "--seed", "--quick"):
         assert option in done.stdout
 

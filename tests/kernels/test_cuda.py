@@ -3,12 +3,17 @@
 Both run the same host and device code of csrc/cuda and the same sparse_kernels/backends/cuda.py, against the reference.
 """
 
+import fcntl
+import functools
+import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -24,9 +29,10 @@ from sparse_kernels._arguments import CompactCall, ControlCall, GateStepCall, Se
 from sparse_kernels.backends import cuda as cuda_backend
 from sparse_kernels.backends.triton import backend as triton_backend
 
+pytestmark = pytest.mark.any_pytorch
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cuda"
-SANITIZE = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fsanitize-sections=cuda_shared"
+SANITIZE = "-O0 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fsanitize-sections=cuda_shared"
 # How the kernels are built for a CPU: the last test but the GPU's sets it.
 FLAGS = os.environ.get("CUDA_ON_CPU_FLAGS", "-O1")
 
@@ -34,33 +40,50 @@ MISSING = cuda_backend.unavailable_reason()  # not built, or no GPU
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=f"the CUDA backend: {MISSING}")]
 
 
-_built = []
-
-
 @pytest.fixture(scope="session")
-def cuda_on_cpu(tmp_path_factory):
-    """The extension with tests/cuda_on_cpu in place of CUDA, built once for this module and test_cuda_build."""
-    if not _built:
-        _built.append(build_cuda_on_cpu(tmp_path_factory))
-    return _built[0]
+def cuda_on_cpu():
+    """The extension with tests/cuda_on_cpu in place of CUDA."""
+    return build_cuda_on_cpu()
 
 
-def build_cuda_on_cpu(tmp_path_factory, csrc=CSRC.parent, more=()):
-    """Build the sources of a folder, with more of the compiler's options."""
+@functools.cache
+def build_cuda_on_cpu(csrc=CSRC.parent, more=()):
+    """Return the extension of a folder's sources, built with more of the compiler's options.
+
+    Builds are kept in build/cuda_on_cpu, by all that goes into them: several files' tests, in two processes, need one.
+    """
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    options = [*more, *f"-std=c++17 {FLAGS} -g -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()]
+    emulation = ROOT / "tests" / "cuda_on_cpu"
+    options = [*more, *f"-std=c++17 {FLAGS} -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()]
     options += ["-Wno-unknown-pragmas", "-Wno-clobbered"]  # unroll; getcontext returns once here
-    includes = [
-        csrc / "include",
-        ROOT / "tests" / "cuda_on_cpu",
-        sysconfig.get_path("include"),
-        pybind11.get_include(),
-    ]
+    content = hashlib.sha256(repr((options, compiler, sys.version, pybind11.__version__)).encode())
+    for path in (path for folder in (csrc, emulation) for path in sorted(folder.rglob("*")) if path.is_file()):
+        content.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    includes = [csrc / "include", emulation, sysconfig.get_path("include"), pybind11.get_include()]
     options += [f"-I{path}" for path in includes]
+    builds = ROOT / "build" / "cuda_on_cpu"
+    builds.mkdir(parents=True, exist_ok=True)
+    library = builds / content.hexdigest()[:16] / "_cuda.so"
+    with (builds / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in sorted(builds.glob("*/"), key=os.path.getmtime)[:-5]:
+                shutil.rmtree(old)
+            with tempfile.TemporaryDirectory(dir=builds) as folder:
+                _compile(compiler, options, csrc, Path(folder))
+                library.parent.mkdir(exist_ok=True)
+                (Path(folder) / "_cuda.so").replace(library)
+    name = f"{library.parent.name}._cuda"  # pybind11 gives a name's first module again, whatever the file of the second
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def _compile(compiler, options, csrc, folder):
     sources = [csrc / "bindings" / "cuda_module.cpp", *(csrc / "cuda").glob("*.cu")]
     objects = [str(folder / f"{source.name}.o") for source in sources]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not the compiler
@@ -69,13 +92,8 @@ def build_cuda_on_cpu(tmp_path_factory, csrc=CSRC.parent, more=()):
         for source, to in zip(sources, objects, strict=True)
     ]
     assert [process.wait() for process in running] == [0] * len(sources)
-    library = str(folder / "_cuda.so")
-    subprocess.run([compiler, *FLAGS.split(), "-shared", *objects, "-o", library], env=environment, check=True)
-    name = f"{folder.name}._cuda"  # pybind11 gives a name's first module again, whatever the file of the second
-    loader = importlib.machinery.ExtensionFileLoader(name, library)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(module)
-    return module
+    link = [compiler, *FLAGS.split(), "-shared", *objects, "-o", str(folder / "_cuda.so")]
+    subprocess.run(link, env=environment, check=True)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_gpu)])

@@ -22,6 +22,8 @@ from sparse_kernels._arguments import CompactCall, GateStepCall, Settings, TreeC
 from sparse_kernels.backends import cuda as cuda_backend
 from sparse_kernels.backends.triton import backend as triton_backend
 
+pytestmark = pytest.mark.any_pytorch
+
 
 class Dispatched(TorchDispatchMode):
     def __init__(self):

@@ -4,9 +4,8 @@ What once was a segmentation fault runs in a process of its own.
 """
 
 import math
-import subprocess
-import sys
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -57,7 +56,7 @@ def same(a, b):
 def survives(code: str) -> str:
     """Run in a process of its own; what it prints."""
     lines = "import numpy as np, torch\nimport sparse_kernels as sk\nfrom sparse_kernels.sum_tree import *\n"
-    done = subprocess.run([sys.executable, "-c", lines + code], capture_output=True, text=True, timeout=240)
+    done = fresh.run("-c", lines + code)
     assert done.returncode == 0, f"died with {done.returncode}: {done.stderr[-800:]}"
     return done.stdout
 

@@ -2,9 +2,8 @@
 
 import mmap
 import os
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,7 +46,7 @@ out = sk.{move}_rows(torch.arange(float(page // 4)), selection, backend="cpp")
 assert torch.equal(out, torch.arange(float(page // 4)))
 import os; os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    done = fresh.run("-c", code)
     assert done.returncode == 0, f"died with {done.returncode}: {done.stderr[-500:]}"
     assert mmap.PAGESIZE % 4 == 0
 
@@ -130,9 +129,7 @@ def test_an_unknown_instruction_set_is_one_line():
     if "cpp" not in BACKENDS:
         pytest.skip("the C++ backend was not built")
     environment = {**os.environ, "SPARSE_KERNELS_CPU": "avx9"}
-    done = subprocess.run(
-        [sys.executable, "-c", "import sparse_kernels"], capture_output=True, text=True, env=environment, timeout=240
-    )
+    done = fresh.run("-c", "import sparse_kernels", environment=environment)
     assert done.returncode == 1
     assert done.stderr.strip().split("\n")[-1] == (
         "ValueError: `SPARSE_KERNELS_CPU` must be an instruction set to use: "

@@ -1,8 +1,6 @@
 """Operands that another thread changes during a call: results may mix old and new, and hold no foreign memory."""
 
-import subprocess
-import sys
-
+import fresh
 import pytest
 
 from sparse_kernels.backends import cpp as cpp_backend
@@ -70,5 +68,5 @@ finally:
 )
 def test_an_operand_changed_by_another_thread_is_bounded(operation, width, dtype):
     source = CHANGED.format(operation=operation, width=width, dtype=dtype)
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    done = fresh.run("-c", source)
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-500:]}"

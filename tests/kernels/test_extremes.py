@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from emulated import INSTRUCTION_SETS, forced
+from emulated import INSTRUCTION_SETS, each, forced
 
 import sparse_kernels as sk
 from sparse_kernels.backends import cpp as cpp_backend
@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OUTPUTS = (*WEIGHABLE, "argmax")
 
 
-@pytest.fixture(params=["torch", "triton", *INSTRUCTION_SETS])
+@pytest.fixture(params=["torch", "triton", *each()])
 def backend(request):
     """Each backend that runs on a CPU, C++ with each instruction set."""
     name = request.param

@@ -5,11 +5,10 @@ Prefetches may go there, since they never fault.
 """
 
 import os
-import subprocess
-import sys
 
+import fresh
 import pytest
-from emulated import forced
+from emulated import each, forced
 
 # A process of its own, which a wrong read ends; it names each case before.
 SCRIPT = """
@@ -66,11 +65,11 @@ import os; os._exit(0)
 """
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", each(("portable", "avx2", "avx512")))
 def test_nothing_is_read_past_the_end_of_the_operands(name):
     with forced(name):  # skips where it is absent
         environment = {**os.environ, "SPARSE_KERNELS_CPU": name}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240, env=environment)
+    done = fresh.run("-c", SCRIPT, environment=environment)
     last = done.stdout.splitlines()[-1:]
     assert done.returncode == 0, f"died with {done.returncode} in {last}: {done.stderr[-500:]}"
     assert last == ["done"]

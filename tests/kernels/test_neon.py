@@ -15,6 +15,7 @@ from emulated import forced
 import sparse_kernels as sk
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.any_pytorch
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.float64], ids=str)

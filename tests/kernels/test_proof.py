@@ -4,11 +4,11 @@ import contextlib
 import json
 import logging
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from proof_parts import batch, forget, kept, no_check, unproved, warned
@@ -410,8 +410,7 @@ def test_a_capture_waits_for_no_check(monkeypatch):
 @pytest.mark.parametrize("value", ["on", "AUTO "])
 def test_another_mode_is_refused_in_one_line(value):
     environment = {**os.environ, "SPARSE_KERNELS_SELFCHECK": value}
-    command = [sys.executable, "-c", "import sparse_kernels"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = fresh.run("-c", "import sparse_kernels", environment=environment)
     last = done.stderr.splitlines()[-1]
     assert last == f"ValueError: `SPARSE_KERNELS_SELFCHECK` must be one of auto, off, force, got {value!r}"
 

@@ -16,6 +16,7 @@ from sparse_kernels.backends import cuda as cuda_backend
 from sparse_kernels.self_check import proof
 
 pytestmark = [
+    pytest.mark.any_pytorch,
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # NumPy, on NaN and inf
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="nothing is interpreted"),
 ]

@@ -3,6 +3,7 @@
 A process that interprets cannot compile, so what compiles ahead of time runs in a process of its own.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -80,6 +81,24 @@ def compiled(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def kinds_of_table(request, tmp_path_factory):
+    """Returns kinds of the launch table for an architecture: some, in one run, or all, an architecture a run."""
+    every = os.environ.get("TRITON_MATRIX") == "all"
+    only = "" if every else "float32, (10|127|128) classes, everything"
+
+    @functools.cache
+    def run(*architectures):
+        return kinds(request, tmp_path_factory, "table", *architectures, TRITON_KINDS=only)
+
+    def of(arch):
+        found = run(*((arch,) if every else ARCHITECTURES))[str(arch)]
+        assert len(found) >= (100 if every else 3)
+        return found
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def keys(request, tmp_path_factory):
     """Keys by which calls with other values look up their compilation."""
     return kinds(request, tmp_path_factory, "keys")
@@ -103,12 +122,9 @@ def test_compiles_for_gpus_and_fits_registers(arch, compiled):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_kind_of_the_launch_table_spills(arch, request, tmp_path_factory):
+def test_no_kind_of_the_launch_table_spills(arch, kinds_of_table):
     """`make test-triton-matrix` compiles every kind, with each Triton; other runs take some of them."""
-    only = "" if os.environ.get("TRITON_MATRIX") == "all" else "float32, (10|127|128) classes, everything"
-    found = kinds(request, tmp_path_factory, "table", arch, TRITON_KINDS=only)[str(arch)]
-    assert len(found) >= (100 if not only else 3)
-    spilling = [f"{kernel['case']}: {kernel['stack']} bytes" for kernel in found if kernel["stack"]]
+    spilling = [f"{kernel['case']}: {kernel['stack']} bytes" for kernel in kinds_of_table(arch) if kernel["stack"]]
     assert not spilling, "\n".join(spilling)
 
 
