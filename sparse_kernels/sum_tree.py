@@ -73,7 +73,7 @@ class SumTree:
         nodes = leaves.numel()
         while nodes > 1 or not self.levels:
             nodes = -(-nodes // FAN)
-            self.levels.append(torch.empty(nodes, dtype=torch.float64))
+            self.levels.append(torch.empty(nodes, dtype=torch.float64, device="cpu"))
         self.cpp = _use_cpp(cpp)
         self.build()
 
@@ -91,7 +91,7 @@ class SumTree:
         for level in self.levels:
             for begin in range(0, len(level), 1 << 16):  # a slice at a time: 64 doubles a node
                 end = min(begin + (1 << 16), len(level))
-                level[begin:end] = _sum_by_halving(_children(below, torch.arange(begin, end)))
+                level[begin:end] = _sum_by_halving(_children(below, torch.arange(begin, end, device="cpu")))
             below = level
 
     def update(self, index: Tensor) -> None:
@@ -135,7 +135,7 @@ class SumTree:
         for below in (*reversed(self.levels[:-1]), self.leaves):
             groups = _children(below, node).reshape(-1, GROUP, GROUP)
             group, targets = _pick(_sum_by_halving(groups), targets)
-            child, targets = _pick(groups[torch.arange(len(group)), group], targets)
+            child, targets = _pick(groups[torch.arange(len(group), device="cpu"), group], targets)
             node = node * FAN + group * GROUP + child
         return node.reshape(shape)
 
@@ -166,7 +166,7 @@ def _use_cpp(requested: bool | None) -> bool:
 
 def _children(below: Tensor, nodes: Tensor) -> Tensor:
     """Return the children of each node, float64 [n, FAN]; 0 for one that is missing or NaN."""
-    place = nodes[:, None] * FAN + torch.arange(FAN)
+    place = nodes[:, None] * FAN + torch.arange(FAN, device="cpu")
     inside = place < below.numel()
     children = below[place.clamp(max=below.numel() - 1)].double()
     return torch.where(inside & ~children.isnan(), children, 0.0)

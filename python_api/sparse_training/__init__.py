@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparse_kernels import __version__
-    from sparse_training import nn
+    from sparse_training import nn as nn
     from sparse_training.criterion import Criterion
     from sparse_training.data.image_files import ImageFiles
     from sparse_training.data.image_shards import ImageShards
@@ -66,7 +66,6 @@ __all__ = [
     "advise",
     "build_model",
     "load_data",
-    "nn",
 ]
 
 _MODULES = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_kernels import gate_rows
 from sparse_training.errors import UserError
+from sparse_training.user_code import described, explained, name_of
 
 GRANULARITIES = ("sample", "token")
 TARGETS = ("classes", "values")
@@ -71,6 +72,11 @@ class Criterion:
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
         self.is_default = loss is None
+        if loss is not None and not callable(loss):
+            raise UserError(
+                f'`loss` must be a function of logits and targets, such as CrossEntropyLoss(reduction="none"), or a '
+                f"Criterion, got {loss!r}"
+            )
         self.loss = nn.CrossEntropyLoss(reduction="none") if loss is None else loss
         check_reduction(self.loss)
         if granularity not in GRANULARITIES:
@@ -103,23 +109,33 @@ class Criterion:
             Losses, [B].
 
         Raises:
-            UserError: the loss's first dimension is not B, the class dimension is ambiguous, or the output holds no
-                logits that a loss of PyTorch's for classes can take.
+            UserError: the loss cannot take the outputs and targets, compares each output with every target, or
+                returns no floating tensor whose first dimension is B; the class dimension is ambiguous, or the output
+                holds no logits that a loss of PyTorch's for classes can take.
         """
         logits, targets = self.aligned(logits, targets)
         if self.is_known and targets_are_classes(logits, targets):
             logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch expects them
-        losses = self.loss(logits, targets)
+        with explained(
+            lambda: (
+                f"the loss {name_of(self.loss)} cannot take outputs {described(logits)} and targets "
+                f"{described(targets)}"
+            )
+        ):
+            losses = self.loss(logits, targets)
         rows = targets.shape[0]
         if not isinstance(losses, Tensor) or losses.shape[:1] != (rows,):
             shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise UserError(f'the loss must return one value per row, [{rows}], got {shape}; use reduction="none"')
+        if not losses.is_floating_point():
+            raise UserError(f"the loss must return floating numbers, got {losses.dtype}")
         if losses.ndim == 1:
             return losses
-        if rows > 1 and losses.shape == (rows, rows) and (logits.shape, targets.shape) == ((rows, 1), (rows,)):
+        if isinstance(logits, Tensor) and losses.numel() > max(logits.numel(), targets.numel()):  # broadcast
             raise UserError(
-                f"the loss compares each of {rows} outputs with each of {rows} targets, as outputs are {[rows, 1]} and "
-                f"targets {[rows]}; give them one shape, such as by squeeze(1) in the model"
+                f"the loss compares each of {rows} outputs with each of {rows} targets, as outputs are "
+                f"{list(logits.shape)} and targets {list(targets.shape)}; give them one shape, such as by squeeze(1) "
+                "of the larger"
             )
         counts = self.counting(targets) if losses.shape == targets.shape else None
         return mean_over_tokens(losses, counts)
@@ -133,15 +149,18 @@ class Criterion:
 
         Returns:
             Both as they are or, with ``shift``, without the last token's logits and the first token's target. Targets
-            of one dimension are those of tokens that are paired already.
+            of one dimension are those of tokens that are paired already. Class indices of any integer type, or bool,
+            are int64, which PyTorch's losses take.
 
         Raises:
             UserError: the output is not a tensor, and the loss is one of PyTorch's for classes.
         """
+        if self.classes:
+            targets = class_indices(targets)
         if not isinstance(logits, Tensor):
             if self.is_known or self.shift:
                 raise UserError(
-                    f"the model's output must be a tensor of logits or have `logits`, got {described(logits)}; give "
+                    f"the model's output must be a tensor of logits or have `logits`, got {named_parts(logits)}; give "
                     "loss=Criterion(outputs=...), a function from the output to the logits"
                 )
             return logits, targets
@@ -248,7 +267,7 @@ class Criterion:
         return ((logits.argmax(dim) == targets) & counts).sum(), counts.sum()
 
 
-def described(output: Any) -> str:
+def named_parts(output: Any) -> str:
     """Name the type of a model's output, and its parts."""
     name = type(output).__name__
     if isinstance(output, Mapping):
@@ -288,7 +307,7 @@ def check_reduction(loss: Callable[..., Any]) -> None:
     """
     reduction = loss_setting(loss, "reduction")
     if isinstance(reduction, str) and reduction != "none":
-        name = getattr(loss, "__name__", type(loss).__name__)
+        name = name_of(loss)
         raise UserError(f'the loss {name} must not reduce over rows, got reduction="{reduction}"; use reduction="none"')
 
 
@@ -318,6 +337,11 @@ def _function_of(loss: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(loss, functools.partial):
         loss = loss.func
     return loss
+
+
+def class_indices(targets: Tensor) -> Tensor:
+    """Return integer or bool targets as int64, others as they are."""
+    return targets if targets.is_floating_point() or targets.is_complex() else targets.long()
 
 
 def targets_are_classes(logits: Tensor, targets: Tensor) -> bool:

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from sparse_training.errors import UserError
+from sparse_training.user_code import one_line
+
 
 def find(name: torch.device | str) -> torch.device:
     """Find a device and make it ready for use.
@@ -21,15 +24,17 @@ def find(name: torch.device | str) -> torch.device:
         The device.
 
     Raises:
-        RuntimeError: there is no such device; the message is PyTorch's.
-        AssertionError: PyTorch was built without CUDA.
-        NotImplementedError: PyTorch has no operations for the device.
-        ImportError: torch_xla is not installed.
+        UserError: PyTorch has no such device here, or no operations for it, or it holds no values.
     """
-    device = torch.device(name)
-    if device.type == "xla":
-        _xla()
-    torch.empty(0, device=device)
+    try:
+        device = torch.device(name)
+        if device.type == "xla":
+            _xla()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # each kind of device has its own
+        raise UserError(f"device {str(name)!r} cannot be used: {one_line(error)}") from None
+    if device.type == "meta":
+        raise UserError(f"device {str(name)!r} cannot be used: its tensors have no values")
     return device
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_training.errors import UserError
+from sparse_training.user_code import described, explained, name_of
 
 
 @contextmanager
@@ -45,11 +46,16 @@ def forward(model: nn.Module, inputs: Any, criterion: Any = None, **named: Any) 
         The logits. Without a function that finds them: the output, or what it has as ``logits``.
 
     Raises:
-        UserError: the output has logits of auxiliary classifiers beside its own.
+        UserError: the model cannot take the inputs, the function cannot take the output, or the output has logits of
+            auxiliary classifiers beside its own.
     """
-    output = call(model, inputs, **named)
+    with explained(lambda: f"the model {name_of(unwrap(model))} cannot take inputs {described(inputs)}"):
+        output = call(model, inputs, **named)
     find = getattr(criterion, "outputs", None)
-    return logits_of(output) if find is None else find(output)
+    if find is None:
+        return logits_of(output)
+    with explained(lambda: f"the criterion's `outputs` cannot take the model's output, {described(output)}"):
+        return find(output)
 
 
 def call(model: nn.Module, inputs: Any, **named: Any) -> Any:

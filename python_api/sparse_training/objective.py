@@ -41,7 +41,7 @@ def own_loss(model: nn.Module, inputs: Any, targets: Tensor) -> Tensor | None:
             output = call(model, inputs, labels=targets)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError):
         return None  # without the labels the model runs: they are not what its loss takes
-    loss = getattr(output, "loss", None)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None and isinstance(output, (tuple, list)) and output:
         loss = output[0] if isinstance(output[0], Tensor) and output[0].ndim == 0 else None
     if not isinstance(loss, Tensor) or not loss.is_floating_point() or not loss.numel():

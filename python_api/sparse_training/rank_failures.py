@@ -90,7 +90,7 @@ def together() -> Iterator[None]:
         call.leave()
         raise
     except RuntimeError as error:
-        if not _of_a_lost_rank(error):
+        if not is_of_a_lost_rank(error):
             call.tell(error)
             raise
         call.leave()
@@ -132,9 +132,9 @@ def _ends(work: Any, call: _Call) -> bool:
     return True
 
 
-def _of_a_lost_rank(error: RuntimeError) -> bool:
+def is_of_a_lost_rank(error: BaseException) -> bool:
     """Tell whether an error is that of a collective operation whose other ranks are gone or silent."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
 def _lost(call: _Call, error: RuntimeError) -> SharedError:

@@ -15,6 +15,21 @@ from sparse_training.errors import UserError
 from sparse_training.rank_failures import wait_for
 
 
+def check_process_group(group: Any) -> Any:
+    """Return a process group as it was given, if it is one.
+
+    Args:
+        group: None, "world", a group, or what ``new_group`` returns to a process that it leaves out.
+
+    Raises:
+        UserError: it is something else.
+    """
+    some = dist.is_available() and (isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER)
+    if group is None or group == "world" or some:
+        return group
+    raise UserError(f'`process_group` must be None, "world" or a group of torch.distributed, got {group!r}')
+
+
 def resolve_process_group(group: Any) -> Any:
     """Resolve a process group.
 

@@ -31,15 +31,18 @@ from sparse_training.selection.policies.infobatch import InfoBatchPolicy
 from sparse_training.selection.registry import DEFAULT_POLICY, check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.training.callbacks import Callback, Callbacks, Evaluation
+from sparse_training.training.checks import check_run, check_trains
 from sparse_training.training.clock import Clock
 from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
-from sparse_training.training.modes import training_mode
+from sparse_training.training.modes import recorded_gradients, training_mode
 from sparse_training.training.schedule import LR_WARMUP, Schedule
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CheckpointFolder, RunState, agree_on_run, run_settings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
+
+LEARNING_RATE = 1e-3
 
 
 class SparseTrainer(TrainingStep):
@@ -70,7 +73,8 @@ class SparseTrainer(TrainingStep):
             gradient are computed for those alone, the rest of the model runs as in a dense step, and times are raw
             seconds. Default: the criterion's, "sample".
         optimizer: an optimizer, or a factory called with (parameters, lr=lr). Default: AdamW.
-        lr: learning rate of an optimizer made here, above 0. Default 1e-3.
+        lr: learning rate of an optimizer made here, above 0; None for 1e-3. Refused beside an optimizer that is made.
+            Default None.
         schedule: learning rate by progress through the budget: "cosine", "constant", or a callable that maps progress
             in [0, 1] to a factor of ``lr``. Or a scheduler of ``torch.optim.lr_scheduler`` over ``optimizer``, which
             is stepped after every optimizer step and saved in checkpoints. Default "cosine".
@@ -107,7 +111,7 @@ class SparseTrainer(TrainingStep):
         loss: Loss | Criterion | None = None,
         granularity: str | None = None,
         optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
-        lr: float = 1e-3,
+        lr: float | None = None,
         schedule: str | Callable[[float], float] | LRScheduler = "cosine",
         lr_warmup: float = LR_WARMUP,
         dense_start: float = 0.05,
@@ -127,6 +131,10 @@ class SparseTrainer(TrainingStep):
                 raise UserError(
                     f"`granularity` is {granularity!r} and the criterion's is {loss.granularity!r}; give one"
                 )
+            if lr is not None and isinstance(optimizer, torch.optim.Optimizer):
+                raise UserError(f"`lr` is of an optimizer made here, got {lr} beside one that has its own; give one")
+            if settings is not None and not isinstance(settings, TrainerSettings):
+                raise UserError(f"`settings` must be TrainerSettings, got {type(settings).__name__}")
             self._by_default = policy is None
             policy = DEFAULT_POLICY if policy is None else policy
             check_rate_is_used(policy, rate)
@@ -138,7 +146,7 @@ class SparseTrainer(TrainingStep):
                 criterion=loss,
                 policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer, options=options),
                 optimizer=optimizer,
-                lr=lr,
+                lr=LEARNING_RATE if lr is None else lr,
                 settings=settings or TrainerSettings(),
                 device=device,
             )
@@ -207,7 +215,14 @@ class SparseTrainer(TrainingStep):
                 processes also ``rank_failures.SharedError``: they were given different things, or another one failed.
         """
         with together():  # not a decorator, whose frame warnings would name in place of the caller's
+            check_run(
+                evaluations=evaluations, checkpoint=checkpoint, checkpoint_interval=checkpoint_interval, resume=resume,
+                stop=stop, callbacks=callbacks, cost_budget=cost_budget, meter=meter,
+            )  # fmt: skip
+            check_trains(self.model, self.optimizer, self.criterion)
             followers = Callbacks([*usual_callbacks(progress), *callbacks])
+            if evaluate is not None and not callable(evaluate):
+                self.loader(evaluate)  # refuses what is no data
             loader = self._training_loader(train)
             length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
             settings = run_settings(
@@ -220,7 +235,7 @@ class SparseTrainer(TrainingStep):
                 checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
             )  # fmt: skip
             held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
-            with training_mode(self.model, self.parallel), held as folder:
+            with recorded_gradients(), training_mode(self.model, self.parallel), held as folder:
                 try:
                     state = self._run_state(
                         loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
@@ -313,6 +328,8 @@ class SparseTrainer(TrainingStep):
     ) -> Clock:
         tokens = self.criterion.granularity == "token"
         if clock is not None:
+            if not hasattr(clock, "costs"):
+                raise UserError(f"`clock` must be a Clock, or None, got {clock!r}")
             if clock.costs is not None and tokens:
                 raise UserError(
                     'a calibrated clock cannot be used with granularity="token"; use Clock(), of raw seconds'

@@ -82,18 +82,24 @@ class Raises(Callback):
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_evaluation_end", "on_checkpoint_saved"])
 def test_a_callback_that_raises_ends_the_run_and_its_checkpoint_goes_on(tmp_path, event):
-    options = {"steps": 8, "evaluate": loader(), "evaluations": 4, "checkpoint_interval": 2}
+    options = {"steps": 8, "evaluate": loader(), "evaluations": 4}
     whole = make()
     whole.fit(loader(generator=torch.Generator().manual_seed(1)), **options)
     events = Events()
     with pytest.raises(RuntimeError, match="mine"):
         make().fit(
-            loader(generator=torch.Generator().manual_seed(1)), checkpoint=tmp_path,
+            loader(generator=torch.Generator().manual_seed(1)), checkpoint=tmp_path, checkpoint_interval=2,
             callbacks=[Raises(event, at=6), events], **options,
         )  # fmt: skip
     assert events.seen[-1][0] == "RuntimeError"
     again = make()
-    log = again.fit(loader(generator=torch.Generator().manual_seed(1)), checkpoint=tmp_path, resume=True, **options)
+    log = again.fit(
+        loader(generator=torch.Generator().manual_seed(1)),
+        checkpoint=tmp_path,
+        checkpoint_interval=2,
+        resume=True,
+        **options,
+    )
     assert log.steps == 8
     torch.testing.assert_close(again.model.weight, whole.model.weight, rtol=0, atol=0)
 

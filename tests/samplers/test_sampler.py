@@ -354,7 +354,7 @@ ADAPTIVE = {"method": "adaptive"}
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number, at least 1, got 0"),
         ({"method": "best"}, "must be one of importance, infobatch, adaptive"),
         ({"epochs": 0}, "`epochs` must be .*, got 0"),
         ({**ADAPTIVE, "denoise": True, "targets": [0] * 9}, "`targets` must have one entry for each of 10 rows, got 9"),

@@ -54,8 +54,8 @@ def test_a_callback_sees_the_length_and_the_progress_of_a_run(budget, steps, pro
 
 def test_a_checkpoint_is_told_of_where_there_is_one(tmp_path):
     with_folder, without = Recorder(), Recorder()
-    options = {"steps": 4, "checkpoint_interval": 2, "progress": False}
-    dense().fit(resident(), checkpoint=tmp_path, callbacks=[with_folder], **options)
+    options = {"steps": 4, "progress": False}
+    dense().fit(resident(), checkpoint=tmp_path, checkpoint_interval=2, callbacks=[with_folder], **options)
     dense().fit(resident(), callbacks=[without], **options)
     assert (with_folder.saved, without.saved) == (2, 0)
 

@@ -124,7 +124,4 @@ def prepare(options: dict[str, Any]) -> torch.device:
         raise UserError(
             f"--dense-start {options['dense_start']} and --dense-end {options['dense_end']} add up to more than 1"
         )
-    try:
-        return devices.find(options["device"])
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UserError(f"device {options['device']!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return devices.find(options["device"])

@@ -86,7 +86,7 @@ class NumberedLoader(StreamLoader):
                     item = Item(drawn, None)
                 yield item
         if not self.position:
-            raise UserError("the training data yielded no batch; it must be an iterable that can be iterated again")
+            raise UserError("the data yielded no batch; it must be an iterable that can be iterated again")
         self.epoch, self.position = self.epoch + 1, 0
         draws.begin(self.epoch)
 
@@ -260,23 +260,25 @@ class Draws:
                 f"the DataLoader's sampler must give row numbers from 0 to {self.rows - 1}, got {wrong!r}; use "
                 'policy="dense"'
             )
-        numbers = torch.tensor([int(row) for row in rows], dtype=torch.int64)
+        numbers = torch.tensor([int(row) for row in rows], dtype=torch.int64, device="cpu")
         return list(torch.split(numbers, [len(batch) for batch in batches]))
 
     def _draw(self, ids: Tensor, place: int) -> Drawn:
         choice = None
         if self.choose is not None and self.numbered:
-            places = torch.arange(place, place + len(ids))
+            places = torch.arange(place, place + len(ids), device="cpu")
             choice = self.choose(CandidateIndices(ids, self.epoch, places, self.together))
         return Drawn(ids, ids, None) if choice is None else Drawn(ids, *choice)
 
     def state_dict(self) -> dict[str, Any]:
         """The draws of the epoch, end to end."""
-        empty = torch.empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")
         return {
             "offered": torch.cat([empty, *(drawn.offered for drawn in self.drawn)]),
             "index": torch.cat([empty, *(drawn.index for drawn in self.drawn)]),
-            "weight": torch.cat([torch.empty(0), *(drawn.weights() for drawn in self.drawn)]),
+            "weight": torch.cat(
+                [torch.empty(0, dtype=torch.float32, device="cpu"), *(drawn.weights() for drawn in self.drawn)]
+            ),
             "rows": [(len(drawn.offered), len(drawn.index), drawn.weight is not None) for drawn in self.drawn],
             "numbered": self.numbered,
         }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sparse_training.arguments import check_count, check_integer, check_number, check_positive
 from sparse_training.data.loader import Loader
+from sparse_training.devices import find
 from sparse_training.errors import UserError
 from sparse_training.ranks import rank_and_world_size, rank_seed
 from sparse_training.selection.types import Batch, CandidateIndices, WeightedIndices
+from sparse_training.user_code import described
 
 
 class ArraySplit(Protocol):
@@ -72,6 +76,14 @@ class ResidentLoader(Loader):
         own_rank, world_size = rank_and_world_size()
         self.rank = own_rank if rank is None else rank
         self.ranks = world_size if ranks is None else ranks
+        for name in ("images", "labels"):
+            if not isinstance(getattr(split, name, None), Tensor):
+                raise UserError(
+                    f"`split` must have tensors `images` and `labels`, such as load_data(...).train, got "
+                    f"{described(split)}"
+                )
+        batch_size, seed = check_count("batch_size", batch_size), check_integer("seed", seed)
+        _check_channels(split.images, mean, std)
         rows = len(split.labels)
         if not 0 <= self.rank < self.ranks <= max(rows, 1):
             raise UserError(f"each process needs a row, got rank {self.rank} of {self.ranks} processes for {rows} rows")
@@ -81,7 +93,7 @@ class ResidentLoader(Loader):
         if not 1 <= batch_size <= self._most:
             holder = "the data set" if self.ranks == 1 else "a process"
             raise UserError(f"`batch_size` must be 1 to {self._most}, the rows of {holder}, got {batch_size}")
-        self.device = torch.device(device)
+        self.device = find(device)
         self.images = split.images[own].to(self.device)
         self.labels: Tensor = split.labels[own].to(self.device)
         # (v / 255 - mean) / std as one multiplication and one addition.
@@ -101,7 +113,7 @@ class ResidentLoader(Loader):
     def duplicate_counts(self) -> Tensor:
         """Count the rows with the same image as each, itself included; reads all images once."""
         images = self.images.flatten(1).cpu().numpy()
-        keys = torch.tensor([hash(image.tobytes()) for image in images])
+        keys = torch.tensor([hash(image.tobytes()) for image in images], device="cpu")
         _, number, count = torch.unique(keys, return_inverse=True, return_counts=True)
         duplicate_counts: Tensor = count[number]
         return duplicate_counts
@@ -109,11 +121,11 @@ class ResidentLoader(Loader):
     def order(self, epoch: int) -> Tensor:
         """Return the order of the rows in an epoch, int64 [N] on the CPU."""
         if not self.shuffle:
-            return torch.arange(self.size)
+            return torch.arange(self.size, device="cpu")
         # PyTorch's CPU generator reads the low 32 bits of a seed.
         seed = rank_seed(self.seed * 1_000_003 + epoch, self.rank)
         generator = torch.Generator().manual_seed(seed % 2**32)
-        return torch.randperm(self.size, generator=generator)
+        return torch.randperm(self.size, generator=generator, device="cpu")
 
     def __iter__(self) -> Iterator[Tensor]:
         order = self.order(self.epoch)
@@ -149,3 +161,16 @@ class ResidentLoader(Loader):
             yield order[: self.batch_size]
             if tail:
                 yield order[-tail:]
+
+
+def _check_channels(images: Tensor, mean: Any, std: Any) -> None:
+    """Refuse a normalisation that does not fit the images, or divides by 0."""
+    channels = images.shape[1] if images.ndim == 4 else None
+    if images.dtype != torch.uint8 or channels is None:
+        raise UserError(f"`split.images` must be uint8 [N, C, H, W], got {described(images)}")
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = values if isinstance(values, Sequence) and not isinstance(values, str) else ()
+        for value in numbers:
+            check_number(name, value, "finite", math.isfinite) if name == "mean" else check_positive(name, value)
+        if len(numbers) not in (1, channels):
+            raise UserError(f"`{name}` must have one value, or one for each of {channels} channels, got {values!r}")

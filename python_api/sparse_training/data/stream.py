@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from sparse_kernels.trees import rows_at
 from sparse_training.data.loader import Loader
+from sparse_training.devices import find
 from sparse_training.errors import UserError
 from sparse_training.generators import (
     generator_state,
@@ -21,6 +22,7 @@ from sparse_training.generators import (
     set_rng_state,
 )
 from sparse_training.selection.types import Batch, CandidateIndices, WeightedIndices
+from sparse_training.user_code import described, explained
 
 CPU = torch.device("cpu")
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -40,6 +42,9 @@ class StreamLoader(Loader):
         inputs: function from a batch of any other structure to the model's inputs. Default: all but the targets.
         targets: function from such a batch to its targets. Default: the last of a tuple, or the mapping's targets.
         device: PyTorch device to move batches to. Default "cpu".
+
+    Raises:
+        UserError: no iterable, no function, or no such device.
     """
 
     def __init__(
@@ -51,10 +56,15 @@ class StreamLoader(Loader):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        for name, function in (("inputs", inputs), ("targets", targets)):
+            if not (function is None or callable(function)):
+                raise UserError(f"`{name}` must be a function of a batch, or None, got {function!r}")
+        if not isinstance(batches, Iterable):
+            raise UserError(f"`batches` must be an iterable of batches, got {type(batches).__name__}")
         self.source = batches
         self.inputs = inputs or default_inputs
         self.targets = targets or default_targets
-        self.device = torch.device(device)
+        self.device = find(device)
         self._epoch_rng: Any = None  # states of generators when the epoch began; of version 0.1.0: torch's alone
         self._own_rng: Mapping[str, Any] | None = None  # of a checkpoint, until the next iteration
 
@@ -72,7 +82,7 @@ class StreamLoader(Loader):
             self.position += 1
             yield batch
         if not self.position:
-            raise UserError("the training data yielded no batch; it must be an iterable that can be iterated again")
+            raise UserError("the data yielded no batch; it must be an iterable that can be iterated again")
         self.epoch, self.position = self.epoch + 1, 0
 
     def rest_of_epoch(self, used: int, *, ahead: bool = False) -> Iterator[Any]:
@@ -140,10 +150,15 @@ class StreamLoader(Loader):
 
     def offer(self, item: Any) -> CandidateIndices:
         """Return the positions of an item's rows in the batch."""
-        return CandidateIndices(torch.arange(self._targets_of(item).shape[0]), self.epoch)
+        return CandidateIndices(torch.arange(self._targets_of(item).shape[0], device=CPU), self.epoch)
 
     def _targets_of(self, item: Any) -> Tensor:
         targets: Any = self.targets(item)
+        if isinstance(targets, Tensor) and targets.ndim == 0:
+            raise UserError(
+                "the targets of a batch must have a row each, got one number; give batches, such as a DataLoader's "
+                "with a batch_size"
+            )
         if not isinstance(targets, Tensor):
             raise UserError(
                 f"the targets of a batch must be one tensor, got a {type(targets).__name__}; give "
@@ -156,7 +171,8 @@ class StreamLoader(Loader):
         parts = (self.inputs(item), self._targets_of(item))
         offered = parts[1].shape[0]
         if choice is not None:
-            parts = rows_at(parts, choice.index, offered)
+            with explained(lambda: f"rows of a batch of {described(parts[0])} cannot be selected"):
+                parts = rows_at(parts, choice.index, offered)
         return self.to_device(*parts, None if choice is None else choice.weight)._replace(offered=offered)
 
     def to_device(self, inputs: Any, targets: Tensor, weight: Tensor | None) -> Batch:
@@ -169,7 +185,8 @@ class StreamLoader(Loader):
                 return {name: pytree.tree_map(move, value) for name, value in part.items()}
             return part
 
-        inputs, targets, weight = pytree.tree_map(move, (inputs, targets, weight))
+        with explained(lambda: f"a batch of {described(inputs)} and {described(targets)} cannot be on {self.device}"):
+            inputs, targets, weight = pytree.tree_map(move, (inputs, targets, weight))
         return Batch(inputs, targets, None, targets.shape[0], weight)
 
     def probe(self) -> Iterator[Any]:

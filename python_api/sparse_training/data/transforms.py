@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_training.data.pillow import find_pillow
 from sparse_training.errors import UserError
+from sparse_training.user_code import described
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, of values in [0, 1]
 TRIES = 10  # random boxes that are tried before the largest one in the middle
@@ -67,7 +68,7 @@ class RandomCropAndFlip:
         Returns:
             float32 [3, size, size], normalised.
         """
-        pillow, box = find_pillow("RandomCropAndFlip"), self._box(*image.size)
+        pillow, box = find_pillow("RandomCropAndFlip"), self._box(*_size(image))
         square = image.resize((self.size, self.size), pillow.Resampling.BILINEAR, box=box)
         if float(torch.rand(())) < self.flip:
             square = square.transpose(pillow.Transpose.FLIP_LEFT_RIGHT)
@@ -121,13 +122,25 @@ class CenterCrop:
         Returns:
             float32 [3, size, size], normalised.
         """
-        pillow, (width, height) = find_pillow("CenterCrop"), image.size
+        pillow, (width, height) = find_pillow("CenterCrop"), _size(image)
         # The square that remains, in pixels of the image: one resize in place of a resize and a crop.
         side = min(width, height) * self.size / self.resize
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
         square = image.resize((self.size, self.size), pillow.Resampling.BILINEAR, box=box)
         return _normalised(square, self.scale, self.shift)
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """Return width and height of Pillow's image.
+
+    Raises:
+        UserError: it is something else, such as a tensor.
+    """
+    size = getattr(image, "size", None)
+    if not isinstance(size, tuple) or len(size) != 2:
+        raise UserError(f"the image must be Pillow's, got {described(image)}")
+    return size
 
 
 def _checked_size(name: str, size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sparse_training.arguments import check_count, check_fraction, check_number, check_positive
 from sparse_training.errors import UserError
 
 UNITS = ("flops", "seconds", "joules")
@@ -46,13 +47,10 @@ class Budget:
     ) -> None:
         if unit not in UNITS:
             raise UserError(f"`unit` must be one of {', '.join(UNITS)}, got {unit!r}")
-        for name, value in (("total", total), ("steps", steps), ("dense", dense)):
-            if not 0 < value < math.inf:
-                raise UserError(f"`{name}` must be above 0 and finite, got {value}")
-        if not 0 <= score < math.inf:
-            raise UserError(f"`score` must be at least 0 and finite, got {score}")
-        if not 0 < least <= 1:
-            raise UserError(f"`least` must be in (0, 1], got {least}")
+        for name, value in (("total", total), ("dense", dense)):
+            check_positive(name, value)
+        steps, least = check_count("steps", steps), check_fraction("least", least)
+        check_number("score", score, "at least 0 and finite", lambda x: 0 <= x < math.inf)
         if total < steps * (score + least * dense):
             raise UserError(
                 f"`total` must be at least {steps * (score + least * dense):g} {unit}, the cost of {steps} steps of "
@@ -85,7 +83,11 @@ class Budget:
         Args:
             cost: cost of the step, in ``unit``.
             rate: rate of the step; None (the default) for the one that ``rate`` returned last.
+
+        Raises:
+            UserError: the cost is not finite, or below 0.
         """
+        cost = check_number("cost", cost, "at least 0 and finite", lambda x: 0 <= x < math.inf)
         expected = self.score + (self._rate if rate is None else rate) * self.dense
         self.spent += cost
         self.steps_taken += 1

@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_training.arguments import check_integer, check_number
 from sparse_training.errors import UserError
-
-
-def check_number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:
-    """Return a setting as a float, if it is a number that fits.
-
-    Args:
-        name: name of the setting, for the message.
-        value: its value.
-        expected: what the value must be, for the message: "in (0, 1]".
-        fits: tells if a number is in range; it must be False for NaN.
-
-    Raises:
-        UserError: the value is no number, or does not fit.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not fits(float(value)):
-        raise UserError(f"`{name}` must be {expected}, got {value!r}")
-    return float(value)
-
-
-def check_fraction(name: str, value: Any) -> float:
-    """Return a setting as a float, if it is a number in (0, 1].
-
-    Raises:
-        UserError: it is not.
-    """
-    return check_number(name, value, "in (0, 1]", lambda x: 0 < x <= 1)
-
-
-def check_integer(name: str, value: Any) -> int:
-    """Return a setting as an int, if it is an integer.
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise UserError(f"`{name}` must be an integer, got {value!r}")
-    return int(value)
 
 
 def check_capacity(value: Any) -> int | None:
@@ -60,15 +22,13 @@ def check_capacity(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """Return a setting, if it is one of the choices.
+def check_progress(value: Any) -> float:
+    """Return a progress, if it is a fraction of the run.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, as a number of steps.
     """
-    if value not in choices:
-        raise UserError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
-    return str(value)
+    return check_number("progress", value, "the fraction of the run that is done, 0 to 1", lambda x: 0 <= x <= 1)
 
 
 def check_set_point(name: str, set_point: float, floor: float, p_min: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_kernels import ControlState, control
 from sparse_kernels.control_law import initial_state
 from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES
-from sparse_training.gate.checks import check_fraction, check_number
+from sparse_training.arguments import check_fraction, check_number
 
 
 class PIController(nn.Module):

@@ -14,16 +14,9 @@ from torch import distributed as dist
 from sparse_kernels import ControlState, GatedRows, Selection, compact, control, gate_rows
 from sparse_kernels.ops import gate_step
 from sparse_training import ranks
+from sparse_training.arguments import check_choice, check_fraction, check_integer, check_number
 from sparse_training.errors import UserError
-from sparse_training.gate.checks import (
-    check_capacity,
-    check_choice,
-    check_combination,
-    check_fraction,
-    check_integer,
-    check_number,
-    check_set_point,
-)
+from sparse_training.gate.checks import check_capacity, check_combination, check_progress, check_set_point
 from sparse_training.gate.controller import PIController
 from sparse_training.gate.exchange import Exchange
 from sparse_training.gate.presets import own_significance
@@ -150,7 +143,7 @@ class Gate(nn.Module):
         self._asks = self.terms.asks
         self._ranks_rows = bool(self.floor) or decision == "topk" or ties == "random"
         self.last: GatedRows | None = None
-        self.process_group = process_group
+        self.process_group = ranks.check_process_group(process_group)
         self._exchange: Exchange | None = None  # of the last batch, not yet in the state
         self._divisor: Tensor | None = None
         self._own: tuple[Tensor, Tensor] | None = None  # rows kept and labels of the last batch, without ranks
@@ -180,7 +173,11 @@ class Gate(nn.Module):
 
         Args:
             progress: fraction of the run that is done, 0 to 1.
+
+        Raises:
+            UserError: it is no such fraction, such as a number of steps.
         """
+        progress = check_progress(progress)
         if self.schedule is not None:
             self.set_target_rate(self.schedule(progress))
         if self.terms.scheduled:
@@ -302,7 +299,7 @@ class Gate(nn.Module):
         """
         if index is not None and index.shape != (expected := targets.shape[:1]):
             raise UserError(f"`index` must have shape {tuple(expected)}, one per sample, got {tuple(index.shape)}")
-        if logits.requires_grad:
+        if isinstance(logits, Tensor) and logits.requires_grad:  # what is no tensor, the operation refuses by name
             logits = logits.detach()
         if offset is not None:
             offset = offset.detach()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_training.arguments import check_number
 from sparse_training.errors import UserError
 
 Weight = Callable[[float], float]  # maps the fraction of the run that is done, 0 to 1, to a weight
@@ -41,8 +42,9 @@ class Transition:
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            if not self._fits(getattr(self, name)):
-                raise UserError(f"`{name}` must be {self._range}, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), self._range, self._fits)
+        for name in ("begin", "finish"):
+            check_number(name, getattr(self, name), "a finite number", math.isfinite)
         if not 0.0 <= self.begin < self.finish <= 1.0:
             raise UserError(
                 f"`begin` and `finish` must satisfy 0 <= begin < finish <= 1, got {self.begin} and {self.finish}"

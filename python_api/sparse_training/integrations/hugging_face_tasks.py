@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_training.criterion import IGNORED, Criterion, described
+from sparse_training.criterion import IGNORED, Criterion, named_parts
 from sparse_training.errors import UserError
 from sparse_training.objective import agrees
 
@@ -210,7 +210,7 @@ def find_objectives(
     if near:
         return tuple(sorted(near, key=lambda objective: float(abs(found[objective] - loss))))
     means = {task.__name__: mean for (task, by_items), mean in found.items() if not by_items}
-    tried = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()) or described(outputs)
+    tried = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()) or named_parts(outputs)
     raise UserError(
         f"the trainer's own loss of the batch is {loss:.4f}, and no known task gives it ({tried}); give losses=, a "
         'function of (outputs, inputs) that returns one loss per sample, and granularity="sample"'

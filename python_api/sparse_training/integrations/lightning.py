@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_training.criterion import Criterion, described, targets_are_classes
+from sparse_training.criterion import Criterion, named_parts, targets_are_classes
 from sparse_training.data.stream import default_inputs, default_targets
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics, forward
@@ -85,7 +85,7 @@ class GatedModule(Base):  # type: ignore[misc]
     def _check(self, logits: Any, targets: Tensor) -> None:
         if not self._criterion.is_default or (isinstance(logits, Tensor) and targets_are_classes(logits, targets)):
             return
-        given = f"{list(logits.shape)}" if isinstance(logits, Tensor) else described(logits)
+        given = f"{list(logits.shape)}" if isinstance(logits, Tensor) else named_parts(logits)
         raise UserError(
             f"`forward` must return logits for targets that are class indices, got {given} for {targets.dtype} targets "
             f"of {list(targets.shape)}; give criterion=, a loss without reduction or Criterion(loss, outputs=...)"

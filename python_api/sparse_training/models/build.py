@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sparse_training.arguments import check_integer
 from sparse_training.errors import UserError
 from sparse_training.models.cnn import cnn_2m, cnn_620k, cnn_bn, cnn_tiny
 from sparse_training.models.resnet import resnet
@@ -39,7 +40,7 @@ def build_model(name: str, *, shape: Shape, classes: int) -> nn.Module:
     """
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"`shape` must be (channels, height, width), each at least 1, got {shape}")
-    if classes < 2:
+    if check_integer("classes", classes) < 2:
         raise UserError(f"`classes` must be at least 2, got {classes}")
     if name in _FACTORIES:
         return _FACTORIES[name](shape=shape, classes=classes)

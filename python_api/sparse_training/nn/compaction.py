@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from sparse_kernels import Selection, compact, gather_rows, scatter_rows
 from sparse_training import padding
+from sparse_training.arguments import check_integer
+from sparse_training.errors import UserError
 
 
 class Compact(nn.Module):
@@ -30,6 +32,9 @@ class Compact(nn.Module):
         capacity: number of slots of the packed batch, whatever the mask holds, at least 0; None (the default) for as
             many as the mask keeps.
 
+    Raises:
+        UserError: the capacity is out of range.
+
     Example:
         >>> compact, expand = Compact(), Expand()
         >>> rows, selection = compact(x, mask)  # x [N, ...], mask bool [N]
@@ -38,6 +43,8 @@ class Compact(nn.Module):
 
     def __init__(self, capacity: int | None = None) -> None:
         super().__init__()
+        if capacity is not None and check_integer("capacity", capacity) < 0:
+            raise UserError(f"`capacity` must be None or at least 0, got {capacity}")
         self.capacity = capacity
 
     def forward(self, tree: Any, mask: Tensor, weight: Tensor | None = None) -> tuple[Any, Selection]:

@@ -21,6 +21,7 @@ from sparse_training.profiling.advise_rows import concentration
 from sparse_training.profiling.advise_steps import Budget, Observed, observe
 from sparse_training.ranks import rank_and_world_size
 from sparse_training.selection.policies.base import Policy
+from sparse_training.training.checks import check_batches, check_model, check_optimizer, check_trains
 from sparse_training.training.modes import training_mode
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
@@ -37,7 +38,7 @@ def advise(
     *,
     loss: Loss | Criterion | None = None,
     optimizer: torch.optim.Optimizer | OptimizerFactory | None = None,
-    lr: float = LR,
+    lr: float | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     epochs: float = 10.0,
@@ -60,7 +61,7 @@ def advise(
         loss: maps (logits, targets) to one loss per row, or a ``Criterion``; as for ``SparseTrainer``. Default:
             cross-entropy.
         optimizer: an optimizer of the model's parameters, or a factory called with (parameters, lr=lr). Default: AdamW.
-        lr: learning rate of an optimizer made here, above 0. Default 1e-3.
+        lr: learning rate of an optimizer made here, above 0; None for 1e-3. Default None.
         steps: number of training steps, at least 6. Default: as many as ``seconds`` allow.
         seconds: time to measure for, above 0, about; a few steps and their parts are measured in any case. Where
             ``steps`` is given too, whichever ends first. Default 30, or no end where ``steps`` is given.
@@ -76,14 +77,16 @@ def advise(
     """
     named = {"loss": loss, "optimizer": optimizer, "settings": settings}
     settings = TrainerSettings() if settings is None else settings
-    _check(model, loader, loss, optimizer, settings, steps=steps, seconds=seconds, epochs=epochs)
+    _check(
+        model, loader, loss, optimizer, settings, steps=steps, seconds=seconds, epochs=epochs, lr=lr, progress=progress
+    )
     device = next(parameter.device for parameter in model.parameters())
     seconds = SECONDS if steps is None and seconds is None else seconds
     with copied(model, loader, Criterion() if loss is None else loss, optimizer, device) as twins:
         criterion = twins.loss if isinstance(twins.loss, Criterion) else Criterion(twins.loss)
         step = TrainingStep(
-            twins.model, criterion=criterion, policy=Policy(), optimizer=twins.optimizer, lr=lr, settings=settings,
-            device=None,
+            twins.model, criterion=criterion, policy=Policy(), optimizer=twins.optimizer,
+            lr=LR if lr is None else lr, settings=settings, device=None,
         )  # fmt: skip
         data = step.loader(twins.loader)
         budget = Budget(steps, None if seconds is None else TRAINING * seconds)
@@ -98,7 +101,7 @@ def advise(
             arguments = ", ".join(["model", *(f"{name}={name}" for name, value in named.items() if value is not None)])
             source = data.source if isinstance(data, StreamLoader) else data
             run = PlannedRun(
-                epochs, arguments if lr == LR else f"{arguments}, lr={lr:g}",
+                epochs, arguments if lr in (None, LR) else f"{arguments}, lr={lr:g}",
                 numbered=data.size is not None
                 or (isinstance(data, StreamLoader) and unnumbered_reason(source, data.targets) is None),
                 own_batches=isinstance(source, DataLoader) and type(source.batch_sampler) is not BatchSampler,
@@ -118,16 +121,15 @@ def _check(
     steps: int | None,
     seconds: float | None,
     epochs: float,
+    lr: Any,
+    progress: Any,
 ) -> None:
     """Refuse what cannot be measured, before anything is copied."""
-    if not isinstance(model, nn.Module):
-        raise UserError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("`model` must have a parameter that requires a gradient, got none")
+    check_model(model)
+    check_trains(model, optimizer if isinstance(optimizer, torch.optim.Optimizer) else None, loss)
     if isinstance(loader, Iterator):
         raise UserError("`loader` must be an iterable that can be iterated again, got a one-shot iterator")
-    if not isinstance(loader, Iterable):
-        raise UserError(f"`loader` must be an iterable of batches, got {type(loader).__name__}")
+    check_batches(loader)
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < LEAST_STEPS):
         raise UserError(f"`steps` must be a number of steps, at least {LEAST_STEPS}, got {steps}")
     for name, amount in (("seconds", seconds), ("epochs", epochs)):
@@ -141,13 +143,12 @@ def _check(
         raise UserError(f"`settings.compile` must be False, got {settings.compile}; give torch.compile(model) instead")
     if rank_and_world_size()[1] > 1:
         raise UserError(f"advise must run in one process, got {rank_and_world_size()[1]}: they would time one another")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        own = {id(parameter) for parameter in model.parameters()}
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if not any(id(parameter) in own for parameter in held):
-            raise UserError("`optimizer` must be of the model's parameters, got one of none of them")
-    elif optimizer is not None and not callable(optimizer):
-        raise UserError(f"`optimizer` must be an optimizer or a factory of one, got {type(optimizer).__name__}")
+    if optimizer is not None and not callable(optimizer):
+        check_optimizer(optimizer, model)
+    if lr is not None and isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"`lr` is of an optimizer made here, got {lr} beside one that has its own; give one")
+    if progress is not None and not callable(progress):
+        raise UserError(f"`progress` must be a function of the fraction done, or None, got {progress!r}")
 
 
 def _loaded_ahead(loader: Any) -> int:

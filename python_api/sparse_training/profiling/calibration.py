@@ -24,6 +24,7 @@ from sparse_training.devices import synchronize
 from sparse_training.selection.policies.base import Policy
 from sparse_training.training.clock import Costs, Curve
 from sparse_training.training.step import TrainingStep
+from sparse_training.user_code import explained
 
 BLOCK, SETTLING = 12, 2  # consecutive steps of a policy, and how many of them, at the start, are not timed
 SHORT_BLOCK = 3  # on the short last batch of an epoch
@@ -63,7 +64,8 @@ def calibrate(
         Stopped: ``stop`` returned true.
     """
     show, go_on = progress or (lambda fraction: None), _Asks(stop)
-    twin = copy.deepcopy(trainer)
+    with explained(lambda: "seconds are calibrated on a copy of the model, which copy.deepcopy cannot make"):
+        twin = copy.deepcopy(trainer)
     twin.update.scheduler = None
     twin.compile()
     memo = {id(trainer.model): twin.model}  # scorers attached to the model are attached to its copy

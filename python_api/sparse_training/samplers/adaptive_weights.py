@@ -115,14 +115,16 @@ class SamplingWeights:
                 "`denoise` needs at least 3 classes and as many rows as pairs of them to estimate wrong labels, got "
                 f"{self.classes} classes and {rows} rows"
             )
-        self.probability = torch.full((rows,), torch.nan)
-        self.predicted = torch.full((rows,), -1, dtype=torch.int32)
-        self.due = torch.rand(rows, generator=self._generator(-1))  # float32 [rows], in [0, 1): carried over
+        self.probability = torch.full((rows,), torch.nan, dtype=torch.float32, device="cpu")
+        self.predicted = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+        self.due = torch.rand(
+            rows, generator=self._generator(-1), dtype=torch.float32, device="cpu"
+        )  # float32 [rows], in [0, 1): carried over
         self.noise, self._doubted = 0.0, False
         self.invalid = 0
         self.passes = 0
         self.balanced = False
-        self.order = torch.empty(0, dtype=torch.int64)  # rows still to come in this pass
+        self.order = torch.empty(0, dtype=torch.int64, device="cpu")  # rows still to come in this pass
 
     # --- what is known of rows ------------------------------------------------------------------
 
@@ -168,7 +170,7 @@ class SamplingWeights:
         sure = (self.predicted >= 0) & (self.predicted < k)  # a model may have classes that no row is of
         pairs = torch.bincount(self.targets[sure].long() * k + self.predicted[sure], minlength=k * k).view(k, k)
         shares = pairs / pairs.sum(0).clamp(min=1)  # of the rows predicted as a class, by their labels
-        return (k - 1) * float(shares[~torch.eye(k, dtype=torch.bool)].median())
+        return (k - 1) * float(shares[~torch.eye(k, dtype=torch.bool, device="cpu")].median())
 
     def weights(self) -> Tensor:
         """Expected draws of each row in a pass, by the present estimate of the noise: float32 [rows], 1 on average."""
@@ -185,7 +187,11 @@ class SamplingWeights:
             doubted = (self.predicted >= 0) & (self.predicted != self.targets)
             weight = torch.where(doubted, weight * p_clean.clamp(RECHECK, 1.0), weight)
         weight = weight.nan_to_num(1.0)  # of rows not seen yet
-        duplicate_weight = torch.ones(self.rows) if self.duplicate_weight is None else self.duplicate_weight
+        duplicate_weight = (
+            torch.ones(self.rows, dtype=torch.float32, device="cpu")
+            if self.duplicate_weight is None
+            else self.duplicate_weight
+        )
         weight = weight * duplicate_weight
         if self.targets is None:
             return weight
@@ -239,9 +245,9 @@ class SamplingWeights:
         due = self.due + torch.where((weight - 1.0).abs() < 1e-4, 1.0, weight)
         times = due.floor()
         self.due = due - times
-        ids = torch.repeat_interleave(torch.arange(self.rows), times.long())
+        ids = torch.repeat_interleave(torch.arange(self.rows, device="cpu"), times.long())
         generator = self._generator(self.passes)
-        ids = ids[torch.randperm(len(ids), generator=generator)]
+        ids = ids[torch.randperm(len(ids), generator=generator, device="cpu")]
         self.order = ids if self.targets is None else spread(ids, self.targets[ids], generator)
         self.passes += 1
 
@@ -303,8 +309,8 @@ def spread(ids: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
     count = torch.bincount(groups)
     first = count.cumsum(0) - count
     group = groups[order].long()
-    offset = torch.rand(len(count), generator=generator, dtype=torch.float64)
-    place = (torch.arange(len(ids)) - first[group] + offset[group]) / count[group]
+    offset = torch.rand(len(count), generator=generator, dtype=torch.float64, device="cpu")
+    place = (torch.arange(len(ids), device="cpu") - first[group] + offset[group]) / count[group]
     return ids[order[place.argsort()]]
 
 

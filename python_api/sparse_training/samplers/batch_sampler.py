@@ -12,10 +12,11 @@ from torch import distributed as dist
 from torch.utils.data import Sampler
 
 from sparse_training.announcements import announce
+from sparse_training.arguments import check_count, check_fraction, check_integer, check_number
 from sparse_training.errors import UserError
-from sparse_training.gate.checks import check_row_numbers
 from sparse_training.ranks import gather_numbers, rank_and_world_size
-from sparse_training.samplers.adaptive_weights import BALANCE_FROM, SamplingWeights, check_switches
+from sparse_training.samplers.adaptive_weights import BALANCE_FROM, SamplingWeights
+from sparse_training.samplers.checks import check_effect, check_needs, row_numbers
 from sparse_training.samplers.importance import Importance
 from sparse_training.samplers.indexed import Indexed, rows_of
 from sparse_training.samplers.infobatch import InfoBatch, no_rows, whole_batch
@@ -23,6 +24,7 @@ from sparse_training.samplers.resharding import check_ranks, resharded
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.samplers.shuffle import Shuffle
 from sparse_training.selection.types import WeightedIndices
+from sparse_training.user_code import described, explained
 
 __all__ = ["METHODS", "HistorySampler", "Indexed"]
 
@@ -113,8 +115,7 @@ class HistorySampler(Sampler[list[int]]):
             raise UserError(
                 f"each process must have a row, got rank {self.rank} of {self.replicas} for {self.size} rows"
             )
-        if batch_size < 1:
-            raise UserError(f"`batch_size` must be at least 1, got {batch_size}")
+        batch_size, seed = check_count("batch_size", batch_size), check_integer("seed", seed)
         if method not in METHODS:
             raise UserError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "infobatch" and self.replicas > 1 and not connected:
@@ -122,13 +123,16 @@ class HistorySampler(Sampler[list[int]]):
                 "infobatch on several processes needs torch.distributed to agree on an epoch's batches; "
                 "call torch.distributed.init_process_group first"
             )
-        if not 0.0 < rate <= 1.0:
-            raise UserError(f"`rate` must be in (0, 1], got {rate}")
-        if epochs is not None and epochs < 1:
-            raise UserError(f"`epochs` must be None or at least 1, got {epochs}")
+        check_fraction("rate", rate)
+        check_number("delta", delta, "in [0, 1]", lambda x: 0 <= x <= 1)
+        if epochs is not None:
+            check_count("epochs", epochs)
+        check_effect(
+            method, HistorySampler.__init__, {"rate": rate, "uniform": uniform, "prune": prune, "delta": delta}
+        )
         switches = {"denoise": denoise, "deduplicate": deduplicate, "balance": balance}
         self.switches = tuple(name for name, on in switches.items() if on)
-        _check_switches(method, self.switches, targets=targets, duplicate_counts=duplicate_counts, epochs=epochs)
+        check_needs(method, self.switches, targets=targets, duplicate_counts=duplicate_counts, epochs=epochs)
         self.method, self.batch_size, self.rate, self.seed, self.drop_last = method, batch_size, rate, seed, drop_last
         self.epochs, self.dense_from = epochs, None if epochs is None else round(delta * epochs)
         self.rows = -(-(self.size - self.rank) // self.replicas)  # of this process
@@ -160,7 +164,11 @@ class HistorySampler(Sampler[list[int]]):
             return None
         if len(values) != self.size:
             raise UserError(f"`{name}` must have one entry for each of {self.size} rows, got {len(values)}")
-        return torch.as_tensor(values)[self.rank :: self.replicas]
+        with explained(lambda: f"`{name}` must be numbers, one for each row"):
+            own = torch.as_tensor(values, device="cpu")[self.rank :: self.replicas]
+        if name == "duplicate_counts" and not bool((own >= 1).all()):
+            raise UserError(f"`{name}` must count each row itself, at least 1, got {own.min().item()}")
+        return own
 
     @property
     def table(self) -> ScoreTable:
@@ -181,7 +189,7 @@ class HistorySampler(Sampler[list[int]]):
         Args:
             epoch: number of the epoch, from 0.
         """
-        if epoch != self.epoch:
+        if check_integer("epoch", epoch) != self.epoch:
             self._begin(epoch)
 
     def _begin(self, epoch: int) -> None:
@@ -239,7 +247,7 @@ class HistorySampler(Sampler[list[int]]):
         progress = 0.0 if self.epochs is None else (self.epoch + self._drawn / len(self)) / self.epochs
         rows = self.sampler.draw(count, progress)
         self._announce()
-        return WeightedIndices(rows, torch.ones(count))
+        return WeightedIndices(rows, torch.ones(count, dtype=torch.float32, device="cpu"))
 
     def _announce(self) -> None:
         """Print what the sampler has begun to do."""
@@ -264,7 +272,7 @@ class HistorySampler(Sampler[list[int]]):
         """Rows that an InfoBatch epoch keeps."""
         assert isinstance(self.sampler, InfoBatch)
         if self.dense_from is not None and self.epoch >= self.dense_from:
-            return WeightedIndices(rows, torch.ones(len(rows)))
+            return WeightedIndices(rows, torch.ones(len(rows), dtype=torch.float32, device="cpu"))
         return self.sampler.prune(rows, self.epoch)
 
     def _epoch_rows(self) -> int:
@@ -276,7 +284,7 @@ class HistorySampler(Sampler[list[int]]):
             rows = self._epoch_rows()
         else:
             begins = range(0, self.rows, _BLOCK)
-            blocks = (torch.arange(begin, min(begin + _BLOCK, self.rows)) for begin in begins)
+            blocks = (torch.arange(begin, min(begin + _BLOCK, self.rows), device="cpu") for begin in begins)
             rows = sum(len(self._kept(block).index) for block in blocks)
         whole = self.drop_last and self.replicas == 1 and rows >= self.batch_size
         batches = rows // self.batch_size if whole else -(-rows // self.batch_size)
@@ -290,7 +298,7 @@ class HistorySampler(Sampler[list[int]]):
         """Importance weights (1/p) of the rows of a drawn batch, on average 1.
 
         Args:
-            index: row numbers of the batch, int64 [n], as the loader gave them.
+            index: row numbers of the batch, int64 [n], as the loader gave them; a list or an array serves as well.
 
         Returns:
             float32 [n], on the device of ``index``.
@@ -298,10 +306,10 @@ class HistorySampler(Sampler[list[int]]):
         Raises:
             UserError: the batch was not drawn in this epoch, or was given to ``update`` already.
         """
-        rows = index.cpu()
+        rows = row_numbers(index)
         for drawn in self._pending:
             if torch.equal(drawn.index, rows):
-                return drawn.weights().to(index.device)
+                return drawn.weights().to(index.device if isinstance(index, Tensor) else "cpu")
         raise UserError(
             "weights() of a batch that is not under way; call it with a drawn batch's index, before update()"
         )
@@ -319,7 +327,7 @@ class HistorySampler(Sampler[list[int]]):
             UserError: rows of another process, tensors that do not fit one another, or of the wrong dtype.
             IndexError: there is no such row.
         """
-        rows = check_row_numbers(index.cpu())
+        rows = row_numbers(index)
         if ((rows - self.rank) % self.replicas).any():
             raise UserError(
                 f"rows of another process: `index` must hold numbers that are {self.rank} modulo {self.replicas}"
@@ -402,6 +410,8 @@ class HistorySampler(Sampler[list[int]]):
             UserError: the state is of other data, another rank or other settings.
         """
         settings = self._settings()
+        if not isinstance(state, Mapping) or not {"settings", "epoch", "table", "law", "pending"} <= set(state):
+            raise UserError(f"the state must be one of a HistorySampler's state_dict(), got {described(state)}")
         if state["settings"].get("law") == "adaptive" and self._acts_as_formerly():
             settings["law"] = "adaptive"
         if differing := [name for name, value in settings.items() if state["settings"].get(name) != value]:
@@ -417,26 +427,3 @@ class HistorySampler(Sampler[list[int]]):
         self._drawn, self._total, self._order.position = state["drawn"], state["total"], state["position"]
         self._pending.extend(WeightedIndices(index, weight) for index, weight in state["pending"])
         self._restored = True
-
-
-def _check_switches(method: str, switches: Sequence[str], **given: Any) -> None:
-    """Refuse switches of another method or without what they need, and what no switch needs.
-
-    Raises:
-        UserError: something is missing or without effect.
-    """
-    if method != "adaptive":
-        extra = [*switches, *(name for name in ("targets", "duplicate_counts") if given[name] is not None)]
-        if extra:
-            raise UserError(f'`{extra[0]}` needs method="adaptive", got method={method!r}')
-        return
-    check_switches(switches)
-    needs = {"denoise": ("targets",), "deduplicate": ("duplicate_counts",), "balance": ("targets", "epochs")}
-    for switch in switches:
-        if missing := [name for name in needs[switch] if given[name] is None]:
-            raise UserError(f"`{switch}` needs `{missing[0]}`, got none")
-    needed = {name for switch in switches for name in needs[switch]}
-    for name in ("targets", "duplicate_counts"):
-        if given[name] is not None and name not in needed:
-            users = " or ".join(switch for switch, names in needs.items() if name in names)
-            raise UserError(f"`{name}` needs {users} switched on, got {', '.join(switches)}")

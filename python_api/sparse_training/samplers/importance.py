@@ -93,9 +93,12 @@ class Importance:
         """Draw ``count`` rows with their importance weights."""
         new = self._unseen(count)
         if len(new) == count:
-            return WeightedIndices(new, torch.ones(count))
+            return WeightedIndices(new, torch.ones(count, dtype=torch.float32, device="cpu"))
         index = self._by_score(count - len(new))
-        return WeightedIndices(torch.cat((new, index)), torch.cat((torch.ones(len(new)), self.weight(index))))
+        return WeightedIndices(
+            torch.cat((new, index)),
+            torch.cat((torch.ones(len(new), dtype=torch.float32, device="cpu"), self.weight(index))),
+        )
 
     def weight(self, index: Tensor) -> Tensor:
         """Importance weights 1 / (rows * p) of the rows in ``index``: float32 [n]."""
@@ -113,10 +116,10 @@ class Importance:
             found.append(ahead[places])
             count -= len(places)
             self.first.position += int(places[-1]) + 1 if not count else len(ahead)
-        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def _by_score(self, count: int) -> Tensor:
-        slot = torch.arange(count)
+        slot = torch.arange(count, device="cpu")
         point = (slot + uniform_double(slot, seed=self.seed, step=self.step + _IMPORTANCE)) / count
         self.step += 1
         uniform = self._uniform()

@@ -32,13 +32,21 @@ class Indexed(Dataset[tuple[int, Any]]):
         return self.rows
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
+        _check_numbers([index])
         return index, self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
         """Fetch a batch in one call where the data set can, as DataLoader asks for it."""
+        _check_numbers(indices[:1])
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if callable(fetch) else [self.dataset[index] for index in indices]
         return list(zip(indices, items, strict=True))
+
+
+def _check_numbers(indices: list[Any]) -> None:
+    """Refuse batches of numbers in place of numbers, as of a batch sampler that is given as ``sampler``."""
+    if any(isinstance(index, list | tuple) for index in indices):
+        raise UserError("a row has one number, got a list of them; give the sampler to the loader as `batch_sampler`")
 
 
 def rows_of(dataset: Any) -> int:

@@ -86,7 +86,9 @@ def common_batch(waiting: WeightedIndices, kept: WeightedIndices, size: int) -> 
 
 def no_rows() -> WeightedIndices:
     """No rows: the start of ``whole_batch``."""
-    return WeightedIndices(torch.empty(0, dtype=torch.int64), torch.empty(0))
+    return WeightedIndices(
+        torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.float32, device="cpu")
+    )
 
 
 class InfoBatch:

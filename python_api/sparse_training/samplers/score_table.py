@@ -35,7 +35,7 @@ class ScoreTable:
     def __init__(self, rows: int, *, signed: bool = False, cpp: bool | None = None) -> None:
         if rows < 1:
             raise UserError(f"a score table must have at least 1 row, got {rows}")
-        self.scores = torch.full((rows,), torch.nan)
+        self.scores = torch.full((rows,), torch.nan, dtype=torch.float32, device="cpu")
         self.seen = 0
         self.invalid = 0
         self._tree = None if signed else SumTree(self.scores, cpp=cpp)
@@ -126,7 +126,7 @@ class ScoreTable:
             self._tree.build()
 
 
-def one_per_row(index: Tensor, scores: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def one_per_row(index: Tensor, scores: Any, rows: int) -> tuple[Tensor, Tensor]:
     """Row numbers and scores, checked, flattened and brought to the CPU.
 
     Args:
@@ -141,6 +141,8 @@ def one_per_row(index: Tensor, scores: Tensor, rows: int) -> tuple[Tensor, Tenso
         UserError: not one real score a row, or row numbers that are no integers.
         IndexError: a row outside 0 to ``rows`` - 1.
     """
+    if not isinstance(scores, Tensor):  # a list or an array
+        scores = torch.as_tensor(scores, device="cpu")
     if scores.is_complex():
         raise UserError(f"`scores` must be real numbers, got {scores.dtype}")
     index = check_row_numbers(index.detach().reshape(-1).cpu())

@@ -33,9 +33,9 @@ class Shuffle:
         self.rows, self.position = rows, 0
         self.left = max(1, round(rows**0.5))
         self.right = -(-rows // self.left)  # left * right is at least rows, by less than left
-        keys = uniform_double(torch.arange(self.ROUNDS), seed=seed, step=epoch + _SHUFFLE)
+        keys = uniform_double(torch.arange(self.ROUNDS, device="cpu"), seed=seed, step=epoch + _SHUFFLE)
         self.keys: list[int] = (keys * 2.0**32).long().tolist()
-        self._block = torch.empty(0, dtype=torch.int64)
+        self._block = torch.empty(0, dtype=torch.int64, device="cpu")
         self._begin = 0
 
     def peek(self) -> Tensor:
@@ -44,7 +44,7 @@ class Shuffle:
             return self._block[:0]
         if not self._begin <= self.position < self._begin + len(self._block):
             self._begin = self.position
-            self._block = self.at(torch.arange(self.position, min(self.position + _BLOCK, self.rows)))
+            self._block = self.at(torch.arange(self.position, min(self.position + _BLOCK, self.rows), device="cpu"))
         return self._block[self.position - self._begin :]
 
     def at(self, places: Tensor) -> Tensor:

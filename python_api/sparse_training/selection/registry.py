@@ -98,6 +98,7 @@ def check_rate_is_used(policy: str | Policy | Gate, rate: float | None) -> None:
     if rate is None:
         return
     check_rate(rate)
+    _check_kind(policy)
     if isinstance(policy, str) and _kind(policy) is not None and not uses_rate(policy):
         those = ", ".join(name for name in POLICIES if uses_rate(name))
         raise UserError(f"`rate` is used by the policies {those}, got {rate} with {policy}; give none")
@@ -138,6 +139,7 @@ def make_policy(
         UserError: the name is unknown, the rate is out of range, two scorers are named, the policy uses none, or it
             has no such option.
     """
+    _check_kind(policy)
     rate = DEFAULT_RATE if rate is None else check_rate(rate)
     rank, ranks = rank_and_world_size()
     given = policy
@@ -180,6 +182,13 @@ def make_policy(
     return made
 
 
+def _check_kind(policy: Any) -> None:
+    """Refuse what is neither a name nor a policy or gate."""
+    if not isinstance(policy, str | Policy | Gate):
+        given = f"the class {policy.__name__}; make it" if isinstance(policy, type) else type(policy).__name__
+        raise UserError(f"`policy` must be a name, a Policy or a Gate, got {given}")
+
+
 def _check_options(policy: str | Policy | Gate, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Refuse options that a policy does not have."""
     known = POLICY_OPTIONS.get(policy, ()) if isinstance(policy, str) else ()
@@ -205,6 +214,8 @@ def make_scorer(scorer: str | Scorer) -> Scorer:
     """
     if isinstance(scorer, Scorer):
         return scorer
+    if not isinstance(scorer, str):
+        raise UserError(f"`scorer` must be a name or a Scorer, got {type(scorer).__name__}")
     name, colon, argument = scorer.partition(":")
     if name not in SCORERS or bool(argument) != bool(colon):
         raise UserError(f"`scorer` must be one of {FORMS}, got {scorer!r}")

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sparse_training.errors import UserError
 from sparse_training.files import SEAL, SEALED, _write
+from sparse_training.user_code import one_line
 
 if sys.platform != "win32":
     import fcntl
@@ -212,9 +213,3 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], str]:
     if not isinstance(state, dict):
         raise UserError(f"{path} must hold a mapping, got a {type(state).__name__}; it is no checkpoint")
     return state, digest
-
-
-def one_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

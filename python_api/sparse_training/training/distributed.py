@@ -144,7 +144,7 @@ class Ranks:
         """Return the sum of the ranks' numbers."""
         if self.alone:
             return number
-        total = torch.tensor(number, dtype=torch.float64)
+        total = torch.tensor(number, dtype=torch.float64, device="cpu")
         wait_for(dist.all_reduce(total, group=self._group, async_op=True), total.device)
         return total.item()
 
@@ -157,8 +157,8 @@ class Ranks:
         if self.alone:
             return [value]
         own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        lengths = [int(length) for length in self._gather(torch.tensor([own.numel()]))]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        lengths = [int(length) for length in self._gather(torch.tensor([own.numel()], device="cpu"))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
         padded[: own.numel()] = own
         parts = zip(self._gather(padded), lengths)  # noqa: B905  # one of each for each rank
         return [pickle.loads(part[:length].numpy().tobytes()) for part, length in parts]

@@ -11,6 +11,7 @@ import torch
 
 from sparse_training import devices
 from sparse_training.announcements import announce
+from sparse_training.arguments import check_positive
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics
@@ -20,6 +21,7 @@ from sparse_training.training.callbacks import Evaluation, Run
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.state import RunState
+from sparse_training.user_code import explained, name_of
 
 TRACE_POINTS = 500
 
@@ -53,8 +55,9 @@ class RunLength(NamedTuple):
         if len(named) != 1:
             raise UserError(f"give exactly one of {', '.join(budgets)}, got {' and '.join(named) or 'none'}")
         ((kind, amount),) = named.items()
-        if not 0.0 < amount < float("inf"):
-            raise UserError(f"`{kind}` must be above 0 and finite, got {amount}")
+        check_positive(kind, amount)
+        if kind in ("steps", "rows") and not float(amount).is_integer():
+            raise UserError(f"`{kind}` must be a whole number, got {amount}")
         if kind != "epochs":
             return cls(kind, amount)
         batches = loader.batches()
@@ -224,7 +227,7 @@ class TrainingLoop:
         return self.clock.seconds if in_seconds else sum(self.trainer.operations.total.values())
 
     def _stop_requested(self) -> bool:
-        return self.stop is not None and self.trainer.ranks.total(self.stop()) > 0
+        return self.stop is not None and self.trainer.ranks.total(bool(self.stop())) > 0
 
     def _ended(self) -> bool:
         """Tell whether a callback ended the run, on any rank."""
@@ -247,7 +250,8 @@ class TrainingLoop:
         evaluate, trainer = self.evaluate, self.trainer
         if callable(evaluate) and not isinstance(evaluate, Loader):
             model = trainer.update.evaluated
-            with evaluation_statistics(model):
+            said = f"`evaluate`, {name_of(evaluate)}, must return numbers by name"
+            with evaluation_statistics(model), explained(lambda: said):
                 numbers = {name: float(value) for name, value in evaluate(model).items()}
         else:
             assert evaluate is not None
@@ -311,6 +315,8 @@ class TrainingLoop:
             if self.rate_control is not None:
                 log.warnings += self.rate_control.warnings()
             log.warnings += lost if invalid else []
+            if int(log.rows_seen) == 0:
+                log.warnings.append("no row was trained on: every batch was empty, or every target was one to ignore")
         return log
 
 

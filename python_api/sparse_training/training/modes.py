@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+@contextmanager
+def recorded_gradients() -> Iterator[None]:
+    """Context in which autograd records, even where the caller is in ``no_grad`` or inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager

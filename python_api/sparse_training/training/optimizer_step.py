@@ -15,6 +15,7 @@ from sparse_training.errors import UserError
 from sparse_training.selection.types import SelectedBatch
 from sparse_training.training.distributed import Ranks
 from sparse_training.training.settings import TrainerSettings
+from sparse_training.user_code import explained, name_of
 
 
 class OptimizerStep:
@@ -57,7 +58,8 @@ class OptimizerStep:
         self.clip_norm, self.accumulate, ema = settings.clip_norm, settings.accumulate, settings.ema
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp_dtype == torch.float16)
         average = None if ema is None else get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
-        self.ema = None if ema is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        with explained(lambda: "`ema` needs a model that copy.deepcopy can copy"):
+            self.ema = None if ema is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.ranks = ranks or Ranks()
         self.scheduler: LRScheduler | None = None
         self.invalid: int | Tensor = 0
@@ -104,7 +106,15 @@ class OptimizerStep:
 
         Returns:
             Whether the batch was invalid, as a bool tensor; None where the host knows that it was not.
+
+        Raises:
+            UserError: the losses have no gradient, or the optimizer cannot take the step.
         """
+        if not losses.requires_grad:
+            raise UserError(
+                "the loss must have a gradient in the model's parameters, got one without; a model's output or a loss "
+                "is detached somewhere"
+            )
         self.rejected = False
         rows: int | Tensor = kept.rows
         divisor = losses.shape[0] if kept.weight is None else kept.divisor
@@ -189,7 +199,8 @@ class OptimizerStep:
         if self.clip_norm is not None:
             if self.accumulate == 1:
                 self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+            with explained(lambda: f"`clip_norm`={self.clip_norm} cannot clip the gradients"):
+                nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
         skip = torch.maximum(empty, bad) if empty is not None and bad is not None else bad if empty is None else empty
         with nullcontext() if skip is None else self._skipped_where(skip):
             taken = self._scaled_step()
@@ -211,7 +222,8 @@ class OptimizerStep:
     def _scaled_step(self) -> bool:
         """Take the step, unless the scaler finds that scaled gradients overflowed; tell whether it was taken."""
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
-        self.scaler.step(self.optimizer)
+        with explained(lambda: f"the optimizer {name_of(self.optimizer)} cannot take a step"):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         return not self.scaler.is_enabled() or self.scaler.get_scale() >= scale
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from sparse_training.arguments import check_number
 from sparse_training.errors import UserError
+from sparse_training.user_code import explained
 
 PHASES = ("warmup", "sparse", "anneal")  # dense start, sparse, dense end: the names that recorded results have
 SHAPES = ("cosine", "constant")
@@ -41,9 +43,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("dense_start", "dense_end", "lr_warmup"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise UserError(f"`{name}` must be a fraction in [0, 1], got {value}")
+            check_number(name, getattr(self, name), "a fraction in [0, 1]", lambda x: 0.0 <= x <= 1.0)
         if self.dense_start + self.dense_end > 1.0:
             raise UserError(
                 f"`dense_start` {self.dense_start} and `dense_end` {self.dense_end} add up to more than 1, "
@@ -87,11 +87,21 @@ class Schedule:
         """Return the learning rate's factor at a progress; the rise starts at 0.1, for a step at 0 is wasted.
 
         Of a scheduler, which has no factor, it is 1.
+
+        Raises:
+            UserError: a callable returns no number, or one below 0 or not finite.
         """
         if self.scheduler is not None:
             return 1.0
         if callable(self.shape):
-            return float(self.shape(progress))
+            with explained(lambda: f"`schedule`, {self.name}, must map progress to a factor"):
+                factor = float(self.shape(progress))
+            if not 0.0 <= factor < math.inf:
+                raise UserError(
+                    f"`schedule`, {self.name}, must map progress to a finite factor of at least 0, got {factor} at "
+                    f"{progress:g}"
+                )
+            return factor
         scale = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))) if self.shape == "cosine" else 1.0
         if progress < self.lr_warmup:
             scale *= 0.1 + 0.9 * progress / self.lr_warmup

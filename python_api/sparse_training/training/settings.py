@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_training.arguments import check_number
 from sparse_training.errors import UserError
 from sparse_training.precision import PRECISIONS
 
@@ -52,12 +53,22 @@ class TrainerSettings:
     targets: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.clip_norm is not None and not self.clip_norm > 0.0:
-            raise UserError(f"`clip_norm` must be above 0, or None, got {self.clip_norm}")
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, "above 0, or None", lambda x: x > 0.0)
         if isinstance(self.accumulate, bool) or not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise UserError(f"`accumulate` must be a number of batches, at least 1, got {self.accumulate}")
-        if self.ema is not None and not 0.0 < self.ema < 1.0:
-            raise UserError(f"`ema` must be a decay in (0, 1), or None, got {self.ema}")
+        if self.scoring_precision not in ("auto", *PRECISIONS):
+            known = ", ".join(("auto", *PRECISIONS))
+            raise UserError(f"`scoring_precision` must be one of {known}, got {self.scoring_precision!r}")
+        if self.ema is not None:
+            check_number("ema", self.ema, "a decay in (0, 1), or None", lambda x: 0.0 < x < 1.0)
+        if not isinstance(self.compile, bool | str):
+            raise UserError(f"`compile` must be True, False or the name of a backend, got {self.compile!r}")
+        if self.channels_last not in (None, True, False):
+            raise UserError(f"`channels_last` must be True, False or None, got {self.channels_last!r}")
+        for name in ("inputs", "targets"):
+            if not (getattr(self, name) is None or callable(getattr(self, name))):
+                raise UserError(f"`{name}` must be a function of a batch, or None, got {getattr(self, name)!r}")
         if self.amp is not None and self.amp not in PRECISIONS:
             raise UserError(f"`amp` must be None or one of {', '.join(PRECISIONS)}, got {self.amp!r}")
 

@@ -22,13 +22,14 @@ from sparse_training.gate.gate import Gate
 from sparse_training.generators import rng_state, set_rng_state
 from sparse_training.selection.policies.base import Policy
 from sparse_training.training.callbacks import Callbacks, EnergyRecord, RateControl
-from sparse_training.training.checkpoint import locked, one_line, previous_of, read_checkpoint, save_checkpoint
+from sparse_training.training.checkpoint import locked, previous_of, read_checkpoint, save_checkpoint
 from sparse_training.training.clock import Clock
 from sparse_training.training.distributed import Ranks, is_sharded
 from sparse_training.training.log import TrainingLog
 from sparse_training.training.resharding import check_complete, reshard
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.step import TrainingStep
+from sparse_training.user_code import one_line
 
 CHECKPOINT = "checkpoint.pt"
 SHARED = ("model", "update", "clock", "energy", "others")

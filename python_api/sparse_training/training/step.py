@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from sparse_kernels.trees import map_rows
+from sparse_kernels.trees import map_rows, rows_at
 from sparse_training import devices
+from sparse_training.arguments import check_number
 from sparse_training.criterion import Criterion
 from sparse_training.data.loader import Loader
 from sparse_training.data.stream import StreamLoader
@@ -29,10 +31,13 @@ from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.types import Batch, CandidateIndices, Scores, SelectedBatch, WeightedIndices
+from sparse_training.training.checks import check_batches, check_model, check_optimizer
 from sparse_training.training.distributed import Ranks, is_sharded, settle_exchange, split_wrapper, tensor_shapes
 from sparse_training.training.flops import Operations
 from sparse_training.training.optimizer_step import OptimizerStep
+from sparse_training.training.optimizers import resolve_optimizer
 from sparse_training.training.settings import TrainerSettings
+from sparse_training.user_code import described, explained
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -85,8 +90,10 @@ class TrainingStep:
         settings: TrainerSettings,
         device: torch.device | str | None,
     ) -> None:
-        if not lr > 0.0:
-            raise UserError(f"`lr` must be above 0, got {lr}")
+        check_model(model)
+        check_number("lr", lr, "above 0", lambda x: 0.0 < x < math.inf)
+        if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
+            check_optimizer(optimizer, model)
         if criterion.granularity == "token" and policy.uses_scores and type(policy.scorer) is not SelfScorer:
             raise UserError(
                 f'the scorer {policy.scorer.name} cannot be used with granularity="token", which judges the training '
@@ -107,9 +114,10 @@ class TrainingStep:
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attach(self.policy)
-        self.optimizer = self._make_optimizer(optimizer, lr)
+        self.optimizer = resolve_optimizer(optimizer, self.model, lr, self.device)
         for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+            rate = group["lr"]  # a tensor is filled anew for each step
+            group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
         self.operations = Operations()
         self.ranks.agree(tensor_shapes(self.model))
@@ -135,20 +143,8 @@ class TrainingStep:
 
         # Not Module.compile(), which compiles nothing of PyTorch's own containers. Static shapes would be compiled
         # again for every number of rows.
-        model._compiled_call_impl = torch.compile(call, dynamic=True, backend=backend)
-
-    def _make_optimizer(
-        self, optimizer: OptimizerFactory | torch.optim.Optimizer | None, lr: float
-    ) -> torch.optim.Optimizer:
-        if isinstance(optimizer, torch.optim.Optimizer):
-            return optimizer
-        if optimizer is not None:
-            return optimizer(self.model.parameters(), lr=lr)
-        # Fused: one pass over the parameters, in a quarter of the unfused time on a CPU.
-        if self.device.type == "xla":  # the count of steps on the device, where a skipped step is undone
-            return torch.optim.AdamW(self.model.parameters(), lr=lr, capturable=True)
-        fused = self.device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(self.model.parameters(), lr=lr, fused=fused)
+        with explained(lambda: f"`compile` names no backend of torch.compile, {backend!r}"):
+            model._compiled_call_impl = torch.compile(call, dynamic=True, backend=backend)
 
     def attach(self, policy: Policy) -> Policy:
         """Move a policy to the device and give its scorer the model and the loss."""
@@ -320,12 +316,16 @@ class TrainingStep:
                 model's own where no loss was given.
         """
         for tensor in pytree.tree_leaves(batch.inputs):
-            if isinstance(tensor, Tensor) and tensor.shape[:1] != (batch.rows,):
+            if isinstance(tensor, Tensor) and (tensor.ndim == 0 or tensor.size(0) != batch.rows):
                 raise UserError(
-                    f"inputs and targets must have the same number of rows in dim 0, got an input of shape "
-                    f"{list(tensor.shape)} and {batch.rows} targets"
+                    f"inputs and targets must have the same number of rows in dim 0, got an input "
+                    f"{described(tensor)} and {batch.rows} targets"
                 )
         check_inputs(self.model, batch.inputs)
+        if self.policy.selects(numbered=batch.ids is not None):
+            nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+            with explained(lambda: f"rows of a batch of {described(batch.inputs)} cannot be selected"):
+                rows_at((batch.inputs, batch.targets), nothing, batch.rows)
         with torch.no_grad():
             self._settle(self.model, batch)
             logits, _ = self._try(self.model, batch)
@@ -434,6 +434,7 @@ class TrainingStep:
         """Return the data as a Loader: as it is, or wrapped as a stream of batches."""
         if isinstance(data, Loader):
             return data
+        check_batches(data)
         return StreamLoader(data, device=self.device, inputs=self.settings.inputs, targets=self.settings.targets)
 
 

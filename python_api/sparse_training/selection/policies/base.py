@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_kernels.trees import rows_at
-from sparse_training.errors import UserError
+from sparse_training.arguments import check_fraction
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.types import Batch, CandidateIndices, Scores, SelectedBatch, WeightedIndices
@@ -67,6 +67,16 @@ class Policy(nn.Module):
     def before_loading(self) -> bool:
         """True if rows left out are never loaded."""
         return self.uses_scores and self.scorer.before_loading
+
+    def selects(self, *, numbered: bool) -> bool:
+        """Tell whether the policy takes rows out of batches that are loaded already.
+
+        Args:
+            numbered: True if rows have numbers, by which they are chosen before they are loaded.
+        """
+        if self.masks:
+            return False
+        return not numbered if self.before_loading else self.uses_scores
 
     @property
     def needs_numbers(self) -> bool:
@@ -224,6 +234,4 @@ def check_rate(rate: float) -> float:
     Raises:
         UserError: it is not.
     """
-    if not 0.0 < rate <= 1.0:
-        raise UserError(f"`rate` must be in (0, 1], got {rate}")
-    return rate
+    return check_fraction("rate", rate)

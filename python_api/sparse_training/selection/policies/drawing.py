@@ -37,7 +37,7 @@ class DrawingPolicy(Policy):
         losses = scores.losses
         finite = losses.isfinite()
         p = torch.where(finite, self.probability(torch.where(finite, losses, 0.0)), 0.0)
-        return draw_systematic(p, torch.rand((), generator=self.generator, dtype=torch.float64).item())
+        return draw_systematic(p, torch.rand((), generator=self.generator, dtype=torch.float64, device="cpu").item())
 
     def get_extra_state(self) -> Tensor:
         """State of the generator."""

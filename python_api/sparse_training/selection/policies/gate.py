@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_kernels import Selection, row_stats
 from sparse_training import padding
-from sparse_training.criterion import Criterion, targets_are_classes
+from sparse_training.criterion import Criterion, class_indices, targets_are_classes
 from sparse_training.errors import UserError
 from sparse_training.gate.gate import Gate
 from sparse_training.gate.terms.context import Context
@@ -192,6 +192,7 @@ class GatePolicy(Policy):
                         "such as Significance(loss=1.0)"
                     )
                 offset = offset * self.gate.terms.current["loss"]
+            targets = class_indices(targets)
             if targets.ndim == 1:
                 selection: Selection = self.gate(logits, targets, offset=offset, **known)
                 if self.watched:

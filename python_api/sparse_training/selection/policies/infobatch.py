@@ -83,6 +83,10 @@ class InfoBatchPolicy(HistoryPolicy):
         if self.every_row is None:
             super().prepare(rows, targets, duplicate_counts)
 
+    def selects(self, *, numbered: bool) -> bool:
+        """Tell whether rows are taken out of loaded batches: not where every row is trained on."""
+        return self.every_row is None and super().selects(numbered=numbered)
+
     def choose(self, candidates: CandidateIndices) -> WeightedIndices | None:
         """A whole batch of the rows kept so far, or no row while there are too few."""
         if self.every_row is not None:

@@ -42,12 +42,16 @@ class RandomPolicy(Policy):
     def choose(self, candidates: CandidateIndices) -> WeightedIndices:
         """Draw some of the candidates."""
         rows = len(candidates.ids)
-        return WeightedIndices(candidates.ids[torch.randperm(rows, generator=self.generator)[: self.count(rows)]])
+        return WeightedIndices(
+            candidates.ids[torch.randperm(rows, generator=self.generator, device="cpu")[: self.count(rows)]]
+        )
 
     def count(self, rows: int) -> int:
         """Number of rows to keep this time of ``rows``."""
         count = round(self.rate * rows)
-        return count or int(torch.rand((), generator=self.generator, dtype=torch.float64).item() < self.rate * rows)
+        return count or int(
+            torch.rand((), generator=self.generator, dtype=torch.float64, device="cpu").item() < self.rate * rows
+        )
 
     def get_extra_state(self) -> Tensor:
         """State of the generator."""
