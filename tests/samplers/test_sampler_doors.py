@@ -97,7 +97,7 @@ def test_tables_are_on_the_cpu_in_float32_whatever_the_default_is(method, defaul
     ("options", "said"),
     [
         ({"split": TensorDataset(torch.rand(ROWS, 2))}, "`split` must have tensors `images` and `labels`"),
-        ({"batch_size": 1.5}, "`batch_size` must be a whole number"),
+        ({"batch_size": 1.5}, "`batch_size` must be an integer"),
         ({"seed": "a"}, "`seed` must be an integer"),
         ({"mean": (0.1, 0.2, 0.3)}, "`mean` must have one value, or one for each of 1 channels"),
         ({"std": (0.0,)}, "`std` must be above 0"),

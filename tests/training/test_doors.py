@@ -264,7 +264,7 @@ def test_a_schedule_gives_a_factor(value):
     [
         (TensorDataset(*rows()), "got a TensorDataset; give a DataLoader of it"),
         (lambda: iter(()), "got function; call it"),
-        (42, "such as a DataLoader, got int"),
+        (42, "must be an iterable of batches, got int"),
         (DataLoader(TensorDataset(*rows()), batch_size=None), "must have a row each, got one number"),
         ([(rows()[0], rows()[1][:-1])], "the same number of rows in dim 0, got an input [64, 6] float32 and 63"),
         ([(rows()[0], rows()[1].to("meta"))], "cannot be on cpu"),
@@ -347,7 +347,6 @@ def test_settings_of_a_step(options, said):
         ({"evaluate": 42}, "must be an iterable of batches"),
         ({"evaluate": lambda model: 3.0}, "must return numbers by name"),
         ({"checkpoint_interval": 2}, "`checkpoint_interval` needs `checkpoint`"),
-        ({"resume": True}, "`resume` needs `checkpoint`"),
         ({"checkpoint": "unused", "checkpoint_interval": 0}, "`checkpoint_interval` must be a whole number"),
         ({"checkpoint": "unused", "resume": "yes"}, "`resume` must be True or False"),
         ({"callbacks": 3}, "`callbacks` must be a sequence"),

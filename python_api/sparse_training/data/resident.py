@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparse_training.arguments import check_count, check_integer, check_number, check_positive
+from sparse_training.arguments import check_integer, check_number, check_positive
 from sparse_training.data.loader import Loader
 from sparse_training.devices import find
 from sparse_training.errors import UserError
@@ -82,7 +82,7 @@ class ResidentLoader(Loader):
                     f"`split` must have tensors `images` and `labels`, such as load_data(...).train, got "
                     f"{described(split)}"
                 )
-        batch_size, seed = check_count("batch_size", batch_size), check_integer("seed", seed)
+        batch_size, seed = check_integer("batch_size", batch_size), check_integer("seed", seed)
         _check_channels(split.images, mean, std)
         rows = len(split.labels)
         if not 0 <= self.rank < self.ranks <= max(rows, 1):
@@ -165,9 +165,7 @@ class ResidentLoader(Loader):
 
 def _check_channels(images: Tensor, mean: Any, std: Any) -> None:
     """Refuse a normalisation that does not fit the images, or divides by 0."""
-    channels = images.shape[1] if images.ndim == 4 else None
-    if images.dtype != torch.uint8 or channels is None:
-        raise UserError(f"`split.images` must be uint8 [N, C, H, W], got {described(images)}")
+    channels = images.shape[1] if images.ndim == 4 else 1  # rows of another kind, of a subclass
     for name, values in (("mean", mean), ("std", std)):
         numbers = values if isinstance(values, Sequence) and not isinstance(values, str) else ()
         for value in numbers:

@@ -129,7 +129,7 @@ def _check(
     check_trains(model, optimizer if isinstance(optimizer, torch.optim.Optimizer) else None, loss)
     if isinstance(loader, Iterator):
         raise UserError("`loader` must be an iterable that can be iterated again, got a one-shot iterator")
-    check_batches(loader)
+    check_batches(loader, "`loader`")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < LEAST_STEPS):
         raise UserError(f"`steps` must be a number of steps, at least {LEAST_STEPS}, got {steps}")
     for name, amount in (("seconds", seconds), ("epochs", epochs)):

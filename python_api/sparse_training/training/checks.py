@@ -84,8 +84,12 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
         raise UserError("`optimizer` must be of the model's parameters, got one of none of them")
 
 
-def check_batches(data: Any) -> None:
+def check_batches(data: Any, given: str = "the data") -> None:
     """Refuse data that cannot be iterated by batches.
+
+    Args:
+        data: the data.
+        given: its name, for the message. Default "the data".
 
     Raises:
         UserError: a data set, whose items are rows, or what is not iterable.
@@ -94,9 +98,9 @@ def check_batches(data: Any) -> None:
         return
     name = type(data).__name__
     if isinstance(data, Dataset):
-        raise UserError(f"the data must be an iterable of batches, got a {name}; give a DataLoader of it")
+        raise UserError(f"{given} must be an iterable of batches, got a {name}; give a DataLoader of it")
     hint = "; call it, and give what it returns in a list or a class with __iter__" if callable(data) else ""
-    raise UserError(f"the data must be an iterable of batches, such as a DataLoader, got {name}{hint}")
+    raise UserError(f"{given} must be an iterable of batches, got {name}{hint}")
 
 
 def check_run(
@@ -118,9 +122,8 @@ def check_run(
     check_count("evaluations", evaluations)
     if not isinstance(resume, bool):
         raise UserError(f"`resume` must be True or False, got {resume!r}; the folder is `checkpoint`")
-    if checkpoint is None and (resume or checkpoint_interval is not None):
-        name = "resume" if resume else "checkpoint_interval"
-        raise UserError(f"`{name}` needs `checkpoint`, the folder of the checkpoints, got none")
+    if checkpoint is None and checkpoint_interval is not None:
+        raise UserError("`checkpoint_interval` needs `checkpoint`, the folder of the checkpoints, got none")
     if checkpoint_interval is not None:
         check_count("checkpoint_interval", checkpoint_interval)
     if stop is not None and not callable(stop):
