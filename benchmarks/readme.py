@@ -61,7 +61,7 @@ METHODS = (  # of a study's summary, where it has them
 CASES = {  # of a summary of benchmarks: a few rows of the many
     "gate_rows-float32-1024x32000": "score 1,024×32,000, float32",
     "gate_rows-float32-4096x1000": "score 4,096×1,000, float32",
-    "forward-backward-bfloat16-1024x32000": "loss, entropy, gradient; 1,024×32,000, bfloat16",
+    "forward-backward-kept-bfloat16-1024x32000": "loss, entropy, gradient; 1,024×32,000, bfloat16",
     "row_stats-bfloat16-2048x151936-packages": "loss, entropy; 2,048×151,936, bfloat16",
     "compact-16M-flags": "indices of 16M flags",
 }

@@ -184,8 +184,9 @@ SCRIPT = """
             self.net, self.sampler, self.seen = nn.Linear(4, 3), sampler, []
 
         def train_dataloader(self):
-            more = {"deduplicate": True, "duplicate_counts": torch.ones(64)} if sys.argv[2] == "adaptive" else {}
-            self.sampler = self.sampler or HistorySampler(64, batch_size=8, rate=0.5, method=sys.argv[2], **more)
+            more = {} if sys.argv[2] == "infobatch" else {"rate": 0.5}
+            more |= {"deduplicate": True, "duplicate_counts": torch.ones(64)} if sys.argv[2] == "adaptive" else {}
+            self.sampler = self.sampler or HistorySampler(64, batch_size=8, method=sys.argv[2], **more)
             return DataLoader(Indexed(data), batch_sampler=self.sampler)
 
         def training_step(self, batch, index):

@@ -84,7 +84,7 @@ def compiled(request, tmp_path_factory):
 def kinds_of_table(request, tmp_path_factory):
     """Returns kinds of the launch table for an architecture: some, in one run, or all, an architecture a run."""
     every = os.environ.get("TRITON_MATRIX") == "all"
-    only = "" if every else "float32, (10|127|128) classes, everything"
+    only = "" if every else "float32, (10|127|128) classes, everything|bfloat16, 255 classes, everything"
 
     @functools.cache
     def run(*architectures):

@@ -128,7 +128,7 @@ def test_a_loss_that_reaches_the_model_leaves_its_gradients():
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], before, rtol=0, atol=0)
 
 
-def test_a_loss_with_weights_of_its_own_keeps_them():
+def test_a_loss_with_weights_of_its_own_is_refused_and_keeps_them():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -138,8 +138,11 @@ def test_a_loss_with_weights_of_its_own_keeps_them():
             return F.cross_entropy(self.scale * logits, targets, reduction="none")
 
     for loss in (Scaled(), Criterion(Scaled(), targets="classes")):
-        advise(network(), DataLoader(Augmented(), batch_size=16), loss=loss, steps=6)
         scale = loss.loss.scale if isinstance(loss, Criterion) else loss.scale
+        with pytest.raises(UserError, match="parameters of its own"):
+            advise(network(), DataLoader(Augmented(), batch_size=16), loss=loss, steps=6)
+        scale.requires_grad_(False)
+        advise(network(), DataLoader(Augmented(), batch_size=16), loss=loss, steps=6)
         assert (scale.item(), scale.grad) == (1.0, None)
 
 

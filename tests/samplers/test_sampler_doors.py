@@ -53,7 +53,7 @@ def test_row_numbers_and_losses_of_any_kind(kind):
 def test_row_numbers_that_are_none(index):
     """As of a loader whose data set is not Indexed."""
     for call in (lambda drawn: drawn.update(index, torch.rand(8)), lambda drawn: drawn.weights(index)):
-        with pytest.raises(UserError, match="`index` must be the row numbers of a batch"):
+        with pytest.raises(UserError, match="`index` must be row numbers, int64"):
             call(sampler())
 
 

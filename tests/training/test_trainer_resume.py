@@ -161,7 +161,7 @@ def test_a_loss_of_the_wrong_shape_is_refused_before_anything_changes(policy):
 
 
 def test_inputs_and_targets_that_disagree_are_refused():
-    with pytest.raises(UserError, match=r"an input of shape \[3, 3\] and 4 targets"):
+    with pytest.raises(UserError, match=r"an input \[3, 3\] float32 and 4 targets"):
         SparseTrainer(nn.Linear(3, 2)).fit([(torch.randn(3, 3), torch.zeros(4, dtype=torch.int64))], steps=1)
 
 
@@ -173,7 +173,7 @@ def test_inputs_and_targets_that_disagree_are_refused():
         ({"lr": 0.0}, "`lr` must be above 0, got 0.0"),
         ({"clip_norm": -1.0}, "`clip_norm` must be .*, got -1.0"),
         ({"amp": "int8"}, "`amp` must be .*, got 'int8'"),
-        ({"scoring_precision": "int8"}, "precision must be .*, got 'int8'"),
+        ({"scoring_precision": "int8"}, "`scoring_precision` must be .*, got 'int8'"),
         ({"dense_start": 0.6, "dense_end": 0.6}, "add up to more than 1"),
         ({"dense_start": -0.1}, "`dense_start` must be .*, got -0.1"),
         ({"schedule": "linear"}, "`schedule` must be .*, got 'linear'"),

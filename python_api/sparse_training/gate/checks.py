@@ -86,5 +86,7 @@ def check_row_numbers(index: Tensor) -> Tensor:
         UserError: they are of another dtype.
     """
     if index.dtype not in (torch.int64, torch.int32) and index.numel():
-        raise UserError(f"`index` must be row numbers, int64 or int32, got {index.dtype}")
+        raise UserError(
+            f"`index` must be row numbers, int64 or int32, got {index.dtype}; Indexed(dataset) makes a loader give them"
+        )
     return index.long()

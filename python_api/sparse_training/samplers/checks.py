@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_training.errors import UserError
+from sparse_training.gate.checks import check_row_numbers
 from sparse_training.samplers.adaptive_weights import check_switches
 from sparse_training.user_code import described, explained
 
@@ -21,15 +22,11 @@ def row_numbers(index: Any) -> Tensor:
     Raises:
         UserError: they are no whole numbers in one dimension.
     """
-    with explained(lambda: f"`index` must be the row numbers of a batch, int64 [n], got {described(index)}"):
+    with explained(lambda: f"`index` must be row numbers, int64 [n], got {described(index)}"):
         rows = index if isinstance(index, Tensor) else torch.as_tensor(np.asarray(index), device="cpu")
-    whole = rows.dtype != torch.bool and not rows.is_floating_point() and not rows.is_complex()
-    if rows.ndim != 1 or not (whole or rows.numel() == 0):  # an empty list is one of floats
-        raise UserError(
-            f"`index` must be the row numbers of a batch, int64 [n], got {described(rows)}; Indexed(dataset) makes a "
-            "loader give them"
-        )
-    return rows.cpu().long()
+    if rows.ndim != 1:
+        raise UserError(f"`index` must be row numbers, int64 [n], got {described(rows)}")
+    return check_row_numbers(rows.cpu())
 
 
 def check_effect(method: str, function: Callable[..., Any], given: Mapping[str, float]) -> None:

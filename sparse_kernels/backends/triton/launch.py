@@ -76,10 +76,12 @@ def most_registers(tile: Launch, many: bool) -> int | None:
     """Return the most registers for a thread, None for the compiler's choice.
 
     16 warps on a processor, or 12 where ``many`` statistics or a softcap spill at that: they have two blocks in flight.
-    Threads that own rows of several blocks, or merge, get all that they need: of its own choice ptxas takes fewer for
-    some of them, and spills.
+    Threads that own rows of several blocks, or merge, or hold whole rows of which ``many`` are asked, get all that they
+    need: of its own choice ptxas takes fewer for some of them, and spills.
     """
     if tile.contiguous:
+        if many and tile.rows > 1:
+            return 255
         return 128 if tile.limited and not many else None
     return 255 if tile.warps == 4 and tile.width < SHORT else None
 
