@@ -37,13 +37,13 @@ inline int vectors_of(int columns) {
 template <class Vec, class T, class Real = typename Vec::Real>
 inline Real copy_block(const T* x, int columns, Real softcap, Real* copy) {
   constexpr int kLanes = Vec::kLanes;
-  const auto capped = [&](int i) {
+  const auto capped = [&](int i) __attribute__((always_inline)) {
     const Vec v = Vec::load(x + i);
     return softcap != 0 ? vec_cap(v, softcap) : v;
   };
   const int tail = columns % kLanes, whole = columns - tail;
   Vec largest = Vec::splat(-kInfinity<Vec>), other = largest;
-  const auto put = [&](int i, Vec v, Vec& m) {
+  const auto put = [&](int i, Vec v, Vec& m) __attribute__((always_inline)) {
     store(copy + i, v);
     m = max(m, v);
   };

@@ -13,7 +13,8 @@ namespace sparse_kernels {
 // values[row] to values[row + count - 1], a number of each row; a single row's in every lane; zeros
 // for null. A step of 0: all rows have the first.
 template <class Vec>
-inline Vec of_rows(const void* values, int64_t row, int count, int64_t step = 1) {
+__attribute__((always_inline)) inline Vec of_rows(const void* values, int64_t row, int count,
+                                                  int64_t step = 1) {
   using Real = typename Vec::Real;
   if (!values) return Vec::splat(0);
   const Real* from = static_cast<const Real*>(values) + row * step;

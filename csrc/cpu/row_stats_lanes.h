@@ -129,7 +129,7 @@ struct LaneSums {
     const Lanes one = Lanes::splat(1), nothing = Lanes::splat(-kInfinity<Vec>);
     const Lanes s = shift, target_column = Lanes::load(target);
     Lanes column = Lanes::splat(0), found = target_x;
-    const auto d = [&](int j) {
+    const auto d = [&](int j) __attribute__((always_inline)) {
       const Lanes v = Lanes::load(x + j * stride), this_column = column;
       column = column + one;
       found = select_eq(target_column, this_column, v, found);

@@ -33,15 +33,19 @@ constexpr int kRun = 32;
 // kOverlapped: a term is begun before the one before it is ended. A term is a chain of a dozen
 // operations, and fewer of them fill the processor's queue then. It takes more registers, of which
 // there are too few where d itself needs some.
+//
+// always_inline, here and in d: where a file has grown by enough, GCC makes a call of a term, or of
+// this loop, with its vectors in memory.
 template <bool kSquares, bool kOverlapped, class Vec, class D, class Ahead>
-inline Sums<Vec> sum_of(int count, const Exponential<Vec>& exponential, const D& d,
-                        const Ahead& ahead) {
+__attribute__((always_inline)) inline Sums<Vec> sum_of(int count,
+                                                       const Exponential<Vec>& exponential,
+                                                       const D& d, const Ahead& ahead) {
   constexpr int kTerms = kRun / vectors_in<Vec>;
   struct Begun {
     Vec d;
     typename Exponential<Vec>::Begun power;
   };
-  const auto begin = [&](int i) {
+  const auto begin = [&](int i) __attribute__((always_inline)) {
     const Vec clamped = exponential.clamp(d(i));
     return Begun{clamped, exponential.begin(clamped)};
   };
@@ -50,7 +54,7 @@ inline Sums<Vec> sum_of(int count, const Exponential<Vec>& exponential, const D&
     const int end = count - i < kTerms ? count : i + kTerms;
     Sums<Vec> even, unpaired;
     Sums<Vec>& odd = vectors_in<Vec> > 1 ? even : unpaired;
-    const auto add = [&](Sums<Vec>& sums, const Begun& term) {
+    const auto add = [&](Sums<Vec>& sums, const Begun& term) __attribute__((always_inline)) {
       sums.template add<kSquares>(exponential.end(term.power), term.d);
     };
     for (; i + 4 <= end; i += 4) {

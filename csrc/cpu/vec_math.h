@@ -60,7 +60,7 @@ struct Exponential {
 
 // log(x) for x >= sqrt(1/2), with an error below 1 ulp; NaN for NaN and infinity.
 template <class Vec>
-inline Vec vec_log(Vec x) {
+__attribute__((always_inline)) inline Vec vec_log(Vec x) {
   using Real = typename Vec::Real;
   using Log = Approximation<Vec>;
   Vec m, k;

@@ -198,3 +198,13 @@ def test_code_of_an_instruction_set_shares_no_function_with_portable_code(tmp_pa
     defined = re.findall(r"^[0-9a-f]+ ([A-Zu]) (?!DW\.ref\.)(.*)$", symbols, re.M)
     assert any(symbol.startswith(f"sparse_kernels::{isa}::") for _, symbol in defined)
     assert [symbol for kind, symbol in defined if kind in "WVu" and f"sparse_kernels::{isa}::" not in symbol] == []
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_a_term_of_a_sum_is_no_call():
+    """Where a file has grown by enough, GCC inlines no more: a term was a call, and pixels took 1.4 times as long."""
+    module = pytest.importorskip("sparse_kernels._cpp", reason="no C++ compiler")
+    symbols = subprocess.run(["nm", "-C", module.__file__], capture_output=True, text=True, check=True).stdout
+    assert "sparse_kernels::" in symbols
+    calls = re.findall(r"^.* [tTwW] .*(?:sum_of<|vec_log<|of_rows<|copy_block<.*lambda).*$", symbols, re.M)
+    assert [name[:200] for name in calls] == []
