@@ -25,7 +25,7 @@ class PlanesAhead {
     at_once_ = left_ > 0 ? (left_ + calls - 1) / calls : 0;
   }
 
-  void operator()() {
+  __attribute__((always_inline)) void operator()() {
     const int count = left_ < at_once_ ? left_ : at_once_;
     left_ -= count;
     for (int i = 0; i < count; ++i) {
@@ -64,7 +64,7 @@ class RowsAhead {
   }
 
   // Rows [row, row + count): few at a time, since what is under way has little room.
-  void operator()(int64_t row, int count) const {
+  __attribute__((always_inline)) void operator()(int64_t row, int count) const {
     for (int k = 0; k < arrays_; ++k) {
       const char* first = first_[k] + row * bytes_[k];
       for (int i = 0; i < count * bytes_[k]; i += 64) prefetch(first + i);

@@ -70,7 +70,9 @@ inline int column_at(int position, int columns) {
   return tail && position >= columns - tail ? position - (Vec::kLanes - tail) : position;
 }
 
-static inline void prefetch(const void* p) {
+// always_inline, as is whatever only prefetches: it has no effect that GCC knows of, and where it
+// is a call that call is left out.
+__attribute__((always_inline)) static inline void prefetch(const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p);
 #else
@@ -94,10 +96,10 @@ inline Sums<Vec> sum_block(const X* x, int vectors, typename Vec::Real maximum,
   const Exponential<Vec> of_vector = in_memory;
   const Exponential<Terms> exponential(of_vector);
   const Terms m = Terms::splat(maximum);
-  const auto ahead = [&](int i) {
+  const auto ahead = [&](int i) __attribute__((always_inline)) {
     for (int j = 0; j < 4 * kLanes; j += 64 / int(sizeof(T))) prefetch(next + i * kLanes + j);
   };
-  const auto d = [&](int i) {
+  const auto d = [&](int i) __attribute__((always_inline)) {
     Terms logits;
     load_in_any_order(x + i * kLanes, logits);
     return logits - m;

@@ -135,7 +135,8 @@ struct LaneSums {
       found = select_eq(target_column, this_column, v, found);
       return select_eq(target_column, this_column, nothing, v - s);
     };
-    sums = sums + sum_of<kSquares, false>(columns, exponential, d, [&](int) { ahead(); });
+    sums = sums + sum_of<kSquares, false>(columns, exponential, d,
+                                          [&](int) __attribute__((always_inline)) { ahead(); });
     target_x = found;
   }
 

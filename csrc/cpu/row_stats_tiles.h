@@ -156,7 +156,8 @@ class Tile {
     for (int g = 0; g < groups_; ++g) {
       if (begin == 0) rows_ahead_(next_row + g * kLanes, kLanes);
       sums_[g].template add<kSquares>(exponential, columns, target_column_ + g * kLanes,
-                                      x_ + g * kLanes, width_, [&] { ahead(); });
+                                      x_ + g * kLanes, width_,
+                                      [&]() __attribute__((always_inline)) { ahead(); });
       if (begin + columns == args_.classes && (g % kAtOnce == kAtOnce - 1 || g == groups_ - 1))
         finish(g / kAtOnce * kAtOnce, g + 1, result);
     }
