@@ -214,7 +214,7 @@ def test_a_term_of_a_sum_is_no_call():
     shutil.which("objdump") is None or not runpy.run_path(str(CHECK_HEADERS))["X86"], reason="no objdump"
 )
 def test_no_prefetch_is_left_out():
-    """GCC takes a call of what only prefetches for one without effect, unless it is inlined before that is looked at."""
+    """GCC takes a call of what only prefetches for one without effect, unless it is inlined before."""
     module = pytest.importorskip("sparse_kernels._cpp", reason="no C++ compiler")
     code = subprocess.run(["objdump", "-d", module.__file__], capture_output=True, text=True, check=True).stdout
     assert code.count("prefetch") > 250
