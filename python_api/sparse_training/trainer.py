@@ -42,8 +42,6 @@ from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CheckpointFolder, RunState, agree_on_run, run_settings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
-LEARNING_RATE = 1e-3
-
 
 class SparseTrainer(TrainingStep):
     """Trains a model on the rows that a policy selects; a row is a sample, or a token or pixel of one.
@@ -131,8 +129,6 @@ class SparseTrainer(TrainingStep):
                 raise UserError(
                     f"`granularity` is {granularity!r} and the criterion's is {loss.granularity!r}; give one"
                 )
-            if lr is not None and isinstance(optimizer, torch.optim.Optimizer):
-                raise UserError(f"`lr` is of an optimizer made here, got {lr} beside one that has its own; give one")
             if settings is not None and not isinstance(settings, TrainerSettings):
                 raise UserError(f"`settings` must be TrainerSettings, got {type(settings).__name__}")
             self._by_default = policy is None
@@ -146,7 +142,7 @@ class SparseTrainer(TrainingStep):
                 criterion=loss,
                 policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer, options=options),
                 optimizer=optimizer,
-                lr=LEARNING_RATE if lr is None else lr,
+                lr=lr,
                 settings=settings or TrainerSettings(),
                 device=device,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
+from sparse_training.arguments import check_positive
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.data.row_numbers import unnumbered_reason
 from sparse_training.data.stream import StreamLoader
@@ -23,10 +23,11 @@ from sparse_training.ranks import rank_and_world_size
 from sparse_training.selection.policies.base import Policy
 from sparse_training.training.checks import check_batches, check_model, check_optimizer, check_trains
 from sparse_training.training.modes import training_mode
+from sparse_training.training.optimizers import LEARNING_RATE, learning_rate
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
-SECONDS, LR = 30.0, 1e-3
+SECONDS = 30.0
 LEAST_STEPS = 6
 TRAINING = 0.75  # of the seconds; the rest is for scoring and for smaller batches
 MANY_COPIES, MUCH_LOADING = 0.05, 0.4
@@ -86,7 +87,7 @@ def advise(
         criterion = twins.loss if isinstance(twins.loss, Criterion) else Criterion(twins.loss)
         step = TrainingStep(
             twins.model, criterion=criterion, policy=Policy(), optimizer=twins.optimizer,
-            lr=LR if lr is None else lr, settings=settings, device=None,
+            lr=lr, settings=settings, device=None,
         )  # fmt: skip
         data = step.loader(twins.loader)
         budget = Budget(steps, None if seconds is None else TRAINING * seconds)
@@ -101,7 +102,7 @@ def advise(
             arguments = ", ".join(["model", *(f"{name}={name}" for name, value in named.items() if value is not None)])
             source = data.source if isinstance(data, StreamLoader) else data
             run = PlannedRun(
-                epochs, arguments if lr in (None, LR) else f"{arguments}, lr={lr:g}",
+                epochs, arguments if lr in (None, LEARNING_RATE) else f"{arguments}, lr={lr:g}",
                 numbered=data.size is not None
                 or (isinstance(data, StreamLoader) and unnumbered_reason(source, data.targets) is None),
                 own_batches=isinstance(source, DataLoader) and type(source.batch_sampler) is not BatchSampler,
@@ -133,8 +134,8 @@ def _check(
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < LEAST_STEPS):
         raise UserError(f"`steps` must be a number of steps, at least {LEAST_STEPS}, got {steps}")
     for name, amount in (("seconds", seconds), ("epochs", epochs)):
-        if amount is not None and not 0.0 < amount < math.inf:
-            raise UserError(f"`{name}` must be above 0 and finite, got {amount}")
+        if amount is not None:
+            check_positive(name, amount)
     if loss is not None and not callable(loss):
         raise UserError(f"`loss` must be a function of logits and targets, or a Criterion, got {type(loss).__name__}")
     if not isinstance(settings, TrainerSettings):
@@ -145,8 +146,7 @@ def _check(
         raise UserError(f"advise must run in one process, got {rank_and_world_size()[1]}: they would time one another")
     if optimizer is not None and not callable(optimizer):
         check_optimizer(optimizer, model)
-    if lr is not None and isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(f"`lr` is of an optimizer made here, got {lr} beside one that has its own; give one")
+    learning_rate(lr, optimizer)
     if progress is not None and not callable(progress):
         raise UserError(f"`progress` must be a function of the fraction done, or None, got {progress!r}")
 

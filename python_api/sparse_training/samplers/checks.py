@@ -40,8 +40,10 @@ def check_effect(method: str, function: Callable[..., Any], given: Mapping[str, 
     Raises:
         UserError: one is of another method and not its default.
     """
-    of_method = {"rate": ("importance", "adaptive"), "uniform": ("importance",), "prune": ("infobatch",)}
-    of_method["delta"] = ("infobatch",)
+    of_method = {
+        "rate": ("importance", "adaptive"), "uniform": ("importance",), "prune": ("infobatch",),
+        "delta": ("infobatch",),
+    }  # fmt: skip
     defaults = inspect.signature(function).parameters
     for name, methods in of_method.items():
         if method not in methods and given[name] != defaults[name].default:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_training.arguments import check_number
 from sparse_training.errors import UserError
 from sparse_training.training.checks import check_optimizer
 from sparse_training.user_code import explained
@@ -20,8 +22,26 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
 }
 DEFAULT_OPTIMIZER = "adamw"
+LEARNING_RATE = 1e-3
 MOMENTUM = {"sgd": 0.9, "rmsprop": 0.0}  # defaults of those that have one
 FUSED = ("adamw", "adam", "sgd")
+
+
+def learning_rate(lr: Any, optimizer: Any) -> float:
+    """Return the learning rate of an optimizer made here.
+
+    Args:
+        lr: as given; None for the default.
+        optimizer: as given: an optimizer, a factory or None.
+
+    Raises:
+        UserError: it is out of range, or beside an optimizer that has its own.
+    """
+    if lr is None:
+        return LEARNING_RATE
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"`lr` is of an optimizer made here, got {lr} beside one that has its own; give one")
+    return check_number("lr", lr, "above 0", lambda x: 0.0 < x < math.inf)
 
 
 def resolve_optimizer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +16,6 @@ from torch.utils import _pytree as pytree
 
 from sparse_kernels.trees import map_rows, rows_at
 from sparse_training import devices
-from sparse_training.arguments import check_number
 from sparse_training.criterion import Criterion
 from sparse_training.data.loader import Loader
 from sparse_training.data.stream import StreamLoader
@@ -35,7 +33,7 @@ from sparse_training.training.checks import check_batches, check_model, check_op
 from sparse_training.training.distributed import Ranks, is_sharded, settle_exchange, split_wrapper, tensor_shapes
 from sparse_training.training.flops import Operations
 from sparse_training.training.optimizer_step import OptimizerStep
-from sparse_training.training.optimizers import resolve_optimizer
+from sparse_training.training.optimizers import learning_rate, resolve_optimizer
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.user_code import described, explained
 
@@ -65,7 +63,7 @@ class TrainingStep:
         criterion: loss of each row.
         policy: policy that selects the rows of the sparse steps.
         optimizer: an optimizer, or a factory called with (parameters, lr=lr); None for AdamW.
-        lr: learning rate of an optimizer made here, above 0.
+        lr: learning rate of an optimizer made here, above 0; None for the default.
         settings: precision, accumulation and other settings of the step.
         device: PyTorch device to train on; None for the model's.
 
@@ -86,12 +84,12 @@ class TrainingStep:
         criterion: Criterion,
         policy: Policy,
         optimizer: OptimizerFactory | torch.optim.Optimizer | None,
-        lr: float,
+        lr: float | None,
         settings: TrainerSettings,
         device: torch.device | str | None,
     ) -> None:
         check_model(model)
-        check_number("lr", lr, "above 0", lambda x: 0.0 < x < math.inf)
+        lr = learning_rate(lr, optimizer)
         if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
             check_optimizer(optimizer, model)
         if criterion.granularity == "token" and policy.uses_scores and type(policy.scorer) is not SelfScorer:
