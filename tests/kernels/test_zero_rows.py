@@ -1,6 +1,7 @@
 """The backward of ``row_stats`` on rows without an upstream gradient: zeros, and their logits are not read."""
 
 import ctypes
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -169,7 +170,9 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 @pytest.mark.skipif(not THP.exists(), reason="no large pages")
 @pytest.mark.parametrize("size", [LARGE - 1, 4 * LARGE])
 def test_large_pages_are_asked_for_under_a_large_tensor(size):
-    memory = torch.empty(size, dtype=torch.uint8)
+    # A mapping of its own: memory of the heap can be what an earlier tensor has asked large pages for.
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
     assert large_pages(memory) is memory
     middle, asked = memory.data_ptr() + size // 2, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
