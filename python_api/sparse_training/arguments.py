@@ -45,14 +45,15 @@ def check_positive(name: str, value: Any) -> float:
     return check_number(name, value, "above 0 and finite", lambda x: 0 < x < math.inf)
 
 
-def check_integer(name: str, value: Any) -> int:
-    """Return a setting as an int, if it is an integer.
+def check_integer(name: str, value: Any, least: int | None = None) -> int:
+    """Return a setting as an int, if it is an integer of at least ``least``; None (the default) for any integer.
 
     Raises:
         UserError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise UserError(f"`{name}` must be an integer, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
+        expected = "an integer" if least is None else f"an integer of at least {least}"
+        raise UserError(f"`{name}` must be {expected}, got {value!r}")
     return int(value)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_kernels import gate_rows
+from sparse_training.arguments import check_choice
 from sparse_training.errors import UserError
 from sparse_training.user_code import described, explained, name_of
 
@@ -79,8 +80,7 @@ class Criterion:
             )
         self.loss = nn.CrossEntropyLoss(reduction="none") if loss is None else loss
         check_reduction(self.loss)
-        if granularity not in GRANULARITIES:
-            raise UserError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        check_choice("granularity", granularity, GRANULARITIES)
         if class_dim not in (None, 1, -1):
             raise UserError(f"`class_dim` must be 1, -1 or None (the one that fits), got {class_dim}")
         if targets is not None and targets not in TARGETS:

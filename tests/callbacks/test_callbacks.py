@@ -144,13 +144,13 @@ def test_what_cannot_serve_is_refused_before_a_step(given, message):
 
 def test_numbers_out_of_range_are_refused():
     for make_one, message in (
-        (lambda: EarlyStopping(patience=0), r"EarlyStopping\(`patience`\) must be a number of evaluations, .*got 0"),
+        (lambda: EarlyStopping(patience=0), r"`patience` must be an integer of at least 1, got 0"),
         (lambda: EarlyStopping(patience=True), "got True"),
         (lambda: EarlyStopping("score"), r"\(`mode`\) must be min or max, where 'score' does not tell it, got None"),
         (lambda: EarlyStopping(mode="up"), "got 'up'"),
         (lambda: EarlyStopping(min_delta=-1), "`min_delta`"),
         (lambda: KeepLast(0), "`count`"),
-        (lambda: CsvLogger("x.csv", interval=0), r"CsvLogger\(`interval`\) must be steps, at least 1, got 0"),
+        (lambda: CsvLogger("x.csv", interval=0), r"`interval` must be an integer of at least 1, got 0"),
     ):
         with pytest.raises(UserError, match=message):
             make_one()

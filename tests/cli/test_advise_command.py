@@ -94,7 +94,7 @@ def test_the_installed_program_finds_a_script_in_the_current_folder(here):
         ("--script mine:pair", "--script mine:pair: must return (model, loader, loss), got 2 values"),
         ("--script mine:nothing", "--script mine:nothing: must return (model, loader, loss), got NoneType"),
         ("--script mine:make --model vit --batch-size 3", "--script says what to train; give no --model, --batch-size"),
-        ("--steps 2", "`steps` must be a number of steps, at least 6, got 2"),
+        ("--steps 2", "`steps` must be an integer of at least 6, got 2"),
         ("--seconds 0", "'--seconds'"),
         ("--epochs nan", "'--epochs': nan is not finite"),
         ("--device nonsense", "device 'nonsense' cannot be used"),

@@ -248,7 +248,7 @@ def test_a_signal_ends_the_timing_of_bounds(here, monkeypatch, number, code):
         ("study --methods dense --tasks clean --rate nan", "rate"),
         ("train --steps 3 --dense-start nan", "dense-start"),
         ("train --steps 3 --momentum 0.5", "`momentum` must be of sgd and rmsprop, not of adamw"),
-        ("train --steps 3 --optimizer sgd --momentum 1", "`momentum` must be at least 0 and below 1, got 1.0"),
+        ("train --steps 3 --optimizer sgd --momentum 1", "`momentum` must be in [0, 1), got 1.0"),
         ("train --steps 3 --weight-decay -1", "weight-decay"),
         ("train --steps 3 --policy-options prune", "'prune' must be settings, each once, such as prune=0.3"),
         ("train --steps 3 --policy-options prune=0.1,prune=0.2", "must be settings, each once"),

@@ -92,7 +92,7 @@ def test_the_trainers_of_a_comparison_have_them():
     ("options", "words"),
     [
         (["--momentum", "0.5"], "`momentum` must be of sgd and rmsprop, not of adamw"),
-        (["--optimizer", "sgd", "--momentum", "1"], "`momentum` must be at least 0 and below 1, got 1.0"),
+        (["--optimizer", "sgd", "--momentum", "1"], "`momentum` must be in [0, 1), got 1.0"),
         (["--augment", "spin"], "augmentation must be flip, shift or shift:PIXELS"),
         (["--optimizer", "lion"], "'lion' is not one of"),
         (["--lr-warmup", "2"], "2"),

@@ -360,13 +360,13 @@ def test_half_of_the_images_are_mirrored() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: RandomCropAndFlip(0), "`size` must be a whole number of pixels, at least 1, got 0"),
-        (lambda: CenterCrop(2.5), "`size` must be a whole number"),  # type: ignore[arg-type]
+        (lambda: RandomCropAndFlip(0), "`size` must be an integer of at least 1, got 0"),
+        (lambda: CenterCrop(2.5), "`size` must be an integer"),  # type: ignore[arg-type]
         (lambda: RandomCropAndFlip(8, area=(0.0, 1.0)), "`area` must be"),
         (lambda: RandomCropAndFlip(8, area=(0.5, 0.2)), "`area` must be"),
         (lambda: RandomCropAndFlip(8, ratio=(2.0, 1.0)), "`ratio` must be"),
         (lambda: RandomCropAndFlip(8, flip=1.5), "`flip` must be in"),
-        (lambda: CenterCrop(8, resize=7), "`resize` must be at least `size`, 8, got 7"),
+        (lambda: CenterCrop(8, resize=7), "`resize` must be an integer of at least 8, got 7"),
         (lambda: CenterCrop(8, std=(1.0, 0.0, 1.0)), "`mean` and `std` must have 3 channels"),
         (lambda: CenterCrop(8, mean=(1.0,)), "`mean` and `std` must have 3 channels"),
     ],

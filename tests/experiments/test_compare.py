@@ -208,7 +208,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
         ({"seeds": (1, 1)}, "each once, got 1, 1"),
         ({"rate": 0.0}, "`rate` must be .*, got 0.0"),
         ({"batch_size": 91}, "`batch_size` must be 1 to 90, the rows of the data set, got 91"),
-        ({"seconds": 0.0}, "`seconds` must be finite and above 0, got 0.0"),
+        ({"seconds": 0.0}, "`seconds` must be above 0 and finite, got 0.0"),
         ({"model": "vgg"}, "'vgg'"),
     ],
 )

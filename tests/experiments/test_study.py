@@ -226,7 +226,7 @@ def test_what_is_wrong_is_refused_before_the_folder_is_made(tmp_path):
         ({"tasks": ("hard",)}, "`tasks` must be some of clean, .*, got 'hard'"),
         ({"methods": ("best",)}, "`policy` must be .*'best'"),
         ({"fractions": (1.0, 2.0)}, r"`fractions` must be in \(0, 1\], got 2.0"),
-        ({"seconds": 0.0}, "`seconds` must be finite and above 0, got 0.0"),
+        ({"seconds": 0.0}, "`seconds` must be above 0 and finite, got 0.0"),
         ({"seeds": ()}, "`seeds` must name at least one"),
     ):
         with pytest.raises(UserError, match=words):

@@ -109,7 +109,7 @@ def test_a_long_run_is_of_fewer_rows_that_its_model_shifts_and_reflects_in_train
     assert shifted.shape == images.shape
     assert not torch.equal(shifted, images)
     assert shifted.unique().numel() <= images.unique().numel() + 1  # the same pixels, and 0
-    with pytest.raises(UserError, match="`shift` must be at least 0, got -1"):
+    with pytest.raises(UserError, match="`shift` must be an integer of at least 0, got -1"):
         RandomShiftFlip(shift=-1)
     plain = RandomShiftFlip(shift=0, flip=False)
     assert torch.equal(plain(images), images)

@@ -37,7 +37,7 @@ def test_progress_is_a_fraction_of_the_run(progress):
         (lambda: Budget(**BUDGET).spend(-1.0), "`cost` must be at least 0 and finite"),
         (lambda: Budget(**BUDGET).spend(float("nan")), "`cost` must be at least 0 and finite"),
         (lambda: Compact(1.5), "`capacity` must be an integer"),
-        (lambda: Compact(-1), "`capacity` must be None or at least 0"),
+        (lambda: Compact(-1), "`capacity` must be an integer of at least 0"),
         (lambda: build_model("cnn-tiny", shape=(1, 8, 8), classes=2.5), "`classes` must be an integer"),
     ],
 )

@@ -277,7 +277,7 @@ def test_an_embedding_of_another_width_is_refused() -> None:
         (lambda: preset(""), "got ''"),
         (lambda: Gate(significance=0.7), "must be a Significance or its name, got 0.7"),
         (lambda: Difficulty(0.0), "finite number other than 0"),
-        (lambda: Novelty(memory=0), "`memory` of the term Novelty must be None or at least 1"),
+        (lambda: Novelty(memory=0), "`memory` must be an integer of at least 1"),
         (lambda: Feedback(table=torch.tensor([1.0, math.nan])), "must be finite, got 1 entries"),
         (lambda: Significance(terms=("novelty",)), "`terms` must be terms such as Novelty"),
         (lambda: Follow("accuracy", 1.0, 0.1), "`signal` must be loss or validation"),

@@ -220,7 +220,7 @@ def test_bad_shape_and_classes() -> None:
     for shape in [(32, 32), (3, 0, 32), (3, 32, 32, 1)]:
         with pytest.raises(UserError, match="`shape` must be"):
             build_model("resnet", shape=shape, classes=10)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="`classes` must be at least 2, got 1"):
+    with pytest.raises(UserError, match="`classes` must be an integer of at least 2, got 1"):
         build_model("resnet", shape=CIFAR, classes=1)
 
 

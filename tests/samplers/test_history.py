@@ -87,7 +87,9 @@ def test_what_does_not_fit_the_table_is_refused_and_leaves_it(index, values, err
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: ScoreTable(0), "must have at least 1 row, got 0"),
+        (lambda: ScoreTable("5"), "`rows` must be an integer of at least 1, got '5'"),
+        (lambda: InfoBatch(ScoreTable(3), prune="0.5"), r"`prune` must be in \[0, 1\), got '0.5'"),
+        (lambda: ScoreTable(0), "`rows` must be an integer of at least 1, got 0"),
         (lambda: Importance(ScoreTable(3), uniform=0.0), r"`uniform` must be in \(0, 1\], got 0.0"),
         (lambda: Importance(ScoreTable(3), uniform=1.5), r"`uniform` must be in \(0, 1\], got 1.5"),
         (lambda: InfoBatch(ScoreTable(3), prune=1.0), r"`prune` must be in \[0, 1\), got 1.0"),

@@ -219,9 +219,9 @@ def test_what_is_not_finite_is_counted_and_a_repeated_row_keeps_its_last():
 
 
 def test_arguments_and_states_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match=r"`learned` must be in \(0, 1\], got 0;"):
+    with pytest.raises(UserError, match=r"`learned` must be in \(0, 1\], got 0"):
         SamplingWeights(5, learned=0)
-    with pytest.raises(UserError, match="`rows` must be at least 1, got 0"):
+    with pytest.raises(UserError, match="`rows` must be an integer of at least 1, got 0"):
         SamplingWeights(0)
     with pytest.raises(UserError, match="must be of 6 rows, got 5"):
         SamplingWeights(6).load_state_dict(SamplingWeights(5).state_dict())

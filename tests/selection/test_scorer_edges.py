@@ -143,7 +143,7 @@ def test_a_proxy_learns_at_the_rate_that_it_was_given():
 
 
 def test_the_learning_rate_of_a_proxy_follows_the_trainers():
-    with pytest.raises(UserError, match=r"`lr` must be above 0, got 0$"):
+    with pytest.raises(UserError, match=r"`lr` must be above 0 and finite, got 0$"):
         ProxyScorer(nn.Linear(2, 2), lr=0)
     proxy = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     trainer = SparseTrainer(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sparse_training import files
+from sparse_training.arguments import check_integer
 from sparse_training.callbacks.monitor import Monitor
 from sparse_training.errors import UserError
 from sparse_training.training.callbacks import Callback, Run
@@ -110,9 +111,7 @@ class KeepLast(Callback):
     passive = True
 
     def __init__(self, count: int) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise UserError(f"KeepLast(`count`) must be a number of checkpoints, at least 1, got {count}")
-        self.count = count
+        self.count = check_integer("count", count, 1)
 
     def on_fit_start(self, run: Run) -> None:
         """Refuse a run without checkpoints."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sparse_training.arguments import check_number
 from sparse_training.errors import UserError
 from sparse_training.training.callbacks import Run
 
@@ -37,9 +38,8 @@ class Monitor:
             mode = "min" if name.endswith(LOWER_IS_BETTER) else "max" if name.endswith(HIGHER_IS_BETTER) else None
         if mode not in MODES:
             raise UserError(f"{owner}(`mode`) must be min or max, where {name!r} does not tell it, got {mode!r}")
-        if not 0.0 <= min_delta < math.inf:
-            raise UserError(f"{owner}(`min_delta`) must be at least 0 and finite, got {min_delta}")
-        self.name, self.mode, self.min_delta, self.owner = name, mode, min_delta, owner
+        self.min_delta = check_number("min_delta", min_delta, "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        self.name, self.mode, self.owner = name, mode, owner
         self.best: float | None = None
         self.step = 0
 

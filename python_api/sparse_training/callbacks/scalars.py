@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sparse_training import files
+from sparse_training.arguments import check_integer
 from sparse_training.callbacks.monitor import ENTRIES
 from sparse_training.errors import UserError
 from sparse_training.training.callbacks import Callback, Run
@@ -34,9 +35,7 @@ class ScalarLogger(Callback):
     passive = True
 
     def __init__(self, interval: int = INTERVAL) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise UserError(f"{type(self).__name__}(`interval`) must be steps, at least 1, got {interval}")
-        self.interval = interval
+        self.interval = check_integer("interval", interval, 1)
         self._open, self._written, self._evaluated = False, -1, 0
 
     def open(self, run: Run) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparse_training.arguments import check_integer
 from sparse_training.callbacks.monitor import Monitor
-from sparse_training.errors import UserError
 from sparse_training.training.callbacks import Callback, Run
 
 
@@ -33,10 +33,8 @@ class EarlyStopping(Callback):
     def __init__(
         self, monitor: str = "loss", patience: int = 3, *, mode: str | None = None, min_delta: float = 0.0
     ) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise UserError(f"EarlyStopping(`patience`) must be a number of evaluations, at least 1, got {patience}")
         self.monitor = Monitor(monitor, mode, min_delta, owner="EarlyStopping")
-        self.patience, self.waited = patience, 0
+        self.patience, self.waited = check_integer("patience", patience, 1), 0
 
     def on_fit_start(self, run: Run) -> None:
         """Refuse a run without evaluation; end one that ended here before."""

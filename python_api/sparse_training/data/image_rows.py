@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from sparse_kernels.sum_tree import uniform_double
 from sparse_training.announcements import announce
+from sparse_training.arguments import check_choice
 from sparse_training.criterion import IGNORED
 from sparse_training.data.pillow import check_depth, find_pillow, open_image
 from sparse_training.errors import UserError
@@ -60,8 +61,7 @@ class ImageRows(Dataset[tuple[Tensor, int]], ABC):
         seed: int,
         on_error: str,
     ) -> None:
-        if on_error not in ON_ERROR:
-            raise UserError(f"`on_error` must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
+        check_choice("on_error", on_error, ON_ERROR)
         if not callable(transform):
             raise UserError(f"`transform` must be callable, such as RandomCropAndFlip(224), got {transform!r:.60}")
         self.labels, self.classes = labels, tuple(classes)

@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from sparse_training.arguments import check_integer
 from sparse_training.data.pillow import FORMATS, check_depth, find_pillow, open_image
 from sparse_training.data.splits import ImageData, Split, missing_set
 from sparse_training.errors import UserError
@@ -33,8 +34,8 @@ def load(roots: Sequence[Path], size: int | None = None) -> ImageData:
         UserError: no such folders, no Pillow, a class whose name is no UTF-8, an image that cannot be read, or images
             of several sizes without ``size``.
     """
-    if size is not None and size < 1:
-        raise UserError(f"`size` must be at least 1 pixel, got {size}")
+    if size is not None:
+        check_integer("size", size, 1)
     parts, classes = train_and_test_folders(roots)
     pillow = find_pillow("the data set imagefolder")
     train, test = (_files(folder, classes) for folder in parts)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from sparse_training.arguments import check_number
 from sparse_training.errors import UserError
 
 ROOT_VARIABLE = "SPARSE_TRAINING_DATA"
@@ -138,8 +139,7 @@ def hold_out(labels: torch.Tensor, *, fraction: float = VALIDATION, seed: int = 
     Raises:
         UserError: a fraction out of range, or fewer than two rows.
     """
-    if not 0.0 < fraction < 1.0:
-        raise UserError(f"`fraction` of the validation split must be in (0, 1), got {fraction}")
+    check_number("fraction", fraction, "in (0, 1)", lambda x: 0 < x < 1)
     rows = len(labels)
     if rows < 2:
         raise UserError(f"a validation split needs at least 2 training rows, got {rows}")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_training.arguments import check_integer, check_number
 from sparse_training.data.pillow import find_pillow
 from sparse_training.errors import UserError
 from sparse_training.user_code import described
@@ -49,14 +50,13 @@ class RandomCropAndFlip:
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
     ) -> None:
-        self.size, self.scale, self.shift = _checked_size("size", size), *_normalisation(mean, std)
+        self.size, self.scale, self.shift = check_integer("size", size, 1), *_normalisation(mean, std)
         if not 0.0 < area[0] <= area[1] <= 1.0:
             raise UserError(f"`area` must be two parts in (0, 1], the smaller one first, got {area}")
         if not 0.0 < ratio[0] <= ratio[1] < math.inf:
             raise UserError(f"`ratio` must be two numbers above 0, the smaller one first, got {ratio}")
-        if not 0.0 <= flip <= 1.0:
-            raise UserError(f"`flip` must be in [0, 1], got {flip}")
-        self.area, self.ratio, self.flip = area, ratio, flip
+        self.flip = check_number("flip", flip, "in [0, 1]", lambda x: 0 <= x <= 1)
+        self.area, self.ratio = area, ratio
         find_pillow("RandomCropAndFlip")
 
     def __call__(self, image: Any) -> Tensor:
@@ -107,10 +107,8 @@ class CenterCrop:
     def __init__(
         self, size: int, *, resize: int | None = None, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
     ) -> None:
-        self.size, self.scale, self.shift = _checked_size("size", size), *_normalisation(mean, std)
-        self.resize = round(size * 8 / 7) if resize is None else _checked_size("resize", resize)
-        if self.resize < size:
-            raise UserError(f"`resize` must be at least `size`, {size}, got {resize}")
+        self.size, self.scale, self.shift = check_integer("size", size, 1), *_normalisation(mean, std)
+        self.resize = round(size * 8 / 7) if resize is None else check_integer("resize", resize, size)
         find_pillow("CenterCrop")
 
     def __call__(self, image: Any) -> Tensor:
@@ -140,12 +138,6 @@ def _size(image: Any) -> tuple[int, int]:
     size = getattr(image, "size", None)
     if not isinstance(size, tuple) or len(size) != 2:
         raise UserError(f"the image must be Pillow's, got {described(image)}")
-    return size
-
-
-def _checked_size(name: str, size: int) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise UserError(f"`{name}` must be a whole number of pixels, at least 1, got {size!r}")
     return size
 
 

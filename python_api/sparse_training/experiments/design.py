@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from sparse_training.arguments import check_choice, check_number, check_positive
 from sparse_training.data.splits import VALIDATION
 from sparse_training.errors import UserError
 from sparse_training.experiments.tasks import TASKS
@@ -140,12 +141,9 @@ class Design:
             raise UserError(f"`tasks` must be some of {', '.join(TASKS)}, got {unknown[0]!r}")
         if bad := [fraction for fraction in self.fractions if not 0.0 < fraction <= 1.0]:
             raise UserError(f"`fractions` must be in (0, 1], got {bad[0]}")
-        if not 0.0 < self.seconds < math.inf:
-            raise UserError(f"`seconds` must be finite and above 0, got {self.seconds}")
-        if self.batch_size_counts not in ("offered", "trained"):
-            raise UserError(f"`batch_size_counts` must be offered or trained, got {self.batch_size_counts!r}")
-        if not 0.0 < self.validation < 1.0:
-            raise UserError(f"`validation` must be in (0, 1), got {self.validation}")
+        check_positive("seconds", self.seconds)
+        check_choice("batch_size_counts", self.batch_size_counts, ("offered", "trained"))
+        check_number("validation", self.validation, "in (0, 1)", lambda x: 0 < x < 1)
         if unknown := [name for name in self.plans if name not in TASKS]:
             raise UserError(f"`plans` must be for some of {', '.join(TASKS)}, got {unknown[0]!r}")
 

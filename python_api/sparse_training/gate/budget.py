@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sparse_training.arguments import check_count, check_fraction, check_number, check_positive
+from sparse_training.arguments import check_choice, check_count, check_fraction, check_number, check_positive
 from sparse_training.errors import UserError
 
 UNITS = ("flops", "seconds", "joules")
@@ -45,8 +45,7 @@ class Budget:
     def __init__(
         self, total: float, unit: str = "flops", *, steps: int, dense: float, score: float = 0.0, least: float = 0.01
     ) -> None:
-        if unit not in UNITS:
-            raise UserError(f"`unit` must be one of {', '.join(UNITS)}, got {unit!r}")
+        check_choice("unit", unit, UNITS)
         for name, value in (("total", total), ("dense", dense)):
             check_positive(name, value)
         steps, least = check_count("steps", steps), check_fraction("least", least)

@@ -17,9 +17,7 @@ def check_capacity(value: Any) -> int | None:
     Raises:
         UserError: it is not.
     """
-    if value is not None and check_integer("capacity", value) < 1:
-        raise UserError(f"`capacity` must be None or at least 1, got {value}")
-    return None if value is None else int(value)
+    return None if value is None else check_integer("capacity", value, 1)
 
 
 def check_progress(value: Any) -> float:

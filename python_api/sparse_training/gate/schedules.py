@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_training.arguments import check_number
+from sparse_training.arguments import check_integer, check_number
 from sparse_training.errors import UserError
 
 Weight = Callable[[float], float]  # maps the fraction of the run that is done, 0 to 1, to a weight
@@ -127,16 +127,12 @@ class Follow(nn.Module):
         super().__init__()
         if signal not in ("loss", "validation"):
             raise UserError(f"`signal` must be loss or validation, got {signal!r}")
-        if not (math.isfinite(start) and math.isfinite(end)):
-            raise UserError(f"`start` and `end` must be finite, got {start} and {end}")
         memory = (0.95 if signal == "loss" else 0.0) if memory is None else memory
-        for name, value in (("low", low), ("memory", memory)):
-            if not 0.0 <= value < 1.0:
-                raise UserError(f"`{name}` must be in [0, 1), got {value}")
-        if interval < 1:
-            raise UserError(f"`interval` must be at least 1, got {interval}")
-        self.signal, self.start, self.end, self.low = signal, start, end, low
-        self.memory, self.interval = memory, interval
+        self.signal, self.interval = signal, check_integer("interval", interval, 1)
+        self.start, self.end = (check_number(*one, "finite", math.isfinite) for one in (("start", start), ("end", end)))
+        self.low, self.memory = (
+            check_number(*one, "in [0, 1)", lambda x: 0 <= x < 1) for one in (("low", low), ("memory", memory))
+        )
         for name in ("first", "smoothed"):
             self.register_buffer(name, torch.full((), torch.nan))
         # On the host: the value in use, losses taken, and their number at the last look.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparse_training.arguments import check_integer
 from sparse_training.errors import UserError
 
 
@@ -27,9 +28,7 @@ class RandomShiftFlip(nn.Module):
 
     def __init__(self, shift: int = 2, flip: bool = True) -> None:
         super().__init__()
-        if shift < 0:
-            raise UserError(f"`shift` must be at least 0, got {shift}")
-        self.shift, self.flip = shift, flip
+        self.shift, self.flip = check_integer("shift", shift, 0), flip
 
     def forward(self, images: Tensor) -> Tensor:
         """Return images of the same shape, float [N, C, H, W]."""

@@ -40,8 +40,7 @@ def build_model(name: str, *, shape: Shape, classes: int) -> nn.Module:
     """
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"`shape` must be (channels, height, width), each at least 1, got {shape}")
-    if check_integer("classes", classes) < 2:
-        raise UserError(f"`classes` must be at least 2, got {classes}")
+    check_integer("classes", classes, 2)
     if name in _FACTORIES:
         return _FACTORIES[name](shape=shape, classes=classes)
     if ":" not in name:

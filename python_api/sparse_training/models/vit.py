@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparse_training.arguments import check_integer
 from sparse_training.errors import UserError
 from sparse_training.models.shapes import Shape
 from sparse_training.nn import BlockSparseAttention
@@ -192,8 +193,7 @@ def vit(
             f"the model vit cuts images into {patch}x{patch} pixels; their sides must be divisible by {patch}, "
             f"got {shape[1:]}"
         )
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise UserError(f"`block` must be an integer of at least 1, got {block!r}")
+    check_integer("block", block, 1)
     tile = tile_of(shape[1] // patch, shape[2] // patch, block) if attention == "sparse" else None
     size = block if tile is None else tile[0] * tile[1]
     makers: dict[str, Callable[[int, int], nn.Module]] = {

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from sparse_kernels import Selection, compact, gather_rows, scatter_rows
 from sparse_training import padding
 from sparse_training.arguments import check_integer
-from sparse_training.errors import UserError
 
 
 class Compact(nn.Module):
@@ -43,9 +42,7 @@ class Compact(nn.Module):
 
     def __init__(self, capacity: int | None = None) -> None:
         super().__init__()
-        if capacity is not None and check_integer("capacity", capacity) < 0:
-            raise UserError(f"`capacity` must be None or at least 0, got {capacity}")
-        self.capacity = capacity
+        self.capacity = None if capacity is None else check_integer("capacity", capacity, 0)
 
     def forward(self, tree: Any, mask: Tensor, weight: Tensor | None = None) -> tuple[Any, Selection]:
         """Pack the rows of every tensor.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from sparse_training.arguments import check_positive
+from sparse_training.arguments import check_integer, check_positive
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.data.row_numbers import unnumbered_reason
 from sparse_training.data.stream import StreamLoader
@@ -131,8 +131,8 @@ def _check(
     if isinstance(loader, Iterator):
         raise UserError("`loader` must be an iterable that can be iterated again, got a one-shot iterator")
     check_batches(loader, "`loader`")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < LEAST_STEPS):
-        raise UserError(f"`steps` must be a number of steps, at least {LEAST_STEPS}, got {steps}")
+    if steps is not None:
+        check_integer("steps", steps, LEAST_STEPS)
     for name, amount in (("seconds", seconds), ("epochs", epochs)):
         if amount is not None:
             check_positive(name, amount)

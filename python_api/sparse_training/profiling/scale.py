@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sparse_kernels.control_law import Sums
 from sparse_kernels.sum_tree import FAN
+from sparse_training.arguments import check_count, check_fraction, check_number, check_positive
 from sparse_training.errors import UserError
 from sparse_training.profiling.scale_costs import StageCosts, curve_seconds
 
@@ -50,13 +51,11 @@ class Cluster:
     cores: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.bandwidth) and self.bandwidth > 0.0):
-            raise UserError(f"`bandwidth` must be above 0, got {self.bandwidth}")
+        check_positive("bandwidth", self.bandwidth)
         for name in ("latency", "jitter"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0.0):
-                raise UserError(f"`{name}` must be at least 0, got {getattr(self, name)}")
-        if self.cores is not None and self.cores < 1:
-            raise UserError(f"`cores` must be None or at least 1, got {self.cores}")
+            check_number(name, getattr(self, name), "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        if self.cores is not None:
+            check_count("cores", self.cores)
 
     def exchange_seconds(self, ranks: int, payload: int, small: Sequence[int]) -> float:
         """Seconds of the gradients' ring all-reduce, not overlapped, and of small collectives by a tree."""
@@ -92,18 +91,14 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "parameters"):
-            if getattr(self, name) < 1:
-                raise UserError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         if not 2 <= self.ranks <= MOST_RANKS:
             raise UserError(f"`ranks` must be 2 to {MOST_RANKS}, got {self.ranks}")
         if self.samples < self.ranks:
             raise UserError(f"`samples` must be at least one a rank, got {self.samples} for {self.ranks} ranks")
-        if not 0.0 < self.rate <= 1.0:
-            raise UserError(f"`rate` must be in (0, 1], got {self.rate}")
-        if not 0.0 <= self.prune < 1.0:
-            raise UserError(f"`prune` must be in [0, 1), got {self.prune}")
-        if not 0.0 <= self.below_mean <= 1.0:
-            raise UserError(f"`below_mean` must be in [0, 1], got {self.below_mean}")
+        check_fraction("rate", self.rate)
+        check_number("prune", self.prune, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_number("below_mean", self.below_mean, "in [0, 1]", lambda x: 0 <= x <= 1)
 
     @property
     def kept(self) -> float:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.sum_tree import assign
+from sparse_training.arguments import check_fraction, check_integer, check_number
 from sparse_training.errors import UserError
 from sparse_training.samplers.score_table import one_per_row
 
@@ -88,12 +89,10 @@ class SamplingWeights:
         balance_from: float | None = None,
         seed: int = 0,
     ) -> None:
-        if rows < 1:
-            raise UserError(f"`rows` must be at least 1, got {rows}")
-        if not 0.0 < learned <= 1.0:
-            raise UserError(f"`learned` must be in (0, 1], got {learned}; at 0 learned rows would never be seen again")
-        if balance_from is not None and not 0.0 <= balance_from <= 1.0:
-            raise UserError(f"`balance_from` must be in [0, 1] or None, got {balance_from}")
+        check_integer("rows", rows, 1)
+        check_fraction("learned", learned)  # at 0 learned rows would never be seen again
+        if balance_from is not None:
+            check_number("balance_from", balance_from, "in [0, 1] or None", lambda x: 0 <= x <= 1)
         self.rows, self.learned, self.balance_from, self.seed = rows, learned, balance_from, seed
         self.denoise = denoise
         self._news: list[str] = []

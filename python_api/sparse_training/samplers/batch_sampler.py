@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.utils.data import Sampler
 
 from sparse_training.announcements import announce
-from sparse_training.arguments import check_count, check_fraction, check_integer, check_number
+from sparse_training.arguments import check_choice, check_count, check_fraction, check_integer, check_number
 from sparse_training.errors import UserError
 from sparse_training.ranks import gather_numbers, rank_and_world_size
 from sparse_training.samplers.adaptive_weights import BALANCE_FROM, SamplingWeights
@@ -116,8 +116,7 @@ class HistorySampler(Sampler[list[int]]):
                 f"each process must have a row, got rank {self.rank} of {self.replicas} for {self.size} rows"
             )
         batch_size, seed = check_count("batch_size", batch_size), check_integer("seed", seed)
-        if method not in METHODS:
-            raise UserError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+        check_choice("method", method, METHODS)
         if method == "infobatch" and self.replicas > 1 and not connected:
             raise UserError(
                 "infobatch on several processes needs torch.distributed to agree on an epoch's batches; "

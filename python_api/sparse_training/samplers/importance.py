@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.sum_tree import uniform_double
-from sparse_training.errors import UserError
+from sparse_training.arguments import check_fraction
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.samplers.shuffle import Shuffle
 from sparse_training.selection.types import WeightedIndices
@@ -25,9 +25,7 @@ def check_uniform(uniform: float) -> float:
     Raises:
         UserError: it is not.
     """
-    if not 0.0 < uniform <= 1.0:
-        raise UserError(f"`uniform` must be in (0, 1], got {uniform}; at 0 importance weights would be unbounded")
-    return uniform
+    return check_fraction("uniform", uniform)  # at 0 importance weights would be unbounded
 
 
 def relative_probability(scores: Tensor, mean: Tensor | float, uniform: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.sum_tree import uniform_double
-from sparse_training.errors import UserError
+from sparse_training.arguments import check_number
 from sparse_training.ranks import gather_numbers
 from sparse_training.samplers.score_table import ScoreTable
 from sparse_training.selection.types import WeightedIndices
@@ -23,9 +23,7 @@ def check_prune(prune: float) -> float:
     Raises:
         UserError: it is not.
     """
-    if not 0.0 <= prune < 1.0:
-        raise UserError(f"`prune` must be in [0, 1), got {prune}")
-    return prune
+    return check_number("prune", prune, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def prune_probability(scores: Tensor, threshold: Tensor | float, prune: float = 0.5) -> Tensor:

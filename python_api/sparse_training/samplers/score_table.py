@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.sum_tree import SumTree, assign
+from sparse_training.arguments import check_integer, check_number
 from sparse_training.errors import UserError
 from sparse_training.gate.checks import check_row_numbers
 
@@ -33,8 +34,7 @@ class ScoreTable:
     """
 
     def __init__(self, rows: int, *, signed: bool = False, cpp: bool | None = None) -> None:
-        if rows < 1:
-            raise UserError(f"a score table must have at least 1 row, got {rows}")
+        check_integer("rows", rows, 1)
         self.scores = torch.full((rows,), torch.nan, dtype=torch.float32, device="cpu")
         self.seen = 0
         self.invalid = 0
@@ -102,8 +102,7 @@ class ScoreTable:
         Raises:
             UserError: ``keep`` is out of range.
         """
-        if not 0.0 <= keep <= 1.0:
-            raise UserError(f"`keep` must be in [0, 1], got {keep}")
+        check_number("keep", keep, "in [0, 1]", lambda x: 0 <= x <= 1)
         self.scores.mul_(keep).add_((1.0 - keep) * self.mean)
         self.tree.build()
 

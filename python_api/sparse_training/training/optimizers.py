@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_training.arguments import check_number
+from sparse_training.arguments import check_choice, check_number
 from sparse_training.errors import UserError
 from sparse_training.training.checks import check_optimizer
 from sparse_training.user_code import explained
@@ -96,14 +96,13 @@ def make_optimizer(
     Raises:
         UserError: an unknown name, a momentum for an optimizer without one, or a value out of range.
     """
-    if name not in OPTIMIZERS:
-        raise UserError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
-    if weight_decay is not None and not weight_decay >= 0.0:
-        raise UserError(f"`weight_decay` must be at least 0, got {weight_decay}")
+    check_choice("optimizer", name, tuple(OPTIMIZERS))
+    if weight_decay is not None:
+        check_number("weight_decay", weight_decay, "at least 0", lambda x: x >= 0)
     if momentum is not None and name not in MOMENTUM:
         raise UserError(f"`momentum` must be of {' and '.join(MOMENTUM)}, not of {name}")
-    if momentum is not None and not 0.0 <= momentum < 1.0:
-        raise UserError(f"`momentum` must be at least 0 and below 1, got {momentum}")
+    if momentum is not None:
+        check_number("momentum", momentum, "in [0, 1)", lambda x: 0 <= x < 1)
     given = {"weight_decay": weight_decay, "momentum": MOMENTUM.get(name) if momentum is None else momentum}
     settings: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     if name == DEFAULT_OPTIMIZER and not settings:

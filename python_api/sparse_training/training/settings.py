@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_training.arguments import check_number
+from sparse_training.arguments import check_choice, check_integer, check_number
 from sparse_training.errors import UserError
 from sparse_training.precision import PRECISIONS
 
@@ -55,11 +55,8 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         if self.clip_norm is not None:
             check_number("clip_norm", self.clip_norm, "above 0, or None", lambda x: x > 0.0)
-        if isinstance(self.accumulate, bool) or not isinstance(self.accumulate, int) or self.accumulate < 1:
-            raise UserError(f"`accumulate` must be a number of batches, at least 1, got {self.accumulate}")
-        if self.scoring_precision not in ("auto", *PRECISIONS):
-            known = ", ".join(("auto", *PRECISIONS))
-            raise UserError(f"`scoring_precision` must be one of {known}, got {self.scoring_precision!r}")
+        check_integer("accumulate", self.accumulate, 1)
+        check_choice("scoring_precision", self.scoring_precision, ("auto", *PRECISIONS))
         if self.ema is not None:
             check_number("ema", self.ema, "a decay in (0, 1), or None", lambda x: 0.0 < x < 1.0)
         if not isinstance(self.compile, bool | str):

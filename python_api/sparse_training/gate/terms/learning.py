@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_training.arguments import check_integer
 from sparse_training.errors import UserError
 from sparse_training.gate.schedules import Weight
 from sparse_training.gate.terms.base import ScaledTerm, Term
@@ -48,9 +49,7 @@ class LossChange(ScaledTerm):
 
     def __init__(self, weight: float | Weight = 1.0, *, rows: int | None = None) -> None:
         super().__init__(weight)
-        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-            raise UserError(f"`rows` of the term LossChange must be None or at least 1, got {rows!r}")
-        self.rows = rows
+        self.rows = None if rows is None else check_integer("rows", rows, 1)
         self.register_buffer("last", torch.empty(0) if rows is None else torch.full((rows,), torch.nan))
 
     def prepare(self, rows: int | None) -> None:

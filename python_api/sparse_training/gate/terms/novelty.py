@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_training.arguments import check_integer
 from sparse_training.errors import UserError
 from sparse_training.gate.schedules import Weight
 from sparse_training.gate.terms.base import MEMORY, Term
@@ -42,9 +43,8 @@ class Novelty(Term):
         self, weight: float | Weight = 1.0, *, memory: int | None = None, embedding: str | None = None
     ) -> None:
         super().__init__(weight)
-        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
-            raise UserError(f"`memory` of the term Novelty must be None or at least 1, got {memory!r}")
-        self.memory, self.embedding, self.per_process = memory, embedding, memory is not None
+        self.memory = None if memory is None else check_integer("memory", memory, 1)
+        self.embedding, self.per_process = embedding, memory is not None
         self.register_buffer("seen", torch.empty(0, 0))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_training.errors import UserError
+from sparse_training.arguments import check_positive
 from sparse_training.evaluation import evaluation_statistics, forward
 from sparse_training.rank_failures import wait_for
 from sparse_training.ranks import rank_and_world_size, sum_across_ranks
@@ -130,9 +129,7 @@ class AuxiliaryScorer(Scorer):
 
     def __init__(self, *, lr: float = 1e-3, seed: int = 0, precision: str | None = None) -> None:
         super().__init__(precision=precision)
-        if not 0.0 < lr < math.inf:
-            raise UserError(f"`lr` must be above 0, got {lr}")
-        self.lr, self.seed = lr, seed
+        self.lr, self.seed = check_positive("lr", lr), seed
         self.auxiliary: AuxiliaryNetwork | None = None
         self._made_for: Any = None  # arguments of ``make``
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_training.arguments import check_number
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics, forward
 from sparse_training.selection.scorers.base import Scorer
@@ -29,8 +30,8 @@ class SelfScorer(Scorer):
 
     def __init__(self, *, precision: str | None = None, resolution: float | None = None) -> None:
         super().__init__(precision=precision)
-        if resolution is not None and not 0.0 < resolution < 1.0:
-            raise UserError(f"`resolution` must be None or in (0, 1), got {resolution}")
+        if resolution is not None:
+            check_number("resolution", resolution, "None or in (0, 1)", lambda x: 0 < x < 1)
         self.resolution = resolution
 
     def logits(self, inputs: Any) -> Any:
