@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from sparse_training.announcements import announce
+from sparse_training.arguments import check_integer
 from sparse_training.callbacks.display import usual_callbacks
 from sparse_training.criterion import Criterion, Loss
 from sparse_training.data.loader import Loader
@@ -136,11 +137,11 @@ class SparseTrainer(TrainingStep):
             check_rate_is_used(policy, rate)
             options = None if significance is None else {"significance": significance}
             self.schedule = Schedule(dense_start, dense_end, schedule, lr_warmup)
-            self.seed = seed
+            self.seed = check_integer("seed", seed)
             super().__init__(
                 model,
                 criterion=loss,
-                policy=make_policy(policy, rate=rate, seed=seed, loss=loss, scorer=scorer, options=options),
+                policy=make_policy(policy, rate=rate, seed=self.seed, loss=loss, scorer=scorer, options=options),
                 optimizer=optimizer,
                 lr=lr,
                 settings=settings or TrainerSettings(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import pickle
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -41,7 +43,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     def fill(file: BinaryIO) -> None:
         hashed = _Hashed(file)
         file.write(SEAL + hashed.hexdigest() + b"\n")
-        torch.save(dict(state), hashed)  # type: ignore[arg-type]  # torch.save calls write and flush alone
+        torch.save(_plain(dict(state)), hashed)  # type: ignore[arg-type]  # torch.save calls write and flush alone
         if hashed.failed is not None:
             raise hashed.failed
         file.seek(len(SEAL))
@@ -54,6 +56,17 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
             os.replace(path, previous_of(path))  # after a crash before the next step this one is loaded
 
     _write(path, fill, rotate)
+
+
+def _plain(value: Any) -> Any:
+    """Return a state with Python's numbers in place of NumPy's, which ``torch.load`` does not read without code."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        plain = copy.copy(value)  # the state of a module has attributes, too
+        plain.update({name: _plain(part) for name, part in value.items()})
+        return plain
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _is_whole(path: Path) -> bool:
