@@ -48,7 +48,8 @@ THEMES = {  # ink, grid, background of the labels' halos; the figures themselves
     "light": ("#1f2328", "#d0d7de", "#ffffff"),
     "dark": ("#e6edf3", "#3d444d", "#0d1117"),
 }
-LOWEST, HIGHEST = -2.6, 1.6  # points shown; what lies below is written beside an arrow
+LOWEST = -2.6  # least point shown; what lies below is written beside an arrow
+MARK = 5.5  # size of a mark
 
 
 def plotted() -> dict[str, Any]:
@@ -102,9 +103,10 @@ def draw_differences(axes: Any, numbers: dict[str, Any], theme: str) -> None:
                 continue
             axes.plot([max(low, LOWEST), high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round", zorder=2)
             name = {"gate": "gate 10%"}.get(method, method.replace("adaptive+", "+"))
-            axes.plot(mean, y, style[2], color=colour, markersize=6.5, markeredgecolor=halo, zorder=3,
+            axes.plot(mean, y, style[2], color=colour, markersize=MARK, markeredgecolor=halo, zorder=3,
                       label=name if place == 0 else None)  # fmt: skip
-    axes.set_xlim(LOWEST, HIGHEST)
+    ends = [end for of_task in numbers["differences"].values() for _, *interval in of_task.values() for end in interval]
+    axes.set_xlim(max(LOWEST, min(ends) - 0.1), max(ends) + 0.1)
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_yticks(range(len(tasks)), [TASKS[task] for task in tasks])
     compared = {"random": "a random subset", "dense": "dense training"}[numbers["baseline"]]
@@ -125,12 +127,12 @@ def draw_steps(axes: Any, numbers: dict[str, Any], theme: str) -> None:
         rates = [0.0078 * (0.42 / 0.0078) ** (index / 60) for index in range(61)]
         bound = [3 / (steps["s"] + 3 * rate) for rate in rates]
         axes.plot(rates, bound, color=colour, linewidth=1.4, alpha=0.75, zorder=1)
-        axes.plot(*zip(*steps["points"], strict=True), marker, color=colour, markersize=6.5, markeredgecolor=halo,
+        axes.plot(*zip(*steps["points"], strict=True), marker, color=colour, markersize=MARK, markeredgecolor=halo,
                   linestyle="none", zorder=2)  # fmt: skip
-        at = {"history": 0.022, "proxy": 0.0094, "early": 0.0094, "self": 0.0094}[scorer]
+        at = 0.022 if scorer == "history" else 0.0079
         y = 3 / (steps["s"] + 3 * at)
         text = f"{words}, s = {steps['s']:.1g}" if scorer != "history" else f"{words}: 1/r"
-        axes.annotate(text, (at, y), (4, 7), textcoords="offset points", color=colour, fontsize=9, fontweight="bold")
+        axes.annotate(text, (at, y), (4, 7), textcoords="offset points", color=colour, fontsize=8.6, fontweight="bold")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(0.0078, 0.42)
@@ -140,7 +142,7 @@ def draw_steps(axes: Any, numbers: dict[str, Any], theme: str) -> None:
     axes.set_yticks([2, 5, 10, 20, 50], ["2×", "5×", "10×", "20×", "50×"])
     axes.set_xlabel("rows kept")
     axes.set_title("How fast a step gets, by who scores", loc="left", fontsize=11, fontweight="bold", color=ink, pad=24)
-    axes.text(0, 1.03, "lines: bound 3/(s + 3r); marks: measured against a dense step", transform=axes.transAxes,
+    axes.text(0, 1.03, "lines: bound 3/(s + 3r); marks: measured", transform=axes.transAxes,
               fontsize=8.6, color=ink)  # fmt: skip
 
 
@@ -162,7 +164,7 @@ def draw(theme: str, numbers: dict[str, Any], path: Path) -> None:
         figure, (left, right) = plt.subplots(
             1,
             2,
-            figsize=(10.4, max(4.5, 0.55 * len(numbers["differences"]))),
+            figsize=(10.4, max(4.5, 0.62 * len(numbers["differences"]))),
             width_ratios=(1.15, 1),
             layout="constrained",
         )

@@ -65,6 +65,7 @@ CASES = {  # of a summary of benchmarks: a few rows of the many
     "row_stats-bfloat16-2048x151936-packages": "loss, entropy; 2,048×151,936, bfloat16",
     "compact-16M-flags": "indices of 16M flags",
 }
+STEP = "step-"  # beginning of the names of benchmarks of a training step
 MEMORY = "MB besides the gradients"  # the note of a row that measured it
 REFERENCES = ("best", "read", "copy")  # sides of a benchmark that do not do the same work, or repeat another
 
@@ -82,11 +83,11 @@ def ratio_text(ratio: float) -> str:
 
 
 def speed_table(record: Mapping[str, Any]) -> str:
-    """One line per benchmark: how many times faster than each peer, and the targets."""
+    """One line per benchmark: how many times faster than each peer, and the targets; then the table of steps."""
     lines = ["| benchmark | times faster than | target |", "|---|---|---|"]
     for row in record["rows"]:
         ratios = row["ratios"]
-        if MEMORY in row["notes"]:
+        if MEMORY in row["notes"] or row["case"].startswith(STEP):
             continue
         peers = ", ".join(f"{name} {ratio_text(ratio)}" for name, ratio in ratios.items() if name != "read")
         targets = ", ".join(
@@ -96,7 +97,24 @@ def speed_table(record: Mapping[str, Any]) -> str:
         )
         absent = next((f"{k}: {v}" for k, v in row["notes"].items() if k in ("not served", "left out", "failed")), "-")
         lines.append(f"| {row['case']} | {peers or absent} | {targets or '-'} |".replace("ceiling", "bound"))
-    return "\n".join([*lines, "", source_line(record)])
+    return "\n".join([*lines, *step_table(record), "", source_line(record)])
+
+
+def step_table(record: Mapping[str, Any]) -> list[str]:
+    """One line per model and scorer, a column for each rate: times faster than dense, and the share of the bound."""
+    steps = [row for row in record["rows"] if row["case"].startswith(STEP)]
+    if not steps:
+        return []
+    rates = list(dict.fromkeys(name.partition(" at ")[2] for row in steps for name in row["ratios"]))
+    heads = " | ".join(f"{rate} of the rows" for rate in rates)
+    lines = ["", f"| step of a gate | {heads} | targets met |", "|---" * (2 + len(rates)) + "|"]
+    for row in steps:
+        ratios, targets = row["ratios"], row["targets"]
+        cells = [f"{ratio_text(ratios[f'dense at {at}'])} ({ratios[f'share of ceiling at {at}']:.0%})" for at in rates]
+        met = sum(ratios[name] >= target for name, target in targets.items())
+        said = f"{met} of {len(targets)}" if targets else "-"
+        lines.append(f"| {row['case'].removeprefix(STEP)} | {' | '.join(cells)} | {said} |")
+    return lines
 
 
 def speed_summary(record: Mapping[str, Any]) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from sparse_training.errors import UserError
-from sparse_training.user_code import one_line
+from sparse_training.errors import UserError, one_line
 
 
 def find(name: torch.device | str) -> torch.device:

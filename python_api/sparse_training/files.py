@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.utils import _pytree as pytree
 
-from sparse_training.errors import UserError
+from sparse_training.errors import UserError, one_line
 
 LARGEST_JSON = 1 << 30  # bytes
 SEAL = b"sparse-training checkpoint 1 "  # first bytes of a checkpoint; a digest in hexadecimal and a newline follow
@@ -123,8 +123,7 @@ def read_torch(path: Path) -> Any:
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain containers, and is not loaded") from None
     except Exception as error:  # torch.load raises nearly anything on what torch.save has not written
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} holds nothing that torch.save writes, and is not loaded: {line}") from None
+        raise UserError(f"{path} holds nothing that torch.save writes, and is not loaded: {one_line(error)}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

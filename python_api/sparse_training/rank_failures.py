@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparse_training.errors import UserError
+from sparse_training.errors import UserError, one_line
 
 LOOK = 1.0  # seconds between two looks at the store
 HEAR = 5.0  # seconds that a failed rank waits for the others to hear of it: its process may hold the store
@@ -144,8 +144,5 @@ def _lost(call: _Call, error: RuntimeError) -> SharedError:
 
 def _summary(error: BaseException) -> str:
     """Return an error's type and the first line of its message; of a ``UserError`` the message alone."""
-    lines = str(error).strip().splitlines()
-    name = type(error).__name__
-    if not lines:
-        return name
-    return lines[0] if isinstance(error, UserError) else f"{name}: {lines[0]}"
+    name, line = type(error).__name__, one_line(error)
+    return line if isinstance(error, UserError) or line == name else f"{name}: {line}"

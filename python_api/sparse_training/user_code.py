@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_training.errors import UserError
+from sparse_training.errors import UserError, one_line
 from sparse_training.rank_failures import is_of_a_lost_rank
 
 # Of what does not fit what it is given. A file that is not there or a full memory says all by itself.
@@ -38,12 +38,6 @@ def explained(say: Callable[[], str]) -> Iterator[None]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{os.path.basename(last.filename)}:{last.lineno}"
         raise UserError(f"{say()}: {type(error).__name__}: {one_line(error)} ({place})") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def described(value: Any) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from sparse_training import Callback, ResidentLoader, SparseTrainer, TrainerSettings, UserError
 from sparse_training.data.splits import Split
-from torch import nn
 
 ROWS = 32
 

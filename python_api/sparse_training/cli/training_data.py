@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from sparse_training.data.image_files import ImageFiles
 from sparse_training.data.load import load_crops, load_data
 from sparse_training.data.resident import ResidentLoader
-from sparse_training.data.splits import Split, hold_out, split_validation
+from sparse_training.data.splits import hold_out, split_validation
 from sparse_training.errors import UserError
+from sparse_training.experiments.runner import evaluation_loader
 from sparse_training.ranks import rank_and_world_size
 
-EVALUATED_ROWS = 1000  # rows of a batch
 WORKERS = 8  # at most, where none are named
 NAMED = 3  # images that a warning names
 
@@ -67,19 +67,16 @@ def training_data(options: Mapping[str, Any], device: torch.device) -> TrainingD
     data = load_data(options["data"], options["root"], size=options.get("image_size"))
     fraction = options.get("validation", 0.0)
     data, held = split_validation(data, fraction=fraction) if fraction else (data, None)
-    facts: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
-
-    def in_order(split: Split) -> ResidentLoader:
-        rows = min(EVALUATED_ROWS, -(-len(split) // rank_and_world_size()[1]))
-        return ResidentLoader(split, batch_size=rows, shuffle=False, **facts)
-
     return TrainingData(
-        ResidentLoader(data.train, batch_size=options["batch_size"], seed=options["seed"], **facts),
-        None if held is None else in_order(held),
-        in_order(data.test),
+        ResidentLoader(
+            data.train, batch_size=options["batch_size"], seed=options["seed"], mean=data.mean, std=data.std,
+            device=device,
+        ),
+        None if held is None else evaluation_loader(data, device, held),
+        evaluation_loader(data, device),
         data.shape,
         data.classes,
-    )
+    )  # fmt: skip
 
 
 def _crops(options: Mapping[str, Any]) -> TrainingData:

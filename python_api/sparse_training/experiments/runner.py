@@ -30,6 +30,7 @@ from sparse_training.experiments.tasks import Task, make_task
 from sparse_training.models.augment import augment_inputs, read_augmentation
 from sparse_training.profiling import calibration
 from sparse_training.profiling.calibration import calibrate
+from sparse_training.ranks import rank_and_world_size
 from sparse_training.samplers.adaptive_weights import SamplingWeights
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.registry import make_policy, uses_rate
@@ -238,7 +239,7 @@ class Runner:
 
     def _validation(self, task: Task) -> Callable[[torch.nn.Module], dict[str, float]]:
         """Evaluation of a model on a task's validation rows; its measure is under "accuracy" in every record."""
-        loader = evaluation_loader(task.data, self.device, split=task.validation)
+        loader = evaluation_loader(task.data, self.device, task.validation)
         return lambda model: {"accuracy": row_scores(model, loader, task.measure).mean().item()}
 
     # --- what a run is made of ------------------------------------------------------------------
@@ -377,7 +378,6 @@ def step_costs(costs: Costs, method: str, policy: Policy, offered: int, kept: in
 def evaluation_loader(
     data: ImageData | TensorData,
     device: torch.device,
-    ranks: int = 1,
     split: Split | TensorSplit | None = None,
 ) -> ResidentLoader:
     """Make a loader of a split in order, over as many processes as there are, in batches of at most 1,000 rows.
@@ -385,11 +385,10 @@ def evaluation_loader(
     Args:
         data: the data set, whose channel statistics serve all splits.
         device: PyTorch device that holds the rows.
-        ranks: number of processes. Default 1.
         split: split of the data. Default: the test split.
     """
     split = data.test if split is None else split
-    rows = min(EVALUATION_BATCH, -(-len(split) // ranks))
+    rows = min(EVALUATION_BATCH, -(-len(split) // rank_and_world_size()[1]))
     return _loader(split, data, batch_size=rows, shuffle=False, device=device)
 
 

@@ -48,6 +48,21 @@ class ResidualBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
+def classifier(layers: list[nn.Module], channels: int, classes: int) -> nn.Sequential:
+    """Make a network of convolutional layers, a global average and a linear head, with He's initial weights.
+
+    Args:
+        layers: the layers.
+        channels: channels of their output.
+        classes: number of classes.
+    """
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
 def resnet(*, shape: Shape, classes: int) -> nn.Sequential:
     """20-layer ResNet for small images (He et al., 2016, section 4.2), with projections.
 
@@ -66,8 +81,4 @@ def resnet(*, shape: Shape, classes: int) -> nn.Sequential:
             ResidualBlock(outputs, outputs, 1),
         ]
         inputs = outputs
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
+    return classifier(layers, inputs, classes)

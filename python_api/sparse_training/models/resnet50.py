@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparse_training.models.resnet import projection
+from sparse_training.models.resnet import classifier, projection
 from sparse_training.models.shapes import Shape
 
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # inner channels and blocks of each stage
@@ -57,8 +57,4 @@ def resnet50(*, shape: Shape, classes: int) -> nn.Sequential:
         for block in range(blocks):
             layers.append(Bottleneck(inputs, inner, stride=2 if stage and not block else 1))
             inputs = EXPANSION * inner
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
+    return classifier(layers, inputs, classes)

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from sparse_training.errors import UserError
+from sparse_training.errors import UserError, one_line
 from sparse_training.files import SEAL, SEALED, _write
-from sparse_training.user_code import one_line
 
 if sys.platform != "win32":
     import fcntl

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_training.data.loader import Loader
-from sparse_training.errors import UserError
+from sparse_training.errors import UserError, one_line
 from sparse_training.files import make_folder
 from sparse_training.gate.gate import Gate
 from sparse_training.generators import rng_state, set_rng_state
@@ -29,7 +29,6 @@ from sparse_training.training.log import TrainingLog
 from sparse_training.training.resharding import check_complete, reshard
 from sparse_training.training.schedule import Schedule
 from sparse_training.training.step import TrainingStep
-from sparse_training.user_code import one_line
 
 CHECKPOINT = "checkpoint.pt"
 SHARED = ("model", "update", "clock", "energy", "others")
@@ -377,8 +376,7 @@ def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: _digest(value) if isinstance(value, Tensor) else value
         for name, value in settings.items()
         if name[:1] != "_" and name not in ("seed", "training")
-        if isinstance(value, (*plain, Tensor))
-        or (isinstance(value, tuple) and all(isinstance(part, plain) for part in value))
+        if comparable(value)
     }
 
 

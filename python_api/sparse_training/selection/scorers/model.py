@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_training.arguments import check_number
-from sparse_training.errors import UserError
+from sparse_training.errors import UserError, one_line
 from sparse_training.evaluation import evaluation_statistics, forward
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.types import Batch
@@ -51,7 +51,7 @@ class SelfScorer(Scorer):
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"resolution {self.resolution}: the model takes no images of {list(reduced.shape[2:])} pixels: "
-                f"{str(error).splitlines()[0]}"
+                f"{one_line(error)}"
             ) from None
 
     def _reduced(self, inputs: Any) -> Tensor:
