@@ -7,13 +7,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TextIO
 
-from sparse_training.callbacks.monitor import ENTRIES
 from sparse_training.errors import UserError
 from sparse_training.training.callbacks import Callback, Run
-from sparse_training.training.log import Status
+from sparse_training.training.log import Status, evaluation_numbers, in_words
 
 logger = logging.getLogger("sparse_training")
 
@@ -164,12 +163,8 @@ class _Reports(Callback):
 
 def figures(status: Status) -> list[str]:
     """Return the numbers of the latest evaluation in words."""
-    numbers: Mapping[str, float] = status.evaluation or {}
-    return [
-        f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4g}"
-        for name, value in ((f"eval {name}" if name == "loss" else name, numbers[name]) for name in numbers)
-        if name not in ENTRIES
-    ]
+    numbers = evaluation_numbers(status.evaluation)
+    return in_words({f"eval {name}" if name == "loss" else name: value for name, value in numbers.items()})
 
 
 def is_watched(file: TextIO | None) -> bool:

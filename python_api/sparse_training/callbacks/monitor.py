@@ -9,6 +9,7 @@ from typing import Any
 from sparse_training.arguments import check_number
 from sparse_training.errors import UserError
 from sparse_training.training.callbacks import Run
+from sparse_training.training.log import evaluation_numbers
 
 MODES = ("min", "max")
 # Ends of names whose direction is known.
@@ -58,7 +59,7 @@ class Monitor:
         Raises:
             UserError: it has no number of that name.
         """
-        numbers = {name: value for name, value in (run.status.evaluation or {}).items() if name not in ENTRIES}
+        numbers = evaluation_numbers(run.status.evaluation)
         if self.name not in numbers:
             raise UserError(f"{self.owner}(`monitor`) must be one of {', '.join(numbers)}, got {self.name!r}")
         value = numbers[self.name]
@@ -78,6 +79,3 @@ class Monitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``."""
         self.best, self.step = state["best"], int(state["step"])
-
-
-ENTRIES = ("seconds", "step")  # what an evaluation holds beside its numbers

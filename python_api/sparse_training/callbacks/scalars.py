@@ -10,9 +10,9 @@ from typing import IO, Any
 
 from sparse_training import files
 from sparse_training.arguments import check_integer
-from sparse_training.callbacks.monitor import ENTRIES
 from sparse_training.errors import UserError
 from sparse_training.training.callbacks import Callback, Run
+from sparse_training.training.log import evaluation_numbers
 
 INTERVAL = 50  # steps
 
@@ -83,8 +83,7 @@ class ScalarLogger(Callback):
         if (trace := status.policy.trace()) is not None:
             values |= {"gate/rate": float(trace[0]), "gate/threshold": float(trace[1])}
         if len(run.log.evals) > self._evaluated:
-            numbers = run.log.evals[-1].items()
-            values |= {f"eval/{name}": value for name, value in numbers if name not in ENTRIES}
+            values |= {f"eval/{name}": value for name, value in evaluation_numbers(run.log.evals[-1]).items()}
         self._written, self._evaluated = status.step, len(run.log.evals)
         self.write(status.step, values)
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from sparse_training.cli.config import CONFIG
-from sparse_training.cli.values import COUNT, FRACTION, POSITIVE, SHARE, THREADS
+from sparse_training.cli.values import COUNT, FRACTION, POSITIVE, SHARE, THREADS, checked_by
 from sparse_training.data.load import DATASETS
 from sparse_training.errors import UserError
 from sparse_training.experiments.design import AGAIN
@@ -52,14 +52,9 @@ def fractions(context: click.Context, parameter: click.Parameter, text: str) -> 
     return list(dict.fromkeys(values))
 
 
-def policy(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """Check a policy's name, or policy@scorer."""
-    try:
-        if text is not None:
-            make_policy(text, rate=1.0, seed=0)
-    except UserError as error:
-        raise click.BadParameter(str(error)) from None
-    return text
+policy = checked_by(lambda text: make_policy(text, rate=1.0, seed=0))  # or policy@scorer
+scorer = checked_by(make_scorer)
+significance = checked_by(preset)
 
 
 def policy_options(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
@@ -88,26 +83,6 @@ def _number(text: str) -> int | float | str:
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
-    return text
-
-
-def significance(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """Check the name of a significance."""
-    try:
-        if text is not None:
-            preset(text)
-    except UserError as error:
-        raise click.BadParameter(str(error)) from None
-    return text
-
-
-def scorer(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """Check a scorer's name."""
-    try:
-        if text is not None:
-            make_scorer(text)
-    except UserError as error:
-        raise click.BadParameter(str(error)) from None
     return text
 
 

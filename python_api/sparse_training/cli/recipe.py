@@ -6,23 +6,11 @@ from typing import Any
 
 import click
 
-from sparse_training.cli.values import FRACTION, NOT_NEGATIVE
-from sparse_training.errors import UserError
+from sparse_training.cli.values import FRACTION, NOT_NEGATIVE, checked_by
 from sparse_training.models.augment import read_augmentation
 from sparse_training.precision import PRECISIONS
 from sparse_training.training.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from sparse_training.training.schedule import LR_WARMUP, SHAPES
-
-
-def _augmentation(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """Check the name of an augmentation."""
-    try:
-        if text is not None:
-            read_augmentation(text)
-    except UserError as error:
-        raise click.BadParameter(str(error)) from None
-    return text
-
 
 RECIPE: tuple[Any, ...] = (
     click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default=DEFAULT_OPTIMIZER, help="Optimizer."),
@@ -34,7 +22,7 @@ RECIPE: tuple[Any, ...] = (
     ),
     click.option(
         "--augment",
-        callback=_augmentation,
+        callback=checked_by(read_augmentation),
         help="flip, shift or shift:PIXELS of training images, or two with a comma.",
     ),
     click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Precision of training.  [default: the model's]"),

@@ -52,7 +52,7 @@ from sparse_training.selection.registry import DEFAULT_POLICY, make_policy, uses
 from sparse_training.trainer import SparseTrainer
 from sparse_training.training.callbacks import Callback, Run
 from sparse_training.training.clock import Clock
-from sparse_training.training.log import Status, TrainingLog
+from sparse_training.training.log import Status, TrainingLog, evaluation_numbers
 from sparse_training.training.optimizers import DEFAULT_OPTIMIZER, make_optimizer
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.training.state import CHECKPOINT
@@ -283,7 +283,7 @@ def _write(
         "settings": options,
         "environment": environment(trainer.device),
         "policy": trainer.policy.name,
-        "test": {name: value for name, value in test.items() if name not in ("seconds", "step")},
+        "test": evaluation_numbers(test),
         "run": log.to_dict(),
     }
     files.write_json(folder / RESULT, result)

@@ -1,11 +1,14 @@
-"""Types of the options' values."""
+"""Types of the options' values, and their checks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import click
+
+from sparse_training.errors import UserError
 
 
 class Finite(click.FloatRange):
@@ -28,3 +31,17 @@ COUNT = click.IntRange(1, 2**62)
 SEED = click.IntRange(0, 2**62)  # PyTorch's generators take 64 bits
 THREADS = click.IntRange(1, 4096)
 WORKERS = click.IntRange(0, 4096)
+
+
+def checked_by(check: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
+    """Make the callback of an option that refuses the texts that a check refuses."""
+
+    def callback(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                check(text)
+        except UserError as error:
+            raise click.BadParameter(str(error)) from None
+        return text
+
+    return callback

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from sparse_training.profiling.advise_result import HEADINGS, LEGEND, Advice
 from sparse_training.profiling.advise_rows import TOP
 from sparse_training.profiling.advise_steps import STAGES
-from sparse_training.reporting.pages import templates, write_page
+from sparse_training.reporting.pages import render, write_page
 from sparse_training.reporting.plots import INK, method_rows, svg
 
 FILE = "advice.json"
@@ -42,26 +41,21 @@ def advice_page(advice: Advice) -> str:
     drawn = {"Where a step’s time goes": _step, "How much of the sum the largest rows hold": _concentration}
     if advice.methods:
         drawn["What each method saves of a run’s time"] = _savings
-    # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
-    figures = [(title, Markup(svg(draw, result))) for title, draw in drawn.items()]
-    return (
-        templates()
-        .get_template("advice.html.j2")
-        .render(
-            advice=advice,
-            figures=figures,
-            stages=advice.stage_rows(),
-            facts=advice.fact_rows(),
-            shares=advice.shares(),
-            share_headings=[
-                ("share of the sum in", ""),
-                *((f"top {number} %", "") for number in TOP),
-                ("effective", "sample size"),
-            ],
-            headings=[(heading, "") for heading in HEADINGS],
-            methods=advice.method_rows(),
-            legend=LEGEND,
-        )
+    return render(
+        "advice.html.j2",
+        advice=advice,
+        figures=[(title, svg(draw, result)) for title, draw in drawn.items()],
+        stages=advice.stage_rows(),
+        facts=advice.fact_rows(),
+        shares=advice.shares(),
+        share_headings=[
+            ("share of the sum in", ""),
+            *((f"top {number} %", "") for number in TOP),
+            ("effective", "sample size"),
+        ],
+        headings=[(heading, "") for heading in HEADINGS],
+        methods=advice.method_rows(),
+        legend=LEGEND,
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from sparse_training import files
 from sparse_training.errors import UserError
@@ -93,44 +92,39 @@ def write_page(folder: str | Path, name: str, data: Mapping[str, Any], page: str
 def comparison_page(result: Result) -> str:
     """Render a comparison's page: one file with its style, curves and images inside."""
     titles = comparison.titles(result)
-    # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
-    figures = {name: (titles[name], Markup(svg)) for name, svg in plots.svgs(result).items()}
+    figures = {name: (titles[name], drawn) for name, drawn in plots.svgs(result).items()}
     gallery = result.get("gallery") or {}
     runs = {method: arm["runs"] for method, arm in result["arms"].items()}
     energy, energy_headings = energy_rows(runs)
-    return (
-        templates()
-        .get_template("comparison.html.j2")
-        .render(
-            result=result,
-            headline=comparison.headline(result).replace(" ± ", "\xa0±\xa0").replace(" %", "\xa0%"),
-            findings=comparison.findings(result),
-            columns=comparison.COLUMNS,
-            rows=comparison.table_rows(result),
-            notes=comparison.notes(result),
-            warnings=comparison.warnings(result),
-            figures=figures,
-            step_headings=comparison.STEP_COLUMNS,
-            step_rows=comparison.step_rows(result),
-            rounds=result["calibration"].get("rounds"),
-            energy=energy,
-            energy_headings=energy_headings,
-            energy_line=energy_line(runs),
-            gallery_method=gallery.get("arm"),
-            galleries=[
-                (title, gallery[key])
-                for title, key in (("Selected most", "most"), ("Selected least", "least"))
-                if gallery.get(key)
-            ],
-            facts=facts(result),
-        )
+    return render(
+        "comparison.html.j2",
+        result=result,
+        headline=comparison.headline(result).replace(" ± ", "\xa0±\xa0").replace(" %", "\xa0%"),
+        findings=comparison.findings(result),
+        columns=comparison.COLUMNS,
+        rows=comparison.table_rows(result),
+        notes=comparison.notes(result),
+        warnings=comparison.warnings(result),
+        figures=figures,
+        step_headings=comparison.STEP_COLUMNS,
+        step_rows=comparison.step_rows(result),
+        rounds=result["calibration"].get("rounds"),
+        energy=energy,
+        energy_headings=energy_headings,
+        energy_line=energy_line(runs),
+        gallery_method=gallery.get("arm"),
+        galleries=[
+            (title, gallery[key])
+            for title, key in (("Selected most", "most"), ("Selected least", "least"))
+            if gallery.get(key)
+        ],
+        facts=facts(result),
     )
 
 
 def study_page(result: Result) -> str:
     """Render a study's page: one file with its style, curves and images inside."""
-    # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
-    figures = {name: Markup(svg) for name, svg in study_plots.figures(result).items()}
+    figures = study_plots.figures(result)
     runs = study.whole_runs(result)
     energy, energy_headings = energy_rows(runs)
     on = "test" if result["settings"].get("validation") is None else "validation"
@@ -151,47 +145,45 @@ def study_page(result: Result) -> str:
         }
         for section in study.task_sections(result)
     ]
-    return (
-        templates()
-        .get_template("study.html.j2")
-        .render(
-            result=result,
-            headline=study.headline(result),
-            again=study.again_line(result),
-            passed=study.passed(result),
-            warnings=study.warnings(result),
-            seconds=f"{result['settings']['seconds']:g}",
-            score_headings=study.SCORE_COLUMNS,
-            scores=study.score_rows(result),
-            overall=overall,
-            overall_headings=overall_headings,
-            adjusted=study.is_adjusted(result),
-            margin=f"{100 * result['margin']:g}",
-            ladder_lines=study.ladder_lines(result),
-            headings=study.columns(result),
-            tasks=tasks,
-            figures=figures | {name: "" for name in ("rate", "threshold", "mass") if name not in figures},
-            traced=study_plots.traced_task(result),
-            step_headings=study.STEP_COLUMNS,
-            steps=study.step_rows(result),
-            claim_headings=study.CLAIM_COLUMNS,
-            claims=study.claim_rows(),
-            notes=study.notes(result),
-            raw=study.raw_seconds_line(result),
-            energy=energy,
-            energy_headings=energy_headings,
-            energy_line=energy_line(runs),
-            facts=facts(result),
-        )
+    return render(
+        "study.html.j2",
+        result=result,
+        headline=study.headline(result),
+        again=study.again_line(result),
+        passed=study.passed(result),
+        warnings=study.warnings(result),
+        seconds=f"{result['settings']['seconds']:g}",
+        score_headings=study.SCORE_COLUMNS,
+        scores=study.score_rows(result),
+        overall=overall,
+        overall_headings=overall_headings,
+        adjusted=study.is_adjusted(result),
+        margin=f"{100 * result['margin']:g}",
+        ladder_lines=study.ladder_lines(result),
+        headings=study.columns(result),
+        tasks=tasks,
+        figures=figures | {name: "" for name in ("rate", "threshold", "mass") if name not in figures},
+        traced=study_plots.traced_task(result),
+        step_headings=study.STEP_COLUMNS,
+        steps=study.step_rows(result),
+        claim_headings=study.CLAIM_COLUMNS,
+        claims=study.claim_rows(),
+        notes=study.notes(result),
+        raw=study.raw_seconds_line(result),
+        energy=energy,
+        energy_headings=energy_headings,
+        energy_line=energy_line(runs),
+        facts=facts(result),
     )
 
 
-def templates() -> Environment:
-    """Templates of the pages; they escape what is put into them."""
-    return Environment(
+def render(template: str, **values: Any) -> str:
+    """Render a page from a template of the folder ``templates``; it escapes what is put into it."""
+    environment = Environment(
         loader=PackageLoader(__package__, "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(template).render(**values)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,8 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from sparse_training.experiments.statistics import common_curve
-
-Result = Mapping[str, Any]
+from sparse_training.reporting.result import Result
 
 INK = "#1c2733"  # becomes `currentColor` in the SVGs, which so follow the page's light or dark mode
 # Okabe and Ito's palette: colour-blind readers can tell it apart, and it is legible on white and on black.
@@ -93,13 +93,13 @@ def png(result: Result, titles: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def svgs(result: Result) -> dict[str, str]:
+def svgs(result: Result) -> dict[str, Markup]:
     """Draw each panel as an `<svg>` element for an HTML page, without title, background or URL."""
     return {name: svg(draw, result) for name, draw in PANELS.items()}
 
 
-def svg(draw: Callable[[Axes, Result], None], result: Result, height: float = 3.1) -> str:
-    """Draw one panel as an `<svg>` element.
+def svg(draw: Callable[[Axes, Result], None], result: Result, height: float = 3.1) -> Markup:
+    """Draw one panel as an `<svg>` element, safe in a page as it is: matplotlib escapes what it writes into it.
 
     Args:
         draw: function that draws a result on axes.
@@ -115,7 +115,7 @@ def svg(draw: Callable[[Axes, Result], None], result: Result, height: float = 3.
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = re.sub(r"<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL)
     box, body = re.search(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>(.*)', text, re.DOTALL).groups()  # type: ignore[union-attr]
-    return f"<svg {box}>{body}".replace(INK, "currentColor")
+    return Markup(f"<svg {box}>{body}".replace(INK, "currentColor"))
 
 
 def figure_style() -> AbstractContextManager[None]:

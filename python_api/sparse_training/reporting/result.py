@@ -20,8 +20,8 @@ from sparse_training.files import read_json
 Result = Mapping[str, Any]
 
 # A shape is a type or types; {key: shape}, where ... stands for every other key; or [shape of every item].
-_NUMBER = (int, float)
-_MAYBE = (int, float, NoneType)
+NUMBER = (int, float)
+MAYBE = (int, float, NoneType)
 _FACTS = {
     "created": str,
     "command": str,
@@ -30,35 +30,35 @@ _FACTS = {
 }
 _RUN = {
     "seed": int,
-    "accuracy": _MAYBE,
-    "seconds": _NUMBER,
+    "accuracy": MAYBE,
+    "seconds": NUMBER,
     "steps": int,
-    "target": _MAYBE,
+    "target": MAYBE,
     "phases": {...: int},
-    "evals": [{"seconds": _NUMBER, "accuracy": _MAYBE}],
-    "trace": [{"step": int, "rate": _MAYBE, "threshold": _MAYBE}],
+    "evals": [{"seconds": NUMBER, "accuracy": MAYBE}],
+    "trace": [{"step": int, "rate": MAYBE, "threshold": MAYBE}],
     "warnings": [str],
 }
 _SUMMARY = {
-    "accuracy_mean": _MAYBE,
-    "accuracy_std": _MAYBE,
-    "seconds_mean": _NUMBER,
-    "raw_seconds_mean": _NUMBER,
-    "rows_trained_mean": _NUMBER,
-    "rate_mean": _MAYBE,
+    "accuracy_mean": MAYBE,
+    "accuracy_std": MAYBE,
+    "seconds_mean": NUMBER,
+    "raw_seconds_mean": NUMBER,
+    "rows_trained_mean": NUMBER,
+    "rate_mean": MAYBE,
 }
-_VERDICT = {"task": str, "arm": str, "n": int, "accuracy": _NUMBER, "deviation": _MAYBE}
+_VERDICT = {"task": str, "arm": str, "n": int, "accuracy": NUMBER, "deviation": MAYBE}
 SHAPES: dict[ResultFormat, dict[str, Any]] = {
     COMPARISON: {
         **_FACTS,
-        "calibration": {"arms": {...: {"total": _NUMBER}}},
-        "speedup": {...: {...: _MAYBE}},
+        "calibration": {"arms": {...: {"total": NUMBER}}},
+        "speedup": {...: {...: MAYBE}},
         "arms": {...: {"runs": [_RUN], "summary": _SUMMARY}},
     },
     STUDY: {
         **_FACTS,
         "missing": int,
-        "calibration": {"arms": {...: {"total": _NUMBER}}, "offered": {...: int}, "ceilings": {}},
+        "calibration": {"arms": {...: {"total": NUMBER}}, "offered": {...: int}, "ceilings": {}},
         "score": {...: {"tasks": int}},
         "table": [_VERDICT],
         "tasks": {...: {"says": str, "rows": int, "arms": {...: {...: [_RUN]}}, "galleries": {}}},

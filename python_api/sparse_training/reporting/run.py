@@ -10,29 +10,28 @@ from rich.console import Console
 
 from sparse_training import files
 from sparse_training.errors import UserError
-from sparse_training.reporting.result import fault
+from sparse_training.reporting.result import MAYBE, NUMBER, fault
 from sparse_training.reporting.tables import for_console, new_table
+from sparse_training.training.log import evaluation_numbers, in_words
 
 RESULT = "result.json"
-_NUMBER, _MAYBE = (int, float), (int, float, type(None))
 SHAPE: dict[str, Any] = {
     "settings": {"seed": int},
     "run": {
-        "seconds": _NUMBER,
+        "seconds": NUMBER,
         "steps": int,
         "rows_seen": int,
         "rows_trained": int,
-        "rate": _MAYBE,
-        "evals": [{"seconds": _NUMBER, "step": _NUMBER}],
-        "joules": {"measured": _MAYBE, "by": str},
-        "flops": {"counted": _NUMBER},
+        "rate": MAYBE,
+        "evals": [{"seconds": NUMBER, "step": NUMBER}],
+        "joules": {"measured": MAYBE, "by": str},
+        "flops": {"counted": NUMBER},
         "warnings": [str],
     },
 }
 # Entries that version 0.1.0, or a run of another kind, does not have.
 OPTIONAL: dict[str, Any] = {"environment": {}, "test": {}}
-OPTIONAL_OF_RUN: dict[str, Any] = {"phases": {...: int}, "trace": [{"step": int, ...: _MAYBE}], "notes": [str]}
-_ENTRIES = ("step", "seconds")
+OPTIONAL_OF_RUN: dict[str, Any] = {"phases": {...: int}, "trace": [{"step": int, ...: MAYBE}], "notes": [str]}
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -70,8 +69,7 @@ def evaluated_on(result: Mapping[str, Any]) -> str:
 
 def evaluation_names(run: Mapping[str, Any]) -> list[str]:
     """Names of the numbers that the run's evaluations have."""
-    numbers = (name for one in run["evals"] for name, value in one.items() if isinstance(value, (int, float)))
-    return [name for name in dict.fromkeys(numbers) if name not in _ENTRIES]
+    return list(dict.fromkeys(name for one in run["evals"] for name in _numbers(one)))
 
 
 def evaluation_rows(run: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
@@ -92,7 +90,7 @@ def run_lines(result: Mapping[str, Any]) -> list[str]:
     energy = "energy not measured" if joules is None else f"{joules:.1f} J measured ({run['joules']['by']})"
     stopped = run.get("stopped")
     return [
-        f"{name}: test {', '.join(_numbers(numbers))} after {run['steps']} steps, "
+        f"{name}: test {', '.join(in_words(_numbers(numbers)))} after {run['steps']} steps, "
         f"{run['seconds']:.1f} s, {run['rows_trained']} of {run['rows_seen']} rows trained on{kept}",
         *([] if stopped is None else [f"ended early: {stopped}"]),
         f"{run['flops']['counted']:.3g} FLOPs counted, {energy}",
@@ -122,9 +120,6 @@ def print_run(result: Mapping[str, Any], console: Console | None = None) -> None
         console.print(for_console(f"warning: {warning}", console), style="yellow")
 
 
-def _numbers(numbers: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4g}"
-        for name, value in numbers.items()
-        if name not in _ENTRIES and isinstance(value, (int, float))
-    ]
+def _numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of an evaluation's numbers that are known."""
+    return {name: value for name, value in evaluation_numbers(evaluation).items() if isinstance(value, NUMBER)}

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from sparse_training.reporting.pages import PAGE, templates, write_files
+from sparse_training.reporting.pages import PAGE, render, write_files
 from sparse_training.reporting.plots import PANELS, shade_phases, svg
 from sparse_training.reporting.run import evaluated_on, evaluation_names, evaluation_rows, method_name, run_lines
 from sparse_training.reporting.text import facts, number, sentence
@@ -47,25 +46,21 @@ def run_page(result: Mapping[str, Any]) -> str:
     run, settings = result["run"], result["settings"]
     headline, *lines = run_lines(result)
     names = evaluation_names(run)
-    return (
-        templates()
-        .get_template("run.html.j2")
-        .render(
-            title=f"{settings.get('model', 'a model')} on {settings.get('data', 'data')}: "
-            f"{method_name(result)}, seed {settings['seed']}",
-            headline=headline,
-            lines=lines,
-            notes=run.get("notes", []),
-            warnings=run["warnings"],
-            # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
-            figures=[(title, Markup(svg(draw, result))) for title, draw in _figures(result, names).items()],
-            rows=_rows(run),
-            phases=[(_PHASES.get(name, name), f"{steps:,}") for name, steps in run.get("phases", {}).items()],
-            evaluated_on=evaluated_on(result),
-            evaluation_headings=[(name, "") for name in ("step", "seconds", *names)],
-            evaluations=evaluation_rows(run, names),
-            facts=facts(result),
-        )
+    return render(
+        "run.html.j2",
+        title=f"{settings.get('model', 'a model')} on {settings.get('data', 'data')}: "
+        f"{method_name(result)}, seed {settings['seed']}",
+        headline=headline,
+        lines=lines,
+        notes=run.get("notes", []),
+        warnings=run["warnings"],
+        figures=[(title, svg(draw, result)) for title, draw in _figures(result, names).items()],
+        rows=_rows(run),
+        phases=[(_PHASES.get(name, name), f"{steps:,}") for name, steps in run.get("phases", {}).items()],
+        evaluated_on=evaluated_on(result),
+        evaluation_headings=[(name, "") for name in ("step", "seconds", *names)],
+        evaluations=evaluation_rows(run, names),
+        facts=facts(result),
     )
 
 

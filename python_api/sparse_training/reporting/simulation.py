@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from sparse_training.profiling.advise_result import aligned
 from sparse_training.profiling.scale import METHODS, Simulated
-from sparse_training.reporting.pages import templates, write_page
+from sparse_training.reporting.pages import render, write_page
 from sparse_training.reporting.plots import svg
 
 FILE = "simulation.json"
@@ -122,18 +121,14 @@ def simulation_page(simulation: Simulation) -> str:
         "Speed-up of an epoch over dense": _speedup,
         "Memory of a rank’s table": _memory,
     }
-    # matplotlib escapes what it writes into an SVG, so these strings are safe as they are.
-    figures = [(f"{title}; {most:,} samples", Markup(svg(draw, result))) for title, draw in drawn.items()]
-    return (
-        templates()
-        .get_template("simulation.html.j2")
-        .render(
-            figures=figures,
-            headings=[(heading, "") for heading in HEADINGS],
-            sections=simulation.sections(),
-            legend=LEGEND,
-            settings=[(name.replace("_", "-"), str(value)) for name, value in simulation.settings.items()],
-        )
+    figures = [(f"{title}; {most:,} samples", svg(draw, result)) for title, draw in drawn.items()]
+    return render(
+        "simulation.html.j2",
+        figures=figures,
+        headings=[(heading, "") for heading in HEADINGS],
+        sections=simulation.sections(),
+        legend=LEGEND,
+        settings=[(name.replace("_", "-"), str(value)) for name, value in simulation.settings.items()],
     )
 
 

@@ -7,15 +7,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from sparse_training.reporting import plots
+from sparse_training.reporting.result import Result
 
-Result = Mapping[str, Any]
 LATE = 0.3  # fraction of a run: accuracies before it do not set the scale
 
 
-def figures(result: Result) -> dict[str, str]:
+def figures(result: Result) -> dict[str, Markup]:
     """Draw the figures of a study.
 
     Returns:

@@ -15,6 +15,16 @@ from sparse_training.training.schedule import PHASES
 TRACED = ("rate", "threshold", "mass")  # mass: share of the gradient norm kept, where the policy measures it
 
 
+def evaluation_numbers(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the numbers of an evaluation by name, without its "seconds" and "step"; none for None."""
+    return {name: value for name, value in (evaluation or {}).items() if name not in ("seconds", "step")}
+
+
+def in_words(numbers: Mapping[str, float]) -> list[str]:
+    """Write each number with its name: an accuracy in percent, others with four digits."""
+    return [f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4g}" for name, value in numbers.items()]
+
+
 @dataclass
 class TrainingLog:
     """Counts, evaluations and costs of a run; counts made on the device stay there until ``to_dict`` reads them.
