@@ -37,6 +37,7 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = f"sparse-kernels {release}"
 html_static_path = ["_static"]
+html_show_copyright = False
 copybutton_prompt_text = "$ "
 
 INVENTORIES = {

@@ -34,6 +34,7 @@ from sparse_training.training.distributed import Ranks, is_sharded, settle_excha
 from sparse_training.training.flops import Operations
 from sparse_training.training.optimizer_step import OptimizerStep
 from sparse_training.training.optimizers import learning_rate, resolve_optimizer
+from sparse_training.training.running_statistics import SavedStatistics
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.user_code import described, explained
 
@@ -192,7 +193,7 @@ class TrainingStep:
         if samples.rows == 0 and not self.ranks.alone:
             inputs, targets = zero_row_like((samples.inputs, samples.targets))
             samples = samples._replace(inputs=inputs, targets=targets.fill_(self.criterion.ignore_index))
-        statistics = self._running_statistics()
+        before = SavedStatistics(self._norms)
         self.ranks.meet(self.device)
         with self._exchange(), self._statistics(samples.rows), self._autocast():
             with policy.read_elements() if isinstance(policy, GatePolicy) else nullcontext() as reader:
@@ -218,7 +219,7 @@ class TrainingStep:
             self.update.sum_rows(kept)
             losses = self.criterion(kept.inputs, kept.targets)
         with self._exchange():
-            self._statistics_back(statistics, self.update.add(losses, kept))
+            before.restore_where(self.update.add(losses, kept))
         return batch, kept
 
     def report(self, policy: Policy, batch: Batch, kept: SelectedBatch, result: ForwardResult | None) -> None:
@@ -255,12 +256,12 @@ class TrainingStep:
             inputs, targets = zero_row_like((kept.inputs, kept.targets))
             kept = SelectedBatch(inputs, targets, 0, None, torch.zeros(1, device=self.device), 0)
         self.update.sum_rows(kept)
-        statistics = self._running_statistics()
+        before = SavedStatistics(self._norms)
         with self._exchange(), self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
             logits = forward(self.parallel, kept.inputs, self.criterion)
             losses = self.criterion(logits, kept.targets)
         with self._exchange():
-            self._statistics_back(statistics, self.update.add(losses, kept))
+            before.restore_where(self.update.add(losses, kept))
         if nothing:
             return None
         return ForwardResult(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
@@ -275,30 +276,6 @@ class TrainingStep:
     def _statistics(self, rows: int) -> AbstractContextManager[None]:
         """Let BatchNorm use its running statistics for a single row, whose variance is 0 or an error."""
         return evaluation_statistics(self.model, _BatchNorm) if rows == 1 else nullcontext()
-
-    def _running_statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """Return each running statistic of the model's normalisation, as integers, and a copy of it."""
-        live = [buffer for module in self._norms if module.training for buffer in module.buffers(recurse=False)]
-        return [(buffer, buffer.clone()) for buffer in map(_as_integers, live)]
-
-    @torch.no_grad()
-    def _statistics_back(self, statistics: list[tuple[Tensor, Tensor]], invalid: Tensor | None) -> None:
-        """Undo what an invalid batch did to the running statistics; waits for no device."""
-        if invalid is None or not statistics:
-            return
-        if self.device.type == "xla":
-            for live, before in statistics:
-                live.copy_(torch.where(invalid, before, live))
-            return
-        # Integers, which no NaN gets into: a factor of 0 or 1 selects bit for bit, in few launches.
-        lists: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for live, before in statistics:
-            for of_kind, tensor in zip(lists.setdefault(live.dtype, ([], [])), (live, before), strict=True):
-                of_kind.append(tensor)
-        for dtype, (live_ones, saved) in lists.items():
-            torch._foreach_mul_(live_ones, (~invalid).to(dtype))
-            torch._foreach_mul_(saved, invalid.to(dtype))
-            torch._foreach_add_(live_ones, saved)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
@@ -434,13 +411,6 @@ class TrainingStep:
             return data
         check_batches(data)
         return StreamLoader(data, device=self.device, inputs=self.settings.inputs, targets=self.settings.targets)
-
-
-def _as_integers(buffer: Tensor) -> Tensor:
-    """View a tensor as integers of the same size; on XLA, which has no such views, as it is."""
-    if not buffer.is_floating_point() or buffer.device.type == "xla":
-        return buffer
-    return buffer.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[buffer.element_size()])
 
 
 def _device_of(model: nn.Module) -> torch.device:
