@@ -19,7 +19,7 @@ from sparse_training.cli.folders import new_folder, prepare, refuse_torchrun
 from sparse_training.cli.options import DATA_AND_MODEL, with_options
 from sparse_training.cli.values import COUNT, POSITIVE
 from sparse_training.data.load import load_data
-from sparse_training.data.resident import ResidentLoader
+from sparse_training.data.loaders import make_loader
 from sparse_training.errors import UserError
 from sparse_training.models.build import build_model
 from sparse_training.precision import PRECISIONS
@@ -87,7 +87,7 @@ def _from_options(options: dict[str, Any], device: torch.device) -> tuple[Any, A
     data = load_data(options["data"], options["root"], size=options["image_size"])
     torch.manual_seed(0)
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes)).to(device)
-    loader = ResidentLoader(data.train, batch_size=options["batch_size"], mean=data.mean, std=data.std, device=device)
+    loader = make_loader(data.train, data, batch_size=options["batch_size"], device=device)
     return model, loader, None
 
 

@@ -11,7 +11,7 @@ from sparse_training.cli.display import Display
 from sparse_training.cli.folders import prepare, refuse_torchrun
 from sparse_training.cli.options import DATA_AND_MODEL, PRECISION, SCORER_NAMES, fractions, scorers, with_options
 from sparse_training.data.load import load_data
-from sparse_training.data.resident import ResidentLoader
+from sparse_training.data.loaders import make_loader
 from sparse_training.models.build import build_model
 from sparse_training.profiling.speedup import speedup_bounds
 from sparse_training.reporting.speedup import print_speedup_bounds
@@ -35,7 +35,7 @@ def command(**options: Any) -> None:
     model = build_model(options["model"], shape=data.shape, classes=len(data.classes))
     settings = TrainerSettings(scoring_precision=options["precision"])
     trainer = SparseTrainer(model, policy="dense", device=device, settings=settings)
-    loader = ResidentLoader(data.train, batch_size=options["batch_size"], mean=data.mean, std=data.std, device=device)
+    loader = make_loader(data.train, data, batch_size=options["batch_size"], device=device)
     policies = [*(f"gate@{scorer}" for scorer in options["scorers"]), "random"]
     with Display(total=1) as display:
         bounds = speedup_bounds(trainer, loader, policies, options["rates"], progress=display.calibrating)

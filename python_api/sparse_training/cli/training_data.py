@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from sparse_training.data.image_files import ImageFiles
 from sparse_training.data.load import load_crops, load_data
+from sparse_training.data.loaders import evaluation_loader, make_loader
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.data.splits import hold_out, split_validation
 from sparse_training.errors import UserError
-from sparse_training.experiments.runner import evaluation_loader
 from sparse_training.ranks import rank_and_world_size
 
 WORKERS = 8  # at most, where none are named
@@ -68,15 +68,12 @@ def training_data(options: Mapping[str, Any], device: torch.device) -> TrainingD
     fraction = options.get("validation", 0.0)
     data, held = split_validation(data, fraction=fraction) if fraction else (data, None)
     return TrainingData(
-        ResidentLoader(
-            data.train, batch_size=options["batch_size"], seed=options["seed"], mean=data.mean, std=data.std,
-            device=device,
-        ),
+        make_loader(data.train, data, batch_size=options["batch_size"], seed=options["seed"], device=device),
         None if held is None else evaluation_loader(data, device, held),
         evaluation_loader(data, device),
         data.shape,
         data.classes,
-    )  # fmt: skip
+    )
 
 
 def _crops(options: Mapping[str, Any]) -> TrainingData:

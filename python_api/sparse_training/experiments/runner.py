@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_training.data.loaders import evaluation_loader, make_loader
 from sparse_training.data.resident import ResidentLoader
-from sparse_training.data.splits import ImageData, Split
-from sparse_training.data.tensors import TensorData, TensorLoader, TensorSplit
+from sparse_training.data.splits import ImageData
 from sparse_training.errors import UserError
 from sparse_training.experiments.design import AGAIN, Cell, Design, policy_of
 from sparse_training.experiments.gallery import planted_precision
@@ -30,7 +30,6 @@ from sparse_training.experiments.tasks import Task, make_task
 from sparse_training.models.augment import augment_inputs, read_augmentation
 from sparse_training.profiling import calibration
 from sparse_training.profiling.calibration import calibrate
-from sparse_training.ranks import rank_and_world_size
 from sparse_training.samplers.adaptive_weights import SamplingWeights
 from sparse_training.selection.policies.base import Policy
 from sparse_training.selection.registry import make_policy, uses_rate
@@ -41,7 +40,6 @@ from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.optimizers import make_optimizer
 from sparse_training.training.settings import TrainerSettings
 
-EVALUATION_BATCH = 1000
 CALIBRATION_SHARE = 0.1  # of all runs' time: a machine's mood may last seconds, and all runs go by this clock
 OTHER_DRAWS = 1_000_003  # added to the seed of the draws of AGAIN
 START = "start"  # in place of the method's name: the run that makes a task's first weights
@@ -199,7 +197,7 @@ class Runner:
             trainer, _ = self.make(task, "dense", cell.seed)
             first = task.data.train.take(torch.arange(task.start_rows))
             rows = min(self.design.plan(task.name).batch_size, len(first))
-            loader = _loader(first, task.data, batch_size=rows, device=self.device)
+            loader = make_loader(first, task.data, batch_size=rows, device=self.device)
             self._fit(cell, trainer, loader, costs, progress, stop)
             weights = self.store.keep_weights(name, trainer.model.state_dict(), self.device)
             self.store.clear_checkpoints(self._checkpoint_name(cell))
@@ -288,7 +286,7 @@ class Runner:
 
     def loader(self, task: Task, method: str, seed: int) -> ResidentLoader:
         """Training data in batches of the size that a method is offered."""
-        return _loader(
+        return make_loader(
             task.data.train,
             task.data,
             batch_size=self.offered(self.policy(method, seed), task),
@@ -373,30 +371,6 @@ def step_costs(costs: Costs, method: str, policy: Policy, offered: int, kept: in
     """
     kept = offered if policy.masks else kept
     return costs.step(policy_of(method), kept if policy.before_loading else offered, kept, offered)
-
-
-def evaluation_loader(
-    data: ImageData | TensorData,
-    device: torch.device,
-    split: Split | TensorSplit | None = None,
-) -> ResidentLoader:
-    """Make a loader of a split in order, over as many processes as there are, in batches of at most 1,000 rows.
-
-    Args:
-        data: the data set, whose channel statistics serve all splits.
-        device: PyTorch device that holds the rows.
-        split: split of the data. Default: the test split.
-    """
-    split = data.test if split is None else split
-    rows = min(EVALUATION_BATCH, -(-len(split) // rank_and_world_size()[1]))
-    return _loader(split, data, batch_size=rows, shuffle=False, device=device)
-
-
-def _loader(split: Split | TensorSplit, data: ImageData | TensorData, **options: Any) -> ResidentLoader:
-    """A loader of the data's kind."""
-    if isinstance(data, TensorData):
-        return TensorLoader(split, **options)
-    return ResidentLoader(split, mean=data.mean, std=data.std, **options)
 
 
 def _last_losses(policy: Policy) -> Tensor | None:
