@@ -115,7 +115,7 @@ def test_a_signal_ends_the_measurement(here, monkeypatch, capsys):
         signal.raise_signal(signal.SIGINT)
         return 0.0
 
-    monkeypatch.setattr(advise_steps.Budget, "spent", interrupt)
+    monkeypatch.setattr(advise_steps.Limit, "spent", interrupt)
     assert main(["advise", "--script", "mine:make", "--out", "said"]) == 130
     assert not Path("said").exists()
     assert capsys.readouterr().out == ""

@@ -18,7 +18,7 @@ from sparse_training.profiling.advise_isolation import copied
 from sparse_training.profiling.advise_methods import MethodBound, PlannedRun, method_bounds
 from sparse_training.profiling.advise_result import Advice, recommend
 from sparse_training.profiling.advise_rows import concentration
-from sparse_training.profiling.advise_steps import Budget, Observed, observe
+from sparse_training.profiling.advise_steps import Limit, Observed, observe
 from sparse_training.ranks import rank_and_world_size
 from sparse_training.selection.policies.base import Policy
 from sparse_training.training.checks import check_batches, check_model, check_optimizer, check_trains
@@ -90,11 +90,11 @@ def advise(
             lr=lr, settings=settings, device=None,
         )  # fmt: skip
         data = step.loader(twins.loader)
-        budget = Budget(steps, None if seconds is None else TRAINING * seconds)
+        limit = Limit(steps, None if seconds is None else TRAINING * seconds)
         with training_mode(step.model, step.parallel):
             counts = data.duplicate_counts()
             seen = observe(
-                step, data, budget, ahead=_loaded_ahead(loader), compare_inputs=counts is None and not _repeats(loader),
+                step, data, limit, ahead=_loaded_ahead(loader), compare_inputs=counts is None and not _repeats(loader),
                 progress=progress,
             )  # fmt: skip
             if not len(seen.losses):

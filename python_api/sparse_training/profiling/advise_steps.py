@@ -21,7 +21,7 @@ from sparse_training.selection.types import Batch
 from sparse_training.training.step import TrainingStep
 
 LEAST = 2  # steps of each part, whatever they cost
-SETTLED, TIMED = 0.3, 0.7  # of the budget: steps before the timed ones, and before those whose rows are looked at
+SETTLED, TIMED = 0.3, 0.7  # of the limit: steps before the timed ones, and before those whose rows are looked at
 STAGES = ("load", "forward", "backward", "optimizer")
 
 
@@ -98,7 +98,7 @@ class Observed:
 
 
 @dataclass
-class Budget:
+class Limit:
     """Steps or seconds to measure for, whichever end first.
 
     Attributes:
@@ -203,21 +203,21 @@ class _Watch:
 def observe(
     step: TrainingStep,
     loader: Loader,
-    budget: Budget,
+    limit: Limit,
     *,
     ahead: int = 0,
     compare_inputs: bool = True,
     progress: Callable[[float], None] | None = None,
 ) -> Observed:
-    """Train for a budget, and watch: first settle, then time steps, then look at their rows.
+    """Train up to a limit, and watch: first settle, then time steps, then look at their rows.
 
     Args:
         step: a training step that may be changed.
         loader: a loader that may be moved on.
-        budget: steps or seconds to train for; a few steps are taken in any case.
+        limit: steps or seconds to train for; a few steps are taken in any case.
         ahead: number of batches that the loader's workers have loaded before the first step, which are not timed.
         compare_inputs: True (the default) to look for exact copies among the rows.
-        progress: called after each step with the part of the budget that is spent. Default None.
+        progress: called after each step with the part of the limit that is spent. Default None.
 
     Returns:
         What was seen.
@@ -230,18 +230,18 @@ def observe(
     def take(item: Any) -> None:
         step.step(step.dense, loader, item)
         devices.end_step(step.device)
-        budget.done += 1
+        limit.done += 1
         if progress is not None:
-            progress(min(1.0, budget.spent()))
+            progress(min(1.0, limit.spent()))
 
-    while budget.done < LEAST or budget.spent() < SETTLED / 2 or (budget.done < ahead and budget.spent() < SETTLED):
+    while limit.done < LEAST or limit.spent() < SETTLED / 2 or (limit.done < ahead and limit.spent() < SETTLED):
         take(next(items)[0])
-    times = _timed(watch, items, budget, take)
+    times = _timed(watch, items, limit, take)
     looks: list[tuple[Tensor, Tensor | None]] = []
     counts, invalid = RowCounts(), 0
     watch.looking, looked = True, 0
     whole: Batch | None = None
-    while looked < LEAST or budget.spent() < 1.0:
+    while looked < LEAST or limit.spent() < 1.0:
         item, first = next(items)
         if first:
             counts.begin_pass()
@@ -260,20 +260,20 @@ def observe(
     head = watch.head()
     watch.looking = False
     watch.forget()
-    flops = step.operations.total.get("train", 0.0) / budget.done
+    flops = step.operations.total.get("train", 0.0) / limit.done
     # A batch with a loss that is not finite has no gradient: the others stand for it.
     graded = [(losses, squares) for losses, squares in looks if squares is not None]
     losses = torch.cat([losses for losses, _ in graded or looks])
     squares = torch.cat([squares for _, squares in graded]) if graded else torch.empty(0)
-    return Observed(times, losses, squares, counts, whole, head, budget.done, flops, invalid)
+    return Observed(times, losses, squares, counts, whole, head, limit.done, flops, invalid)
 
 
-def _timed(watch: _Watch, items: Iterator[tuple[Any, bool]], budget: Budget, take: Callable[[Any], None]) -> StepTimes:
+def _timed(watch: _Watch, items: Iterator[tuple[Any, bool]], limit: Limit, take: Callable[[Any], None]) -> StepTimes:
     """Take steps whose stages are timed; on an accelerator also steps that nothing interrupts."""
     watch.timing, device = True, watch.step.device
     share = TIMED if device.type == "cpu" else (SETTLED + TIMED) / 2
     steps = 0
-    while steps < LEAST or budget.spent() < share:
+    while steps < LEAST or limit.spent() < share:
         watch.start()
         take(next(items)[0])
         steps += 1
@@ -285,7 +285,7 @@ def _timed(watch: _Watch, items: Iterator[tuple[Any, bool]], budget: Budget, tak
     if device.type != "cpu":  # the device works while the host loads: a step waits for less than loading takes
         devices.synchronize(device)
         began, free = time.perf_counter(), 0
-        while free < LEAST or budget.spent() < TIMED:
+        while free < LEAST or limit.spent() < TIMED:
             take(next(items)[0])
             free += 1
         devices.synchronize(device)
