@@ -20,9 +20,10 @@ from sparse_kernels.head.products import (
     differentiated_rows,
     input_gradient,
     logits_of,
+    reserved_rows,
     scored_rows,
 )
-from sparse_kernels.head.scores import SAVED, HeadGradients, Scored, differentiate_logits, rows_of, score
+from sparse_kernels.head.scores import SAVED, HeadGradients, Scored, copy_rows, differentiate_logits, rows_of, score
 from sparse_kernels.memory import large_pages
 
 
@@ -41,7 +42,7 @@ class _KeptRows:
     def __init__(self, head: FlatHead, rows: int, needed: Sequence[bool]) -> None:
         self._head = head
         self.size = differentiated_rows(head, rows)
-        self._logits = large_pages(head.input.new_empty(self.size, head.weight.shape[0]))
+        self._logits: Tensor | None = None
         self._rows: list[Tensor] = []
         self._saved: list[tuple[Tensor, ...]] = []
         self.held = 0
@@ -49,9 +50,21 @@ class _KeptRows:
         self._input = torch.zeros_like(head.input) if needed[0] else None
         self._parameters = ParameterGradients(head, weight=needed[1], bias=needed[2])
 
-    def room(self, rows: int) -> Tensor:
-        """Return memory for the logits of the next rows, after ``hold`` to be filled."""
-        return self._logits[self.held : self.held + rows]
+    def room(self, rows: int, *, expected: int) -> Tensor:
+        """Return memory for the logits of the next rows, after ``hold`` to be filled.
+
+        Args:
+            rows: the next.
+            expected: rows that are to be held in all, as far as is known.
+        """
+        before, end = self._logits, self.held + rows
+        if before is None or end > before.shape[0]:
+            size = reserved_rows(self._head, max(expected, end), self.size)
+            self._logits = large_pages(self._head.input.new_empty(size, self._head.weight.shape[0]))
+            if before is not None:
+                self._logits[: self.held] = before[: self.held]
+        assert self._logits is not None
+        return self._logits[self.held : end]
 
     def hold(self, index: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Note rows whose logits have been written to ``room``."""
@@ -62,6 +75,7 @@ class _KeptRows:
     def differentiate(self, upstream: float, *, last: bool) -> None:
         """Take the gradient of the rows that are held, each with the same upstream gradient."""
         if self.held:
+            assert self._logits is not None
             head, index, logits = self._head, torch.cat(self._rows), self._logits[: self.held]
             parts = zip(SAVED, zip(*self._saved, strict=True), strict=True)
             saved = {name: torch.cat(values) for name, values in parts}
@@ -115,8 +129,10 @@ def fused_loss(
         some = index[start : start + size]
         if holding is not None and holding.held + some.shape[0] > holding.size:
             holding.differentiate(1.0 if unknown else upstream, last=False)
-        room = holding.room(some.shape[0]) if holding is not None and buffer is None else buffer
-        assert room is not None
+        room = buffer
+        if room is None:
+            assert holding is not None
+            room = holding.room(some.shape[0], expected=valid)
         logits = logits_of(rows_of(head.input, some), head, room)
         scored = score(head, logits, rows_of(head.target, some), outputs)
         losses.index_copy_(0, some, scored.values["loss"])
@@ -128,7 +144,8 @@ def fused_loss(
             continue
         saved = tuple(scored.values[name] for name in SAVED)
         if place is not None:
-            torch.index_select(logits, 0, place, out=holding.room(chosen.shape[0]))
+            scored_so_far = start + some.shape[0]
+            copy_rows(logits, place, holding.room(chosen.shape[0], expected=kept * valid // scored_so_far))
             saved = tuple(values.index_select(0, place) for values in saved)
         holding.hold(chosen, saved)
     count(scored=valid)
