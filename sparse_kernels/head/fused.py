@@ -105,8 +105,9 @@ def fused_loss(
 
     Args:
         head: the rows.
-        threshold: one element; a row is kept if its significance is above it. None keeps all rows that count.
-        weights: of each statistic in the significance.
+        threshold: one element; a row is kept if its significance is above it. None keeps all rows that count, but for
+            those whose significance is NaN.
+        weights: of each statistic in the significance; none for rows that are kept whatever they are.
         divisor: of the sum; None for the number of kept rows.
         needed: for each of ``HeadGradients``.
     """
@@ -119,16 +120,16 @@ def fused_loss(
     valid, kept = index.shape[0], 0
     size = scored_rows(head, valid)
     holding = _KeptRows(head, valid, needed) if any(needed) else None
-    buffer = None
+    buffer = None  # of a tile, of which a part is kept; what is kept whole is computed in its place
     if threshold is not None or holding is None:
         buffer = large_pages(head.input.new_empty(size, head.weight.shape[0]))
     outputs = tuple(dict.fromkeys(("loss", *weights)))
-    unknown = divisor is None and threshold is not None  # until all rows are scored
-    upstream = 1.0 / (max(valid, 1) if divisor is None else divisor)
+    # Of each kept row. Before all are scored, their number is not known: then every valid one, or a sum.
+    upstream = 1.0 / divisor if divisor is not None else 1.0 / max(valid, 1) if threshold is None else 1.0
     for start in range(0, valid, size):
         some = index[start : start + size]
         if holding is not None and holding.held + some.shape[0] > holding.size:
-            holding.differentiate(1.0 if unknown else upstream, last=False)
+            holding.differentiate(upstream, last=False)
         room = buffer
         if room is None:
             assert holding is not None
@@ -136,35 +137,38 @@ def fused_loss(
         logits = logits_of(rows_of(head.input, some), head, room)
         scored = score(head, logits, rows_of(head.target, some), outputs)
         losses.index_copy_(0, some, scored.values["loss"])
-        place = None if threshold is None else _above(scored, weights, threshold, some, significance)
+        place = _places(scored, weights, threshold, some, significance) if weights else None
         chosen = some if place is None else some.index_select(0, place)
         mask.index_fill_(0, chosen, True)
         kept += chosen.shape[0]
         if holding is None:
             continue
         saved = tuple(scored.values[name] for name in SAVED)
-        if place is not None:
-            scored_so_far = start + some.shape[0]
-            copy_rows(logits, place, holding.room(chosen.shape[0], expected=kept * valid // scored_so_far))
+        if chosen.shape[0] < some.shape[0] or buffer is not None:
+            assert place is not None
+            seen = start + some.shape[0]
+            source = logits.clone() if buffer is None else logits
+            copy_rows(source, place, holding.room(chosen.shape[0], expected=kept * valid // seen))
             saved = tuple(values.index_select(0, place) for values in saved)
         holding.hold(chosen, saved)
     count(scored=valid)
-    factor = 1.0 / max(kept, 1) if unknown else upstream
+    factor = 1.0 / max(kept, 1) if divisor is None else upstream
     gradients = HeadGradients(None, None, None)
     if holding is not None:
-        afterwards = unknown and not holding.whole  # some rows were differentiated before their number was known
-        holding.differentiate(1.0 if afterwards else factor, last=True)
-        gradients = holding.results(factor if afterwards else 1.0)
+        afterwards = not holding.whole  # some rows were differentiated before their number was known
+        holding.differentiate(upstream if afterwards else factor, last=True)
+        gradients = holding.results(factor / upstream if afterwards else 1.0)
     return FusedLoss(torch.where(mask, losses, 0.0).sum() * factor, mask, significance, gradients)
 
 
-def _above(
-    scored: Scored, weights: Mapping[str, float], threshold: Tensor, some: Tensor, significance: Tensor
+def _places(
+    scored: Scored, weights: Mapping[str, float], threshold: Tensor | None, some: Tensor, significance: Tensor
 ) -> Tensor:
-    """Return the places of the rows above the threshold, and write their significance to its rows."""
+    """Return the places of the rows that are kept, and write their significance to its rows."""
     total = weighted_sum(scored.values, weights)
     significance.index_copy_(0, some, total)
-    return (total > threshold.reshape(())).nonzero().squeeze(1)
+    kept = ~total.isnan() if threshold is None else total > threshold.reshape(())
+    return kept.nonzero().squeeze(1)
 
 
 def weighted_sum(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
