@@ -1,7 +1,8 @@
 """Functions of hosts beside what the integrations put in their place: ``python benchmarks/hosts.py [--small]``.
 
 The hosts' functions are those of their real wheels (``make hosts``), their fallbacks for a CPU. Forward and backward
-where there is a gradient; the sides take turns in one process. Writes benchmarks/results/hosts-DATE.json. Two minutes.
+where there is a gradient; the sides take turns in one process. Trainers that are hosts themselves train for some steps
+(``host_trainers.py``). Writes benchmarks/results/hosts-DATE.json. Three minutes; ``--only TEXT`` for some cases.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import host_files
+import host_trainers
 
 from sparse_kernels import TopFraction
-from sparse_training.integrations import eaft, mmseg, openrlhf, torchtitan, verl
+from sparse_training.integrations import eaft, mmseg, openrlhf, swift, torchtitan, verl
 from sparse_training.integrations.transformers_loss import TokenLoss
 
 Functions = dict[str, Callable[..., Any]]  # "host" and "ours"
@@ -54,16 +56,22 @@ def of_logits(rows: int, classes: int) -> Iterator[tuple[str, dict[str, Callable
     def sides(scores: Callable[[str], Callable[[Tensor], Tensor]], dtype: torch.dtype) -> dict[str, Any]:
         return {side: with_gradient(scores(side), logits[dtype]) for side in ("ours", "host")}
 
+    def policy(log_probs: Functions, entropy: Functions) -> Callable[[str], Callable[[Tensor], Tensor]]:
+        return lambda side: lambda x: (log_probs[side](x, labels) * advantages).sum() + 0.01 * entropy[side](x).sum()
+
     with host_files.verl():
         place = "verl.utils.torch_functional:"
         log_probs = pair(verl.head, place + "logprobs_from_logits")
         entropy = pair(verl.head, place + "entropy_from_logits")
 
-        def policy(side: str) -> Callable[[Tensor], Tensor]:
-            return lambda x: (log_probs[side](x, labels) * advantages).sum() + 0.01 * entropy[side](x).sum()
-
         for dtype in logits:
-            yield f"verl-{str(dtype)[6:]}-{rows}x{classes}", sides(policy, dtype)
+            yield f"verl-{str(dtype)[6:]}-{rows}x{classes}", sides(policy(log_probs, entropy), dtype)
+    with host_files.swift():
+        place = "swift.rlhf_trainers.grpo_trainer:"
+        log_probs = pair(swift.head, place + "selective_log_softmax")
+        entropy = pair(swift.head, place + "entropy_from_logits")
+        for dtype in logits:
+            yield f"swift-{str(dtype)[6:]}-{rows}x{classes}", sides(policy(log_probs, entropy), dtype)
     with host_files.openrlhf():
         place = "openrlhf.models.utils:log_probs_from_logits"
         actor = pair(openrlhf.head, place)
@@ -88,12 +96,16 @@ def of_logits(rows: int, classes: int) -> Iterator[tuple[str, dict[str, Callable
 
 
 def of_a_model(small: bool) -> Iterator[tuple[str, dict[str, Callable[[], list[Tensor]]]]]:
-    """A causal language model's own loss and that of every token by TokenLoss, which must be equal; then a fifth."""
+    """A causal language model's own loss and that of every token by TokenLoss, which must be equal; then a fifth.
+
+    With the gradients that training takes, those of all parameters; the head is tied to the embedding as SmolLM2's is.
+    """
     import transformers
 
     rows, hidden, classes = (32, 16, 200) if small else (512, 576, 49152)
     config = transformers.LlamaConfig(
         vocab_size=classes, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=1, num_attention_heads=4,
+        tie_word_embeddings=True,
     )  # fmt: skip
     tokens = torch.randint(0, classes, (2, rows // 2))
     for dtype in (torch.float32, torch.bfloat16):
@@ -103,7 +115,7 @@ def of_a_model(small: bool) -> Iterator[tuple[str, dict[str, Callable[[], list[T
             def call() -> list[Tensor]:
                 with contextlib.nullcontext() if select is None else TokenLoss(model, select, fused_head=True):
                     loss = model(input_ids=tokens, labels=tokens).loss
-                    return [loss.detach(), *torch.autograd.grad(loss, [model.lm_head.weight])]
+                    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
             return call
 
@@ -153,17 +165,27 @@ def check(case: str, ours: Tensor, theirs: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="tiny shapes, nothing recorded")
-    small = parser.parse_args().small
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds it")
+    options = parser.parse_args()
+    small, rounds = options.small, 3 if options.small else 9
     torch.manual_seed(0)
     found = []
+
+    def record(case: str, seconds: dict[str, dict[str, float]]) -> None:
+        found.append(Row(case, seconds, ratios(seconds), {}, {"threads": torch.get_num_threads()}))
+        print("\n".join(found[-1].lines()), flush=True)
+
     for cases in (of_logits(*((16, 200) if small else (512, 32000))), others(small), of_a_model(small)):
         for case, sides in cases:
+            if options.only not in case:
+                continue
             if "eaft" not in case and "fifth" not in case:  # which differ from their hosts on purpose
                 for one, other in zip(sides["ours"](), sides["host"](), strict=True):
                     check(case, one.float(), other.float())
-            seconds = interleave(Cpu(), sides, rounds=3 if small else 9, budget=4.0)
-            found.append(Row(case, seconds, ratios(seconds), {}, {"threads": torch.get_num_threads()}))
-            print("\n".join(found[-1].lines()), flush=True)
+            record(case, interleave(Cpu(), sides, rounds=rounds, budget=4.0))
+    for case, fits in host_trainers.cases(small):
+        if options.only in case:
+            record(case, host_trainers.seconds_in_turn(fits, 1 if small else 3))
     if not small:
         machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         write_record(record_path("hosts"), machine, found)

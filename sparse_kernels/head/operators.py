@@ -259,7 +259,7 @@ def fused_loss(
         divisor: of the sum of losses; None for the number of kept rows.
     """
     if divisor is not None and not isinstance(divisor, Tensor):
-        divisor = torch.full((), divisor)
+        divisor = torch.full((), divisor, dtype=torch.float64)
     loss, mask, significance, *_ = _ops.selective_linear_cross_entropy(
         *arguments_of(call), threshold, list(weights), [float(w) for w in weights.values()], divisor,
         needed_gradients(call),

@@ -53,6 +53,18 @@ def differentiated_rows(head: FlatHead, rows: int) -> int:
     return max(scored, min(4 * head.weight.shape[1] // head.input.element_size(), rows))
 
 
+def reserved_rows(head: FlatHead, expected: int, most: int) -> int:
+    """Return for how many rows' logits memory is taken at once: all, or as many as stay with the process when freed.
+
+    Args:
+        head: the weight.
+        expected: rows that are likely to be held.
+        most: rows that are ever held.
+    """
+    lasting = _SCORE_BYTES.get(head.input.device.type, 0) // (head.weight.shape[0] * head.input.element_size())
+    return min(lasting, most) if expected <= lasting else most
+
+
 def logits_of(input: Tensor, head: FlatHead, out: Tensor) -> Tensor:
     """Compute the logits of some rows into the first rows of ``out``.
 

@@ -26,6 +26,7 @@ from sparse_kernels.head.products import (
 from sparse_kernels.memory import large_pages
 from sparse_kernels.reference import transform_logits
 
+_WORD = torch.int64
 SAVED = ("maximum", "total")  # of each row, for the gradient
 
 
@@ -91,6 +92,21 @@ def rows_of(tensor: Tensor, index: Tensor) -> Tensor:
         index: int64 [some rows].
     """
     return tensor if index.shape[0] == tensor.shape[0] else tensor.index_select(0, index)
+
+
+def copy_rows(logits: Tensor, index: Tensor, out: Tensor) -> None:
+    """Copy rows of logits, by words of 8 bytes where a row is made of such.
+
+    PyTorch copies row by row, and starts threads for each that has many elements, which takes longer than the row.
+
+    Args:
+        logits: [rows, classes], contiguous.
+        index: int64 [some rows].
+        out: [some rows, classes], contiguous.
+    """
+    if logits.shape[1] * logits.element_size() % _WORD.itemsize == 0:
+        logits, out = logits.view(_WORD), out.view(_WORD)
+    torch.index_select(logits, 0, index, out=out)
 
 
 def differentiate_logits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels._operands import check_device, described, kind, number, refuse_unserved
-from sparse_kernels._tracing import transformed
+from sparse_kernels._tracing import transformed, values_readable
 from sparse_kernels.head import operators
 from sparse_kernels.head.call import HeadCall, head_settings
 from sparse_kernels.head.fused import weighted_sum
@@ -105,7 +106,7 @@ def selective_linear_cross_entropy(
     target: Tensor,
     *,
     select: Any,
-    reduction: str = "mean_kept",
+    reduction: str | float | Tensor = "mean_kept",
     linear_bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = 0.0,
@@ -121,8 +122,9 @@ def selective_linear_cross_entropy(
     The loss and its gradients are those of the dense loss with every other row masked. In products of all rows with
     the weight, of which a dense head needs 3, a share r of kept rows costs
 
-    - 1 + 2r with a gate whose threshold is known before the batch: kept rows are differentiated at once;
-    - 1 + 3r with ``TopFraction``, or a gate that ranks or draws: kept rows are computed again;
+    - 1 + 2r with a gate whose threshold is known before the batch, or ``TopFraction(1.0)``: kept rows are
+      differentiated at once;
+    - 1 + 3r with any other ``TopFraction``, or a gate that ranks or draws: kept rows are computed again;
     - 3r with a mask or None: the other rows are not multiplied at all.
 
     Gradients that are taken at once are part of the forward pass, as in ``torch.nn.functional.linear_cross_entropy``.
@@ -135,8 +137,9 @@ def selective_linear_cross_entropy(
         select: which rows to keep. A gate (``sparse_training.Gate``), which also moves its threshold; a
             ``TopFraction``; a bool mask [...]; or None for all rows.
         reduction: "mean_kept" divides by the number of kept rows, "mean_valid" by the number of rows that count, "sum"
-            by nothing. Draws of a gate weigh 1/p in the sum, and "mean_kept" divides by the sum of these weights.
-            Without any row the loss is 0. Default: "mean_kept".
+            by nothing. A number above 0, or a tensor of one, divides the sum: the tokens of an accumulated batch, say.
+            Draws of a gate weigh 1/p in the sum, and "mean_kept" divides by the sum of these weights. Without any row
+            the loss is 0. Default: "mean_kept".
         linear_bias: [classes]. Default: none.
         temperature: divides the logits; above 0. Default: 1.
         softcap: bound of the scaled logits, by tanh; 0 (the default) or None for none.
@@ -150,7 +153,7 @@ def selective_linear_cross_entropy(
         SelectiveLoss. The loss is float32, or float64 for a float64 input.
 
     Raises:
-        TypeError: as :func:`linear_row_stats`, and a selection of another kind.
+        TypeError: as :func:`linear_row_stats`, and a selection or a reduction of another kind.
         ValueError: as :func:`linear_row_stats`, an unknown reduction, a mask of another shape or device, or a gate of
             another label smoothing.
         RuntimeError: from the backward, with create_graph=True.
@@ -162,8 +165,7 @@ def selective_linear_cross_entropy(
     """
     if unserved:
         refuse_unserved(selective_linear_cross_entropy, unserved)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"`reduction` must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    _check_reduction(reduction)
     settings = head_settings(temperature, softcap, logit_scale, label_smoothing, ignore_index)
     call = HeadCall(input, linear_weight, target, linear_bias, ("loss",), settings, row_mask, chunk)
     gate = _checked_gate(select, call)
@@ -171,14 +173,12 @@ def selective_linear_cross_entropy(
     if isinstance(select, Tensor):
         call.row_mask = select if call.row_mask is None else select & call.row_mask
     threshold = None if gate is None else gate.known_threshold
-    needs_all = isinstance(select, TopFraction) or (gate is not None and threshold is None)
+    needs_all = threshold is None if gate is not None else isinstance(select, TopFraction) and select.keep < 1.0
     if needs_all or call.input.dtype is torch.float16 or transformed():
         return _scored_first(call, select, gate, valid, reduction)
     call.refuse_subclasses()
-    divisor = None if reduction == "mean_kept" else _number_of(valid) if reduction == "mean_valid" else 1.0
-    loss, mask, significance = operators.fused_loss(
-        call, threshold, {} if gate is None else gate.significance.weights, divisor
-    )
+    weights = {select.of: 1.0} if isinstance(select, TopFraction) else {} if gate is None else gate.significance.weights
+    loss, mask, significance = operators.fused_loss(call, threshold, weights, _divisor(reduction, valid))
     if gate is not None:
         gate.by(significance.flatten(), valid=valid.flatten())
     return SelectiveLoss(loss, mask)
@@ -202,6 +202,31 @@ def _checked_gate(select: Any, call: HeadCall) -> RowGate | None:
     return select
 
 
+def _check_reduction(reduction: Any) -> None:
+    if isinstance(reduction, str):
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"`reduction` must be one of {', '.join(REDUCTIONS)}, or a number, got {reduction!r}")
+        return
+    if isinstance(reduction, Tensor):
+        unfit = reduction.dtype is torch.bool or reduction.dtype.is_complex or reduction.requires_grad
+        if unfit or reduction.numel() != 1:
+            what = described(reduction) + " that requires a gradient" * reduction.requires_grad
+            raise TypeError(f"`reduction` must be a name, or one real number without a gradient, got {what}")
+        if not values_readable(reduction):
+            return
+    if isinstance(reduction, bool) or not 0.0 < number("reduction", reduction) < math.inf:
+        raise ValueError(f"`reduction` must be a name or a number above 0, got {reduction!r}")
+
+
+def _divisor(reduction: str | float | Tensor, valid: Tensor) -> Tensor | float | None:
+    """Return what the sum of losses is divided by; None for the number of kept rows."""
+    if isinstance(reduction, Tensor):
+        return reduction.reshape(()).to(valid.device)
+    if not isinstance(reduction, str):
+        return float(reduction)
+    return {"mean_kept": None, "sum": 1.0}[reduction] if reduction != "mean_valid" else _number_of(valid)
+
+
 def _valid(call: HeadCall) -> Tensor:
     valid = call.target != call.settings.ignore_index
     return valid if call.row_mask is None else valid & call.row_mask
@@ -213,7 +238,9 @@ def _number_of(weight: Tensor) -> Tensor:
     return torch.where(total > 0, total, 1).float()
 
 
-def _scored_first(call: HeadCall, select: Any, gate: RowGate | None, valid: Tensor, reduction: str) -> SelectiveLoss:
+def _scored_first(
+    call: HeadCall, select: Any, gate: RowGate | None, valid: Tensor, reduction: str | float | Tensor
+) -> SelectiveLoss:
     """Serve a selection that needs the whole batch's statistics: rows that are kept are computed again."""
     weights: Mapping[str, float] = {} if gate is None else gate.significance.weights
     call.outputs = ("loss", *weights, *((select.of,) if isinstance(select, TopFraction) else ()))
@@ -231,6 +258,5 @@ def _scored_first(call: HeadCall, select: Any, gate: RowGate | None, valid: Tens
         mask = _valid(call)
     assert stats.loss is not None
     loss = torch.where(mask, stats.loss if weight is None else stats.loss * weight, 0.0).sum()
-    if reduction != "sum":
-        loss = loss / _number_of(valid if reduction == "mean_valid" else mask if weight is None else weight)
-    return SelectiveLoss(loss, mask)
+    divisor = _divisor(reduction, valid)
+    return SelectiveLoss(loss / (_number_of(mask if weight is None else weight) if divisor is None else divisor), mask)

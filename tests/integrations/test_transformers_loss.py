@@ -205,6 +205,19 @@ def test_a_fused_head_multiplies_the_kept_rows_alone_and_makes_no_logits():
     assert ours[1] is None
 
 
+@pytest.mark.parametrize("reduction", ["mean_kept", "mean_valid"])
+@pytest.mark.parametrize("select", [ALL, TopFraction(1.0), Gate(0.3, threshold=4.0)], ids=["loss", "entropy", "gate"])
+def test_tokens_known_beforehand_are_multiplied_three_times_in_all(select, reduction):
+    """As often as the model's own head does; a selection that needs the whole batch's statistics costs a fourth."""
+    model = llama()
+    inputs = {**batch(), "num_items_in_batch": 40}
+    with TokenLoss(model, select, reduction=reduction, fused_head=True) as loss, count_multiplied_rows() as rows:
+        model.train()(**inputs).loss.backward()
+    kept = int(loss.mask.sum())
+    assert kept == 29 if isinstance(select, TopFraction) else 0 < kept < 29
+    assert (rows.scored, rows.recomputed, rows.differentiated) == (29, 0, kept)
+
+
 # --- on and off ---------------------------------------------------------------------------------
 
 

@@ -165,6 +165,41 @@ def test_all_rows_is_torchs_loss_in_three_products(dtype, reduction):
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("reduction", ["mean_kept", "mean_valid", 7.5])
+@pytest.mark.parametrize("of", ["loss", "entropy", "margin"])
+def test_the_top_fraction_of_all_is_differentiated_at_once_but_for_rows_of_nan(of, reduction, chunk):
+    x, w, b, target, _ = head(rows=(60,))
+    for nan in ((), (20, 21, 40)):
+        with torch.no_grad():
+            x[nan, :] = torch.nan
+        kept = (target != -100) & ~x[:, 0].isnan()
+        with count_multiplied_rows() as rows:
+            loss, found = selective_linear_cross_entropy(
+                x, w, target, select=TopFraction(1.0, of=of), linear_bias=b, reduction=reduction, chunk=chunk
+            )  # fmt: skip
+        assert torch.equal(found, kept)
+        assert (rows.scored, rows.recomputed, rows.differentiated) == (int((target != -100).sum()), 0, int(kept.sum()))
+        right, _ = selective_linear_cross_entropy(
+            x, w, target, select=None, row_mask=kept, linear_bias=b,
+            reduction=float((target != -100).sum()) if reduction == "mean_valid" else reduction,
+        )  # fmt: skip
+        same_gradients(loss, right, (x, w, b))
+
+
+@pytest.mark.parametrize("select", [None, TopFraction(0.4), Gate(0.5, threshold=2.0), Gate(0.5, floor=0.1)], ids=str)
+@pytest.mark.parametrize("divisor", [3, 0.7, torch.tensor(50), torch.tensor([2.5], dtype=torch.float64)], ids=str)
+def test_a_number_divides_the_sum(divisor, select):
+    x, w, b, target, mask = head(rows=ROWS)
+    given = {"linear_bias": b, "row_mask": mask, "chunk": 16}
+    total, kept = selective_linear_cross_entropy(x, w, target, select=copy.deepcopy(select), reduction="sum", **given)
+    loss, found = selective_linear_cross_entropy(
+        x, w, target, select=copy.deepcopy(select), reduction=divisor, **given
+    )  # fmt: skip
+    assert torch.equal(found, kept)
+    same_gradients(loss, total / float(divisor), (x, w, b))
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
 def test_bfloat16_gradients_are_as_near_to_float64_as_the_dense_ones(chunk):
     x, w, b, target, _ = head(torch.bfloat16, rows=(300,), classes=400)
     gate = Gate(rate=0.9, threshold=0.5)
@@ -299,6 +334,17 @@ BAD = {
     "a number": ({"select": 0.2}, TypeError, "select.*Gate, a TopFraction, a bool mask or None.*0.2"),
     "a class": ({"select": Gate}, TypeError, "select.*Gate, a TopFraction"),
     "a reduction": ({"select": None, "reduction": "mean"}, ValueError, "reduction.*mean_kept.*'mean'"),
+    "a divisor of 0": ({"select": Gate(0.5), "reduction": 0}, ValueError, "reduction.*number above 0.*got 0"),
+    "a divisor of NaN": ({"select": None, "reduction": torch.tensor(torch.nan)}, ValueError, "reduction.*above 0.*nan"),
+    "a divisor without end": ({"select": None, "reduction": torch.inf}, ValueError, "reduction.*above 0.*inf"),
+    "two divisors": ({"select": None, "reduction": torch.ones(2)}, TypeError, r"reduction.*one real number.*\(2,\)"),
+    "a bool": ({"select": None, "reduction": True}, ValueError, "reduction.*got True"),
+    "a reduction of None": ({"select": None, "reduction": None}, TypeError, "reduction.*number.*None"),
+    "a divisor to learn": (
+        {"select": None, "reduction": torch.ones((), requires_grad=True)},
+        TypeError,
+        "reduction.*without a gradient, got .*requires a gradient",
+    ),
     "smoothing that is not the gate's": (
         {"select": Gate(0.5), "label_smoothing": 0.1},
         ValueError,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import RowStats, TopFraction, linear_row_stats, row_stats
+from sparse_kernels import RowStats, TopFraction, linear_row_stats, row_stats, selective_linear_cross_entropy
 from sparse_training.errors import UserError
 from sparse_training.evaluation import evaluation_statistics
 from sparse_training.gate.gate import Gate
@@ -174,23 +174,38 @@ class TokenLoss(Switch):
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.to(logits.device)
-        outputs = {"loss", *(self.select.significance.weights if isinstance(self.select, Gate) else [self.select.of])}
-        stats = statistics(logits, targets, outputs, ignore_index, self._head)
         valid = targets != ignore_index
+        items: Any = valid.sum() if num_items_in_batch is None else num_items_in_batch
+        items = items.to(targets.device).clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+        if isinstance(self.select, Gate):
+            self.select.to(targets.device)
+        if self._head is not None and self._reference is None:  # the head knows rows that it can differentiate at once
+            check_targets(targets, logits)
+            weight, bias = self._head.parameters_for(logits)
+            loss, self.mask = selective_linear_cross_entropy(
+                logits, weight, targets, select=self.select, linear_bias=bias, ignore_index=ignore_index,
+                reduction=items if self.reduction == "mean_valid" else "mean_kept",
+            )  # fmt: skip
+        else:
+            loss = self._loss_of_statistics(logits, targets, valid, items, ignore_index)
+        if self.reduction == "mean_valid" or num_items_in_batch is None:
+            return loss
+        return loss * (valid.sum() / items)
+
+    def _loss_of_statistics(
+        self, scores: Tensor, targets: Tensor, valid: Tensor, items: Any, ignore_index: int
+    ) -> Tensor:
+        """Compute the reduced loss of what the statistics of each token select."""
+        outputs = {"loss", *(self.select.significance.weights if isinstance(self.select, Gate) else [self.select.of])}
+        stats = statistics(scores, targets, outputs, ignore_index, self._head)
         weight = self._weights(stats, targets, valid, ignore_index)
         self.mask = weight > 0
         assert stats.loss is not None
         kept = torch.where(self.mask, stats.loss * weight, 0.0).sum()
-        items: Any = valid.sum() if num_items_in_batch is None else num_items_in_batch
-        if isinstance(items, Tensor):
-            items = items.to(kept.device).clamp(min=1)
-        mean: Tensor = kept / items
         if self.reduction == "mean_valid":
-            return mean
+            return kept / items
         number = weight.sum()
-        mean = kept / torch.where(number > 0, number, 1.0)
-        share: Tensor | float = 1.0 if num_items_in_batch is None else valid.sum() / items
-        return mean * share
+        return kept / torch.where(number > 0, number, 1.0)
 
     def _weights(self, stats: RowStats, targets: Tensor, valid: Tensor, ignore_index: int) -> Tensor:
         """Return the weight of each token in the loss, 0 for those that are left out."""
@@ -199,7 +214,7 @@ class TokenLoss(Switch):
             if self._reference is not None:
                 values = values - self._reference.losses(self._inputs, targets, ignore_index)
             return self.select.mask(values, valid).to(values.dtype)
-        gate = self.select.to(targets.device)
+        gate = self.select
         weights = gate.significance.weights
         terms = [factor * getattr(stats, name).detach().flatten() for name, factor in weights.items()]
         chosen = gate.by(torch.stack(terms).sum(0), valid=valid.flatten())
@@ -240,9 +255,22 @@ def statistics(
         ignore_index: target of the rows that do not count.
         head: the head whose input is given. None for logits.
     """
-    if targets.shape != scores.shape[:-1]:
-        raise UserError(f"labels must have shape {list(scores.shape[:-1])} as the logits, got {list(targets.shape)}")
+    check_targets(targets, scores)
     if head is None:
         return row_stats(scores, targets, outputs=outputs, ignore_index=ignore_index)
     weight, bias = head.parameters_for(scores)
     return linear_row_stats(scores, weight, targets, linear_bias=bias, outputs=outputs, ignore_index=ignore_index)
+
+
+def check_targets(targets: Tensor, scores: Tensor) -> None:
+    """Raise unless there is a target for each token.
+
+    Args:
+        targets: [...].
+        scores: [..., classes], or [..., hidden].
+
+    Raises:
+        UserError: shapes that differ.
+    """
+    if targets.shape != scores.shape[:-1]:
+        raise UserError(f"labels must have shape {list(scores.shape[:-1])} as the logits, got {list(targets.shape)}")
