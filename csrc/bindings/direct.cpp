@@ -29,7 +29,7 @@ PyObject* tuple_of(std::initializer_list<Output*> outputs, PyObject* last = null
   return tuple.release();
 }
 
-// mask, weight, capacity -> index, weight, count, overflow
+// mask, weight, capacity -> the fields of a Selection
 PyObject* compact_plain(PyObject* const* args) {
   const Input mask(args[0]);
   require(mask.is(kBool, 1));
@@ -41,7 +41,9 @@ PyObject* compact_plain(PyObject* const* args) {
     weight = weights.data<float>();
   }
   Packed packed(mask.data<uint8_t>(), weight, rows, args[2]);
-  return tuple_of({&packed.index, &packed.weight, &packed.count, &packed.overflow});
+  PyObject* size = PyLong_FromLongLong(rows);
+  require(size);
+  return tuple_of({&packed.index, &packed.weight, &packed.count, &packed.overflow}, size);
 }
 
 // The index of a Selection. Its other tensors are not read, but one made by hand must have them.
