@@ -13,6 +13,7 @@
 #include "plain_selection.h"
 #include "plain_tensors.h"
 #include "sparse_kernels/cpu/control.h"
+#include "sparse_kernels/cpu/large_pages.h"
 
 namespace sparse_kernels {
 namespace {
@@ -84,9 +85,6 @@ PyObject* row_stats_plain(PyObject* const* args) {
   return tuple.release();
 }
 
-// Bytes from which on the general route serves: it may find memory that rows of zeros do not take.
-constexpr int64_t kLargeGradient = 16 << 20;
-
 // logits, targets, settings, maximum, total, entropy, gradients of loss and entropy: the last three
 // may be None -> the gradient in the logits
 PyObject* row_stats_backward_plain(PyObject* const* args) {
@@ -97,7 +95,8 @@ PyObject* row_stats_backward_plain(PyObject* const* args) {
   require(!of_entropy.data || (entropy.data && entropy.step == 1));
   RowStatsBackwardArgs call{};
   rows.describe(call);
-  require(rows.logits.numel() * (rows.logits.t.dtype.bits / 8) < kLargeGradient);
+  // The general route may find memory that rows of zeros do not take.
+  require(rows.logits.numel() * (rows.logits.t.dtype.bits / 8) < kLarge);
   Output gradient(rows.logits.t.shape, rows.logits.t.ndim, rows.logits.t.dtype);
   call.gradient = gradient.data<void>();
   call.gradient_class_stride = 1;

@@ -5,7 +5,7 @@
 #include <functional>
 #include <numeric>
 
-#include "large_pages.h"
+#include "sparse_kernels/cpu/large_pages.h"
 #include "sparse_kernels/cpu/parallel.h"
 #include "wide_copy.h"
 
