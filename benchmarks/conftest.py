@@ -12,7 +12,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,9 @@ def with_compiled(small: bool) -> Callable[..., Any]:
 def interleaved(benchmark: Any, request: pytest.FixtureRequest, small: bool) -> Iterator[Callable[..., Row]]:
     """Times ``ours`` and every peer in turn, each ``calls`` times a round, in an order of its own every round.
 
-    A side that always followed the same other would always find in the caches what that one left there.
+    A side that always followed the same other would always find in the caches what that one left there. With
+    ``places``, calls that give the sides the same data in other memory, the rounds are divided among them and compared
+    in pairs.
     """
     made: list[Row] = []
 
@@ -109,6 +111,7 @@ def interleaved(benchmark: Any, request: pytest.FixtureRequest, small: bool) -> 
         targets: dict[str, float] | None = None,
         rounds: int = 15,
         calls: int = 1,
+        places: Sequence[Callable[[], Any]] = (),
         notes: dict[str, Any] | None = None,
     ) -> Row:
         sides = {"ours": ours, **peers}
@@ -125,13 +128,16 @@ def interleaved(benchmark: Any, request: pytest.FixtureRequest, small: bool) -> 
             for done in range(rounds):
                 if done >= 3 and time.perf_counter() - began > BUDGET:
                     break
+                if places:
+                    places[done * len(places) // rounds]()
                 for name in order.sample(list(sides), len(sides)):
                     samples[name].append(timer.time(sides[name], calls)())
 
         benchmark.pedantic(time_all, rounds=1)
         seconds = {name: timing.quantiles(values) for name, values in samples.items()}
         notes = {**(notes or {}), "rounds": len(samples["ours"])}
-        made.append(Row(request.node.callspec.id, seconds, timing.ratios(seconds), targets or {}, notes))
+        ratios = timing.ratios_in_pairs(samples) if places else timing.ratios(seconds)
+        made.append(Row(request.node.callspec.id, seconds, ratios, targets or {}, notes))
         return made[-1]
 
     yield run

@@ -62,6 +62,18 @@ def ratios(seconds: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: ratio for name, ratio in found.items() if not name.startswith("read")}
 
 
+def ratios_in_pairs(samples: dict[str, list[float]]) -> dict[str, float]:
+    """As :func:`ratios`, but each peer's by the median of its times over ours of the same round.
+
+    For rounds of several levels: the medians of two such mixtures may be of different levels.
+    """
+    relative = {
+        name: {"p50": statistics.median(peer / own for peer, own in zip(values, samples["ours"], strict=True))}
+        for name, values in samples.items()
+    }
+    return ratios(relative)
+
+
 def reads(tensor: torch.Tensor) -> dict[str, Side]:
     """Reads of every byte of ``tensor`` (contiguous), for the bandwidth that the fastest of them reaches.
 

@@ -9,8 +9,6 @@ import sys
 import torch
 from torch import Tensor
 
-LARGE = 16 << 20  # bytes from which on a tensor's memory is worth a thought
-_HUGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14  # of <sys/mman.h>
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
 
 
@@ -37,24 +35,6 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):  # another C library
         return False
     return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
-
-
-def large_pages(tensor: Tensor) -> Tensor:
-    """Ask the system for large pages under a tensor that is to be written; return the tensor.
-
-    Fresh memory is mapped page by page when it is first written: with pages of 4 KB that takes longer than the writing.
-    A hint: nothing changes where the system ignores it, nor for a small tensor or another device than a CPU.
-
-    Args:
-        tensor: contiguous.
-    """
-    size = tensor.numel() * tensor.element_size()
-    if size < LARGE or tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
-        return tensor
-    begin = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    end = (tensor.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
-    return tensor
 
 
 def untouched_zeros(like: Tensor) -> Tensor | None:

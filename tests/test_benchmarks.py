@@ -250,6 +250,15 @@ def test_the_fastest_of_the_compiled_forms_and_of_the_reads_counts():
     assert found == {"compiled": 4.0, "compiled_log_softmax": 3.0, "best compiled": 3.0, "fastest read": 0.5}
 
 
+def test_rounds_of_several_levels_are_compared_in_pairs():
+    """A peer that takes a tenth longer in each round, whose median is of another level in a mixture of two."""
+    ours = [1.0, 1.0, 1.0, 5.0, 5.0]
+    found = timing.ratios_in_pairs(
+        {"ours": ours, "compiled": [1.1, 5.5, 5.5, 5.5, 5.5], "other": [1.1 * t for t in ours]}
+    )
+    assert found == pytest.approx({"compiled": 1.1, "best compiled": 1.1, "other": 1.1})
+
+
 def test_every_read_reads_every_byte():
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((8, 1024), (3, 10, 4, 4)):

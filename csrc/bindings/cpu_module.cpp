@@ -14,6 +14,7 @@
 #include "sparse_kernels/cpu/control.h"
 #include "sparse_kernels/cpu/gather.h"
 #include "sparse_kernels/cpu/instruction_set.h"
+#include "sparse_kernels/cpu/large_pages.h"
 #include "sparse_kernels/cpu/parallel.h"
 #include "sparse_kernels/cpu/row_stats.h"
 #include "sparse_kernels/cpu/sum_tree.h"
@@ -254,6 +255,10 @@ PYBIND11_MODULE(_cpp, m) {
     py::gil_scoped_release unlocked;
     sk::sum_tree_find(tree, at<double>(targets), count, at<int64_t>(out));
   });
+
+  m.attr("LARGE") = sk::kLarge;
+  m.def("request_large_pages",
+        [](Address memory, int64_t bytes) { sk::request_large_pages(at<void>(memory), bytes); });
 
   m.def("instruction_set", [] { return sk::name_of(sk::instruction_set()); });
   m.def("instruction_sets", [] {

@@ -13,6 +13,7 @@
 #include "plain_selection.h"
 #include "plain_tensors.h"
 #include "sparse_kernels/cpu/control.h"
+#include "sparse_kernels/cpu/large_pages.h"
 
 namespace sparse_kernels {
 namespace {
@@ -29,7 +30,7 @@ PyObject* tuple_of(std::initializer_list<Output*> outputs, PyObject* last = null
   return tuple.release();
 }
 
-// mask, weight, capacity -> index, weight, count, overflow
+// mask, weight, capacity -> the fields of a Selection
 PyObject* compact_plain(PyObject* const* args) {
   const Input mask(args[0]);
   require(mask.is(kBool, 1));
@@ -41,7 +42,9 @@ PyObject* compact_plain(PyObject* const* args) {
     weight = weights.data<float>();
   }
   Packed packed(mask.data<uint8_t>(), weight, rows, args[2]);
-  return tuple_of({&packed.index, &packed.weight, &packed.count, &packed.overflow});
+  PyObject* size = PyLong_FromLongLong(rows);
+  require(size);
+  return tuple_of({&packed.index, &packed.weight, &packed.count, &packed.overflow}, size);
 }
 
 // The index of a Selection. Its other tensors are not read, but one made by hand must have them.
@@ -82,9 +85,6 @@ PyObject* row_stats_plain(PyObject* const* args) {
   return tuple.release();
 }
 
-// Bytes from which on the general route serves: it may find memory that rows of zeros do not take.
-constexpr int64_t kLargeGradient = 16 << 20;
-
 // logits, targets, settings, maximum, total, entropy, gradients of loss and entropy: the last three
 // may be None -> the gradient in the logits
 PyObject* row_stats_backward_plain(PyObject* const* args) {
@@ -95,7 +95,8 @@ PyObject* row_stats_backward_plain(PyObject* const* args) {
   require(!of_entropy.data || (entropy.data && entropy.step == 1));
   RowStatsBackwardArgs call{};
   rows.describe(call);
-  require(rows.logits.numel() * (rows.logits.t.dtype.bits / 8) < kLargeGradient);
+  // The general route may find memory that rows of zeros do not take.
+  require(rows.logits.numel() * (rows.logits.t.dtype.bits / 8) < kLarge);
   Output gradient(rows.logits.t.shape, rows.logits.t.ndim, rows.logits.t.dtype);
   call.gradient = gradient.data<void>();
   call.gradient_class_stride = 1;

@@ -93,7 +93,8 @@ struct Input {
 
 // A new tensor, owned until taken; or none. Its memory is allocated here as PyTorch does it, of the
 // same size, so that each can use what the other has freed: the exchange interface's own function
-// would make a tensor of PyTorch's only to be wrapped in another.
+// would make a tensor of PyTorch's only to be wrapped in another. A small one's lies behind its
+// description: the C library has blocks at hand for an allocation without an alignment only.
 class Output {
  public:
   Output() = default;
@@ -101,20 +102,23 @@ class Output {
     int64_t bytes = (dtype.bits + 7) / 8;
     for (int d = 0; d < ndim; ++d) require(!__builtin_mul_overflow(bytes, shape[d], &bytes));
     const size_t described = sizeof(dlpack::Managed) + sizeof(int64_t) * size_t(ndim);
-    data_ = static_cast<char*>(::operator new(size_t(bytes), kAlignment, std::nothrow));
-    auto* memory = static_cast<char*>(::operator new(described, std::nothrow));
-    auto* own_shape = reinterpret_cast<int64_t*>(memory + sizeof(dlpack::Managed));
-    if (!data_ || !memory) {
-      free_memory(data_, memory);
+    const bool small = bytes <= kSmall;
+    void* apart = small ? nullptr : ::operator new(size_t(bytes), kAlignment, std::nothrow);
+    const size_t behind = small ? size_t(bytes) + size_t(kAlignment) - 1 : 0;
+    auto* memory = static_cast<char*>(::operator new(described + behind, std::nothrow));
+    if (!memory || !(small || apart)) {
+      free_memory(apart, memory);
       throw NotServed();
     }
+    data_ = static_cast<char*>(small ? aligned(memory + described) : apart);
+    auto* own_shape = reinterpret_cast<int64_t*>(memory + sizeof(dlpack::Managed));
     for (int d = 0; d < ndim; ++d) own_shape[d] = shape[d];
-    managed_ = new (memory) dlpack::Managed{
-        {dlpack::kMajor, 0},
-        nullptr,
-        [](dlpack::Managed* managed) { free_memory(managed->tensor.data, managed); },
-        0,
-        {data_, {dlpack::kCpu, 0}, ndim, dtype, own_shape, nullptr, 0}};
+    managed_ = new (memory)
+        dlpack::Managed{{dlpack::kMajor, 0},
+                        apart,
+                        [](dlpack::Managed* managed) { free_memory(managed->context, managed); },
+                        0,
+                        {data_, {dlpack::kCpu, 0}, ndim, dtype, own_shape, nullptr, 0}};
   }
   Output(Output&& other) noexcept { *this = std::move(other); }
   Output& operator=(Output&& other) noexcept {
@@ -140,8 +144,13 @@ class Output {
 
  private:
   static constexpr std::align_val_t kAlignment{64};  // PyTorch's own
-  static void free_memory(void* data, void* managed) {
-    ::operator delete(data, kAlignment);
+  static constexpr int64_t kSmall = 512;             // bytes
+  static void* aligned(char* memory) {
+    const uintptr_t mask = uintptr_t(kAlignment) - 1;
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + mask) & ~mask);
+  }
+  static void free_memory(void* apart, void* managed) {
+    ::operator delete(apart, kAlignment);
     ::operator delete(managed);
   }
 

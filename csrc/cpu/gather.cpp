@@ -5,7 +5,7 @@
 #include <functional>
 #include <numeric>
 
-#include "large_pages.h"
+#include "sparse_kernels/cpu/large_pages.h"
 #include "sparse_kernels/cpu/parallel.h"
 #include "wide_copy.h"
 
@@ -31,7 +31,8 @@ int64_t cut(int64_t byte, int64_t row_bytes) {
 }
 
 // Calls body(move, begin, end, streaming) for ranges of bytes that together cover each output of
-// `out_rows` rows, divided among the threads.
+// `out_rows` rows. Each thread has its share of every output, as in PyTorch's own loops: what it
+// writes is in the cache of the core that wrote this memory before and that will read it next.
 template <class Body>
 void for_each_share(const std::vector<RowMove>& moves, int64_t out_rows, const Body& body) {
   int64_t total = 0;
@@ -40,14 +41,14 @@ void for_each_share(const std::vector<RowMove>& moves, int64_t out_rows, const B
     request_large_pages(move.out, out_rows * move.row_bytes);
   }
   const bool streaming = total >= kStreamed;
-  parallel_parts(total, parts_for(total, kGrain), 1, [&](int, int64_t begin, int64_t end) {
+  const int parts = parts_for(total, kGrain);
+  parallel_parts(parts, parts, 1, [&](int part, int64_t, int64_t) {
     for (const RowMove& move : moves) {
-      const int64_t bytes = out_rows * move.row_bytes;
-      if (bytes > 0 && begin < bytes && end > 0)
-        body(move, begin <= 0 ? 0 : cut(begin, move.row_bytes),
-             end >= bytes ? bytes : cut(end, move.row_bytes), streaming);
-      begin -= bytes;
-      end -= bytes;
+      if (move.row_bytes == 0) continue;
+      const auto bound = [&](int64_t i) {
+        return cut(out_rows * move.row_bytes * i / parts, move.row_bytes);
+      };
+      if (bound(part) < bound(part + 1)) body(move, bound(part), bound(part + 1), streaming);
     }
     if (streaming) finish_streaming();
   });

@@ -78,11 +78,8 @@ def row_stats_backward(
 
 def compact(mask: Tensor, weight: Tensor | None, capacity: int | None) -> Selection | None:
     """Serve ``sparse_kernels.compact``, or return None."""
-    results = _cpp.compact_plain(mask, weight, capacity)
-    if results is None:
-        return None
-    index, kept_weight, count, overflow = results
-    return _new(Selection, (index, kept_weight, count, overflow, mask.shape[0]))
+    fields = _cpp.compact_plain(mask, weight, capacity)
+    return None if fields is None else _new(Selection, fields)
 
 
 def gather_rows(tree: Any, selection: Selection) -> Any | None:

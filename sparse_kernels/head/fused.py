@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_kernels.backends.cpp import large_pages
 from sparse_kernels.head.call import FlatHead
 from sparse_kernels.head.counter import count
 from sparse_kernels.head.products import (
@@ -24,7 +25,6 @@ from sparse_kernels.head.products import (
     scored_rows,
 )
 from sparse_kernels.head.scores import SAVED, HeadGradients, Scored, copy_rows, differentiate_logits, rows_of, score
-from sparse_kernels.memory import large_pages
 
 
 class FusedLoss(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_kernels._arguments import StatsCall
 from sparse_kernels._dispatch import BACKENDS, choose
+from sparse_kernels.backends.cpp import large_pages
 from sparse_kernels.head.call import FlatHead
 from sparse_kernels.head.counter import count
 from sparse_kernels.head.products import (
@@ -23,7 +24,6 @@ from sparse_kernels.head.products import (
     logits_of,
     scored_rows,
 )
-from sparse_kernels.memory import large_pages
 from sparse_kernels.reference import transform_logits
 
 _WORD = torch.int64

@@ -25,7 +25,8 @@ from sparse_kernels._dispatch import BACKENDS, choose
 from sparse_kernels._operands import with_memory
 from sparse_kernels._row_layout import empty_rows
 from sparse_kernels._tracing import mark_changed
-from sparse_kernels.memory import LARGE, untouched_zeros
+from sparse_kernels.backends.cpp import LARGE
+from sparse_kernels.memory import untouched_zeros
 from sparse_kernels.types import ControlState, Selection
 
 library: Any = torch.library.Library("sparse_kernels", "DEF")  # type: ignore[no-untyped-call, unused-ignore]

@@ -155,16 +155,26 @@ def test_rows_of_any_length_are_whole(instruction_set, row_bytes):
 
 @pytest.mark.parametrize("shape", [(500, 3000), (3, 100_003), (20, 1_600_001), (40_000, 3), (3, 0)])
 def test_large_tensors_by_several_threads(backend, shape):
-    """Shares of whole rows, rows cut between threads, and from 16 MB on streaming stores and large pages."""
-    tree = torch.randint(0, 255, shape, dtype=torch.uint8), torch.arange(shape[0])
-    selection = sk.compact(masks(shape[0], 0.6), backend=backend)
-    for before in (torch.get_num_threads(), 3):
+    """Shares of whole rows, rows cut between threads, and from 16 MB on streaming stores and large pages.
+
+    Each thread has a share of every tensor, however small its rows are.
+    """
+    rows, before = shape[0], torch.get_num_threads()
+    tree = (
+        torch.randint(0, 255, shape, dtype=torch.uint8), torch.arange(rows), torch.rand(rows, 0),
+        torch.rand(rows, 11) < 0.5, torch.randint(0, 255, (rows, 777), dtype=torch.uint8),
+    )  # fmt: skip
+    selection = sk.compact(masks(rows, 0.6), backend=backend)
+    try:
+        for threads in (before, 3, 5):
+            torch.set_num_threads(threads)
+            taken = sk.gather_rows(tree, selection, backend=backend)
+            back = sk.scatter_rows(taken, selection, backend=backend)
+            for tensor, some, full in zip(tree, taken, back, strict=True):
+                assert torch.equal(some, tensor[selection.index])
+                assert torch.equal(full, torch.zeros_like(tensor).index_copy(0, selection.index, some))
+    finally:
         torch.set_num_threads(before)
-        taken = sk.gather_rows(tree, selection, backend=backend)
-        back = sk.scatter_rows(taken, selection, backend=backend)
-        for tensor, some, full in zip(tree, taken, back, strict=True):
-            assert torch.equal(some, tensor[selection.index])
-            assert torch.equal(full, torch.zeros_like(tensor).index_copy(0, selection.index, some))
 
 
 def views():

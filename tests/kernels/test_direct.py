@@ -253,6 +253,22 @@ def test_gradients_and_compilers_take_the_operators():
     assert torch.equal(compiled(mask, rows.detach()), sk.compact(mask, capacity=4).take(rows.detach()))
 
 
+@pytest.mark.parametrize("size", [0, 1, 8, 63, 64, 65, 511, 512, 513, 5000])
+def test_results_begin_a_cache_line_and_outlive_each_other(size):
+    """As PyTorch's own do: small ones in the block that describes them, larger ones in one of their own."""
+    rows, mask = torch.arange(size * 2, dtype=torch.uint8).view(2, size), torch.tensor([False, True])
+    for _ in range(20):  # blocks of the C library, which begin anywhere
+        selection = sk.compact(torch.ones(size, dtype=torch.bool))
+        row, ones = sk.compact(mask).take(rows), selection.weight
+        for result in (*selection[:4], row):
+            assert result.numel() == 0 or result.data_ptr() % 64 == 0
+        del selection, result
+        others = [torch.full((size,), 7, dtype=torch.uint8) for _ in range(9)]
+        assert torch.equal(row[0], rows[1])
+        assert torch.equal(ones, torch.ones(size))
+        assert all(int(other.sum(dtype=torch.int64)) == 7 * size for other in others)
+
+
 def test_results_hold_their_memory_and_nothing_leaks():
     """The allocator's memory goes with the last tensor."""
     import gc

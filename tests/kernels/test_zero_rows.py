@@ -14,7 +14,8 @@ from sparse_kernels import reference
 from sparse_kernels._arguments import StatsCall, checked_settings
 from sparse_kernels._dispatch import BACKENDS
 from sparse_kernels.backends import cpp as cpp_backend
-from sparse_kernels.memory import LARGE, large_pages, untouched_zeros
+from sparse_kernels.backends.cpp import LARGE, large_pages
+from sparse_kernels.memory import untouched_zeros
 
 M_PERTURB = -6  # of <malloc.h>: conftest.py has it fill memory
 BUILT = not cpp_backend.unavailable_reason()
@@ -167,7 +168,7 @@ def test_the_references_gradient_in_closed_form_is_that_of_autograd(settings):
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.mark.skipif(not THP.exists(), reason="no large pages")
+@pytest.mark.skipif(not (BUILT and THP.exists()), reason="no large pages")
 @pytest.mark.parametrize("size", [LARGE - 1, 4 * LARGE])
 def test_large_pages_are_asked_for_under_a_large_tensor(size):
     # A mapping of its own: memory of the heap can be what an earlier tensor has asked large pages for.

@@ -11,11 +11,13 @@
 
 namespace sparse_kernels {
 
+// Bytes from which on a tensor's memory is worth a thought; less mostly reuses memory.
+constexpr int64_t kLarge = 16 << 20;
+
 inline void request_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kLeastBytes = 16 << 20;  // smaller outputs mostly reuse memory
   constexpr uintptr_t kPage = 2 << 20;
-  if (bytes < kLeastBytes) return;
+  if (bytes < kLarge) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) & ~(kPage - 1);
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
