@@ -116,6 +116,16 @@ def test_page_holds_table_gallery_and_circumstances(written):
     assert ("Selected most" in parsed.text) == bool(result["gallery"])
 
 
+def test_curves_of_validation_rows_are_not_titled_by_a_verdict_on_test_rows():
+    validated = make_result()
+    for arm in validated["arms"].values():
+        for run in arm["runs"]:
+            run["validation"] = 1.0 - run["accuracy"]
+    titles, said = comparison.titles(validated), comparison.verdict(validated)
+    assert titles["accuracy"] == "Accuracy on validation rows"
+    assert titles["seeds"] == f"On test rows {said}"
+
+
 def test_the_mass_is_drawn_where_it_is_known():
     assert comparison.titles(RESULT)["mass"].startswith("Gate's rows carry 3")
     (line, *_) = lines = plots.Figure().add_subplot(), plots.Figure().add_subplot()

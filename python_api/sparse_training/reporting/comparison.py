@@ -132,10 +132,12 @@ def titles(result: Result) -> dict[str, str]:
         if any(run["trace"] for run in entry["runs"]) and is_finite(entry["summary"]["rate_mean"])
     ]
     speeds = [f"{name} {speed['measured']:.2f}×" for name, speed in result["speedup"].items() if speed.get("measured")]
+    validated = any("validation" in run for entry in entries.values() for run in entry["runs"])
     by_panel = {
         "figure": f"{settings['model']} on {settings['data']}, seeds per method: {_seeds(result)}",
-        "accuracy": sentence(verdict(result)),
-        "seeds": "Each seed's final accuracy",
+        # The verdict is on test rows, which the curves may not be of.
+        "accuracy": "Accuracy on validation rows" if validated else sentence(verdict(result)),
+        "seeds": f"On test rows {verdict(result)}" if validated else "Each seed's final accuracy",
         "rate": sentence("; ".join(gated)) or "Rows kept, by step",
         "threshold": (
             f"The threshold goes from {mean(starts):.2g} to {mean(ends):.2g}"
