@@ -6,6 +6,7 @@ turns of a few steps each, in one process.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 import time
@@ -42,7 +43,7 @@ def seconds_in_turn(fits: dict[str, Fit], rounds: int) -> dict[str, dict[str, fl
 
 
 def between(ends: list[float]) -> list[float]:
-    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 def bert_shape(small: bool) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from sparse_kernels._operands import (
     statistic_names,
     vetted,
 )
-from sparse_kernels._settings import MOST
+from sparse_kernels._settings import MOST, bad_target
 from sparse_kernels._settings import Settings as Settings  # so that whatever a call is made of is found here
 from sparse_kernels._settings import checked_settings as checked_settings
 from sparse_kernels._tracing import is_lazy_negative
@@ -115,11 +115,7 @@ class StatsCall:
 
     def raise_bad_target(self, row: int) -> NoReturn:
         """Raise the error for the flat ``row`` of targets whose value is out of range."""
-        value = int(self.targets.flatten()[row])
-        raise ValueError(
-            f"target {value} in row {row} is out of range: it must be in [0, {self.classes - 1}], "
-            f"or `ignore_index`, {self.settings.ignore_index}"
-        )
+        raise bad_target(int(self.targets.flatten()[row]), row, self.classes, self.settings.ignore_index)
 
 
 def check_inplace_backward(logits: Tensor) -> None:

@@ -86,6 +86,19 @@ def _settings_of(*given: Any) -> tuple[Any, ...]:
     return temperature, softcap, label_smoothing, ignore_index, *draw
 
 
+def bad_target(target: int, row: int, classes: int, ignore_index: int) -> ValueError:
+    """Return the error for a target out of range.
+
+    Args:
+        target: the value.
+        row: its place among the flat targets.
+        classes: the number of classes.
+        ignore_index: the target of ignored rows, ``NO_INDEX`` where there is no such.
+    """
+    other = "" if ignore_index == NO_INDEX else f", or `ignore_index`, {ignore_index}"
+    return ValueError(f"target {target} in row {row} is out of range: it must be in [0, {classes - 1}]{other}")
+
+
 def _check_settings(settings: Settings) -> Settings:
     settings = _numbers_of(settings)
     if not LEAST <= settings.temperature <= MOST:

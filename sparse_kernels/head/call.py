@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_kernels import reference
 from sparse_kernels._arguments import Settings, checked_settings
 from sparse_kernels._operands import check_device, described, integer, number, statistic_names, vetted
-from sparse_kernels._settings import LEAST, MOST
+from sparse_kernels._settings import LEAST, MOST, bad_target
 from sparse_kernels._tracing import tensors_unsupported_reason, values_readable
 from sparse_kernels.types import HEAD_STATISTICS
 
@@ -177,10 +177,7 @@ class FlatHead:
         bad = reference.bad_targets(self.target, classes, self.settings.ignore_index) & self.valid
         if bad.any():
             row = int(bad.to(torch.int8).argmax())
-            raise ValueError(
-                f"target {int(self.target[row])} in row {row} is out of range: it must be in [0, {classes - 1}], "
-                f"or `ignore_index`, {self.settings.ignore_index}"
-            )
+            raise bad_target(int(self.target[row]), row, classes, self.settings.ignore_index)
 
 
 def flat_head(

@@ -43,8 +43,11 @@ class TopFraction:
     of: str = "entropy"
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, bool):
+            raise TypeError(f"`keep` must be a fraction in (0, 1], got {self.keep}")
         if not 0.0 < number("keep", self.keep) <= 1.0:
             raise ValueError(f"`keep` must be in (0, 1], got {self.keep}")
+        object.__setattr__(self, "keep", float(self.keep))  # a tensor, else, or NumPy's
         if self.of not in WEIGHABLE:
             raise ValueError(f"`of` must be one of {', '.join(WEIGHABLE)}, got {self.of!r}")
 

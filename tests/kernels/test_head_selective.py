@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -355,6 +356,11 @@ BAD = {
         UserError,
         "grad_norm_fraction=0.5.*use a rate",
     ),
+    "a target where none is ignored": (
+        {"select": None, "target": Y - 100, "ignore_index": None},
+        ValueError,
+        r"target .* in row 0 is out of range: it must be in \[0, 8\]$",
+    ),
     "a target out of range": ({"select": None, "target": Y + 9}, ValueError, "target .* in row 0 is out of range"),
     "hidden sizes": ({"select": None, "linear_weight": torch.randn(9, 5)}, ValueError, "got 4 and 5"),
     "a chunk of 0": ({"select": None, "chunk": 0}, ValueError, "chunk.*got 0"),
@@ -381,6 +387,7 @@ def test_bad_input_is_refused_in_one_line_and_moves_no_gate(bad, kind, message):
         ({"keep": 0.0}, ValueError, r"keep.*\(0, 1\].*0.0"),
         ({"keep": 1.5}, ValueError, r"keep.*\(0, 1\].*1.5"),
         ({"keep": "most"}, TypeError, "keep.*number.*most"),
+        ({"keep": True}, TypeError, "keep.*fraction.*True"),
         ({"keep": 0.5, "of": "argmax"}, ValueError, "of.*entropy.*argmax"),
     ],
     ids=str,
@@ -388,6 +395,11 @@ def test_bad_input_is_refused_in_one_line_and_moves_no_gate(bad, kind, message):
 def test_a_fraction_that_makes_no_sense_is_refused(arguments, kind, message):
     with pytest.raises(kind, match=message):
         TopFraction(**arguments)
+
+
+def test_a_fraction_is_a_number_whatever_held_it():
+    assert TopFraction(torch.tensor(0.25)) == TopFraction(0.25) == TopFraction(np.float32(0.25))
+    assert type(TopFraction(torch.tensor(1)).keep) is float
 
 
 def test_other_terms_of_a_significance():

@@ -182,15 +182,16 @@ class TokenLoss(Switch):
         if self._head is not None and self._reference is None:  # the head knows rows that it can differentiate at once
             check_targets(targets, logits)
             weight, bias = self._head.parameters_for(logits)
-            loss, self.mask = selective_linear_cross_entropy(
+            found = selective_linear_cross_entropy(
                 logits, weight, targets, select=self.select, linear_bias=bias, ignore_index=ignore_index,
                 reduction=items if self.reduction == "mean_valid" else "mean_kept",
             )  # fmt: skip
+            loss, self.mask = found.loss, found.mask
         else:
             loss = self._loss_of_statistics(logits, targets, valid, items, ignore_index)
-        if self.reduction == "mean_valid" or num_items_in_batch is None:
-            return loss
-        return loss * (valid.sum() / items)
+        if self.reduction == "mean_kept" and num_items_in_batch is not None:
+            loss = loss * (valid.sum() / items)
+        return loss
 
     def _loss_of_statistics(
         self, scores: Tensor, targets: Tensor, valid: Tensor, items: Any, ignore_index: int
@@ -202,10 +203,9 @@ class TokenLoss(Switch):
         self.mask = weight > 0
         assert stats.loss is not None
         kept = torch.where(self.mask, stats.loss * weight, 0.0).sum()
-        if self.reduction == "mean_valid":
-            return kept / items
         number = weight.sum()
-        return kept / torch.where(number > 0, number, 1.0)
+        mean: Tensor = kept / (items if self.reduction == "mean_valid" else torch.where(number > 0, number, 1.0))
+        return mean
 
     def _weights(self, stats: RowStats, targets: Tensor, valid: Tensor, ignore_index: int) -> Tensor:
         """Return the weight of each token in the loss, 0 for those that are left out."""
