@@ -26,6 +26,15 @@ struct Sums {
 // same way each time, and the error of one long sum would grow with the square of its terms.
 constexpr int kRun = 32;
 
+// The term of a vector whose lanes are in memory. A function of its own: each operation is a loop
+// over the lanes, of which GCC makes vectors here, but not in a loop's body.
+template <bool kSquares, class Vec>
+__attribute__((noinline)) static void add_in_memory(Sums<Vec>& sums, Vec d,
+                                                    const Exponential<Vec>& exponential) {
+  const Vec clamped = exponential.clamp(d);
+  sums.template add<kSquares>(exponential(clamped), clamped);
+}
+
 // Sums over d(0) to d(count - 1). They alternate between two sums: more would not fit into AVX2's
 // registers, and with one each term would wait for the term before. The two halves of a pair are
 // two sums. Calls ahead(i) before every fourth term.
@@ -57,13 +66,19 @@ __attribute__((always_inline)) inline Sums<Vec> sum_of(int count,
     const auto add = [&](Sums<Vec>& sums, const Begun& term) __attribute__((always_inline)) {
       sums.template add<kSquares>(exponential.end(term.power), term.d);
     };
+    const auto add_whole = [&](Sums<Vec>& sums, int j) __attribute__((always_inline)) {
+      if constexpr (Vec::kInRegisters)
+        add(sums, begin(j));
+      else
+        add_in_memory<kSquares>(sums, d(j), exponential);
+    };
     for (; i + 4 <= end; i += 4) {
       ahead(i);
       if constexpr (!kOverlapped) {
-        add(even, begin(i));
-        add(odd, begin(i + 1));
-        add(even, begin(i + 2));
-        add(odd, begin(i + 3));
+        add_whole(even, i);
+        add_whole(odd, i + 1);
+        add_whole(even, i + 2);
+        add_whole(odd, i + 3);
         continue;
       }
       const Begun first = begin(i), second = begin(i + 1);
@@ -74,7 +89,7 @@ __attribute__((always_inline)) inline Sums<Vec> sum_of(int count,
       add(even, third);
       add(odd, fourth);
     }
-    for (; i < end; ++i) add(even, begin(i));
+    for (; i < end; ++i) add_whole(even, i);
     total = total + (even + unpaired);
   }
   return total;

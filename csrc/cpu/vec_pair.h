@@ -30,6 +30,7 @@ struct Pair {
   using Real = typename Half::Real;
   static constexpr int kLanes = 2 * Half::kLanes;
   static constexpr int kPowerSteps = Half::kPowerSteps;
+  static constexpr bool kInRegisters = Half::kInRegisters;
 
   Half low, high;
 
