@@ -82,8 +82,9 @@ PyObject* row_stats_plain(PyObject* const* args) {
   return tuple.release();
 }
 
-// Bytes from which on the general route serves: it may find memory that rows of zeros do not take.
-constexpr int64_t kLargeGradient = 16 << 20;
+// Bytes of rows without a gradient from which on the general route serves: it may find memory that
+// they do not take.
+constexpr int64_t kManyIdle = 16 << 20;
 
 // logits, targets, settings, maximum, total, entropy, gradients of loss and entropy: the last three
 // may be None -> the gradient in the logits
@@ -95,7 +96,9 @@ PyObject* row_stats_backward_plain(PyObject* const* args) {
   require(!of_entropy.data || (entropy.data && entropy.step == 1));
   RowStatsBackwardArgs call{};
   rows.describe(call);
-  require(rows.logits.numel() * (rows.logits.t.dtype.bits / 8) < kLargeGradient);
+  const int64_t row_bytes = call.classes * (rows.logits.t.dtype.bits / 8);
+  if (call.rows * row_bytes >= kManyIdle)
+    require(idle_rows(call, of_loss, of_entropy) * row_bytes < kManyIdle);
   Output gradient(rows.logits.t.shape, rows.logits.t.ndim, rows.logits.t.dtype);
   call.gradient = gradient.data<void>();
   call.gradient_class_stride = 1;
@@ -149,7 +152,8 @@ PyObject* gate_step_plain(PyObject* const* args) {
   require(counters.is(kInt64, 1) && counters.t.shape[0] == kControlCounters);
   require(setpoint.t.dtype == kFloat32 && setpoint.numel() == 1);
   Scores scores(args);
-  scores.run(values, &counters, rest[4] == Py_True);  // they begin with the threshold and the step
+  // They begin with the threshold and the step.
+  scores.run(*values.data<float>(), &counters, rest[4] == Py_True);
   Packed packed(scores.mask.data<uint8_t>(), scores.weight.data<float>(), scores.call.rows,
                 rest[3]);
   ControlArgs call{};
