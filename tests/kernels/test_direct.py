@@ -128,7 +128,9 @@ def test_a_threshold_that_is_a_number(threshold):
     check_same(lambda: sk.select(logits, labels, threshold, tree=(logits, labels), capacity=50, **drawn))
 
 
-@pytest.mark.parametrize("threshold", [1e39, -1e39, 10**400, True, None, "1", 1j, [1.5], torch.ones(2), torch.ones(1).int()])
+@pytest.mark.parametrize(
+    "threshold", [1e39, -1e39, 10**400, True, None, "1", 1j, [1.5], torch.ones(2), torch.ones(1).int()]
+)
 def test_a_threshold_that_is_no_number_of_float32_is_left_to_the_general_route(threshold):
     assert CPP.gate_rows_plain(*batch(), WEIGHTS, Settings(), threshold) is None
 
