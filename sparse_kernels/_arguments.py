@@ -24,6 +24,7 @@ from sparse_kernels._operands import (
     described,
     integer,
     kind,
+    scalar,
     statistic_names,
     vetted,
 )
@@ -183,7 +184,7 @@ class GateCall(StatsCall):
         logits = self.logits
         given: Any = self.threshold
         if isinstance(given, numbers.Real):
-            given = torch.full((), float(given), dtype=self.accumulator, device=logits.device)
+            given = scalar("threshold", given, self.accumulator, logits.device)
         threshold = self.threshold = vetted("threshold", given)
         if threshold.numel() != 1 or not threshold.dtype.is_floating_point:
             raise ValueError(f"`threshold` must be one floating element, got {described(threshold)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 import operator
 from collections.abc import Callable, Collection, Mapping
@@ -145,6 +146,23 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
         return float(value)
     raise TypeError(f"`{name}` must be a number, got {kind(value)}")
+
+
+def scalar(name: str, value: Any, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Return a number as a tensor without dimensions.
+
+    Args:
+        name: of the argument.
+        value: any real number of Python or NumPy.
+        dtype: floating.
+        device: default: PyTorch's own.
+
+    Raises:
+        ValueError: it is finite and beyond what the dtype holds.
+    """
+    if torch.finfo(dtype).max < abs(value) < math.inf:
+        raise ValueError(f"`{name}` must be a number that {dtype} can hold, got {kind(value)}")
+    return torch.full((), float(value), dtype=dtype, device=device)
 
 
 def statistic_names(outputs: Any, known: Collection[str] = STATISTICS) -> Collection[str]:

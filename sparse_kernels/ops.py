@@ -21,7 +21,7 @@ from sparse_kernels._arguments import (
     checked_settings,
 )
 from sparse_kernels._known import known_of
-from sparse_kernels._operands import described, refuse_unserved, vetted, vetted_selection
+from sparse_kernels._operands import described, refuse_unserved, scalar, vetted, vetted_selection
 from sparse_kernels._routing import may_be_direct
 from sparse_kernels.backends import cpp_direct
 from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
@@ -339,7 +339,7 @@ def initial_state(threshold: float | Tensor = -math.inf) -> ControlState:
     """
     given: Any = threshold
     if isinstance(given, numbers.Real):
-        given = torch.tensor(float(given))
+        given = scalar("threshold", given, torch.float32)
     given = vetted("threshold", given)
     if given.dtype is not torch.float32:
         raise TypeError(f"`threshold` must be a number or float32, got {described(given)}")

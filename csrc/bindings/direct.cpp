@@ -95,8 +95,10 @@ PyObject* row_stats_backward_plain(PyObject* const* args) {
   require(!of_entropy.data || (entropy.data && entropy.step == 1));
   RowStatsBackwardArgs call{};
   rows.describe(call);
-  // The general route may find memory that rows of zeros do not take.
-  require(rows.logits.numel() * (rows.logits.t.dtype.bits / 8) < kLarge);
+  // The general route may find memory that rows without a gradient do not take.
+  const int64_t row_bytes = call.classes * (rows.logits.t.dtype.bits / 8);
+  if (call.rows * row_bytes >= kLarge)
+    require(idle_rows(call, of_loss, of_entropy) * row_bytes < kLarge);
   Output gradient(rows.logits.t.shape, rows.logits.t.ndim, rows.logits.t.dtype);
   call.gradient = gradient.data<void>();
   call.gradient_class_stride = 1;
@@ -150,7 +152,8 @@ PyObject* gate_step_plain(PyObject* const* args) {
   require(counters.is(kInt64, 1) && counters.t.shape[0] == kControlCounters);
   require(setpoint.t.dtype == kFloat32 && setpoint.numel() == 1);
   Scores scores(args);
-  scores.run(values, &counters, rest[4] == Py_True);  // they begin with the threshold and the step
+  // They begin with the threshold and the step.
+  scores.run(*values.data<float>(), &counters, rest[4] == Py_True);
   Packed packed(scores.mask.data<uint8_t>(), scores.weight.data<float>(), scores.call.rows,
                 rest[3]);
   ControlArgs call{};

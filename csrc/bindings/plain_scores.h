@@ -3,7 +3,9 @@
 
 #include <Python.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "plain_tensors.h"
 #include "row_stats_arguments.h"
@@ -113,6 +115,36 @@ struct RowWise {
   }
 };
 
+// The number of rows whose gradient is 0, whatever their logits.
+inline int64_t idle_rows(const RowStatsInput& call, const RowWise& of_loss,
+                         const RowWise& of_entropy) {
+  const auto is_zero = [](const RowWise& gradient, int64_t row) {
+    return !gradient.data || static_cast<const float*>(gradient.data)[row * gradient.step] == 0;
+  };
+  const auto is_ignored = [&](int64_t row) {
+    return (call.targets_are_int32 ? static_cast<const int32_t*>(call.targets)[row]
+                                   : static_cast<const int64_t*>(call.targets)[row]) ==
+           call.ignore_index;
+  };
+  int64_t idle = 0;
+  for (int64_t row = 0; row < call.rows; ++row)
+    idle += is_ignored(row) || (is_zero(of_loss, row) && is_zero(of_entropy, row));
+  return idle;
+}
+
+// A plain number that float32 can hold, or the only element of a float32 tensor.
+inline float number(PyObject* object) {
+  if (PyFloat_CheckExact(object) || PyLong_CheckExact(object)) {
+    const double value = PyFloat_AsDouble(object);
+    require(value != -1.0 || !PyErr_Occurred());
+    require(!std::isfinite(value) || std::fabs(value) <= double(std::numeric_limits<float>::max()));
+    return float(value);
+  }
+  const Input tensor(object);
+  require(tensor.t.dtype == kFloat32 && tensor.numel() == 1);
+  return *tensor.data<float>();
+}
+
 // Scores and decisions.
 struct Scores : ScoredRows {
   RowStatsArgs call{};
@@ -127,15 +159,15 @@ struct Scores : ScoredRows {
     set_draws(call, settings);
   }
 
-  // The threshold, and the step unless it was a number, are the first value of their tensors.
-  void run(const Input& threshold, const Input* step, bool with_grad_norm) {
-    require(threshold.t.dtype == kFloat32 && (!step || step->t.dtype == kInt64));
+  // The step is the first value of its tensor, unless it was a number.
+  void run(float threshold, const Input* step, bool with_grad_norm) {
+    require(!step || step->t.dtype == kInt64);
     mask = row_wise(kBool);
     significance = row_wise(kFloat32);
     invalid = Output(nullptr, 0, kInt32);
     if (call.gate_temperature > 0) weight = row_wise(kFloat32);
     if (with_grad_norm) grad_norm = row_wise(kFloat32);
-    call.threshold = *threshold.data<float>();
+    call.threshold = threshold;
     if (step) call.step = uint64_t(*step->data<int64_t>());
     call.mask = mask.data<uint8_t>();
     call.significance = significance.data<void>();
@@ -151,8 +183,7 @@ struct Scores : ScoredRows {
   }
 
   void run(PyObject* threshold_object, PyObject* step_object) {
-    const Input threshold(threshold_object);
-    require(threshold.numel() == 1);
+    const float threshold = number(threshold_object);
     if (PyLong_Check(step_object)) return run(threshold, nullptr, false);
     const Input step(step_object);
     require(step.numel() == 1);

@@ -149,8 +149,11 @@ inline void add_lanes(const typename Vec::Real* lanes, double* total) {
 
 // Rows of one block, into lanes [at, at + kLanes) of the group; several at a time, so that no row
 // waits for another's reductions, which are done for all rows at once.
+//
+// noinline, here and below: with all of forward() in one function the numbers of other loops take
+// the registers that this one needs.
 template <class Vec, bool kSquares, class T>
-inline void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
+__attribute__((noinline)) void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
                            const int64_t* target, int count, Group<Vec>& group, int at) {
   using Real = typename Vec::Real;
   constexpr int kLanes = Vec::kLanes;
@@ -195,7 +198,7 @@ inline void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, cons
 
 // The same of rows of several blocks, or with extras. Where `parts` is not null, it holds the sums.
 template <class Vec, bool kSquares, class T>
-inline void sum_long_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
+__attribute__((noinline)) void sum_long_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
                           const int64_t* target, int64_t row, int count, const PartSums* parts,
                           Group<Vec>& group, int at) {
   using Real = typename Vec::Real;

@@ -119,6 +119,22 @@ def test_gate_rows_and_select(rows, dtype, targets):
     check_same(lambda: sk.select(pixels, labels[:, None].repeat(1, 4), torch.tensor(1.5), weights={"margin": 1}))
 
 
+@pytest.mark.parametrize("threshold", [1.5, 0.1, -2, 0, 2**60, 3e38, torch.inf, -torch.inf, torch.nan])
+def test_a_threshold_that_is_a_number(threshold):
+    logits, labels = batch(300)
+    found = check_same(lambda: sk.gate_rows(logits, labels, threshold, weights=WEIGHTS))
+    assert torch.equal(found.mask, sk.gate_rows(logits, labels, torch.tensor(float(threshold)), weights=WEIGHTS).mask)
+    drawn = {"weights": WEIGHTS, "gate_temperature": 0.5, "seed": 4}
+    check_same(lambda: sk.select(logits, labels, threshold, tree=(logits, labels), capacity=50, **drawn))
+
+
+@pytest.mark.parametrize(
+    "threshold", [1e39, -1e39, 10**400, True, None, "1", 1j, [1.5], torch.ones(2), torch.ones(1).int()]
+)
+def test_a_threshold_that_is_no_number_of_float32_is_left_to_the_general_route(threshold):
+    assert CPP.gate_rows_plain(*batch(), WEIGHTS, Settings(), threshold) is None
+
+
 @pytest.mark.parametrize("by_mass", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.3])
 def test_gate_step_moves_the_same_state(temperature, by_mass):

@@ -141,3 +141,21 @@ def test_no_gradient_above_is_no_gradient():
     stats = sk.row_stats(leaf, torch.randint(0, 10, (40,)), outputs=("loss", "entropy"))
     assert torch.autograd.grad(stats.loss.sum(), leaf, torch.zeros(()), retain_graph=True)[0].eq(0).all()
     assert gradients._PlainRowStats.backward(None, None, None) == (None,) * 4
+
+
+@pytest.mark.parametrize("targets", [torch.int64, torch.int32], ids=str)
+def test_a_large_gradient_is_direct_unless_much_of_it_is_of_rows_without_one(targets):
+    """From 16 MB of such rows on the general route serves, which may find memory that they do not take."""
+    row = torch.randn(1 << 20)
+    labels, weights = torch.arange(1, 21, dtype=targets), torch.arange(20.0) + 1
+
+    def gradient():
+        leaf = row.repeat(20, 1).requires_grad_()  # 4 MB a row
+        stats = sk.row_stats(leaf, labels)
+        found = torch.autograd.grad((stats.loss, stats.entropy), leaf, (weights, weights))
+        return [part[::3, :100] for part in found]
+
+    labels[4], weights[5], weights[6] = -100, 0, 0
+    both(gradient)
+    labels[7] = -100
+    both(gradient, served=False)

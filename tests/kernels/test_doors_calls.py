@@ -244,6 +244,14 @@ REFUSE = {
         lambda **b: gate(LOGITS, TARGETS, torch.ones(2), **b),
         ValueError, "`threshold` must be one floating element, got torch.float32 of shape (2,)",
     ),
+    "a threshold beyond float32": (
+        lambda **b: gate(LOGITS, TARGETS, 1e39, **b),
+        ValueError, "`threshold` must be a number that torch.float32 can hold, got float 1e+39",
+    ),
+    "a threshold beyond float64": (
+        lambda **b: gate(LOGITS.double(), TARGETS, -(10**400), **b),
+        ValueError, "`threshold` must be a number that torch.float64 can hold, got int",
+    ),
     "no threshold": (
         lambda **b: gate(LOGITS, TARGETS, None, **b),
         TypeError, "`threshold` must be a torch.Tensor, got NoneType",
@@ -343,6 +351,8 @@ def test_companions_stand_beside_control():
     state = sk.initial_state()
     assert float(state.value("threshold")) == -math.inf
     assert sk.initial_state(torch.tensor([0.5, 1.0])).values.shape[0] == 2
+    with pytest.raises(ValueError, match=r"`threshold` must be a number that torch.float32 can hold, got float 1e\+39"):
+        sk.initial_state(1e39)
     with pytest.raises(TypeError, match="`threshold` must be a number or float32, got"):
         sk.initial_state(torch.tensor(0.5, dtype=torch.float64))
 
