@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -33,7 +34,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves the state of its process changed; the next one finds it as it was."""
-    before = process_state.read()
+    before, path = process_state.read(), list(sys.path)
     yield
+    sys.path[:] = path  # the command line adds the current folder for the rest of its process
     changed = process_state.put_back(before)
     assert not changed, "left behind: " + "; ".join(changed)

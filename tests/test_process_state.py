@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 
 import process_state
@@ -20,7 +19,6 @@ CHANGES: dict[str, Callable[[], object]] = {
     "current folder": lambda: os.chdir("/"),
     "environment": lambda: os.environ.update(SPARSE_KERNELS_BACKEND="torch"),
     "handlers of signals": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
-    "sys.path": lambda: sys.path.append("elsewhere"),
 }
 
 

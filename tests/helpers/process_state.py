@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,10 +30,6 @@ def _set_device(before: torch.device) -> None:
     torch.set_default_device(None if before.type == "cpu" else before)  # a device that is set slows every function
 
 
-def _set_path(before: list[str]) -> None:
-    sys.path[:] = before
-
-
 def _handlers() -> dict[int, Any]:
     return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -55,7 +50,6 @@ PARTS = {
     "current folder": Part(os.getcwd, os.chdir),
     "environment": Part(_variables, _set_variables),
     "handlers of signals": Part(_handlers, _set_handlers),
-    "sys.path": Part(lambda: list(sys.path), _set_path),
 }
 
 
