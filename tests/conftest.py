@@ -2,8 +2,11 @@
 
 import gc
 import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
 
+import process_state
 import pytest
 import torch
 from known import register
@@ -26,3 +29,13 @@ def pytest_collection_finish() -> None:
     """Spare what is imported from garbage collection: hosts collect after each training, which took up to a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves the state of its process changed; the next one finds it as it was."""
+    before, path = process_state.read(), list(sys.path)
+    yield
+    sys.path[:] = path  # the command line adds the current folder for the rest of its process
+    changed = process_state.put_back(before)
+    assert not changed, "left behind: " + "; ".join(changed)

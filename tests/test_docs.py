@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import fresh
 import pytest
 from pages import ROOT, blocks, names
 
@@ -115,12 +116,9 @@ COMMANDS = sorted(
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted({line.split()[1] for line in COMMANDS}))
 def test_command_lines_name_options_that_there_are(command):
-    run = subprocess.run(
-        [sys.executable, "-m", "sparse_training", command, "--help"], capture_output=True, text=True, check=False
-    )
+    run = fresh.run("-m", "sparse_training", command, "--help")
     assert run.returncode == 0, run.stderr
     for line in COMMANDS:
         if line.split()[1] == command:

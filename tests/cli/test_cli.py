@@ -9,6 +9,7 @@ import sys
 import fresh
 import pytest
 import torch
+from short_calibration import short_calibration
 
 from sparse_training.__main__ import main
 from sparse_training.cli import main as cli
@@ -103,7 +104,7 @@ def test_a_signal_ends_a_run_which_resume_completes_bit_for_bit(here, capsys, mo
 
 def test_compare_writes_a_report_that_can_be_drawn_again(here, capsys, monkeypatch):
     arguments = ["compare", "--model", "test_cli:model", "--batch-size", "256", "--seconds", "0.05", "--seeds", "0,4"]
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     assert main([*arguments, "--out", "out"]) == 0
     out = capsys.readouterr().out
     assert "dense" in out
@@ -121,7 +122,7 @@ def test_compare_writes_a_report_that_can_be_drawn_again(here, capsys, monkeypat
 
 
 def test_an_interrupted_comparison_keeps_its_finished_runs(here, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     update = Display.update
 
     def signalled(self, method, seed, status):
@@ -146,7 +147,7 @@ STUDY += ["--tasks", "clean,noise", "--methods", "random-again,gate", "--seeds",
 
 @pytest.mark.slow
 def test_study_says_whether_chance_shows_before_any_difference(here, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     monkeypatch.setattr("sparse_training.experiments.study.LONGEST_CALIBRATION", 0.0)
     assert main([*STUDY, "--fractions", "1,0.5", "--out", "out", "--calibrate-only"]) == 0
     assert sorted(os.listdir("out")) == ["calibration.json", "options.json", "runs", "settings.json"]
@@ -168,7 +169,7 @@ def test_study_says_whether_chance_shows_before_any_difference(here, capsys, mon
 
 
 def test_an_interrupted_study_goes_on(here, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     step = StudyDisplay.step
 
     def signalled(self, cell, status):
@@ -192,7 +193,7 @@ BOUNDS = ["bounds", "--model", "test_cli:model", "--batch-size", "256", "--rates
 
 @pytest.mark.slow
 def test_bounds_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written(here, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     assert main([*BOUNDS, "--scorers", "self,early:1,history"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     arms = ("gate@self", "gate@early:1", "gate@history", "random")
@@ -382,7 +383,7 @@ OLD_OPTIONS = {  # as version 0.1.0 wrote them
 
 @pytest.mark.parametrize("command", OLD_OPTIONS)
 def test_a_folder_of_the_former_version_is_resumed(here, capsys, monkeypatch, command):
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     options = {"command": command, "data": "digits", "root": None, "model": "test_cli:model", "batch_size": 64}
     options |= {"device": "cpu", "threads": None, "rate": 0.25, "lr": 1e-3, "precision": "auto"}
     if command == "study":

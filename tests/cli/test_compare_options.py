@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from short_calibration import short_calibration
 from torch import nn
 
 from sparse_training.__main__ import main
@@ -43,7 +44,7 @@ OPTIONS += ["--schedule", "constant", "--lr-warmup", "0.25", "--augment", "flip,
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     return tmp_path
 
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from short_calibration import short_calibration
 
 from sparse_training.__main__ import main
 from sparse_training.cli.display import Display
@@ -23,7 +24,7 @@ def model(shape, classes):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     monkeypatch.setattr("sparse_training.experiments.study.LONGEST_CALIBRATION", 0.0)
     return tmp_path
 
@@ -117,7 +118,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+        short_calibration(patch)
         patch.setattr("sparse_training.experiments.study.LONGEST_CALIBRATION", 0.0)
         assert main([*STUDY, "--out", "out"]) == 0
     return folder / "out"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_files import idx_bytes, write
+from short_calibration import short_calibration
 
 from sparse_training.__main__ import main
 from sparse_training.files import read_json
@@ -18,7 +19,7 @@ METHODS = ["dense", "random", "gate:vision"]
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files of Fashion-MNIST's kind: 80 bright and dark images to train on, 20 to test on."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sparse_training.profiling.calibration.CALIBRATION_SECONDS", 0.0)
+    short_calibration(monkeypatch)
     generator, files = np.random.default_rng(0), {}
     for prefix, count in (("train", 80), ("t10k", 20)):
         labels = np.arange(count) % 10

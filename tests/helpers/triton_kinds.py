@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton_code import accesses, dealt, waits
-from triton_without_gpu import disassembled, instructions, without_gpu
+from triton_without_gpu import instructions, registers_and_stack, without_gpu
 
 from sparse_kernels._arguments import GateCall, Settings, StatsCall
 from sparse_kernels.backends.triton import backend as triton_backend
@@ -206,6 +206,7 @@ def compile_all(arch: int, what: str, names: list[str]) -> list[dict[str, Any]]:
     """Return what is known of each kernel of the calls, compiled for an architecture."""
     calls = CALLS[what]()
     found: list[dict[str, Any]] = []
+    cubins: list[bytes] = []
     without_gpu(arch)
     triton_backend.processors = lambda device: 132
     name = ""
@@ -214,18 +215,19 @@ def compile_all(arch: int, what: str, names: list[str]) -> list[dict[str, Any]]:
         if arch <= 75 and not SINCE_3_6 and arguments["logits_ptr"].dtype is BFLOAT16:
             return  # Triton before 3.6 has no bfloat16 there
         built = kernel.warmup(grid=grid, **arguments)
-        code = instructions(built.asm["cubin"])
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", disassembled(built.asm["cubin"], "-res-usage")).groups()
+        registers, stack = registers_and_stack(built.asm["cubin"])
+        cubins.append(built.asm["cubin"])
         found.append({
-            "case": name, "grid": grid, "registers": int(registers), "stack": int(stack),
-            "warps": arguments["num_warps"], "loads": accesses("ld", built), "stores": accesses("st", built),
-            "waits": waits(code), "dealt": dealt(built),
-            "single loads": sum("LDG" in word and ".128" not in word for word in code),
+            "case": name, "grid": grid, "registers": registers, "stack": stack, "warps": arguments["num_warps"],
+            "loads": accesses("ld", built), "stores": accesses("st", built), "dealt": dealt(built),
         })  # fmt: skip
 
     catch(take)
     for name in names:
         calls[name]()
+    for kernel, code in zip(found, instructions(arch, cubins), strict=True):
+        kernel["waits"] = waits(code)
+        kernel["single loads"] = sum("LDG" in word and ".128" not in word for word in code)
     return found
 
 

@@ -6,7 +6,9 @@ version of Triton, from 3.2 on.
 
 from __future__ import annotations
 
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -17,6 +19,9 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+INSTRUCTION = 16  # bytes, from 7.0 on
+EXECUTED = 4  # flag of a section in an ELF file
 
 
 class Driver:
@@ -53,15 +58,39 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def disassembled(cubin: bytes, *options: str) -> str:
-    """Return what cuobjdump says of a kernel: its machine code with ``-sass``, its registers with ``-res-usage``."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _printed(name: str, *options: str, of: bytes) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(of)
         file.flush()
-        command = [tool("cuobjdump"), *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool(name), *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(cubin: bytes) -> list[str]:
-    """Return a kernel's machine instructions in the order in which they lie in memory, each with its predicate."""
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", disassembled(cubin, "-sass"), flags=re.MULTILINE)
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Return a thread's registers, and the bytes that it spills."""
+    printed = _printed("cuobjdump", "-res-usage", of=cubin)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", printed).groups()  # type: ignore[union-attr]
+    return int(registers), int(stack)
+
+
+def instructions(arch: int, cubins: list[bytes]) -> list[list[str]]:
+    """Return kernels' machine instructions in the order in which they lie in memory, each with its predicate.
+
+    All in one run: the disassembler takes a quarter of a second to begin. It goes on counting from kernel to kernel,
+    which shows in the targets of branches.
+    """
+    if not cubins:
+        return []
+    codes = [_code(cubin) for cubin in cubins]
+    printed = _printed("nvdisasm", "--binary", f"SM{arch}{'a' if arch >= 90 else ''}", of=b"".join(codes))
+    every = iter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", printed, flags=re.MULTILINE))
+    found = [list(itertools.islice(every, len(code) // INSTRUCTION)) for code in codes]
+    assert next(every, None) is None
+    assert [len(code) for code in codes] == [INSTRUCTION * len(listed) for listed in found]
+    return found
+
+
+def _code(cubin: bytes) -> bytes:
+    """Return what an ELF file's sections of instructions hold."""
+    (offset,), (size, count) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, offset + size * number) for number in range(count)]
+    return b"".join(cubin[start:][:length] for _, _, flags, _, start, length in sections if flags & EXECUTED)

@@ -32,6 +32,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Give the kernels what they divide their work among, also where `make test` has a thread a process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def nothing_known() -> None:
     """Tests change what is the same for all calls of a process, such as the number of processors."""
     _known._kinds.clear()
