@@ -39,7 +39,8 @@ from sparse_training.training.loop import RunLength, TrainingLoop
 from sparse_training.training.modes import recorded_gradients, training_mode
 from sparse_training.training.schedule import LR_WARMUP, Schedule
 from sparse_training.training.settings import TrainerSettings
-from sparse_training.training.state import CheckpointFolder, RunState, agree_on_run, run_settings
+from sparse_training.training.run_settings import agree_on_run, made_with, run_settings
+from sparse_training.training.state import CheckpointFolder, RunState
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
 
@@ -147,6 +148,7 @@ class SparseTrainer(TrainingStep):
                 device=device,
             )
             self._set_scheduler(self.schedule.scheduler)
+            self._made_with = made_with(self, self.schedule)
 
     def fit(
         self,
@@ -222,7 +224,7 @@ class SparseTrainer(TrainingStep):
             loader = self._training_loader(train)
             length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
             settings = run_settings(
-                self, self.schedule, loader,
+                self, self.schedule, loader, made_with=self._made_with,
                 seed=self.seed, budget=f"{length.amount} {length.kind}", epochs=epochs, cost_budget=str(cost_budget),
             )  # fmt: skip
             agree_on_run(
