@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sparse_kernels import gate_rows
 from sparse_training.errors import UserError
+from sparse_training.evaluation import evaluation_statistics
 from sparse_training.user_code import described, explained, name_of
 
 GRANULARITIES = ("sample", "token")
@@ -51,6 +53,7 @@ class Criterion:
         is_default: True where no loss was given, and none but the model's own loss can be meant.
         ignore_index: target of the tokens or pixels that do not count.
         label_smoothing: label smoothing of the loss; 0 where it has none.
+        learns: False to call a loss module in evaluation mode, so that statistics of its own stay as they are.
 
     Raises:
         UserError: a setting is out of range or contradicts the loss, or the loss reduces over the rows.
@@ -71,7 +74,7 @@ class Criterion:
         shift: bool | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.is_default = loss is None
+        self.is_default, self.learns = loss is None, True
         if loss is not None and not callable(loss):
             raise UserError(
                 f'`loss` must be a function of logits and targets, such as CrossEntropyLoss(reduction="none"), or a '
@@ -121,7 +124,7 @@ class Criterion:
                 f"the loss {name_of(self.loss)} cannot take outputs {described(logits)} and targets "
                 f"{described(targets)}"
             )
-        ):
+        ), self._mode():
             losses = self.loss(logits, targets)
         rows = targets.shape[0]
         if not isinstance(losses, Tensor) or losses.shape[:1] != (rows,):
@@ -139,6 +142,10 @@ class Criterion:
             )
         counts = self.counting(targets) if losses.shape == targets.shape else None
         return mean_over_tokens(losses, counts)
+
+    def _mode(self) -> AbstractContextManager[None]:
+        still = not self.learns and isinstance(self.loss, nn.Module)
+        return evaluation_statistics(cast("nn.Module", self.loss)) if still else nullcontext()
 
     def aligned(self, logits: Any, targets: Tensor) -> tuple[Any, Tensor]:
         """Pair the logits with the targets that they predict.

@@ -31,15 +31,15 @@ from sparse_training.selection.policies.infobatch import InfoBatchPolicy
 from sparse_training.selection.registry import DEFAULT_POLICY, check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.training.callbacks import Callback, Callbacks, Evaluation
-from sparse_training.training.checks import check_run, check_trains
+from sparse_training.training.checks import check_run, check_trains, left_out
 from sparse_training.training.clock import Clock
 from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
 from sparse_training.training.modes import recorded_gradients, training_mode
+from sparse_training.training.run_settings import agree_on_run, made_with, run_settings
 from sparse_training.training.schedule import LR_WARMUP, Schedule
 from sparse_training.training.settings import TrainerSettings
-from sparse_training.training.run_settings import agree_on_run, made_with, run_settings
 from sparse_training.training.state import CheckpointFolder, RunState
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
@@ -218,6 +218,9 @@ class SparseTrainer(TrainingStep):
                 stop=stop, callbacks=callbacks, cost_budget=cost_budget, meter=meter,
             )  # fmt: skip
             check_trains(self.model, self.optimizer, self.criterion)
+            outside = left_out(self.model, self.optimizer)
+            if self.update.scheduler is None:
+                self.rates.begin()
             followers = Callbacks([*usual_callbacks(progress), *callbacks])
             if evaluate is not None and not callable(evaluate):
                 self.loader(evaluate)  # refuses what is no data
@@ -233,7 +236,8 @@ class SparseTrainer(TrainingStep):
                 checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
             )  # fmt: skip
             held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
-            with recorded_gradients(), training_mode(self.model, self.parallel), held as folder:
+            training = self.modes.during(training=True)
+            with recorded_gradients(), training_mode(self.model, self.parallel), training, held as folder:
                 try:
                     state = self._run_state(
                         loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
@@ -241,9 +245,8 @@ class SparseTrainer(TrainingStep):
                     )  # fmt: skip
                 except Stopped:  # in the calibration: nothing has begun
                     return TrainingLog(interrupted=True)
-                reason = getattr(self.policy, "every_row", None)
-                if reason is not None and reason not in state.log.notes:
-                    state.log.notes.append(reason)
+                said = (getattr(self.policy, "every_row", None), outside)
+                state.log.notes += [note for note in said if note is not None and note not in state.log.notes]
                 folder.make()
                 loop = TrainingLoop(
                     state, length, self.schedule, evaluate=evaluate, evaluations=evaluations, stop=stop,
@@ -275,7 +278,8 @@ class SparseTrainer(TrainingStep):
 
     def _set_scheduler(self, scheduler: LRScheduler | None) -> None:
         if scheduler is None:
-            if hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)  # of Accelerate's wrapper
+            if hasattr(inner.step, "_wrapped_by_lr_sched"):
                 raise UserError("the optimizer has a learning-rate scheduler; give it as `schedule`, which is stepped")
         elif scheduler.optimizer is not self.optimizer:
             raise UserError("`schedule` must be a scheduler of the trainer's own optimizer; give that as `optimizer`")

@@ -180,7 +180,11 @@ def a_run(folder, options, *, ends, resume):
         ({"data": {"batch_size": 13}}, {"data": {"batch_size": 14}}, "data.batch_size 13 is now 14"),
         ({"data": {}}, {"data": {"shuffle": True}}, "data.sampler SequentialSampler is now RandomSampler"),
         ({"data": {}}, {"data": {"drop_last": True}}, "data.drop_last False is now True"),
-        ({}, lambda: {"model": nn.Linear(8, 3).bfloat16(), "rows": [ROWS[0].bfloat16(), ROWS[1]]}, "float32 is now .*bf"),
+        (
+            {},
+            lambda: {"model": nn.Linear(8, 3).bfloat16(), "rows": [ROWS[0].bfloat16(), ROWS[1]]},
+            "32 is now .*bfloat16",
+        ),
     ],
 )
 def test_what_decides_a_run_must_agree(tmp_path, began, now, said):

@@ -175,6 +175,22 @@ class Terms(nn.Module):
         if feedback is not None:
             check_feedback("`feedback`", feedback, rows)
 
+    def check_used(self, **given: Tensor | None) -> None:
+        """Refuse what describes the rows and no term reads.
+
+        Args:
+            **given: fields of ``Context`` by name; None for what was not given.
+
+        Raises:
+            UserError: a field is given that no term needs.
+        """
+        for name, value in given.items():
+            if value is not None and name not in self.needs:
+                raise UserError(
+                    f"`{name}` is given, and no term of the gate's significance uses it; add one that does, such as "
+                    f"{_USERS[name]}, or leave it out"
+                )
+
     def check(self, context: Context) -> None:
         """Check that every term can serve a batch, before any changes.
 
@@ -212,6 +228,7 @@ class Terms(nn.Module):
         return offset
 
 
+_USERS = {"feedback": "Feedback", "embedding": "Novelty"}
 _SOURCES = {
     "index": "got none; data whose rows have numbers give them, or gate(..., index=); tokens and pixels have none",
     "inputs": "got none; give gate(..., inputs=)",

@@ -29,7 +29,17 @@ from sparse_training.user_code import described
 _FORMER_NAMES = {"warmup": "dense_start", "anneal": "dense_end", "kept": "granularity", "within": "cost_budget"}
 _FORMER_GRANULARITIES = {"samples": "sample", "elements": "token"}
 # Settings that checkpoints of earlier versions lack.
-_LATER = ("loss", "policy_options", "groups", "trainable", "schedule_options", "criterion", "batch", "data", "data_rows")
+_LATER = (
+    "loss",
+    "policy_options",
+    "groups",
+    "trainable",
+    "schedule_options",
+    "criterion",
+    "batch",
+    "data",
+    "data_rows",
+)
 _OF_LIBRARIES = ("groups", "schedule_options")  # other versions of an optimizer may have more options
 # How an optimizer computes, and what follows the schedule.
 _UNCOMPARED = ("lr", "initial_lr", "last_epoch", "foreach", "fused", "capturable", "differentiable")
@@ -50,6 +60,7 @@ def made_with(trainer: TrainingStep, schedule: Schedule) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     criterion, settings = trainer.criterion, trainer.settings
     return {
+        "loss": describe(criterion.loss),
         "groups": [
             {**_options_of(group), "parameters": _summary(names.get(id(part), "another's") for part in group["params"])}
             for group in trainer.optimizer.param_groups
@@ -150,7 +161,6 @@ def run_settings(
         "schedule": schedule.name,
         "lr": [float(group["initial_lr"]) for group in trainer.optimizer.param_groups],
         "optimizer": type(trainer.optimizer).__name__,
-        "loss": describe(trainer.criterion.loss),
         "policy_options": [_options(part) for part in trainer.policy.modules() if isinstance(part, Policy | Gate)],
         "clip_norm": trainer.settings.clip_norm,
         "accumulate": trainer.settings.accumulate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -9,21 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError
 from sparse_training.files import make_folder
 from sparse_training.generators import rng_state, set_rng_state
 from sparse_training.training.callbacks import Callbacks, EnergyRecord, RateControl
-from sparse_training.training.checkpoint import locked, previous_of, read_checkpoint, save_checkpoint
+from sparse_training.training.checkpoint import (
+    check_readable,
+    locked,
+    previous_of,
+    read_checkpoint,
+    save_checkpoint,
+)
 from sparse_training.training.clock import Clock
 from sparse_training.training.distributed import Ranks, is_sharded
 from sparse_training.training.log import TrainingLog
 from sparse_training.training.resharding import check_complete, reshard
 from sparse_training.training.run_settings import compare_models, compare_settings, former_amount, renamed
 from sparse_training.training.step import TrainingStep
-from sparse_training.user_code import one_line
+from sparse_training.user_code import explained, one_line
 
 CHECKPOINT = "checkpoint.pt"
 SHARED = ("model", "update", "clock", "energy", "others")
@@ -100,7 +107,9 @@ class RunState:
         of_ranks = self._of_ranks(state)
         own, saved = self._own_part(state, of_ranks)
         self.former_amount = former_amount(saved, self.settings)
-        compare_settings(saved if self.former_amount is None else {**saved, "budget": self.settings["budget"]}, self.settings)
+        compare_settings(
+            saved if self.former_amount is None else {**saved, "budget": self.settings["budget"]}, self.settings
+        )
         compare_models(state["model"], trainer.model.state_dict())
         resharded = len(of_ranks) != trainer.ranks.size
         if resharded:  # first, because it may refuse
@@ -113,6 +122,8 @@ class RunState:
         for buffer, value in zip(self._buffers() if own["buffers"] else (), own["buffers"], strict=True):
             buffer.copy_(value)
         self._restore("policy", trainer.policy, own)
+        if (loss := self._stateful_loss()) is not None and own.get("loss") is not None:  # absent before version 0.2
+            self._restore("loss", loss, own)
         if not resharded:
             self._restore("loader", self.loader, own)
         self._restore("energy", self.energy, state)
@@ -175,8 +186,28 @@ class RunState:
             "history": self.log.state_dict(),
             "rng": rng_state(trainer.device),
             "gradients": None if trainer.ranks.rank == 0 else trainer.update.own_gradients(),
+            "loss": None if (loss := self._stateful_loss()) is None else loss.state_dict(),
             "buffers": [] if trainer.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],
         }
+
+    def _stateful_loss(self) -> nn.Module | None:
+        """Return the loss, if it is a module that is no part of the model; what it counts is over each rank's rows."""
+        loss = self.trainer.criterion.loss
+        inside = any(module is loss for module in self.trainer.model.modules())
+        return loss if isinstance(loss, nn.Module) and not inside else None
+
+    def check_savable(self) -> None:
+        """Refuse a state that no checkpoint could be read with again; nothing is written.
+
+        Raises:
+            UserError: a part of it holds other objects than tensors and plain containers.
+        """
+        if self.path is not None:
+            with explained(lambda: "`checkpoint` cannot be written"):
+                parts = {**self._shared(), **self._own()}
+                parts |= parts.pop("update")
+            for name, part in parts.items():
+                check_readable(part, name)
 
     def _buffers(self) -> list[Tensor]:
         """Return the buffers of the model and its average: running statistics are over each rank's own rows."""
@@ -209,6 +240,7 @@ class CheckpointFolder:
         self.ranks, self.resume, self.resumes = ranks, resume, False
         self._lock = ExitStack()
         self._held = False
+        self._made: list[Path] = []  # folders, the innermost first
 
     def __enter__(self) -> CheckpointFolder:
         if self.path is not None:
@@ -217,10 +249,14 @@ class CheckpointFolder:
 
     def __exit__(self, *error: object) -> None:
         self._lock.close()
+        for folder in self._made:  # of a run that was refused in its first step
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
     def make(self) -> None:
         """Make the folder, if it was not there before."""
         if self.path is not None:
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             make_folder(self.path, CHECKPOINT)
             if self._enter() and not self.resumes:  # another run began after this one
                 raise UserError(f"{self.path / CHECKPOINT} has just been written by another run")
