@@ -119,12 +119,15 @@ class Criterion:
         logits, targets = self.aligned(logits, targets)
         if self.is_known and targets_are_classes(logits, targets):
             logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch expects them
-        with explained(
-            lambda: (
-                f"the loss {name_of(self.loss)} cannot take outputs {described(logits)} and targets "
-                f"{described(targets)}"
-            )
-        ), self._mode():
+        with (
+            explained(
+                lambda: (
+                    f"the loss {name_of(self.loss)} cannot take outputs {described(logits)} and targets "
+                    f"{described(targets)}"
+                )
+            ),
+            self._mode(),
+        ):
             losses = self.loss(logits, targets)
         rows = targets.shape[0]
         if not isinstance(losses, Tensor) or losses.shape[:1] != (rows,):

@@ -63,7 +63,8 @@ class SparseTrainer(TrainingStep):
             it; evaluation and checkpoints are of the model itself. A sharded one has no checkpoints here and no
             average of weights.
         loss: maps (logits, targets) to one loss per row, such as ``nn.CrossEntropyLoss(reduction="none")``; or a
-            ``Criterion``, which says more: what targets mean, and which of them do not count. Integer targets are
+            ``Criterion``, which says more: what targets mean, and which of them do not count. A module's own state is
+            saved, and is in evaluation mode but for the losses that are trained on. Integer targets are
             taken for classes where the loss is PyTorch's own for classes, or a ``Criterion`` says so. Default:
             cross-entropy.
         granularity: "sample": the policy selects samples, by the mean over a sample's tokens or pixels where it has
@@ -71,12 +72,14 @@ class SparseTrainer(TrainingStep):
             or pixels of the training forward's own logits, by one threshold for all samples; the loss and its
             gradient are computed for those alone, the rest of the model runs as in a dense step, and times are raw
             seconds. Default: the criterion's, "sample".
-        optimizer: an optimizer, or a factory called with (parameters, lr=lr). Default: AdamW.
-        lr: learning rate of an optimizer made here, above 0; None for 1e-3. Refused beside an optimizer that is made.
-            Default None.
+        optimizer: an optimizer, or a factory called with (parameters, lr=lr). One with ``train()`` and ``eval()``, as
+            schedule-free ones have, is in training mode in steps alone. Default: AdamW.
+        lr: learning rate of an optimizer made here, above 0; None for a ``functools.partial``'s own, or 1e-3. Refused
+            beside an optimizer that is made. Default None.
         schedule: learning rate by progress through the budget: "cosine", "constant", or a callable that maps progress
             in [0, 1] to a factor of ``lr``. Or a scheduler of ``torch.optim.lr_scheduler`` over ``optimizer``, which
-            is stepped after every optimizer step and saved in checkpoints. Default "cosine".
+            is stepped after every optimizer step and saved in checkpoints. With "constant" and ``lr_warmup=0`` callbacks
+            may set the rate; beside others that is refused. Default "cosine".
         lr_warmup: fraction of the run over which the learning rate rises to ``schedule``'s, in [0, 1]; a callable or a
             scheduler rises by itself. Default 0.02.
         dense_start: fraction of the run that trains on every row at the start. Default 0.05.

@@ -175,21 +175,17 @@ class Terms(nn.Module):
         if feedback is not None:
             check_feedback("`feedback`", feedback, rows)
 
-    def check_used(self, **given: Tensor | None) -> None:
-        """Refuse what describes the rows and no term reads.
-
-        Args:
-            **given: fields of ``Context`` by name; None for what was not given.
+    def check_feedback_is_used(self) -> None:
+        """Refuse feedback that no term reads.
 
         Raises:
-            UserError: a field is given that no term needs.
+            UserError: no term does.
         """
-        for name, value in given.items():
-            if value is not None and name not in self.needs:
-                raise UserError(
-                    f"`{name}` is given, and no term of the gate's significance uses it; add one that does, such as "
-                    f"{_USERS[name]}, or leave it out"
-                )
+        if not any(term.takes_feedback or "feedback" in term.needs for term in self.significance.terms):
+            raise UserError(
+                "`feedback` is given, and no term of the gate's significance reads it; add the term Feedback, or leave "
+                "it out; a term of your own says that it reads it by takes_feedback=True"
+            )
 
     def check(self, context: Context) -> None:
         """Check that every term can serve a batch, before any changes.
@@ -228,7 +224,6 @@ class Terms(nn.Module):
         return offset
 
 
-_USERS = {"feedback": "Feedback", "embedding": "Novelty"}
 _SOURCES = {
     "index": "got none; data whose rows have numbers give them, or gate(..., index=); tokens and pixels have none",
     "inputs": "got none; give gate(..., inputs=)",
