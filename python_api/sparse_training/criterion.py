@@ -146,6 +146,14 @@ class Criterion:
         counts = self.counting(targets) if losses.shape == targets.shape else None
         return mean_over_tokens(losses, counts)
 
+    def learn(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Compute losses that are trained on, as a call does: a loss's own statistics move by them alone."""
+        before, self.learns = self.learns, True
+        try:
+            return self(logits, targets)
+        finally:
+            self.learns = before
+
     def _mode(self) -> AbstractContextManager[None]:
         still = not self.learns and isinstance(self.loss, nn.Module)
         return evaluation_statistics(cast("nn.Module", self.loss)) if still else nullcontext()

@@ -78,8 +78,8 @@ class SparseTrainer(TrainingStep):
             beside an optimizer that is made. Default None.
         schedule: learning rate by progress through the budget: "cosine", "constant", or a callable that maps progress
             in [0, 1] to a factor of ``lr``. Or a scheduler of ``torch.optim.lr_scheduler`` over ``optimizer``, which
-            is stepped after every optimizer step and saved in checkpoints. With "constant" and ``lr_warmup=0`` a callback
-            may set the rate; beside others that is refused. Default "cosine".
+            is stepped after every optimizer step and saved in checkpoints. With "constant" and ``lr_warmup=0`` a
+            callback may set the rate; beside others that is refused. Default "cosine".
         lr_warmup: fraction of the run over which the learning rate rises to ``schedule``'s, in [0, 1]; a callable or a
             scheduler rises by itself. Default 0.02.
         dense_start: fraction of the run that trains on every row at the start. Default 0.05.

@@ -220,7 +220,7 @@ class TrainingStep:
                 self.update.skip()
                 return batch, kept
             self.update.sum_rows(kept)
-            losses = self._training_losses(kept.inputs, kept.targets)
+            losses = self.criterion.learn(kept.inputs, kept.targets)
         with self._exchange():
             self._statistics_back(statistics, self.update.add(losses, kept))
         return batch, kept
@@ -262,19 +262,12 @@ class TrainingStep:
         statistics = self._running_statistics()
         with self._exchange(), self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
             logits = forward(self.parallel, kept.inputs, self.criterion)
-            losses = self._training_losses(logits, kept.targets)
+            losses = self.criterion.learn(logits, kept.targets)
         with self._exchange():
             self._statistics_back(statistics, self.update.add(losses, kept))
         if nothing:
             return None
         return ForwardResult(losses.detach(), pytree.tree_map_only(Tensor, Tensor.detach, logits))
-
-    def _training_losses(self, logits: Any, targets: Tensor) -> Tensor:
-        self.criterion.learns = True
-        try:
-            return self.criterion(logits, targets)
-        finally:
-            self.criterion.learns = False
 
     def _exchange(self) -> AbstractContextManager[None]:
         """Let ranks exchange gradients in the passes of a batch that completes an optimizer step, and no others."""
