@@ -35,14 +35,15 @@ def backend_info(device: str | torch.device = "cpu") -> BackendInfo:
         device: a PyTorch device, such as ``cuda``. Default: the CPU.
 
     Raises:
-        RuntimeError: not a device.
+        TypeError: neither a name nor a device.
+        ValueError: no device of PyTorch's.
 
     Example:
         >>> print(sparse_kernels.backend_info())
         row_stats     cpp (avx512, 2 threads)
                         not torch: cpp comes first
     """
-    where = with_index(torch.device(device))
+    where = with_index(named_device(device))
     info = BackendInfo()
     for op, servers in TABLE.items():
         if not any(server.backend == "torch" for server in servers):
@@ -69,6 +70,24 @@ def backend_info(device: str | torch.device = "cpu") -> BackendInfo:
                 entry["others"].setdefault(name, reason)
         info[op] = entry
     return info
+
+
+def named_device(device: str | torch.device) -> torch.device:
+    """Return the device of a name.
+
+    Args:
+        device: a name such as "cuda:0", or a device.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a name that PyTorch does not know.
+    """
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"`device` must be a PyTorch device or its name, such as 'cuda:0', got {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"`device` must name a PyTorch device, such as 'cpu' or 'cuda:0', got {device!r}") from None
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparse_kernels import ops
-from sparse_kernels._info import BackendInfo, backend_info
+from sparse_kernels._info import BackendInfo, backend_info, named_device
 from sparse_kernels._operands import integer, kind
 from sparse_kernels.self_check import proof
 from sparse_kernels.self_check.cases import DTYPES
@@ -45,15 +45,15 @@ def warm_up(
         The backends that serve the device from now on, as :func:`backend_info` returns them.
 
     Raises:
-        TypeError: shapes that are not sequences of ints; a dtype that no operation takes.
-        ValueError: a GPU where there is none; sizes or a dimension that logits cannot have; otherwise as
-            :func:`row_stats` and :func:`gate_rows`.
+        TypeError: shapes that are not sequences of ints; a dtype that no operation takes; no device or its name.
+        ValueError: a GPU where there is none, or a name of no device; sizes or a dimension that logits cannot have;
+            otherwise as :func:`row_stats` and :func:`gate_rows`.
         RuntimeError: a CUDA graph is being captured.
 
     Example:
         >>> sparse_kernels.warm_up("cuda", [(4096, 1000)], dtype=torch.bfloat16)
     """
-    where = torch.device(device)
+    where = named_device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` must be one that PyTorch finds, got {where}, and there is no CUDA device")
     if where.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sparse_kernels import gate_rows
 from sparse_training.arguments import check_choice
 from sparse_training.errors import UserError
+from sparse_training.evaluation import evaluation_statistics
 from sparse_training.user_code import described, explained, name_of
 
 GRANULARITIES = ("sample", "token")
@@ -52,6 +54,7 @@ class Criterion:
         is_default: True where no loss was given, and none but the model's own loss can be meant.
         ignore_index: target of the tokens or pixels that do not count.
         label_smoothing: label smoothing of the loss; 0 where it has none.
+        learns: False to call a loss module in evaluation mode, so that statistics of its own stay as they are.
 
     Raises:
         UserError: a setting is out of range or contradicts the loss, or the loss reduces over the rows.
@@ -72,7 +75,7 @@ class Criterion:
         shift: bool | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.is_default = loss is None
+        self.is_default, self.learns = loss is None, True
         if loss is not None and not callable(loss):
             raise UserError(
                 f'`loss` must be a function of logits and targets, such as CrossEntropyLoss(reduction="none"), or a '
@@ -116,11 +119,14 @@ class Criterion:
         logits, targets = self.aligned(logits, targets)
         if self.is_known and targets_are_classes(logits, targets):
             logits = logits.movedim(self.classes_in(logits, targets), 1)  # where PyTorch expects them
-        with explained(
-            lambda: (
-                f"the loss {name_of(self.loss)} cannot take outputs {described(logits)} and targets "
-                f"{described(targets)}"
-            )
+        with (
+            explained(
+                lambda: (
+                    f"the loss {name_of(self.loss)} cannot take outputs {described(logits)} and targets "
+                    f"{described(targets)}"
+                )
+            ),
+            self._mode(),
         ):
             losses = self.loss(logits, targets)
         rows = targets.shape[0]
@@ -139,6 +145,18 @@ class Criterion:
             )
         counts = self.counting(targets) if losses.shape == targets.shape else None
         return mean_over_tokens(losses, counts)
+
+    def learn(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Compute losses that are trained on, as a call does: a loss's own statistics move by them alone."""
+        before, self.learns = self.learns, True
+        try:
+            return self(logits, targets)
+        finally:
+            self.learns = before
+
+    def _mode(self) -> AbstractContextManager[None]:
+        still = not self.learns and isinstance(self.loss, nn.Module)
+        return evaluation_statistics(cast("nn.Module", self.loss)) if still else nullcontext()
 
     def aligned(self, logits: Any, targets: Tensor) -> tuple[Any, Tensor]:
         """Pair the logits with the targets that they predict.

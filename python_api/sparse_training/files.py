@@ -46,10 +46,12 @@ def _write(path: Path, fill: Callable[[BinaryIO], Any], before: Callable[[Path],
             os.fsync(file.fileno())
         before(temporary)
         os.replace(temporary, path)
-    except OSError as error:  # a full disk or a limit: the old file stays, and the partial one is removed
+    except BaseException as error:  # the old file stays, and the partial one is removed
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        if isinstance(error, OSError):  # a full disk or a limit
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise
     if hasattr(os, "O_DIRECTORY"):  # POSIX: the new name must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,15 +58,23 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def check_inputs(model: nn.Module, inputs: Any) -> None:
-    """Refuse inputs from which an encoder-decoder model of Transformers would make its decoder's inputs wrongly.
+    """Refuse inputs that a model would take for something else than they are.
+
+    Those are labels among the inputs of a tuple, whose last element alone is the targets; and inputs from which an
+    encoder-decoder model of Transformers would make its decoder's inputs wrongly.
 
     Args:
         model: the model.
         inputs: a batch's inputs, without the targets.
 
     Raises:
-        UserError: the decoder's inputs are not among them.
+        UserError: an input is the model's `labels`, or the decoder's inputs are not among them.
     """
+    if isinstance(inputs, tuple) and (place := _place_of_labels(model)) < len(inputs):
+        raise UserError(
+            f"element {place} of a batch is the model's `labels`, and the last one, of {len(inputs) + 1}, is taken for "
+            "the targets; give TrainerSettings(inputs=..., targets=...) to say which is which"
+        )
     if not isinstance(inputs, Mapping) or not hasattr(without_wrappers(model), "prepare_decoder_input_ids_from_labels"):
         return
     if not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
@@ -73,6 +82,16 @@ def check_inputs(model: nn.Module, inputs: Any) -> None:
             f"batches of a {type(without_wrappers(model)).__name__} must have decoder_input_ids, got "
             f"{', '.join(map(str, inputs))}; DataCollatorForSeq2Seq(tokenizer, model=model) makes them of the labels"
         )
+
+
+def _place_of_labels(model: nn.Module) -> float:
+    """Return the place of an optional argument for labels among a model's arguments, from 0; infinity without one."""
+    try:
+        parameters = list(inspect.signature(without_wrappers(model).forward).parameters.values())
+    except (TypeError, ValueError):
+        return math.inf
+    places = (place for place, of in enumerate(parameters) if of.name in ("labels", "label") and of.default is None)
+    return next(places, math.inf)
 
 
 def agrees(value: Tensor, loss: Tensor) -> bool:

@@ -32,15 +32,16 @@ from sparse_training.selection.policies.infobatch import InfoBatchPolicy
 from sparse_training.selection.registry import DEFAULT_POLICY, check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.training.callbacks import Callback, Callbacks, Evaluation
-from sparse_training.training.checks import check_run, check_trains
+from sparse_training.training.checks import check_run, check_trains, left_out
 from sparse_training.training.clock import Clock
 from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
 from sparse_training.training.modes import recorded_gradients, training_mode
+from sparse_training.training.run_settings import agree_on_run, made_with, run_settings
 from sparse_training.training.schedule import LR_WARMUP, Schedule
 from sparse_training.training.settings import TrainerSettings
-from sparse_training.training.state import CheckpointFolder, RunState, agree_on_run, run_settings
+from sparse_training.training.state import CheckpointFolder, RunState
 from sparse_training.training.step import OptimizerFactory, TrainingStep
 
 
@@ -63,7 +64,8 @@ class SparseTrainer(TrainingStep):
             it; evaluation and checkpoints are of the model itself. A sharded one has no checkpoints here and no
             average of weights.
         loss: maps (logits, targets) to one loss per row, such as ``nn.CrossEntropyLoss(reduction="none")``; or a
-            ``Criterion``, which says more: what targets mean, and which of them do not count. Integer targets are
+            ``Criterion``, which says more: what targets mean, and which of them do not count. A module's own state is
+            saved, and is in evaluation mode but for the losses that are trained on. Integer targets are
             taken for classes where the loss is PyTorch's own for classes, or a ``Criterion`` says so. Default:
             cross-entropy.
         granularity: "sample": the policy selects samples, by the mean over a sample's tokens or pixels where it has
@@ -71,12 +73,14 @@ class SparseTrainer(TrainingStep):
             or pixels of the training forward's own logits, by one threshold for all samples; the loss and its
             gradient are computed for those alone, the rest of the model runs as in a dense step, and times are raw
             seconds. Default: the criterion's, "sample".
-        optimizer: an optimizer, or a factory called with (parameters, lr=lr). Default: AdamW.
-        lr: learning rate of an optimizer made here, above 0; None for 1e-3. Refused beside an optimizer that is made.
-            Default None.
+        optimizer: an optimizer, or a factory called with (parameters, lr=lr). One with ``train()`` and ``eval()``, as
+            schedule-free ones have, is in training mode in steps alone. Default: AdamW.
+        lr: learning rate of an optimizer made here, above 0; None for a ``functools.partial``'s own, or 1e-3. Refused
+            beside an optimizer that is made. Default None.
         schedule: learning rate by progress through the budget: "cosine", "constant", or a callable that maps progress
             in [0, 1] to a factor of ``lr``. Or a scheduler of ``torch.optim.lr_scheduler`` over ``optimizer``, which
-            is stepped after every optimizer step and saved in checkpoints. Default "cosine".
+            is stepped after every optimizer step and saved in checkpoints. With "constant" and ``lr_warmup=0`` a
+            callback may set the rate; beside others that is refused. Default "cosine".
         lr_warmup: fraction of the run over which the learning rate rises to ``schedule``'s, in [0, 1]; a callable or a
             scheduler rises by itself. Default 0.02.
         dense_start: fraction of the run that trains on every row at the start. Default 0.05.
@@ -148,6 +152,7 @@ class SparseTrainer(TrainingStep):
                 device=device,
             )
             self._set_scheduler(self.schedule.scheduler)
+            self._made_with = made_with(self, self.schedule)
 
     def fit(
         self,
@@ -217,13 +222,16 @@ class SparseTrainer(TrainingStep):
                 stop=stop, callbacks=callbacks, cost_budget=cost_budget, meter=meter,
             )  # fmt: skip
             check_trains(self.model, self.optimizer, self.criterion)
+            outside = left_out(self.model, self.optimizer)
+            if self.update.scheduler is None:
+                self.rates.begin()
             followers = Callbacks([*usual_callbacks(progress), *callbacks])
             if evaluate is not None and not callable(evaluate):
                 self.loader(evaluate)  # refuses what is no data
             loader = self._training_loader(train)
             length = RunLength.of(loader, epochs=epochs, steps=steps, rows=rows, seconds=seconds)
             settings = run_settings(
-                self, self.schedule, loader,
+                self, self.schedule, loader, made_with=self._made_with,
                 seed=self.seed, budget=f"{length.amount} {length.kind}", epochs=epochs, cost_budget=str(cost_budget),
             )  # fmt: skip
             agree_on_run(
@@ -232,7 +240,8 @@ class SparseTrainer(TrainingStep):
                 checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
             )  # fmt: skip
             held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
-            with recorded_gradients(), training_mode(self.model, self.parallel), held as folder:
+            training = self.modes.during(training=True)
+            with recorded_gradients(), training_mode(self.model, self.parallel), training, held as folder:
                 try:
                     state = self._run_state(
                         loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
@@ -240,9 +249,8 @@ class SparseTrainer(TrainingStep):
                     )  # fmt: skip
                 except Stopped:  # in the calibration: nothing has begun
                     return TrainingLog(interrupted=True)
-                reason = getattr(self.policy, "every_row", None)
-                if reason is not None and reason not in state.log.notes:
-                    state.log.notes.append(reason)
+                said = (getattr(self.policy, "every_row", None), outside)
+                state.log.notes += [note for note in said if note is not None and note not in state.log.notes]
                 folder.make()
                 loop = TrainingLoop(
                     state, length, self.schedule, evaluate=evaluate, evaluations=evaluations, stop=stop,
@@ -274,7 +282,8 @@ class SparseTrainer(TrainingStep):
 
     def _set_scheduler(self, scheduler: LRScheduler | None) -> None:
         if scheduler is None:
-            if hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)  # of Accelerate's wrapper
+            if hasattr(inner.step, "_wrapped_by_lr_sched"):
                 raise UserError("the optimizer has a learning-rate scheduler; give it as `schedule`, which is stepped")
         elif scheduler.optimizer is not self.optimizer:
             raise UserError("`schedule` must be a scheduler of the trainer's own optimizer; give that as `optimizer`")

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from sparse_training import Budget, Compact, Gate, Ramp, UserError, build_model
+from sparse_training import Budget, Compact, Gate, Ramp, Significance, UserError, build_model
+from sparse_training.gate.terms import Difficulty, Feedback
 
 BUDGET = {"total": 9.0, "steps": 3, "dense": 1.0}
 
@@ -44,3 +45,13 @@ def test_progress_is_a_fraction_of_the_run(progress):
 def test_settings(make, said):
     with pytest.raises(UserError, match=re.escape(said)):
         make()
+
+
+def test_feedback_that_no_term_reads_is_refused():
+    logits, targets, reward = torch.randn(8, 3), torch.zeros(8, dtype=torch.int64), torch.rand(8)
+    for significance in (Significance(loss=1.0), Significance(terms=(Difficulty(),))):
+        gate = Gate(0.5, significance=significance)
+        with pytest.raises(UserError, match="`feedback` is given, and no term of the gate's significance reads it"):
+            gate(logits, targets, feedback=reward)
+        assert int(gate.step) == 0
+    Gate(0.5, significance=Significance(terms=(Feedback(),)))(logits, targets, feedback=reward)

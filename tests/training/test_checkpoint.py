@@ -80,6 +80,20 @@ def test_a_crash_while_writing_leaves_one_to_go_on_from(path, monkeypatch):
     assert load_checkpoint(path) == {"step": 1}
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_a_signal_while_writing_leaves_one_and_no_part_of_another(path, monkeypatch, kind):
+    save_checkpoint(path, {"step": 1})
+
+    def interrupt(descriptor):
+        raise kind
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(kind):
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path) == {"step": 1}
+    assert os.listdir(path.parent) == [path.name]
+
+
 def test_a_damaged_one_never_takes_the_place_of_the_previous(path, monkeypatch):
     """A bit flips, the run goes on from the one before, and is killed in the midst of its next checkpoint."""
     save_checkpoint(path, {"step": 1})

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import sparse_kernels
 from sparse_training import Criterion, Gate, SparseTrainer, StreamLoader, TrainerSettings, UserError, advise
 
 CLASSES = 4
@@ -292,6 +293,30 @@ def test_texts_in_a_batch_are_refused_before_the_first_step(policy):
     train(TakesNames(), data)
 
 
+class TakesLabels(nn.Module):
+    """Computes its own loss where labels are given, as models of Transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network(outputs=1)
+
+    def forward(self, x, labels=None):
+        return self.net(x).squeeze(1)
+
+
+def test_labels_before_the_last_element_are_not_an_input():
+    """The weights of the rows would be taken for the targets."""
+    x, y = rows()
+    data = loader_of(x, y.float(), torch.ones(64))
+    refused("element 1 of a batch is the model's `labels`", TakesLabels(), data, loss=nn.MSELoss(reduction="none"))
+    first_two = TrainerSettings(inputs=lambda batch: batch[0], targets=lambda batch: batch[1])
+    train(TakesLabels(), data, loss=nn.MSELoss(reduction="none"), settings=first_two)
+
+
+def loader_of(*tensors):
+    return DataLoader(TensorDataset(*tensors), 16)
+
+
 def test_a_run_without_a_row_says_so():
     log = train(network(), [(rows()[0][:0], rows()[1][:0])])
     assert any("no row was trained on" in warning for warning in log.warnings)
@@ -387,3 +412,11 @@ def test_past_losses_are_kept_whatever_the_default_type_is(policy):
         train(network(), loader(), policy=policy)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("ask", [sparse_kernels.backend_info, lambda name: sparse_kernels.warm_up(name, [(4, 3)])])
+def test_a_device_that_pytorch_does_not_know(ask):
+    with pytest.raises(ValueError, match="`device` must name a PyTorch device, such as 'cpu' or 'cuda:0', got 'gpu'"):
+        ask("gpu")
+    with pytest.raises(TypeError, match="`device` must be a PyTorch device or its name"):
+        ask(3.0)

@@ -79,6 +79,14 @@ class Loader(ABC):
     def batches(self) -> int | None:
         """Return the number of items in an epoch; None where unknown."""
 
+    def options(self) -> dict[str, Any]:
+        """Return what decides the rows of each batch, as plain values: sizes, and the kinds of samplers."""
+        return options_of(self)
+
+    def data_rows(self) -> int | None:
+        """Return the number of rows of a DataLoader's data set, whatever part of it is this process's; else None."""
+        return None
+
     def duplicate_counts(self) -> Tensor | None:
         """Count the rows with the same inputs as each, itself included: int64 [size] on the CPU; None where unknown."""
         return None
@@ -120,3 +128,13 @@ class Loader(ABC):
                 )
             position = position * now // batches
         self.epoch, self.position = epoch, position
+
+
+def options_of(data: Any) -> dict[str, Any]:
+    """Return what decides the rows of a DataLoader's or a sampler's batches, as plain values."""
+    sizes = {name: getattr(data, name, None) for name in ("batch_size", "drop_last", "shuffle")}
+    parts = {name: getattr(data, name, None) for name in ("sampler", "batch_sampler")}
+    return {
+        **{name: value for name, value in sizes.items() if isinstance(value, bool | int)},
+        **{name: type(part).__name__ for name, part in parts.items() if part is not None},
+    }

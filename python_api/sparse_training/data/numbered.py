@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from sparse_kernels.trees import map_rows
-from sparse_training.data.loader import Choose
+from sparse_training.data.loader import Choose, options_of
 from sparse_training.data.stream import CPU, StreamLoader
 from sparse_training.errors import UserError
 from sparse_training.generators import rng_state, set_rng_state
@@ -57,6 +57,10 @@ class NumberedLoader(StreamLoader):
         # Of the global generators, before the batch was read that is held while empty items come before it.
         self._ahead: dict[str, Any] | None = None
         self._row: Any = None  # inputs and targets of a loaded row, for the structure of an empty batch
+
+    def options(self) -> dict[str, Any]:
+        """Return what decides the rows of the DataLoader's own batches, as plain values."""
+        return options_of(self.draws.batch_sampler)
 
     def draw_by(self, choose: Choose) -> None:
         """Choose the rows of items that are drawn from now on by a policy's ``choose``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sparse_kernels.trees import rows_at
-from sparse_training.data.loader import Loader
+from sparse_training.data.loader import Loader, options_of
 from sparse_training.devices import find
 from sparse_training.errors import UserError
 from sparse_training.generators import (
@@ -70,12 +70,15 @@ class StreamLoader(Loader):
 
     def batches(self) -> int | None:
         """Return the number of batches in an epoch; None for data without a length."""
-        if not isinstance(self.source, Sized):
-            return None
-        try:
-            return len(self.source)
-        except TypeError:  # a DataLoader over an iterable data set has a __len__ that raises
-            return None
+        return _length(self.source)
+
+    def options(self) -> dict[str, Any]:
+        """Return what decides the rows of the iterable's batches, as plain values."""
+        return options_of(self.source)
+
+    def data_rows(self) -> int | None:
+        """Return the number of rows of a DataLoader's data set; None where it has no length."""
+        return _length(getattr(self.source, "dataset", None))
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.rest_of_epoch(self.position):
@@ -213,6 +216,15 @@ class StreamLoader(Loader):
         """Continue from the states of another number of processes; generators of the data's own stay as they are."""
         super().load_rank_states(states, batches)
         self._epoch_rng = self._own_rng = None
+
+
+def _length(data: Any) -> int | None:
+    if not isinstance(data, Sized):
+        return None
+    try:
+        return len(data)
+    except TypeError:  # a DataLoader over an iterable data set has a __len__ that raises
+        return None
 
 
 def _epoch_parts(source: Any) -> list[Any]:

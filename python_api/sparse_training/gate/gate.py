@@ -295,10 +295,12 @@ class Gate(nn.Module):
         Raises:
             TypeError: a tensor has the wrong dtype.
             ValueError: tensors do not fit one another, as in ``sparse_kernels.gate_rows``.
-            UserError: a term lacks what it needs, or is given it in the wrong shape.
+            UserError: a term lacks what it needs, or is given it in the wrong shape; or no term reads the feedback.
         """
         if index is not None and index.shape != (expected := targets.shape[:1]):
             raise UserError(f"`index` must have shape {tuple(expected)}, one per sample, got {tuple(index.shape)}")
+        if feedback is not None:
+            self.terms.check_feedback_is_used()
         if isinstance(logits, Tensor) and logits.requires_grad:  # what is no tensor, the operation refuses by name
             logits = logits.detach()
         if offset is not None:

@@ -175,6 +175,18 @@ class Terms(nn.Module):
         if feedback is not None:
             check_feedback("`feedback`", feedback, rows)
 
+    def check_feedback_is_used(self) -> None:
+        """Refuse feedback that no term reads.
+
+        Raises:
+            UserError: no term does.
+        """
+        if not any(term.takes_feedback or "feedback" in term.needs for term in self.significance.terms):
+            raise UserError(
+                "`feedback` is given, and no term of the gate's significance reads it; add the term Feedback, or leave "
+                "it out; a term of your own says that it reads it by takes_feedback=True"
+            )
+
     def check(self, context: Context) -> None:
         """Check that every term can serve a batch, before any changes.
 

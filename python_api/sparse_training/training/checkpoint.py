@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import os
 import pickle
 import sys
@@ -66,6 +67,30 @@ def _plain(value: Any) -> Any:
         plain.update({name: _plain(part) for name, part in value.items()})
         return plain
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+def check_readable(state: Any, name: str) -> None:
+    """Refuse a state that ``load_checkpoint`` would not read, whose tensors are left out of the trial.
+
+    Args:
+        state: part of what is to be saved.
+        name: its name, for the message.
+
+    Raises:
+        UserError: it holds other objects than tensors, numbers, strings and plain containers.
+    """
+    trial = io.BytesIO()
+    try:
+        torch.save(pytree.tree_map_only(torch.Tensor, lambda tensor: torch.empty(0), _plain(state)), trial)
+        trial.seek(0)
+        torch.load(trial, weights_only=True)
+    except Exception as error:  # of pickle, or of whatever an object's own functions raise
+        plain = (torch.Tensor, bool, int, float, complex, str, bytes, type(None))
+        others = {type(leaf).__name__ for leaf in pytree.tree_leaves(state) if type(leaf) not in plain}
+        raise UserError(
+            f"`checkpoint` cannot be written: the state of the {name} has more than tensors and plain "
+            f"values, {', '.join(sorted(others)) or one_line(error)}, and could not be read again"
+        ) from error
 
 
 def _is_whole(path: Path) -> bool:

@@ -84,6 +84,43 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
         raise UserError("`optimizer` must be of the model's parameters, got one of none of them")
 
 
+def check_accumulation(optimizer: Any, accumulate: int) -> None:
+    """Refuse an optimizer of Accelerate's that was prepared for another number of batches than makes a step here.
+
+    Raises:
+        UserError: it was.
+    """
+    batches = getattr(getattr(optimizer, "gradient_state", None), "num_steps", 1)
+    if batches not in (1, accumulate):
+        raise UserError(
+            f"the Accelerator of `optimizer` has gradient_accumulation_steps={batches}, which is of its own loop; give "
+            f"TrainerSettings(accumulate={batches}), got {accumulate}"
+        )
+
+
+def left_out(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """Say which parameters that require a gradient an optimizer does not hold; None where it holds all.
+
+    Raises:
+        UserError: it holds others in their place, as of a layer that was replaced.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if not missing:
+        return None
+    said = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else missing[0]
+    if others := len(held - {id(parameter) for parameter in model.parameters()}):
+        raise UserError(
+            f"`optimizer` must hold the model's parameters, got one without {said}, and with {others} that are not the "
+            "model's; make it after the model's last change"
+        )
+    return (
+        f"the optimizer holds {len(trainable) - len(missing)} of the model's {len(trainable)} parameters that require "
+        f"a gradient, and leaves out {said}"
+    )
+
+
 def check_batches(data: Any, given: str = "the data") -> None:
     """Refuse data that cannot be iterated by batches.
 
@@ -122,6 +159,8 @@ def check_run(
     check_count("evaluations", evaluations)
     if not isinstance(resume, bool):
         raise UserError(f"`resume` must be True or False, got {resume!r}; the folder is `checkpoint`")
+    if checkpoint is None and resume:
+        raise UserError("`resume` needs `checkpoint`, the folder of the checkpoint to go on with, got none")
     if checkpoint is None and checkpoint_interval is not None:
         raise UserError("`checkpoint_interval` needs `checkpoint`, the folder of the checkpoints, got none")
     if checkpoint_interval is not None:

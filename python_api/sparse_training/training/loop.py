@@ -117,6 +117,7 @@ class TrainingLoop:
             self.callbacks.call("on_fit_start", self.seen)
             self._train()
             log = self._finish()
+            self.trainer.modes.set(training=False)  # before a callback gives the model other weights
             self.callbacks.call("on_fit_end", self.seen)
         except BaseException as error:
             self.callbacks.call_all("on_exception", self.seen, error)
@@ -125,10 +126,14 @@ class TrainingLoop:
 
     def _train(self) -> None:
         items = _endless(self.state.loader)
+        self.state.check_savable()
         self._start()
-        progress = self._progress()
+        progress, first = self._progress(), True
         while progress < 1.0 and not self._ended():
             progress = self._step(items, progress)
+            if first:  # the optimizer has a state now
+                self.state.check_savable()
+                first = False
             if progress < 1.0 and self._stop_requested():
                 self.log.interrupted = True
                 break
@@ -247,6 +252,10 @@ class TrainingLoop:
         self.energy.stop()
 
     def _evaluate(self) -> None:
+        with self.trainer.modes.during(training=False):
+            self._evaluate_and_tell()
+
+    def _evaluate_and_tell(self) -> None:
         evaluate, trainer = self.evaluate, self.trainer
         if callable(evaluate) and not isinstance(evaluate, Loader):
             model = trainer.update.evaluated

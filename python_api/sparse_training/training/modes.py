@@ -1,9 +1,10 @@
-"""Training and evaluation modes of a model's modules while it is trained."""
+"""Training and evaluation modes of a model's modules, and of an optimizer, while the model is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,3 +38,37 @@ def training_mode(model: nn.Module, parallel: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+class OptimizerModes:
+    """Modes of an optimizer that has ``train()`` and ``eval()``, as schedule-free ones do; others have none.
+
+    Such an optimizer trains other weights than those to evaluate and keep, and puts either into the model.
+
+    Args:
+        optimizer: the optimizer.
+
+    Attributes:
+        training: True while the weights to train are in the model.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.training = optimizer, False
+        self._has_modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+    def set(self, *, training: bool) -> None:
+        """Put the optimizer into training or evaluation mode."""
+        self.training = training
+        if self._has_modes:
+            optimizer: Any = self.optimizer
+            optimizer.train() if training else optimizer.eval()
+
+    @contextmanager
+    def during(self, *, training: bool) -> Iterator[None]:
+        """Context in which the optimizer is in a mode; afterwards it is in the one before."""
+        before = self.training
+        self.set(training=training)
+        try:
+            yield
+        finally:
+            self.set(training=before)

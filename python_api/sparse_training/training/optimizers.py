@@ -31,12 +31,18 @@ def learning_rate(lr: Any, optimizer: Any) -> float:
     """Return the learning rate of an optimizer made here.
 
     Args:
-        lr: as given; None for the default.
+        lr: as given; None for a partial's own, or the default.
         optimizer: as given: an optimizer, a factory or None.
 
     Raises:
-        UserError: it is out of range, or beside an optimizer that has its own.
+        UserError: it is out of range, or beside an optimizer or a partial that has its own.
     """
+    own = optimizer.keywords.get("lr") if isinstance(optimizer, partial) else None
+    if own is not None and lr is not None:
+        raise UserError(f"`lr` is of an optimizer made here, got {lr} beside a partial with lr={own}; give one")
+    if lr is None and isinstance(own, torch.Tensor):
+        return float(own)
+    lr = own if lr is None else lr
     if lr is None:
         return LEARNING_RATE
     if isinstance(optimizer, torch.optim.Optimizer):

@@ -15,7 +15,7 @@ from sparse_training.samplers.resharding import NewRank
 from sparse_training.training.log import TrainingLog
 from sparse_training.training.step import TrainingStep
 
-OF_A_PROCESS = ("rows", "batches", "batch_size")  # settings that may differ with the number of processes
+OF_A_PROCESS = ("rows", "batches", "batch_size", "data")  # settings that may differ with the number of processes
 
 
 class Resumed(NamedTuple):

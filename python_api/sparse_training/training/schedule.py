@@ -54,8 +54,11 @@ class Schedule:
         if isinstance(self.shape, type) and issubclass(self.shape, LRScheduler):
             raise UserError(f"`schedule` must be a scheduler of the optimizer, got the class {self.shape.__name__}")
         if not callable(self.shape) and self.scheduler is None and self.shape not in SHAPES:
+            given = repr(self.shape) if isinstance(self.shape, str) else type(self.shape).__name__
+            inner = isinstance(getattr(self.shape, "scheduler", None), LRScheduler)  # of Accelerate's wrapper
             raise UserError(
-                f"`schedule` must be a scheduler, a callable or one of {', '.join(SHAPES)}, got {self.shape!r}"
+                f"`schedule` must be a scheduler, a callable or one of {', '.join(SHAPES)}, got {given}"
+                + ("; give its .scheduler, and the optimizer of that" if inner else "")
             )
         if self.shape not in SHAPES and self.lr_warmup != LR_WARMUP:
             raise UserError(

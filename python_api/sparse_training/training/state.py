@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import inspect
+import contextlib
 import os
-import types
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,24 +15,26 @@ from torch import Tensor, nn
 from sparse_training.data.loader import Loader
 from sparse_training.errors import UserError, one_line
 from sparse_training.files import make_folder
-from sparse_training.gate.gate import Gate
 from sparse_training.generators import rng_state, set_rng_state
-from sparse_training.selection.policies.base import Policy
 from sparse_training.training.callbacks import Callbacks, EnergyRecord, RateControl
-from sparse_training.training.checkpoint import locked, previous_of, read_checkpoint, save_checkpoint
+from sparse_training.training.checkpoint import (
+    check_readable,
+    locked,
+    previous_of,
+    read_checkpoint,
+    save_checkpoint,
+)
 from sparse_training.training.clock import Clock
 from sparse_training.training.distributed import Ranks, is_sharded
 from sparse_training.training.log import TrainingLog
 from sparse_training.training.resharding import check_complete, reshard
-from sparse_training.training.schedule import Schedule
+from sparse_training.training.run_settings import compare_models, compare_settings, former_amount, renamed
 from sparse_training.training.step import TrainingStep
+from sparse_training.user_code import explained
 
 CHECKPOINT = "checkpoint.pt"
 SHARED = ("model", "update", "clock", "energy", "others")
 OWN = ("settings", "policy", "loader", "operations", "spending", "history", "rng", "buffers")
-# Names and values of settings in checkpoints of version 0.1.0.
-_FORMER_NAMES = {"warmup": "dense_start", "anneal": "dense_end", "kept": "granularity", "within": "cost_budget"}
-_FORMER_GRANULARITIES = {"samples": "sample", "elements": "token"}
 
 
 class RunState:
@@ -107,9 +106,11 @@ class RunState:
         trainer.ranks.agree({"the digest of the checkpoint": digest[:16]})
         of_ranks = self._of_ranks(state)
         own, saved = self._own_part(state, of_ranks)
-        self.former_amount = _former_amount(saved, self.settings)
-        _compare(saved if self.former_amount is None else {**saved, "budget": self.settings["budget"]}, self.settings)
-        _compare_models(state["model"], trainer.model.state_dict())
+        self.former_amount = former_amount(saved, self.settings)
+        compare_settings(
+            saved if self.former_amount is None else {**saved, "budget": self.settings["budget"]}, self.settings
+        )
+        compare_models(state["model"], trainer.model.state_dict())
         resharded = len(of_ranks) != trainer.ranks.size
         if resharded:  # first, because it may refuse
             self.loader.load_rank_states(own["loader"]["of ranks"], own["loader"]["batches"])
@@ -121,6 +122,8 @@ class RunState:
         for buffer, value in zip(self._buffers() if own["buffers"] else (), own["buffers"], strict=True):
             buffer.copy_(value)
         self._restore("policy", trainer.policy, own)
+        if (loss := self._stateful_loss()) is not None and own.get("loss") is not None:  # absent before version 0.2
+            self._restore("loss", loss, own)
         if not resharded:
             self._restore("loader", self.loader, own)
         self._restore("energy", self.energy, state)
@@ -136,9 +139,9 @@ class RunState:
         """Return this rank's part of the checkpoint, and the settings that it was made with."""
         ranks, self.extra_steps = self.trainer.ranks, float(state.get("extra_steps", 0.0))
         if len(of_ranks) == ranks.size:
-            return of_ranks[ranks.rank], _renamed(of_ranks[ranks.rank]["settings"])
+            return of_ranks[ranks.rank], renamed(of_ranks[ranks.rank]["settings"])
         check_complete(state["update"], len(of_ranks))
-        parts = [{**part, "settings": _renamed(part["settings"])} for part in of_ranks]
+        parts = [{**part, "settings": renamed(part["settings"])} for part in of_ranks]
         resumed = reshard(
             parts, trainer=self.trainer, loader=self.loader, settings=self.settings, extra_steps=self.extra_steps
         )
@@ -183,8 +186,28 @@ class RunState:
             "history": self.log.state_dict(),
             "rng": rng_state(trainer.device),
             "gradients": None if trainer.ranks.rank == 0 else trainer.update.own_gradients(),
+            "loss": None if (loss := self._stateful_loss()) is None else loss.state_dict(),
             "buffers": [] if trainer.ranks.rank == 0 else [buffer.detach() for buffer in self._buffers()],
         }
+
+    def _stateful_loss(self) -> nn.Module | None:
+        """Return the loss, if it is a module that is no part of the model; what it counts is over each rank's rows."""
+        loss = self.trainer.criterion.loss
+        inside = any(module is loss for module in self.trainer.model.modules())
+        return loss if isinstance(loss, nn.Module) and not inside else None
+
+    def check_savable(self) -> None:
+        """Refuse a state that no checkpoint could be read with again; nothing is written.
+
+        Raises:
+            UserError: a part of it holds other objects than tensors and plain containers.
+        """
+        if self.path is not None:
+            with explained(lambda: "`checkpoint` cannot be written"):
+                parts = {**self._shared(), **self._own()}
+                parts |= parts.pop("update")
+            for name, part in parts.items():
+                check_readable(part, name)
 
     def _buffers(self) -> list[Tensor]:
         """Return the buffers of the model and its average: running statistics are over each rank's own rows."""
@@ -217,6 +240,7 @@ class CheckpointFolder:
         self.ranks, self.resume, self.resumes = ranks, resume, False
         self._lock = ExitStack()
         self._held = False
+        self._made: list[Path] = []  # folders, the innermost first
 
     def __enter__(self) -> CheckpointFolder:
         if self.path is not None:
@@ -225,10 +249,14 @@ class CheckpointFolder:
 
     def __exit__(self, *error: object) -> None:
         self._lock.close()
+        for folder in self._made:  # of a run that was refused in its first step
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
     def make(self) -> None:
         """Make the folder, if it was not there before."""
         if self.path is not None:
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             make_folder(self.path, CHECKPOINT)
             if self._enter() and not self.resumes:  # another run began after this one
                 raise UserError(f"{self.path / CHECKPOINT} has just been written by another run")
@@ -259,172 +287,3 @@ class CheckpointFolder:
             self._lock.close()
             raise UserError(refusal)
         return bool(found)
-
-
-def run_settings(
-    trainer: TrainingStep,
-    schedule: Schedule,
-    loader: Loader,
-    *,
-    seed: int,
-    budget: str,
-    epochs: float | None,
-    cost_budget: str,
-) -> dict[str, Any]:
-    """Collect the settings, by name, that must agree for a run to be the continuation of another.
-
-    Args:
-        trainer: the run's model, policy and settings.
-        schedule: its phases and learning rate.
-        loader: its training data.
-        seed: the trainer's seed.
-        budget: length of the run in words, such as "1000 steps".
-        epochs: length of the run in epochs; None where it was not given so.
-        cost_budget: cost budget in words; "None" without one.
-
-    Returns:
-        Plain values by name.
-    """
-    return {
-        "budget": budget,
-        "epochs": epochs,
-        "policy": trainer.policy.name,
-        "rate": trainer.policy.rate if trainer.policy.target is not None else None,  # None: the policy has none
-        "seed": seed,
-        "dense_start": schedule.dense_start,
-        "dense_end": schedule.dense_end,
-        "schedule": schedule.name,
-        "lr": [float(group["initial_lr"]) for group in trainer.optimizer.param_groups],
-        "optimizer": type(trainer.optimizer).__name__,
-        "loss": describe(trainer.criterion.loss),
-        "policy_options": [_options(part) for part in trainer.policy.modules() if isinstance(part, Policy | Gate)],
-        "clip_norm": trainer.settings.clip_norm,
-        "accumulate": trainer.settings.accumulate,
-        "ema": trainer.settings.ema,
-        "granularity": trainer.criterion.granularity,
-        "scorer": str(trainer.scorer),
-        "precision": str(trainer.scorer.dtype),
-        "amp": str(trainer.amp),
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "batches": loader.batches(),
-        "batch_size": getattr(loader, "batch_size", None),
-        "rows": loader.size,
-        "cost_budget": cost_budget,
-    }
-
-
-def agree_on_run(
-    trainer: TrainingStep, settings: Mapping[str, Any], loader: Loader, callbacks: Callbacks, **given: Any
-) -> None:
-    """Refuse a run that the ranks were given different settings for, on all of them and before anything is changed.
-
-    Args:
-        trainer: the run's model, policy and settings.
-        settings: its ``run_settings``.
-        loader: its training data.
-        callbacks: its callbacks.
-        **given: further arguments that must be equal, by name.
-
-    Raises:
-        SharedError: the ranks' values of what differs.
-    """
-    source = getattr(loader, "source", loader)
-    shared = {name: value for name, value in settings.items() if name != "rows"}  # a rank may hold a row more
-    trainer.ranks.agree(
-        {
-            **shared,
-            "optimizer_options": [_numbers(group) for group in trainer.optimizer.param_groups],
-            "batch_size": getattr(source, "batch_size", None) or getattr(loader, "batch_size", None),
-            "callbacks": callbacks.deciding,
-            **given,
-        }
-    )
-
-
-def describe(value: Any) -> str:
-    """Name a function, or the class of an object with what it was made with: numbers, words and tensors."""
-    if isinstance(value, functools.partial):
-        return f"{describe(value.func)}{_numbers(value.keywords)}"
-    if isinstance(value, types.FunctionType):
-        return value.__qualname__
-    buffers = dict(value.named_buffers(recurse=False)) if isinstance(value, nn.Module) else {}
-    return f"{type(value).__qualname__}{_given(value, {**getattr(value, '__dict__', {}), **buffers})}"
-
-
-def _given(value: Any, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes that an object was made with: others, such as counts of its calls, are its state."""
-    names = inspect.signature(type(value).__init__).parameters
-    return _numbers({name: attribute for name, attribute in attributes.items() if name in names})
-
-
-def _options(part: Policy | Gate) -> dict[str, Any]:
-    """Return what a policy or a gate was made with; its rate may follow a schedule, and its seed is the rank's own."""
-    options = _given(part, {name: value for name, value in vars(part).items() if name != "rate"})
-    return {**options, "significance": part.significance.settings} if isinstance(part, Gate) else options
-
-
-def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the public entries that are numbers or words, or tuples of such, but a seed; of a tensor its digest."""
-    plain = (bool, int, float, str, type(None))
-
-    def comparable(value: Any) -> bool:
-        return isinstance(value, (*plain, Tensor)) or (
-            isinstance(value, tuple) and all(isinstance(part, plain) for part in value)
-        )
-
-    return {
-        name: _digest(value) if isinstance(value, Tensor) else value
-        for name, value in settings.items()
-        if name[:1] != "_" and name not in ("seed", "training")
-        if comparable(value)
-    }
-
-
-def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().double().contiguous().numpy().tobytes()
-    return f"{list(tensor.shape)} {hashlib.sha256(values).hexdigest()[:8]}"
-
-
-def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a checkpoint under today's names."""
-    if settings.get("policy") == "adaptive":  # before its switches had names, all of them were on
-        settings = {**settings, "policy": "adaptive+denoise+deduplicate+balance"}
-    if "warmup" not in settings:
-        return dict(settings)
-    renamed = {_FORMER_NAMES.get(name, name): value for name, value in settings.items()}
-    return {**renamed, "granularity": _FORMER_GRANULARITIES.get(str(settings.get("kept")), settings.get("kept"))}
-
-
-def _former_amount(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> float | None:
-    """Return the amount of the saved budget, where the new one is a larger one of its kind and no cost is bounded."""
-    amount, _, kind = str(saved.get("budget")).partition(" ")
-    more, _, now = settings["budget"].partition(" ")
-    if kind != now or settings["cost_budget"] != "None":
-        return None
-    try:
-        return float(amount) if float(amount) < float(more) else None
-    except ValueError:
-        return None
-
-
-def _compare(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    settings = {**settings, "rate": saved.get("rate") if settings["rate"] is None else settings["rate"]}
-    later = ("loss", "policy_options")  # not in checkpoints of version 0.1.0
-    known = {
-        name: value for name, value in settings.items() if name != "epochs" and (name in saved or name not in later)
-    }
-    if differing := [name for name, value in known.items() if saved.get(name) != value]:
-        changes = ", ".join(f"{name} {saved.get(name)} is now {settings[name]}" for name in differing)
-        raise UserError(f"the checkpoint was made with other settings: {changes}")
-
-
-def _compare_models(saved: Any, model: Mapping[str, Any]) -> None:
-    """Refuse the weights of another model before anything is restored."""
-    shapes = [
-        {name: list(getattr(value, "shape", ())) for name, value in states.items()}
-        for states in (saved if isinstance(saved, Mapping) else {}, model)
-    ]
-    for name in dict.fromkeys((*shapes[1], *shapes[0])):
-        was, now = (of.get(name, "absent") for of in shapes)
-        if was != now:
-            raise UserError(f"the checkpoint is of another model: {name} {was} is now {now}")

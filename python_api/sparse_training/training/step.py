@@ -29,9 +29,11 @@ from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.selection.scorers.model import SelfScorer
 from sparse_training.selection.types import Batch, CandidateIndices, Scores, SelectedBatch, WeightedIndices
-from sparse_training.training.checks import check_batches, check_model, check_optimizer
+from sparse_training.training.checks import check_accumulation, check_batches, check_model, check_optimizer
 from sparse_training.training.distributed import Ranks, is_sharded, settle_exchange, split_wrapper, tensor_shapes
 from sparse_training.training.flops import Operations
+from sparse_training.training.learning_rates import LearningRates
+from sparse_training.training.modes import OptimizerModes
 from sparse_training.training.optimizer_step import OptimizerStep
 from sparse_training.training.optimizers import learning_rate, resolve_optimizer
 from sparse_training.training.running_statistics import SavedStatistics
@@ -72,6 +74,8 @@ class TrainingStep:
         policy: the policy of the sparse steps.
         dense: the policy of the dense steps.
         update: accumulates gradients and takes the optimizer steps.
+        rates: learning rates of the optimizer's groups.
+        modes: mode of an optimizer that has several.
         operations: floating-point operations counted so far.
 
     Raises:
@@ -100,6 +104,7 @@ class TrainingStep:
             )
         # A copy: what the model's own loss says of its outputs is of this model alone.
         self.criterion, self.policy, self.dense = copy.copy(criterion), policy, Policy()
+        self.criterion.learns = False  # but for the losses that are trained on
         self.settings, self.amp, self.precision = settings, settings.amp_dtype, settings.scoring_precision
         self.device = devices.find(device) if device is not None else _device_of(model)
         self.ranks = Ranks()
@@ -114,9 +119,8 @@ class TrainingStep:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attach(self.policy)
         self.optimizer = resolve_optimizer(optimizer, self.model, lr, self.device)
-        for group in self.optimizer.param_groups:
-            rate = group["lr"]  # a tensor is filled anew for each step
-            group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
+        check_accumulation(self.optimizer, settings.accumulate)
+        self.rates, self.modes = LearningRates(self.optimizer), OptimizerModes(self.optimizer)
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
         self.operations = Operations()
         self.ranks.agree(tensor_shapes(self.model))
@@ -217,7 +221,7 @@ class TrainingStep:
                 self.update.skip()
                 return batch, kept
             self.update.sum_rows(kept)
-            losses = self.criterion(kept.inputs, kept.targets)
+            losses = self.criterion.learn(kept.inputs, kept.targets)
         with self._exchange():
             before.restore_where(self.update.add(losses, kept))
         return batch, kept
@@ -259,7 +263,7 @@ class TrainingStep:
         before = SavedStatistics(self._norms)
         with self._exchange(), self._statistics(kept.targets.shape[0]), self._autocast(), self.scorer.watch():
             logits = forward(self.parallel, kept.inputs, self.criterion)
-            losses = self.criterion(logits, kept.targets)
+            losses = self.criterion.learn(logits, kept.targets)
         with self._exchange():
             before.restore_where(self.update.add(losses, kept))
         if nothing:
@@ -352,15 +356,10 @@ class TrainingStep:
 
     def set_learning_rate(self, factor: float) -> None:
         """Set the learning rate of each parameter group to a multiple of its first one."""
-        if self.update.scheduler is not None:  # the model's is the scheduler's; what is trained beside it follows
-            group = self.optimizer.param_groups[0]
-            self.scorer.set_learning_rate(float(group["lr"]) / (float(group["initial_lr"]) or 1.0))
-            return
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(group["initial_lr"] * factor)
-            else:
-                group["lr"] = group["initial_lr"] * factor
+        if self.update.scheduler is None:
+            self.rates.set(factor)
+        else:  # the model's is the scheduler's; what is trained beside it follows
+            factor = self.rates.relative()
         self.scorer.set_learning_rate(factor)
 
     # --- evaluation -----------------------------------------------------------------------------
@@ -382,7 +381,7 @@ class TrainingStep:
         loader, model = self.loader(data), self.update.evaluated
         total = torch.zeros(4, dtype=torch.float64, device=self.device)  # losses, rows, correct, tokens
         classes = False
-        with torch.random.fork_rng(devices=[]), evaluation_statistics(model):
+        with torch.random.fork_rng(devices=[]), evaluation_statistics(model), self.modes.during(training=False):
             for item in loader:
                 batch = loader.load(item)
                 self._settle(model, batch)

@@ -28,6 +28,7 @@ class Term(nn.Module):
     Attributes:
         statistics: names of the logits' statistics that it asks for, as in ``sparse_kernels.row_stats``.
         needs: fields of ``Context`` that must not be None, of "index", "inputs" and "embedding".
+        takes_feedback: True if it reads ``feedback`` where a batch has it; a gate without such a term refuses feedback.
         embedding: name of the submodule whose output it needs as an embedding; None for the default one.
         per_process: True if its state is of one process's rows, so that processes cannot share its gate.
         row_buffers: names of the buffers that hold a value for each row of the data set, NaN for none.
@@ -46,6 +47,7 @@ class Term(nn.Module):
 
     statistics: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    takes_feedback = False
     per_process = False
     row_buffers: tuple[str, ...] = ()
     embedding: str | None = None

@@ -27,6 +27,7 @@ class Feedback(Term):
     """
 
     statistics = ("loss",)
+    takes_feedback = True
     table: Tensor
 
     def __init__(self, weight: float | Weight = 1.0, *, table: Tensor | None = None) -> None:
