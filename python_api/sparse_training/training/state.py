@@ -250,7 +250,7 @@ class CheckpointFolder:
     def __exit__(self, *error: object) -> None:
         self._lock.close()
         for folder in self._made:  # of a run that was refused in its first step
-            with contextlib.suppress(OSError):  # not empty
+            with contextlib.suppress(OSError, ValueError):  # not empty, or no name of a folder
                 folder.rmdir()
 
     def make(self) -> None:
