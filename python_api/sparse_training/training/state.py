@@ -250,13 +250,14 @@ class CheckpointFolder:
     def __exit__(self, *error: object) -> None:
         self._lock.close()
         for folder in self._made:  # of a run that was refused in its first step
-            with contextlib.suppress(OSError):  # not empty
+            with contextlib.suppress(OSError, ValueError):  # not empty, or no name of a folder
                 folder.rmdir()
 
     def make(self) -> None:
         """Make the folder, if it was not there before."""
         if self.path is not None:
-            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            with contextlib.suppress(OSError, ValueError):  # which ``make_folder`` explains
+                self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             make_folder(self.path, CHECKPOINT)
             if self._enter() and not self.resumes:  # another run began after this one
                 raise UserError(f"{self.path / CHECKPOINT} has just been written by another run")
