@@ -75,7 +75,8 @@ struct Extras {
   }
 };
 
-// The sums of kLanes rows, block by block: x[j * stride + i] is column j of the row in lane i.
+// The sums of kLanes rows, block by block: x[j * stride + i] is column j of the row in lane i, or
+// -inf where that is the row's target.
 // Ignored rows are computed too, whatever their logits: lanes are independent, and finish() writes
 // 0 for these rows.
 template <class Vec>
@@ -84,28 +85,16 @@ struct LaneSums {
   using Lanes = Pair<Vec>;
   static constexpr int kLanes = Lanes::kLanes;
 
-  Lanes maximum, shift, target_x;
+  Lanes shift;
   Sums<Lanes> sums;
 
   void start() {
-    maximum = Lanes::splat(-kInfinity<Vec>);
-    shift = target_x = Lanes::splat(0);
+    shift = Lanes::splat(0);
     sums = Sums<Lanes>();
   }
 
-  void raise_maximum(int columns, const Real* x, int stride) {
-    Lanes other = maximum;  // two, since each waits for the one before
-    int j = 0;
-    for (; j + 2 <= columns; j += 2) {
-      maximum = max(maximum, Lanes::load(x + j * stride));
-      other = max(other, Lanes::load(x + (j + 1) * stride));
-    }
-    if (j < columns) other = max(other, Lanes::load(x + j * stride));
-    maximum = max(maximum, other);
-  }
-
-  // Brings the sums of earlier blocks, where there are any, to the maximum.
-  void rescale(const Exponential<Vec>& in_memory, bool any) {
+  // Brings the sums of earlier blocks, where there are any, to the maximum of all so far.
+  void rescale(const Exponential<Vec>& in_memory, Lanes maximum, bool any) {
     // Where there is only -inf so far, any finite shift serves. The lowest finite number is no
     // -inf: it is what masked rows are filled with.
     const Lanes zero = Lanes::splat(0);
@@ -120,33 +109,43 @@ struct LaneSums {
     shift = next;
   }
 
-  // Adds a block, but for column target[i] of the row in lane i: -inf adds nothing. Calls ahead()
-  // before every fourth column.
+  // Adds a block from which the logits of targets are taken out. Calls ahead() before every fourth
+  // column, here and below.
   template <bool kSquares, class Ahead>
-  void add(const Exponential<Vec>& in_memory, int columns, const Real* target, const Real* x,
-           int stride, const Ahead& ahead) {
+  void add(const Exponential<Vec>& in_memory, int columns, const Real* x, int stride,
+           const Ahead& ahead) {
     const Exponential<Lanes> exponential(in_memory);
-    const Lanes one = Lanes::splat(1), nothing = Lanes::splat(-kInfinity<Vec>);
-    const Lanes s = shift, target_column = Lanes::load(target);
-    Lanes column = Lanes::splat(0), found = target_x;
+    const Lanes s = shift;
+    const auto d = [&](int j)
+                       __attribute__((always_inline)) { return Lanes::load(x + j * stride) - s; };
+    sums =
+        sums + sum_of<kSquares, Vec::kInRegisters>(
+                   columns, exponential, d, [&](int) __attribute__((always_inline)) { ahead(); });
+  }
+
+  // Adds a block, but for column target[i] of the row in lane i. Returns the logits of targets,
+  // `found` where they are in no column of the block.
+  template <bool kSquares, class Ahead>
+  Lanes add_others(const Exponential<Vec>& in_memory, int columns, Lanes target, Lanes found,
+                   const Real* x, int stride, const Ahead& ahead) {
+    const Exponential<Lanes> exponential(in_memory);
+    const Lanes one = Lanes::splat(1), nothing = Lanes::splat(-kInfinity<Vec>), s = shift;
+    Lanes column = Lanes::splat(0);
     const auto d = [&](int j) __attribute__((always_inline)) {
       const Lanes v = Lanes::load(x + j * stride), this_column = column;
       column = column + one;
-      found = select_eq(target_column, this_column, v, found);
-      return select_eq(target_column, this_column, nothing, v - s);
+      found = select_eq(target, this_column, v, found);
+      return select_eq(target, this_column, nothing, v - s);
     };
     sums = sums + sum_of<kSquares, false>(columns, exponential, d,
                                           [&](int) __attribute__((always_inline)) { ahead(); });
-    target_x = found;
+    return found;
   }
 
   // Into lanes [first, first + kLanes) of the group.
   void finish(const Plan<Vec>& plan, Group<Vec>& group, int first) const {
-    store(group.maximum + first, maximum);
     store(group.rest + first, sums.rest);
     store(group.rest_d + first, sums.rest_d);
-    store(group.target_d + first,
-          target_x - maximum);  // NaN where every logit is -inf
     if (!plan.in_double) return;
     alignas(64) Real rest_sq[kLanes];
     store(rest_sq, sums.rest_sq);

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "row_stats_ahead.h"
 #include "row_stats_blocks.h"
@@ -29,6 +30,11 @@ class Tile {
   using Lanes = Pair<Vec>;
   static constexpr int kLanes = Lanes::kLanes, kTileGroups = 8, kRows = kTileGroups * kLanes;
   static constexpr int kSize = kTileBytes / int(sizeof(Real));
+  // The sums leave targets out: -inf is in their places from the copy on, which makes the loop of
+  // the sums shorter. Not where memory is what binds: nothing is fetched during the copy.
+  static constexpr bool kTaken = sizeof(T) == 2;
+  // What the copy treats as one vector: as much as stays in registers, and of planes runs as long.
+  using Copied = std::conditional_t<kTaken, Pair<Lanes>, Pair<Pair<Lanes>>>;
 
  public:
   // Of rows from `row` on, before `end`.
@@ -58,12 +64,16 @@ class Tile {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = args_.classes * block / blocks;
       const int columns = int(args_.classes * (block + 1) / blocks - begin);
-      adjacent_&& args_.softcap == 0.0 ? copy_planes(begin, columns) : copy(begin, columns);
-      for (int g = 0; g < groups_; ++g) {
-        sums_[g].rescale(plan_.exponential, begin > 0);
-        if (plan_.extras)
-          extras_[g].add(args_, plan_, begin, columns, sums_[g].shift, x_ + g * kLanes, width_);
+      for (int i = 0; i < width_; ++i) target_column_[i] = Real(target_[i] - begin);
+      if (adjacent_ && args_.softcap == 0.0) {
+        take(logits_of(row_) + begin * args_.class_stride, args_.class_stride, columns);
+      } else {
+        copy(begin, columns);
+        take(x_, width_, columns);
       }
+      for (int g = 0; g < groups_; ++g)
+        sums_[g].rescale(plan_.exponential, Lanes::load(maximum_ + g * kLanes), begin > 0);
+      if (plan_.extras) add_extras(begin, columns);
       add<kSquares>(begin, columns, result);
     }
   }
@@ -74,6 +84,10 @@ class Tile {
       copy_targets(static_cast<const int32_t*>(args_.targets) + row_, result);
     else
       copy_targets(static_cast<const int64_t*>(args_.targets) + row_, result);
+    for (int i = 0; i < width_; ++i) {
+      maximum_[i] = -kInfinity<Vec>;
+      target_x_[i] = 0;
+    }
     for (int g = 0; g < groups_; ++g) {
       sums_[g].start();
       if (plan_.extras) extras_[g].start();
@@ -104,25 +118,34 @@ class Tile {
     return static_cast<const T*>(args_.logits) + row_offset(args_.layout, row);
   }
 
-  // Columns [begin, begin + columns) of the tile; raises the maxima to theirs.
-  void copy_planes(int64_t begin, int columns) {
-    int g = 0;
-    for (; g + 4 <= groups_; g += 4) copy_groups<4>(g, begin, columns);
-    for (; g < groups_; ++g) copy_groups<1>(g, begin, columns);
+  // Moves columns from `from`, `stride` apart, into the tile, and raises the maxima to theirs.
+  template <class Logit>
+  void take(const Logit* from, int64_t stride, int columns) {
+    int i = 0;
+    for (; i + Copied::kLanes <= width_; i += Copied::kLanes)
+      take_lanes<Copied>(i, from + i, stride, columns);
+    for (; i < width_; i += kLanes) take_lanes<Lanes>(i, from + i, stride, columns);
   }
-  template <int kGroups>
-  void copy_groups(int g, int64_t begin, int columns) {
-    const T* plane = logits_of(row_) + begin * args_.class_stride + g * kLanes;
-    Real* x = x_ + g * kLanes;
-    Lanes maximum[kGroups];
-    for (int i = 0; i < kGroups; ++i) maximum[i] = sums_[g + i].maximum;
-    for (int j = 0; j < columns; ++j, plane += args_.class_stride, x += width_)
-      for (int i = 0; i < kGroups; ++i) {
-        const Lanes v = Lanes::load(plane + i * kLanes);
-        store(x + i * kLanes, v);
-        maximum[i] = max(maximum[i], v);
+  template <class Some, class Logit>
+  void take_lanes(int first, const Logit* from, int64_t stride, int columns) {
+    const Some one = Some::splat(1), nothing = Some::splat(-kInfinity<Vec>);
+    const Some target_column = Some::load(target_column_ + first);
+    Some column = Some::splat(0);
+    Some maximum = Some::load(maximum_ + first), target_x = Some::load(target_x_ + first);
+    Real* x = x_ + first;
+    for (int j = 0; j < columns; ++j, from += stride, x += width_) {
+      const Some logits = Some::load(from);
+      maximum = max(maximum, logits);
+      if constexpr (kTaken) {
+        target_x = select_eq(target_column, column, logits, target_x);
+        store(x, select_eq(target_column, column, nothing, logits));
+        column = column + one;
+      } else {
+        store(x, logits);
       }
-    for (int i = 0; i < kGroups; ++i) sums_[g + i].maximum = maximum[i];
+    }
+    store(maximum_ + first, maximum);
+    if constexpr (kTaken) store(target_x_ + first, target_x);
   }
 
   void copy(int64_t begin, int columns) {
@@ -137,14 +160,26 @@ class Tile {
       for (int j = 0; j < columns; ++j, p += args_.class_stride) x_[j * width_ + i] = widen(*p);
     }
     if (args_.softcap != 0.0) copy_block<Vec>(x_, columns * width_, Real(args_.softcap), x_);
-    for (int g = 0; g < groups_; ++g) sums_[g].raise_maximum(columns, x_ + g * kLanes, width_);
+  }
+
+  // Extras are of all logits: those of targets are back in the tile meanwhile.
+  void add_extras(int64_t begin, int columns) {
+    const auto put = [&](const auto& logit) {
+      if (!kTaken) return;
+      for (int i = 0; i < width_; ++i)
+        if (target_column_[i] >= 0 && target_column_[i] < columns)
+          x_[int(target_column_[i]) * width_ + i] = logit(i);
+    };
+    put([&](int i) { return target_x_[i]; });
+    for (int g = 0; g < groups_; ++g)
+      extras_[g].add(args_, plan_, begin, columns, sums_[g].shift, x_ + g * kLanes, width_);
+    put([&](int) { return -kInfinity<Vec>; });
   }
 
   // Finishes rows soon after their last block, so that memory is at work meanwhile, too.
   template <bool kSquares>
   void add(int64_t begin, int columns, RowStatsResult& result) {
     const Exponential<Vec> exponential = plan_.exponential;
-    for (int i = 0; i < width_; ++i) target_column_[i] = Real(target_[i] - begin);
     const int64_t next_row = row_ + count_;
     const T* next = nullptr;
     if (adjacent_ && begin + columns < args_.classes)
@@ -155,9 +190,16 @@ class Tile {
     constexpr int kAtOnce = Group<Vec>::kRows / kLanes;
     for (int g = 0; g < groups_; ++g) {
       if (begin == 0) rows_ahead_(next_row + g * kLanes, kLanes);
-      sums_[g].template add<kSquares>(exponential, columns, target_column_ + g * kLanes,
-                                      x_ + g * kLanes, width_,
-                                      [&]() __attribute__((always_inline)) { ahead(); });
+      const Real* x = x_ + g * kLanes;
+      const auto fetch = [&]() __attribute__((always_inline)) { ahead(); };
+      if constexpr (kTaken) {
+        sums_[g].template add<kSquares>(exponential, columns, x, width_, fetch);
+      } else {
+        Real* target_x = target_x_ + g * kLanes;
+        const Lanes target = Lanes::load(target_column_ + g * kLanes);
+        store(target_x, sums_[g].template add_others<kSquares>(
+                            exponential, columns, target, Lanes::load(target_x), x, width_, fetch));
+      }
       if (begin + columns == args_.classes && (g % kAtOnce == kAtOnce - 1 || g == groups_ - 1))
         finish(g / kAtOnce * kAtOnce, g + 1, result);
     }
@@ -168,6 +210,10 @@ class Tile {
     const int first = g * kLanes, rows = (end - g) * kLanes;
     Group<Vec> group;
     for (int i = 0; g + i < end; ++i) {
+      const Lanes maximum = Lanes::load(maximum_ + (g + i) * kLanes);
+      const Lanes target_x = Lanes::load(target_x_ + (g + i) * kLanes);
+      store(group.maximum + i * kLanes, maximum);
+      store(group.target_d + i * kLanes, target_x - maximum);  // NaN where every logit is -inf
       sums_[g + i].finish(plan_, group, i * kLanes);
       if (plan_.extras) extras_[g + i].finish(args_, group, i * kLanes);
     }
@@ -191,6 +237,8 @@ class Tile {
   alignas(64) uint8_t ignored_[kRows];
   alignas(64) int64_t target_[kRows];      // a class, also where the row is ignored
   alignas(64) Real target_column_[kRows];  // of the block; no column of it where it is in another
+  alignas(64) Real target_x_[kRows];       // the target's logit
+  alignas(64) Real maximum_[kRows];        // of the logits so far
   LaneSums<Vec> sums_[kTileGroups];
   Extras<Vec> extras_[kTileGroups];
   alignas(64) Real x_[kSize];
