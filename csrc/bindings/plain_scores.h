@@ -122,9 +122,9 @@ inline int64_t idle_rows(const RowStatsInput& call, const RowWise& of_loss,
     return !gradient.data || static_cast<const float*>(gradient.data)[row * gradient.step] == 0;
   };
   const auto is_ignored = [&](int64_t row) {
-    return (call.targets_are_int32 ? static_cast<const int32_t*>(call.targets)[row]
-                                   : static_cast<const int64_t*>(call.targets)[row]) ==
-           call.ignore_index;
+    return (call.targets_are_int32
+                ? static_cast<const int32_t*>(call.targets)[row]
+                : static_cast<const int64_t*>(call.targets)[row]) == call.ignore_index;
   };
   int64_t idle = 0;
   for (int64_t row = 0; row < call.rows; ++row)

@@ -61,6 +61,18 @@ std::vector<PartSums> sums_of_parts(const RowStatsArgs& args, const RowStatsFunc
 
 }  // namespace
 
+bool fetches_past_caches() {
+#if defined(SPARSE_KERNELS_X86)
+  static const bool amd = [] {
+    __builtin_cpu_init();
+    return bool(__builtin_cpu_is("amd"));
+  }();
+  return amd;
+#else
+  return false;
+#endif
+}
+
 RowStatsResult row_stats(const RowStatsArgs& args) {
   const RowStatsFunctions& functions = implementation();
   const int parts = parts_of(args.rows, args.classes);

@@ -9,15 +9,18 @@
 
 namespace sparse_kernels {
 
-// Prefetches the block of planes that follows, plane by plane, two lines at a time. Vec names the
-// instruction set alone.
+// Prefetches the block of planes that follows, plane by plane, two lines at a time; past the outer
+// caches where the plan says so. Vec names the instruction set alone.
 template <class Vec>
 class PlanesAhead {
  public:
   // operator() is called `calls` times.
   template <class T>
-  PlanesAhead(const T* planes, int64_t class_stride, int columns, int width, int calls)
-      : at_(reinterpret_cast<const char*>(planes)), stride_(class_stride * int64_t(sizeof(T))) {
+  PlanesAhead(const T* planes, int64_t class_stride, int columns, int width, int calls,
+              bool past_caches)
+      : at_(reinterpret_cast<const char*>(planes)),
+        stride_(class_stride * int64_t(sizeof(T))),
+        past_caches_(past_caches) {
     const int in_line = int(reinterpret_cast<uintptr_t>(planes) % 64);
     bytes_ = (width * int(sizeof(T)) + in_line + 127) / 128 * 128;
     end_ = at_ + bytes_;
@@ -29,8 +32,8 @@ class PlanesAhead {
     const int count = left_ < at_once_ ? left_ : at_once_;
     left_ -= count;
     for (int i = 0; i < count; ++i) {
-      prefetch(at_);
-      prefetch(at_ + 64);
+      past_caches_ ? prefetch_past_caches(at_) : prefetch(at_);
+      past_caches_ ? prefetch_past_caches(at_ + 64) : prefetch(at_ + 64);
       at_ += 128;
       if (at_ != end_) continue;
       at_ += stride_ - bytes_;
@@ -42,6 +45,7 @@ class PlanesAhead {
   const char *at_, *end_;
   int64_t stride_;
   int bytes_, left_, at_once_;
+  bool past_caches_;
 };
 
 // Prefetches what a call reads and writes of each row besides its logits: targets and outputs.

@@ -80,6 +80,15 @@ __attribute__((always_inline)) static inline void prefetch(const void* p) {
 #endif
 }
 
+// Into the innermost cache alone.
+__attribute__((always_inline)) static inline void prefetch_past_caches(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 0);
+#else
+  (void)p;
+#endif
+}
+
 // The target must be -inf here, so that the loop needs no exception: where a row is short,
 // mispredicted branches would cost as much as its sums.
 //

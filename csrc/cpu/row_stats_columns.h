@@ -153,8 +153,9 @@ inline void add_lanes(const typename Vec::Real* lanes, double* total) {
 // noinline, here and below: with all of forward() in one function the numbers of other loops take
 // the registers that this one needs.
 template <class Vec, bool kSquares, class T>
-__attribute__((noinline)) void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
-                           const int64_t* target, int count, Group<Vec>& group, int at) {
+__attribute__((noinline)) void sum_short_rows(const RowStatsArgs& args, const Plan<Vec>& plan,
+                                              const T* const* logits, const int64_t* target,
+                                              int count, Group<Vec>& group, int at) {
   using Real = typename Vec::Real;
   constexpr int kLanes = Vec::kLanes;
   constexpr int kCopies = kLanes * (kBlock / 4 + kLanes);  // stays in L1
@@ -198,9 +199,10 @@ __attribute__((noinline)) void sum_short_rows(const RowStatsArgs& args, const Pl
 
 // The same of rows of several blocks, or with extras. Where `parts` is not null, it holds the sums.
 template <class Vec, bool kSquares, class T>
-__attribute__((noinline)) void sum_long_rows(const RowStatsArgs& args, const Plan<Vec>& plan, const T* const* logits,
-                          const int64_t* target, int64_t row, int count, const PartSums* parts,
-                          Group<Vec>& group, int at) {
+__attribute__((noinline)) void sum_long_rows(const RowStatsArgs& args, const Plan<Vec>& plan,
+                                             const T* const* logits, const int64_t* target,
+                                             int64_t row, int count, const PartSums* parts,
+                                             Group<Vec>& group, int at) {
   using Real = typename Vec::Real;
   const int64_t parts_per_row = parts_of_row(args.classes);
   for (int i = 0; i < count; ++i) {

@@ -123,23 +123,23 @@ struct LaneSums {
                    columns, exponential, d, [&](int) __attribute__((always_inline)) { ahead(); });
   }
 
-  // Adds a block, but for column target[i] of the row in lane i. Returns the logits of targets,
-  // `found` where they are in no column of the block.
+  // Adds a block, but for column target[i] of the row in lane i, whose logit becomes target_x[i].
   template <bool kSquares, class Ahead>
-  Lanes add_others(const Exponential<Vec>& in_memory, int columns, Lanes target, Lanes found,
-                   const Real* x, int stride, const Ahead& ahead) {
+  void add_others(const Exponential<Vec>& in_memory, int columns, const Real* target,
+                  Real* target_x, const Real* x, int stride, const Ahead& ahead) {
     const Exponential<Lanes> exponential(in_memory);
-    const Lanes one = Lanes::splat(1), nothing = Lanes::splat(-kInfinity<Vec>), s = shift;
-    Lanes column = Lanes::splat(0);
+    const Lanes one = Lanes::splat(1), nothing = Lanes::splat(-kInfinity<Vec>);
+    const Lanes s = shift, target_column = Lanes::load(target);
+    Lanes column = Lanes::splat(0), found = Lanes::load(target_x);
     const auto d = [&](int j) __attribute__((always_inline)) {
       const Lanes v = Lanes::load(x + j * stride), this_column = column;
       column = column + one;
-      found = select_eq(target, this_column, v, found);
-      return select_eq(target, this_column, nothing, v - s);
+      found = select_eq(target_column, this_column, v, found);
+      return select_eq(target_column, this_column, nothing, v - s);
     };
     sums = sums + sum_of<kSquares, false>(columns, exponential, d,
                                           [&](int) __attribute__((always_inline)) { ahead(); });
-    return found;
+    store(target_x, found);
   }
 
   // Into lanes [first, first + kLanes) of the group.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "row_stats_functions.h"
 #include "sparse_kernels/cpu/row_stats.h"
 #include "vec_math.h"
 
@@ -12,6 +13,8 @@ constexpr int kBlock = 1024;  // classes; 4 KB of float32, which stay in L1 betw
 // Up to this number of classes rows in lanes is faster: the transpose costs a scalar move per
 // element, but columns in lanes cost their reductions whatever the row's length.
 constexpr int kTransposeClasses = 32;
+// Logits from which on planes are fetched past the outer caches, which would not hold them anyway.
+constexpr int64_t kPastCaches = 16 << 20;
 
 template <class Vec>
 struct Plan {
@@ -20,6 +23,7 @@ struct Plan {
   bool in_double;  // one of the statistics that are computed in double
   bool smoothed;   // the mean of the logits is needed
   bool extras;     // the margin, the argmax or the mean is needed
+  bool past_caches;
   Exponential<Vec> exponential;
 
   explicit Plan(const RowStatsArgs& args) : exponential(args.inverse_temperature) {
@@ -29,6 +33,9 @@ struct Plan {
     in_double = squares || requested[kMaxProb] || requested[kMargin];
     smoothed = requested[kLoss] && args.label_smoothing != 0.0;
     extras = requested[kMargin] || args.argmax || smoothed;
+    // Where sums take as long as with AVX2, lines leave the innermost cache before their use.
+    past_caches =
+        sizeof(Vec) == 64 && args.rows * args.classes >= kPastCaches && fetches_past_caches();
   }
 };
 

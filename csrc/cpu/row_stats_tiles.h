@@ -9,7 +9,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "row_stats_ahead.h"
 #include "row_stats_blocks.h"
@@ -33,8 +32,9 @@ class Tile {
   // The sums leave targets out: -inf is in their places from the copy on, which makes the loop of
   // the sums shorter. Not where memory is what binds: nothing is fetched during the copy.
   static constexpr bool kTaken = sizeof(T) == 2;
-  // What the copy treats as one vector: as much as stays in registers, and of planes runs as long.
-  using Copied = std::conditional_t<kTaken, Pair<Lanes>, Pair<Pair<Lanes>>>;
+  // Copied together: as many as stay in registers, so that runs in each plane are long. AVX-512 has
+  // twice as many.
+  static constexpr int kTakenGroups = kTaken || sizeof(Vec) < 64 ? 2 : 4;
 
  public:
   // Of rows from `row` on, before `end`.
@@ -66,10 +66,10 @@ class Tile {
       const int columns = int(args_.classes * (block + 1) / blocks - begin);
       for (int i = 0; i < width_; ++i) target_column_[i] = Real(target_[i] - begin);
       if (adjacent_ && args_.softcap == 0.0) {
-        take(logits_of(row_) + begin * args_.class_stride, args_.class_stride, columns);
+        take<false>(logits_of(row_) + begin * args_.class_stride, args_.class_stride, columns);
       } else {
         copy(begin, columns);
-        take(x_, width_, columns);
+        take<true>(x_, width_, columns);
       }
       for (int g = 0; g < groups_; ++g)
         sums_[g].rescale(plan_.exponential, Lanes::load(maximum_ + g * kLanes), begin > 0);
@@ -119,33 +119,41 @@ class Tile {
   }
 
   // Moves columns from `from`, `stride` apart, into the tile, and raises the maxima to theirs.
-  template <class Logit>
+  template <bool kInPlace, class Logit>
   void take(const Logit* from, int64_t stride, int columns) {
-    int i = 0;
-    for (; i + Copied::kLanes <= width_; i += Copied::kLanes)
-      take_lanes<Copied>(i, from + i, stride, columns);
-    for (; i < width_; i += kLanes) take_lanes<Lanes>(i, from + i, stride, columns);
+    int g = 0;
+    for (; g + kTakenGroups <= groups_; g += kTakenGroups)
+      take_groups<kTakenGroups, kInPlace>(g * kLanes, from + g * kLanes, stride, columns);
+    for (; g < groups_; ++g)
+      take_groups<1, kInPlace>(g * kLanes, from + g * kLanes, stride, columns);
   }
-  template <class Some, class Logit>
-  void take_lanes(int first, const Logit* from, int64_t stride, int columns) {
-    const Some one = Some::splat(1), nothing = Some::splat(-kInfinity<Vec>);
-    const Some target_column = Some::load(target_column_ + first);
-    Some column = Some::splat(0);
-    Some maximum = Some::load(maximum_ + first), target_x = Some::load(target_x_ + first);
+  template <int kGroups, bool kInPlace, class Logit>
+  void take_groups(int first, const Logit* from, int64_t stride, int columns) {
+    const Lanes one = Lanes::splat(1), nothing = Lanes::splat(-kInfinity<Vec>);
+    Lanes target[kGroups], maximum[kGroups], target_x[kGroups];
+    for (int i = 0; i < kGroups; ++i) {
+      target[i] = Lanes::load(target_column_ + first + i * kLanes);
+      maximum[i] = Lanes::load(maximum_ + first + i * kLanes);
+      target_x[i] = Lanes::load(target_x_ + first + i * kLanes);
+    }
+    Lanes column = Lanes::splat(0);
     Real* x = x_ + first;
-    for (int j = 0; j < columns; ++j, from += stride, x += width_) {
-      const Some logits = Some::load(from);
-      maximum = max(maximum, logits);
-      if constexpr (kTaken) {
-        target_x = select_eq(target_column, column, logits, target_x);
-        store(x, select_eq(target_column, column, nothing, logits));
-        column = column + one;
-      } else {
-        store(x, logits);
+    for (int j = 0; j < columns; ++j, from += stride, x += width_, column = column + one) {
+      Lanes logits[kGroups];  // all are under way before the first is stored
+      for (int i = 0; i < kGroups; ++i) logits[i] = Lanes::load(from + i * kLanes);
+      for (int i = 0; i < kGroups; ++i) {
+        maximum[i] = max(maximum[i], logits[i]);
+        if (kTaken) {
+          target_x[i] = select_eq(target[i], column, logits[i], target_x[i]);
+          logits[i] = select_eq(target[i], column, nothing, logits[i]);
+        }
+        if (kTaken || !kInPlace) store(x + i * kLanes, logits[i]);
       }
     }
-    store(maximum_ + first, maximum);
-    if constexpr (kTaken) store(target_x_ + first, target_x);
+    for (int i = 0; i < kGroups; ++i) {
+      store(maximum_ + first + i * kLanes, maximum[i]);
+      if (kTaken) store(target_x_ + first + i * kLanes, target_x[i]);
+    }
   }
 
   void copy(int64_t begin, int columns) {
@@ -186,7 +194,8 @@ class Tile {
       next = logits_of(row_) + (begin + columns) * args_.class_stride;
     else if (adjacent_ && next_row < args_.rows)
       next = logits_of(next_row);
-    PlanesAhead<Vec> ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4));
+    PlanesAhead<Vec> ahead(next, args_.class_stride, columns, width_, groups_ * (columns / 4),
+                           plan_.past_caches);
     constexpr int kAtOnce = Group<Vec>::kRows / kLanes;
     for (int g = 0; g < groups_; ++g) {
       if (begin == 0) rows_ahead_(next_row + g * kLanes, kLanes);
@@ -195,10 +204,8 @@ class Tile {
       if constexpr (kTaken) {
         sums_[g].template add<kSquares>(exponential, columns, x, width_, fetch);
       } else {
-        Real* target_x = target_x_ + g * kLanes;
-        const Lanes target = Lanes::load(target_column_ + g * kLanes);
-        store(target_x, sums_[g].template add_others<kSquares>(
-                            exponential, columns, target, Lanes::load(target_x), x, width_, fetch));
+        sums_[g].template add_others<kSquares>(exponential, columns, target_column_ + g * kLanes,
+                                               target_x_ + g * kLanes, x, width_, fetch);
       }
       if (begin + columns == args_.classes && (g % kAtOnce == kAtOnce - 1 || g == groups_ - 1))
         finish(g / kAtOnce * kAtOnce, g + 1, result);

@@ -226,3 +226,4 @@ def test_no_prefetch_is_left_out():
     module = pytest.importorskip("sparse_kernels._cpp", reason="no C++ compiler")
     code = subprocess.run(["objdump", "-d", module.__file__], capture_output=True, text=True, check=True).stdout
     assert code.count("prefetch") > 250
+    assert code.count("prefetchnta") >= 16  # two for each function of planes with AVX-512, by types

@@ -39,6 +39,22 @@ def test_pixels_of_several_tiles_and_blocks(instruction_set, shape, dtype):
     compare(logits, targets, dim=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_planes_are_as_their_images_alone(dtype):
+    """From 16 million logits on planes are fetched in another way, past the caches."""
+    torch.manual_seed(6)
+    logits = torch.randn(3, 22, 504, 513, dtype=torch.float16).to(dtype)
+    assert logits.numel() > 16 << 20 > 2 * logits[0].numel()
+    targets = torch.randint(0, 22, (3, 504, 513))
+    together = sk.row_stats(logits, targets, outputs=OUTPUTS, dim=1, backend="cpp")
+    for image in range(3):
+        alone = sk.row_stats(
+            logits[image : image + 1], targets[image : image + 1], outputs=OUTPUTS, dim=1, backend="cpp"
+        )
+        for name in OUTPUTS:
+            assert torch.equal(getattr(together, name)[image], getattr(alone, name)[0]), name
+
+
 @pytest.mark.parametrize("rows", [31, 33, 63, 65, 127, 128, 129, 160, 255, 256, 257, 290])
 def test_rows_about_those_that_are_decided_together(instruction_set, rows):
     """Statistics and decisions are made of several vectors of rows at once, of which the last may be in part."""
