@@ -34,8 +34,8 @@ struct Plan {
     smoothed = requested[kLoss] && args.label_smoothing != 0.0;
     extras = requested[kMargin] || args.argmax || smoothed;
     // Where sums take as long as with AVX2, lines leave the innermost cache before their use.
-    past_caches =
-        sizeof(Vec) == 64 && args.rows * args.classes >= kPastCaches && fetches_past_caches();
+    past_caches = sizeof(Vec) == 64 && Vec::kInRegisters &&
+                  args.rows * args.classes >= kPastCaches && fetches_past_caches();
   }
 };
 
