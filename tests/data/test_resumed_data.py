@@ -126,7 +126,7 @@ def run(loader, folder=None, stop_at=None, seed=0, evaluate=False, policy="dense
         return steps == stop_at
 
     options = {"evaluate": loader, "evaluations": 6} if evaluate else {}
-    log = trainer.fit(loader, steps=17, checkpoint=folder, resume=True, stop=stop, **options)
+    log = trainer.fit(loader, steps=17, checkpoint=folder, resume=folder is not None, stop=stop, **options)
     return log, {name: value.clone() for name, value in model.state_dict().items()}
 
 

@@ -198,7 +198,7 @@ def test_label_smoothing_and_reduced_precision() -> None:
         ({"p_min": 0.1, "temperature": 1.0}, "`p_min` must be below `rate`=0.1, got 0.1"),
         ({"p_min": 1.0, "temperature": 1.0}, r"`p_min` must be .*, got 1.0"),
         ({"capacity": 0}, r"`capacity` must be .*, got 0"),
-        ({"capacity": 12.5}, "`capacity` must be an integer, got 12.5"),
+        ({"capacity": 12.5}, "`capacity` must be an integer of at least 1, got 12.5"),
         ({"capacity": True}, r"`capacity` must be .*, got True"),
         ({"seed": 0.5}, "`seed` must be an integer, got 0.5"),
         ({"ignore_index": None}, r"`ignore_index` must be .*, got None"),

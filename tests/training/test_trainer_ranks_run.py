@@ -96,7 +96,8 @@ def resumed(rank: int, ranks: int, group: Any, options: dict[str, Any], folder: 
         return rank == 0 and steps == stop
 
     loader, test = (ResidentLoader(split(), batch_size=8, shuffle=shuffle) for shuffle in (True, False))
-    history = trainer.fit(loader, steps=20, checkpoint=folder, resume=True, stop=stopping, evaluate=test)
+    resume = folder is not None
+    history = trainer.fit(loader, steps=20, checkpoint=folder, resume=resume, stop=stopping, evaluate=test)
     assert history.interrupted == (stop is not None)
     assert dist.is_initialized()
     kept = {name: value.tolist() for name, value in trainer.policy.state_dict().items() if isinstance(value, Tensor)}

@@ -107,10 +107,10 @@ class RunState:
         of_ranks = self._of_ranks(state)
         own, saved = self._own_part(state, of_ranks)
         self.former_amount = former_amount(saved, self.settings)
+        compare_models(state["model"], trainer.model.state_dict())  # first: other settings follow from another model
         compare_settings(
             saved if self.former_amount is None else {**saved, "budget": self.settings["budget"]}, self.settings
         )
-        compare_models(state["model"], trainer.model.state_dict())
         resharded = len(of_ranks) != trainer.ranks.size
         if resharded:  # first, because it may refuse
             self.loader.load_rank_states(own["loader"]["of ranks"], own["loader"]["batches"])
