@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     register(config)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as behind nohup; tests that interrupt need it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
