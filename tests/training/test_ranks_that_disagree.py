@@ -55,7 +55,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("batches", {"rows": 40, "sampler": False}, {"sampler": False}, "batches is 12 on {others} and 5 on {last}"),
     ("budget", {"run": {"epochs": 2}}, {}, "budget is"),
     ("stop", {"run": {"stop": bool}}, {}, "stop is False on {others} and True on {last}"),
-    ("resume", {"run": {"resume": True, "checkpoint": "run"}}, {"run": {"checkpoint": "run"}}, "resume is False on {others} and True on {last}"),
+    (
+        "resume", {"run": {"resume": True, "checkpoint": "run"}}, {"run": {"checkpoint": "run"}},
+        "resume is False on {others} and True on {last}",
+    ),
     ("model", {"model": nn.Linear(8, 4)}, {"model": nn.Linear(8, 3)}, "weight is '[3, 8] torch.float32' on {others}"),
     ("layers", {"model": nn.Sequential(nn.Linear(8, 3))}, {}, "0.weight is absent on {others}"),
 ]  # fmt: skip
