@@ -59,19 +59,14 @@ def of_logits(rows: int, classes: int) -> Iterator[tuple[str, dict[str, Callable
     def policy(log_probs: Functions, entropy: Functions) -> Callable[[str], Callable[[Tensor], Tensor]]:
         return lambda side: lambda x: (log_probs[side](x, labels) * advantages).sum() + 0.01 * entropy[side](x).sum()
 
-    with host_files.verl():
-        place = "verl.utils.torch_functional:"
-        log_probs = pair(verl.head, place + "logprobs_from_logits")
-        entropy = pair(verl.head, place + "entropy_from_logits")
-
-        for dtype in logits:
-            yield f"verl-{str(dtype)[6:]}-{rows}x{classes}", sides(policy(log_probs, entropy), dtype)
-    with host_files.swift():
-        place = "swift.rlhf_trainers.grpo_trainer:"
-        log_probs = pair(swift.head, place + "selective_log_softmax")
-        entropy = pair(swift.head, place + "entropy_from_logits")
-        for dtype in logits:
-            yield f"swift-{str(dtype)[6:]}-{rows}x{classes}", sides(policy(log_probs, entropy), dtype)
+    for name, files, host, place, function in (
+        ("verl", host_files.verl, verl, "verl.utils.torch_functional:", "logprobs_from_logits"),
+        ("swift", host_files.swift, swift, "swift.rlhf_trainers.grpo_trainer:", "selective_log_softmax"),
+    ):
+        with files():
+            log_probs, entropy = pair(host.head, place + function), pair(host.head, place + "entropy_from_logits")
+            for dtype in logits:
+                yield f"{name}-{str(dtype)[6:]}-{rows}x{classes}", sides(policy(log_probs, entropy), dtype)
     with host_files.openrlhf():
         place = "openrlhf.models.utils:log_probs_from_logits"
         actor = pair(openrlhf.head, place)

@@ -121,14 +121,10 @@ inline int64_t idle_rows(const RowStatsInput& call, const RowWise& of_loss,
   const auto is_zero = [](const RowWise& gradient, int64_t row) {
     return !gradient.data || static_cast<const float*>(gradient.data)[row * gradient.step] == 0;
   };
-  const auto is_ignored = [&](int64_t row) {
-    return (call.targets_are_int32
-                ? static_cast<const int32_t*>(call.targets)[row]
-                : static_cast<const int64_t*>(call.targets)[row]) == call.ignore_index;
-  };
   int64_t idle = 0;
   for (int64_t row = 0; row < call.rows; ++row)
-    idle += is_ignored(row) || (is_zero(of_loss, row) && is_zero(of_entropy, row));
+    idle += target_of(call, row) == call.ignore_index ||
+            (is_zero(of_loss, row) && is_zero(of_entropy, row));
   return idle;
 }
 

@@ -49,11 +49,6 @@ static inline int64_t row_offset(const RowLayout& layout, int64_t row) {
   return offset + row * layout.stride[0];
 }
 
-static inline int64_t target_of(const RowStatsInput& args, int64_t row) {
-  return args.targets_are_int32 ? static_cast<const int32_t*>(args.targets)[row]
-                                : static_cast<const int64_t*>(args.targets)[row];
-}
-
 // True where the target is ignore_index, which may be a class, and where it is out of range; the
 // first such row is recorded in `result`.
 static inline bool is_ignored(const RowStatsArgs& args, int64_t row, int64_t target,

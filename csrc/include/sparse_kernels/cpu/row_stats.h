@@ -67,6 +67,11 @@ struct RowStatsInput {
   double label_smoothing;
 };
 
+static inline int64_t target_of(const RowStatsInput& args, int64_t row) {
+  return args.targets_are_int32 ? static_cast<const int32_t*>(args.targets)[row]
+                                : static_cast<const int64_t*>(args.targets)[row];
+}
+
 struct RowStatsArgs : RowStatsInput {
   void* outputs[kStatistics];  // [rows] each; null where not requested
   int64_t* argmax;             // [rows], or null
