@@ -20,6 +20,15 @@
 
 namespace sparse_kernels {
 
+// The rows of the tile that begins at `row`; returns their number. X: see row_stats_tiles.h.
+template <class Vec, class T, class X, bool kSquares>
+int compute_tile(const RowStatsArgs& args, const Plan<Vec>& plan, const RowsAhead<Vec>& rows_ahead,
+                 int64_t row, int64_t end, RowStatsResult& result) {
+  Tile<Vec, T, X> tile(args, plan, rows_ahead, row, end);
+  tile.template compute<kSquares>(result);
+  return tile.rows();
+}
+
 template <class Vec, class T, bool kSquares>
 RowStatsResult forward(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t begin, int64_t end,
                        const PartSums* parts) {
@@ -27,6 +36,7 @@ RowStatsResult forward(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t 
   RowStatsResult result;
   const RowsAhead<Vec> rows_ahead(args);
   const bool in_columns = args.class_stride == 1 && args.classes > kTransposeClasses;
+  const bool in_words = sizeof(T) == 2 && args.class_stride != 1 && args.softcap == 0.0;
   for (int64_t row = begin; row < end;) {
     if (in_columns) {
       Group<Vec> group;
@@ -36,10 +46,11 @@ RowStatsResult forward(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t 
                                    parts, group, i, result);
       finish(args, plan, group, row, count, result);
       row += count;
+    } else if (in_words) {
+      row += compute_tile<Vec, T, T, kSquares>(args, plan, rows_ahead, row, end, result);
     } else {
-      Tile<Vec, T> tile(args, plan, rows_ahead, row, end);
-      tile.template compute<kSquares>(result);
-      row += tile.rows();
+      using Real = typename Vec::Real;
+      row += compute_tile<Vec, T, Real, kSquares>(args, plan, rows_ahead, row, end, result);
     }
   }
   return result;

@@ -10,6 +10,7 @@
 #include "row_stats_sums.h"
 #include "scalar_types.h"
 #include "sparse_kernels/cpu/row_stats.h"
+#include "vec_any_order.h"
 #include "vec_math.h"
 
 namespace sparse_kernels {
@@ -35,8 +36,9 @@ struct Extras {
     }
   }
 
+  template <class X>
   void add(const RowStatsArgs& args, const Plan<Vec>& plan, int64_t begin, int columns, Lanes shift,
-           const Real* x, int stride) {
+           const X* x, int stride) {
     alignas(64) Real a[kLanes], b[kLanes];
     const auto column = [&](int j) { return Lanes::load(x + j * stride); };
     if (plan.requested[kMargin])
@@ -75,11 +77,11 @@ struct Extras {
   }
 };
 
-// The sums of kLanes rows, block by block: x[j * stride + i] is column j of the row in lane i, or
-// -inf where that is the row's target.
+// The sums of kLanes rows, block by block: x[j * stride + i] is column j of row i. Lanes are in the
+// order in which load_in_any_order() reads logits of type X.
 // Ignored rows are computed too, whatever their logits: lanes are independent, and finish() writes
 // 0 for these rows.
-template <class Vec>
+template <class Vec, class X>
 struct LaneSums {
   using Real = typename Vec::Real;
   using Lanes = Pair<Vec>;
@@ -109,46 +111,52 @@ struct LaneSums {
     shift = next;
   }
 
-  // Adds a block from which the logits of targets are taken out. Calls ahead() before every fourth
-  // column, here and below.
+  // Adds a block in which the logits of targets are -inf. Calls ahead() before every fourth column,
+  // here and below.
   template <bool kSquares, class Ahead>
-  void add(const Exponential<Vec>& in_memory, int columns, const Real* x, int stride,
+  void add(const Exponential<Vec>& in_memory, int columns, const X* x, int stride,
            const Ahead& ahead) {
     const Exponential<Lanes> exponential(in_memory);
     const Lanes s = shift;
-    const auto d = [&](int j)
-                       __attribute__((always_inline)) { return Lanes::load(x + j * stride) - s; };
+    const auto d = [&](int j) __attribute__((always_inline)) {
+      Lanes logits;
+      load_in_any_order(x + j * stride, logits);
+      return logits - s;
+    };
     sums =
         sums + sum_of<kSquares, Vec::kInRegisters>(
                    columns, exponential, d, [&](int) __attribute__((always_inline)) { ahead(); });
   }
 
-  // Adds a block, but for column target[i] of the row in lane i, whose logit becomes target_x[i].
+  // Adds a block, but for column target[i] of row i, whose logit becomes target_x[i].
   template <bool kSquares, class Ahead>
   void add_others(const Exponential<Vec>& in_memory, int columns, const Real* target,
-                  Real* target_x, const Real* x, int stride, const Ahead& ahead) {
+                  Real* target_x, const X* x, int stride, const Ahead& ahead) {
     const Exponential<Lanes> exponential(in_memory);
-    const Lanes one = Lanes::splat(1), nothing = Lanes::splat(-kInfinity<Vec>);
-    const Lanes s = shift, target_column = Lanes::load(target);
+    const Lanes one = Lanes::splat(1), s = shift, target_column = Lanes::load(target);
     Lanes column = Lanes::splat(0), found = Lanes::load(target_x);
-    const auto d = [&](int j) __attribute__((always_inline)) {
-      const Lanes v = Lanes::load(x + j * stride), this_column = column;
+    const auto logits = [&](int j)
+                            __attribute__((always_inline)) { return Lanes::load(x + j * stride); };
+    const auto d = [&](int j) __attribute__((always_inline)) { return logits(j) - s; };
+    const auto others = [&](int j) __attribute__((always_inline)) {
+      const auto there = differs(target_column, column);
+      found = select_where(there, found, logits(j));
       column = column + one;
-      found = select_eq(target_column, this_column, v, found);
-      return select_eq(target_column, this_column, nothing, v - s);
+      return there;
     };
-    sums = sums + sum_of<kSquares, false>(columns, exponential, d,
-                                          [&](int) __attribute__((always_inline)) { ahead(); });
+    sums = sums + sum_of<kSquares, Vec::kMasks>(
+                      columns, exponential, d, [&](int) __attribute__((always_inline)) { ahead(); },
+                      others);
     store(target_x, found);
   }
 
   // Into lanes [first, first + kLanes) of the group.
   void finish(const Plan<Vec>& plan, Group<Vec>& group, int first) const {
-    store(group.rest + first, sums.rest);
-    store(group.rest_d + first, sums.rest_d);
+    store(group.rest + first, in_order<X>(sums.rest));
+    store(group.rest_d + first, in_order<X>(sums.rest_d));
     if (!plan.in_double) return;
     alignas(64) Real rest_sq[kLanes];
-    store(rest_sq, sums.rest_sq);
+    store(rest_sq, in_order<X>(sums.rest_sq));
     for (int i = 0; i < kLanes; ++i) {
       group.rest_in_double[first + i] = group.rest[first + i];
       group.rest_sq[first + i] = rest_sq[i];

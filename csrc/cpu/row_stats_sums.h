@@ -1,20 +1,44 @@
 // The inner loop of the row statistics: sums of e, e d and e^2 with e = exp(d / temperature).
 #pragma once
 
+#include <type_traits>
+
 #include "vec_math.h"
 
 namespace sparse_kernels {
+
+// Every lane, where vec_pair.h's differs() names some.
+struct Everywhere {};
+template <class Vec>
+__attribute__((always_inline)) inline Vec add_where(Everywhere, Vec a, Vec b) {
+  return a + b;
+}
+template <class Vec>
+__attribute__((always_inline)) inline Vec fma_where(Everywhere, Vec a, Vec b, Vec c) {
+  return fma(a, b, c);
+}
+struct AlwaysEverywhere {
+  __attribute__((always_inline)) Everywhere operator()(int) const { return {}; }
+};
 
 // One sum in each lane.
 template <class Vec>
 struct Sums {
   Vec rest = Vec::splat(0), rest_d = Vec::splat(0), rest_sq = Vec::splat(0);
 
-  template <bool kSquares>
-  void add(Vec e, Vec d) {
-    rest = rest + e;
-    rest_d = fma(e, d, rest_d);
-    if (kSquares) rest_sq = fma(e, e, rest_sq);
+  // Of the lanes that `there` names; d is finite, or the row is invalid.
+  template <bool kSquares, class There>
+  __attribute__((always_inline)) void add(const There& there, Vec e, Vec d) {
+    if constexpr (Vec::kMasks || std::is_same_v<There, Everywhere>) {
+      rest = add_where(there, rest, e);
+      rest_d = fma_where(there, e, d, rest_d);
+      if (kSquares) rest_sq = fma_where(there, e, e, rest_sq);
+    } else {
+      const Vec counted = select_where(there, e, Vec::splat(0));
+      rest = rest + counted;
+      rest_d = fma(counted, d, rest_d);
+      if (kSquares) rest_sq = fma(counted, counted, rest_sq);
+    }
   }
 
   Sums operator+(const Sums& other) const {
@@ -28,16 +52,16 @@ constexpr int kRun = 32;
 
 // The term of a vector whose lanes are in memory. A function of its own: each operation is a loop
 // over the lanes, of which GCC makes vectors here, but not in a loop's body.
-template <bool kSquares, class Vec>
-__attribute__((noinline)) static void add_in_memory(Sums<Vec>& sums, Vec d,
+template <bool kSquares, class Vec, class There>
+__attribute__((noinline)) static void add_in_memory(Sums<Vec>& sums, const There& there, Vec d,
                                                     const Exponential<Vec>& exponential) {
   const Vec clamped = exponential.clamp(d);
-  sums.template add<kSquares>(exponential(clamped), clamped);
+  sums.template add<kSquares>(there, exponential(clamped), clamped);
 }
 
 // Sums over d(0) to d(count - 1). They alternate between two sums: more would not fit into AVX2's
 // registers, and with one each term would wait for the term before. The two halves of a pair are
-// two sums. Calls ahead(i) before every fourth term.
+// two sums. Calls ahead(i) before every fourth term. there(i) names the lanes of term i that count.
 //
 // kOverlapped: a term is begun before the one before it is ended. A term is a chain of a dozen
 // operations, and fewer of them fill the processor's queue then. It takes more registers, of which
@@ -45,18 +69,21 @@ __attribute__((noinline)) static void add_in_memory(Sums<Vec>& sums, Vec d,
 //
 // always_inline, here and in d: where a file has grown by enough, GCC makes a call of a term, or of
 // this loop, with its vectors in memory.
-template <bool kSquares, bool kOverlapped, class Vec, class D, class Ahead>
+template <bool kSquares, bool kOverlapped, class Vec, class D, class Ahead,
+          class There = AlwaysEverywhere>
 __attribute__((always_inline)) inline Sums<Vec> sum_of(int count,
                                                        const Exponential<Vec>& exponential,
-                                                       const D& d, const Ahead& ahead) {
+                                                       const D& d, const Ahead& ahead,
+                                                       const There& there = There()) {
   constexpr int kTerms = kRun / vectors_in<Vec>;
   struct Begun {
+    decltype(there(0)) counts;
     Vec d;
     typename Exponential<Vec>::Begun power;
   };
   const auto begin = [&](int i) __attribute__((always_inline)) {
     const Vec clamped = exponential.clamp(d(i));
-    return Begun{clamped, exponential.begin(clamped)};
+    return Begun{there(i), clamped, exponential.begin(clamped)};
   };
   Sums<Vec> total;
   for (int i = 0; i < count;) {
@@ -64,13 +91,13 @@ __attribute__((always_inline)) inline Sums<Vec> sum_of(int count,
     Sums<Vec> even, unpaired;
     Sums<Vec>& odd = vectors_in<Vec> > 1 ? even : unpaired;
     const auto add = [&](Sums<Vec>& sums, const Begun& term) __attribute__((always_inline)) {
-      sums.template add<kSquares>(exponential.end(term.power), term.d);
+      sums.template add<kSquares>(term.counts, exponential.end(term.power), term.d);
     };
     const auto add_whole = [&](Sums<Vec>& sums, int j) __attribute__((always_inline)) {
       if constexpr (Vec::kInRegisters)
         add(sums, begin(j));
       else
-        add_in_memory<kSquares>(sums, d(j), exponential);
+        add_in_memory<kSquares>(sums, there(j), d(j), exponential);
     };
     for (; i + 4 <= end; i += 4) {
       ahead(i);

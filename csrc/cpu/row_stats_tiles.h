@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "row_stats_ahead.h"
 #include "row_stats_blocks.h"
@@ -17,24 +18,28 @@
 #include "row_stats_plan.h"
 #include "scalar_types.h"
 #include "sparse_kernels/cpu/row_stats.h"
+#include "vec_any_order.h"
 #include "vec_math.h"
 
 namespace sparse_kernels {
 
 constexpr int kTileBytes = 32 * 1024;
 
-template <class Vec, class T>
+// X is what the tile holds a logit as: Real, or T where logits of 16 bits stay as they are. Twice
+// as many of those are compared at a time then, so their targets are taken out of the tile by the
+// copy: -inf is in their places. A softcap or a transposition gives logits of type Real.
+template <class Vec, class T, class X>
 class Tile {
   using Real = typename Vec::Real;
   using Lanes = Pair<Vec>;
   static constexpr int kLanes = Lanes::kLanes, kTileGroups = 8, kRows = kTileGroups * kLanes;
-  static constexpr int kSize = kTileBytes / int(sizeof(Real));
-  // The sums leave targets out: -inf is in their places from the copy on, which makes the loop of
-  // the sums shorter. Not where memory is what binds: nothing is fetched during the copy.
-  static constexpr bool kTaken = sizeof(T) == 2;
+  static constexpr int kSize = kTileBytes / int(sizeof(X));
+  static constexpr bool kInWords = sizeof(X) == 2;
+  using Column = std::conditional_t<kInWords, int16_t, Real>;
+  static_assert(kSize / kLanes < 1 << 15, "columns are counted in 16 bits");
   // Copied together: as many as stay in registers, so that runs in each plane are long. AVX-512 has
   // twice as many.
-  static constexpr int kTakenGroups = kTaken || sizeof(Vec) < 64 ? 2 : 4;
+  static constexpr int kCopiedGroups = sizeof(Vec) < 64 ? 2 : 4;
 
  public:
   // Of rows from `row` on, before `end`.
@@ -64,15 +69,18 @@ class Tile {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = args_.classes * block / blocks;
       const int columns = int(args_.classes * (block + 1) / blocks - begin);
-      for (int i = 0; i < width_; ++i) target_column_[i] = Real(target_[i] - begin);
+      find_targets(begin, columns);
       if (adjacent_ && args_.softcap == 0.0) {
-        take<false>(logits_of(row_) + begin * args_.class_stride, args_.class_stride, columns);
+        measure<false>(logits_of(row_) + begin * args_.class_stride, args_.class_stride, columns);
       } else {
         copy(begin, columns);
-        take<true>(x_, width_, columns);
+        measure<true>(x_, width_, columns);
       }
-      for (int g = 0; g < groups_; ++g)
-        sums_[g].rescale(plan_.exponential, Lanes::load(maximum_ + g * kLanes), begin > 0);
+      for (int g = 0; g < groups_; ++g) {
+        Lanes maximum;
+        load_in_any_order(maximum_ + g * kLanes, maximum);
+        sums_[g].rescale(plan_.exponential, maximum, begin > 0);
+      }
       if (plan_.extras) add_extras(begin, columns);
       add<kSquares>(begin, columns, result);
     }
@@ -85,8 +93,8 @@ class Tile {
     else
       copy_targets(static_cast<const int64_t*>(args_.targets) + row_, result);
     for (int i = 0; i < width_; ++i) {
-      maximum_[i] = -kInfinity<Vec>;
-      target_x_[i] = 0;
+      maximum_[i] = minus_infinity();
+      target_x_[i] = X{};
     }
     for (int g = 0; g < groups_; ++g) {
       sums_[g].start();
@@ -97,91 +105,137 @@ class Tile {
   // Lanes past the last row repeat it.
   template <class Integer>
   void copy_targets(const Integer* from, RowStatsResult& result) {
-    for (int i = 0; i < count_; ++i) target_[i] = from[i];
-    for (int i = count_; i < width_; ++i) target_[i] = target_[count_ - 1];
-    const auto unusual = [&](int i) {
-      return (target_[i] == args_.ignore_index) | (uint64_t(target_[i]) >= uint64_t(args_.classes));
+    const int64_t ignore_index = args_.ignore_index;
+    const uint64_t classes = uint64_t(args_.classes);
+    const auto unusual = [&](int64_t target) {
+      return (target == ignore_index) | (uint64_t(target) >= classes);
     };
     int64_t any = 0;
-    for (int i = 0; i < width_; ++i) any |= unusual(i);
+    for (int i = 0; i < count_; ++i) {
+      const int64_t target = from[i];
+      target_[i] = target;
+      any |= unusual(target);
+    }
+    for (int i = count_; i < width_; ++i) target_[i] = target_[count_ - 1];
     any_ignored_ = any != 0;
     if (!any_ignored_) return;
     for (int i = 0; i < width_; ++i) {
-      ignored_[i] = unusual(i);
+      ignored_[i] = unusual(target_[i]);
       if (!ignored_[i]) continue;
       if (i < count_) is_ignored(args_, row_ + i, target_[i], result);
       target_[i] = 0;
     }
   }
 
+  void find_targets(int64_t begin, int columns) {
+    for (int i = 0; i < width_; ++i) {
+      const int64_t column = target_[i] - begin;
+      target_column_[i] = Column(!kInWords || uint64_t(column) < uint64_t(columns) ? column : -1);
+    }
+  }
+
+  static X minus_infinity() {
+    X x;
+    narrow(-kInfinity<Vec>, &x);
+    return x;
+  }
   const T* logits_of(int64_t row) const {
     return static_cast<const T*>(args_.logits) + row_offset(args_.layout, row);
   }
 
-  // Moves columns from `from`, `stride` apart, into the tile, and raises the maxima to theirs.
+  // Moves columns from `from`, `stride` apart, into the tile unless they are there, and raises the
+  // maxima to theirs.
   template <bool kInPlace, class Logit>
-  void take(const Logit* from, int64_t stride, int columns) {
+  void measure(const Logit* from, int64_t stride, int columns) {
     int g = 0;
-    for (; g + kTakenGroups <= groups_; g += kTakenGroups)
-      take_groups<kTakenGroups, kInPlace>(g * kLanes, from + g * kLanes, stride, columns);
+    for (; g + kCopiedGroups <= groups_; g += kCopiedGroups)
+      measure_groups<kCopiedGroups, kInPlace>(g * kLanes, from + g * kLanes, stride, columns);
     for (; g < groups_; ++g)
-      take_groups<1, kInPlace>(g * kLanes, from + g * kLanes, stride, columns);
+      measure_groups<1, kInPlace>(g * kLanes, from + g * kLanes, stride, columns);
   }
   template <int kGroups, bool kInPlace, class Logit>
-  void take_groups(int first, const Logit* from, int64_t stride, int columns) {
-    const Lanes one = Lanes::splat(1), nothing = Lanes::splat(-kInfinity<Vec>);
-    Lanes target[kGroups], maximum[kGroups], target_x[kGroups];
-    for (int i = 0; i < kGroups; ++i) {
-      target[i] = Lanes::load(target_column_ + first + i * kLanes);
-      maximum[i] = Lanes::load(maximum_ + first + i * kLanes);
-      target_x[i] = Lanes::load(target_x_ + first + i * kLanes);
-    }
-    Lanes column = Lanes::splat(0);
-    Real* x = x_ + first;
-    for (int j = 0; j < columns; ++j, from += stride, x += width_, column = column + one) {
+  void measure_groups(int first, const Logit* from, int64_t stride, int columns) {
+    if constexpr (kInWords)
+      take_targets<kGroups>(first, from, stride, columns);
+    else
+      copy_groups<kGroups, kInPlace>(first, from, stride, columns);
+  }
+  template <int kGroups, bool kInPlace, class Logit>
+  void copy_groups(int first, const Logit* from, int64_t stride, int columns) {
+    Lanes maximum[kGroups];
+    for (int i = 0; i < kGroups; ++i) maximum[i] = Lanes::load(maximum_ + first + i * kLanes);
+    X* x = x_ + first;
+    for (int j = 0; j < columns; ++j, from += stride, x += width_) {
       Lanes logits[kGroups];  // all are under way before the first is stored
       for (int i = 0; i < kGroups; ++i) logits[i] = Lanes::load(from + i * kLanes);
       for (int i = 0; i < kGroups; ++i) {
         maximum[i] = max(maximum[i], logits[i]);
-        if (kTaken) {
-          target_x[i] = select_eq(target[i], column, logits[i], target_x[i]);
-          logits[i] = select_eq(target[i], column, nothing, logits[i]);
-        }
-        if (kTaken || !kInPlace) store(x + i * kLanes, logits[i]);
+        if (!kInPlace) store(x + i * kLanes, logits[i]);
+      }
+    }
+    for (int i = 0; i < kGroups; ++i) store(maximum_ + first + i * kLanes, maximum[i]);
+  }
+  template <int kGroups>
+  void take_targets(int first, const X* from, int64_t stride, int columns) {
+    using Words = typename Vec::Words;
+    const Words one = Words::splat(1), nothing = Words::splat(minus_infinity().bits);
+    Words target[kGroups], maximum[kGroups], target_x[kGroups];
+    for (int i = 0; i < kGroups; ++i) {
+      target[i] = Words::load(target_column_ + first + i * kLanes);
+      maximum[i] = in_signed_order(Words::load(maximum_ + first + i * kLanes));
+      target_x[i] = Words::load(target_x_ + first + i * kLanes);
+    }
+    Words column = Words::splat(0);
+    X* x = x_ + first;
+    for (int j = 0; j < columns; ++j, from += stride, x += width_, column = column + one) {
+      Words logits[kGroups];
+      for (int i = 0; i < kGroups; ++i) logits[i] = Words::load(from + i * kLanes);
+      for (int i = 0; i < kGroups; ++i) {
+        maximum[i] = max_signed(maximum[i], in_signed_order(logits[i]));
+        target_x[i] = select_eq(target[i], column, logits[i], target_x[i]);
+        store(x + i * kLanes, select_eq(target[i], column, nothing, logits[i]));
       }
     }
     for (int i = 0; i < kGroups; ++i) {
-      store(maximum_ + first + i * kLanes, maximum[i]);
-      if (kTaken) store(target_x_ + first + i * kLanes, target_x[i]);
+      store(maximum_ + first + i * kLanes, in_signed_order(maximum[i]));
+      store(target_x_ + first + i * kLanes, target_x[i]);
     }
   }
 
   void copy(int64_t begin, int columns) {
-    const bool evenly_spaced = args_.class_stride == 1 && args_.layout.dimensions == 1;
     int i = 0;
-    if (evenly_spaced)
-      for (; i + kLanes <= count_; i += kLanes)
-        transpose(Lanes(), logits_of(row_ + i) + begin, args_.layout.stride[0], columns, x_ + i,
-                  width_);
+    if constexpr (!kInWords) {
+      const bool evenly_spaced = args_.class_stride == 1 && args_.layout.dimensions == 1;
+      if (evenly_spaced)
+        for (; i + kLanes <= count_; i += kLanes)
+          transpose(Lanes(), logits_of(row_ + i) + begin, args_.layout.stride[0], columns, x_ + i,
+                    width_);
+    }
     for (; i < width_; ++i) {
       const T* p = logits_of(row_ + (i < count_ ? i : count_ - 1)) + begin * args_.class_stride;
-      for (int j = 0; j < columns; ++j, p += args_.class_stride) x_[j * width_ + i] = widen(*p);
+      for (int j = 0; j < columns; ++j, p += args_.class_stride) put(*p, x_[j * width_ + i]);
     }
-    if (args_.softcap != 0.0) copy_block<Vec>(x_, columns * width_, Real(args_.softcap), x_);
+    if constexpr (!kInWords)
+      if (args_.softcap != 0.0) copy_block<Vec>(x_, columns * width_, Real(args_.softcap), x_);
+  }
+  static void put(T logit, T& x) { x = logit; }
+  template <class Wide>
+  static void put(T logit, Wide& x) {
+    x = widen(logit);
   }
 
   // Extras are of all logits: those of targets are back in the tile meanwhile.
   void add_extras(int64_t begin, int columns) {
-    const auto put = [&](const auto& logit) {
-      if (!kTaken) return;
+    const auto replace_targets = [&](const auto& logit) {
+      if (!kInWords) return;
       for (int i = 0; i < width_; ++i)
-        if (target_column_[i] >= 0 && target_column_[i] < columns)
-          x_[int(target_column_[i]) * width_ + i] = logit(i);
+        if (target_column_[i] >= 0) x_[int(target_column_[i]) * width_ + i] = logit(i);
     };
-    put([&](int i) { return target_x_[i]; });
+    replace_targets([&](int i) { return target_x_[i]; });
     for (int g = 0; g < groups_; ++g)
-      extras_[g].add(args_, plan_, begin, columns, sums_[g].shift, x_ + g * kLanes, width_);
-    put([&](int) { return -kInfinity<Vec>; });
+      extras_[g].add(args_, plan_, begin, columns, in_order<X>(sums_[g].shift), x_ + g * kLanes,
+                     width_);
+    replace_targets([&](int) { return minus_infinity(); });
   }
 
   // Finishes rows soon after their last block, so that memory is at work meanwhile, too.
@@ -199,9 +253,9 @@ class Tile {
     constexpr int kAtOnce = Group<Vec>::kRows / kLanes;
     for (int g = 0; g < groups_; ++g) {
       if (begin == 0) rows_ahead_(next_row + g * kLanes, kLanes);
-      const Real* x = x_ + g * kLanes;
+      const X* x = x_ + g * kLanes;
       const auto fetch = [&]() __attribute__((always_inline)) { ahead(); };
-      if constexpr (kTaken) {
+      if constexpr (kInWords) {
         sums_[g].template add<kSquares>(exponential, columns, x, width_, fetch);
       } else {
         sums_[g].template add_others<kSquares>(exponential, columns, target_column_ + g * kLanes,
@@ -242,13 +296,13 @@ class Tile {
   bool any_ignored_;
   // Aligned: whole vectors of these are read and written.
   alignas(64) uint8_t ignored_[kRows];
-  alignas(64) int64_t target_[kRows];      // a class, also where the row is ignored
-  alignas(64) Real target_column_[kRows];  // of the block; no column of it where it is in another
-  alignas(64) Real target_x_[kRows];       // the target's logit
-  alignas(64) Real maximum_[kRows];        // of the logits so far
-  LaneSums<Vec> sums_[kTileGroups];
+  alignas(64) int64_t target_[kRows];        // a class, also where the row is ignored
+  alignas(64) Column target_column_[kRows];  // of the block; no column where it is in another
+  alignas(64) X target_x_[kRows];            // the target's logit
+  alignas(64) X maximum_[kRows];             // of the logits so far
+  LaneSums<Vec, X> sums_[kTileGroups];
   Extras<Vec> extras_[kTileGroups];
-  alignas(64) Real x_[kSize];
+  alignas(64) X x_[kSize];
 };
 
 }  // namespace sparse_kernels

@@ -3,7 +3,7 @@
 // load_pair() reads 2 kLanes consecutive logits into two vectors, in an order that store_pair() and
 // stream_pair() reverse. Those of 16 bits need not be moved to the lanes of their places then: the
 // even ones go to one vector and the odd ones to the other, and their results are one store.
-// Here are the functions for any vector; vec_avx2.h and vec_avx512.h have their own for 16 bits.
+// Here are the functions for any vector; vec_avx2.h and vec_avx512.h have their own for bfloat16.
 #pragma once
 
 #include <type_traits>
@@ -17,6 +17,10 @@ inline void load_pair(const T* p, Vec& first, Vec& second) {
   first = Vec::load(p);
   second = Vec::load(p + Vec::kLanes);
 }
+
+// Moves the lanes of two vectors that load_pair() read from logits of type T to their places.
+template <class T, class Vec>
+inline void put_in_order(const T*, Vec&, Vec&) {}
 
 // As store(), but to bfloat16 the bits of a NaN are rounded like any others. They stay a NaN's
 // unless the NaN fills all of its lower half too; what arithmetic returns for bfloat16 operands
@@ -42,6 +46,11 @@ using Batch = std::conditional_t<Vec::kInRegisters, Pair<Vec>, Vec>;
 template <class Half, class T>
 inline void load_in_any_order(const T* p, Pair<Half>& pair) {
   load_pair(p, pair.low, pair.high);
+}
+template <class T, class Half>
+inline Pair<Half> in_order(Pair<Half> pair) {
+  put_in_order(static_cast<const T*>(nullptr), pair.low, pair.high);
+  return pair;
 }
 template <class Half, class T>
 inline void store_in_any_order(T* p, Pair<Half> pair) {

@@ -9,11 +9,31 @@
 namespace sparse_kernels {
 namespace avx2 {
 
+struct U16x16 {
+  __m256i v;
+
+  static U16x16 splat(uint16_t x) { return {_mm256_set1_epi16(short(x))}; }
+  static U16x16 load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+};
+
+inline void store(void* p, U16x16 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
+inline U16x16 operator+(U16x16 a, U16x16 b) { return {_mm256_add_epi16(a.v, b.v)}; }
+inline U16x16 max_signed(U16x16 a, U16x16 b) { return {_mm256_max_epi16(a.v, b.v)}; }
+inline U16x16 select_eq(U16x16 a, U16x16 b, U16x16 x, U16x16 y) {
+  return {_mm256_blendv_epi8(y.v, x.v, _mm256_cmpeq_epi16(a.v, b.v))};
+}
+inline U16x16 in_signed_order(U16x16 a) {
+  const __m256i magnitude = _mm256_set1_epi16(0x7fff);
+  return {_mm256_xor_si256(a.v, _mm256_and_si256(_mm256_srai_epi16(a.v, 15), magnitude))};
+}
+
 struct F32x8 {
   using Real = float;
+  using Words = U16x16;
   static constexpr int kLanes = 8;
   static constexpr int kPowerSteps = 8;
   static constexpr bool kInRegisters = true;
+  static constexpr bool kMasks = false;
 
   __m256 v;
 
@@ -56,6 +76,11 @@ inline void load_pair(const BFloat16* p, F32x8& even, F32x8& odd) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   even = {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};
   odd = {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))))};
+}
+inline void put_in_order(const BFloat16*, F32x8& even, F32x8& odd) {
+  const __m256 a = _mm256_unpacklo_ps(even.v, odd.v), b = _mm256_unpackhi_ps(even.v, odd.v);
+  even = {_mm256_permute2f128_ps(a, b, 0x20)};
+  odd = {_mm256_permute2f128_ps(a, b, 0x31)};
 }
 // The upper half is `a` rounded to the nearest bfloat16, ties to even.
 inline __m256i rounded_up_half(F32x8 a) {
@@ -168,6 +193,7 @@ struct F64x4 {
   static constexpr int kLanes = 4;
   static constexpr int kPowerSteps = 1;
   static constexpr bool kInRegisters = true;
+  static constexpr bool kMasks = false;
 
   __m256d v;
 

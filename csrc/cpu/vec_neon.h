@@ -9,11 +9,49 @@
 namespace sparse_kernels {
 namespace neon {
 
+struct U16x16 {
+  uint16x8_t low, high;
+
+  static U16x16 splat(uint16_t x) { return {vdupq_n_u16(x), vdupq_n_u16(x)}; }
+  static U16x16 load(const void* p) {
+    const uint16_t* const words = static_cast<const uint16_t*>(p);
+    return {vld1q_u16(words), vld1q_u16(words + 8)};
+  }
+};
+
+inline void store(void* p, U16x16 a) {
+  uint16_t* const words = static_cast<uint16_t*>(p);
+  vst1q_u16(words, a.low);
+  vst1q_u16(words + 8, a.high);
+}
+inline U16x16 operator+(U16x16 a, U16x16 b) {
+  return {vaddq_u16(a.low, b.low), vaddq_u16(a.high, b.high)};
+}
+inline uint16x8_t max_signed(uint16x8_t a, uint16x8_t b) {
+  return vreinterpretq_u16_s16(vmaxq_s16(vreinterpretq_s16_u16(a), vreinterpretq_s16_u16(b)));
+}
+inline U16x16 max_signed(U16x16 a, U16x16 b) {
+  return {max_signed(a.low, b.low), max_signed(a.high, b.high)};
+}
+inline U16x16 select_eq(U16x16 a, U16x16 b, U16x16 x, U16x16 y) {
+  return {vbslq_u16(vceqq_u16(a.low, b.low), x.low, y.low),
+          vbslq_u16(vceqq_u16(a.high, b.high), x.high, y.high)};
+}
+inline uint16x8_t in_signed_order(uint16x8_t a) {
+  const int16x8_t sign = vshrq_n_s16(vreinterpretq_s16_u16(a), 15);
+  return veorq_u16(a, vandq_u16(vreinterpretq_u16_s16(sign), vdupq_n_u16(0x7fff)));
+}
+inline U16x16 in_signed_order(U16x16 a) {
+  return {in_signed_order(a.low), in_signed_order(a.high)};
+}
+
 struct F32x8 {
   using Real = float;
+  using Words = U16x16;
   static constexpr int kLanes = 8;
   static constexpr int kPowerSteps = 1;
   static constexpr bool kInRegisters = true;
+  static constexpr bool kMasks = false;
 
   float32x4_t low, high;
 
@@ -135,6 +173,7 @@ struct F64x4 {
   static constexpr int kLanes = 4;
   static constexpr int kPowerSteps = 1;
   static constexpr bool kInRegisters = true;
+  static constexpr bool kMasks = false;
 
   float64x2_t low, high;
 

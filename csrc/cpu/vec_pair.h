@@ -15,6 +15,23 @@ inline Vec select_eq(Vec a, Vec b, Vec x, Vec y) {
   return select_ge(a, b, select_ge(b, a, x, y), y);
 }
 
+// Where two vectors differ, or either is NaN. Where kMasks, this is a mask, and there are
+//   add_where(there, a, b)      a + b there, a elsewhere
+//   fma_where(there, a, b, c)   a b + c there, c elsewhere
+template <class Vec>
+struct Difference {
+  Vec a, b;
+};
+template <class Vec>
+inline Difference<Vec> differs(Vec a, Vec b) {
+  return {a, b};
+}
+// x there, y elsewhere.
+template <class Vec>
+inline Vec select_where(Difference<Vec> there, Vec x, Vec y) {
+  return select_eq(there.a, there.b, y, x);
+}
+
 // Contiguous classes of kLanes rows, row_stride elements apart: x[j * stride + i] is column j of
 // row i. vec_*.h may have a faster one.
 template <class Vec, class T>
@@ -31,6 +48,7 @@ struct Pair {
   static constexpr int kLanes = 2 * Half::kLanes;
   static constexpr int kPowerSteps = Half::kPowerSteps;
   static constexpr bool kInRegisters = Half::kInRegisters;
+  static constexpr bool kMasks = Half::kMasks;
 
   Half low, high;
 
@@ -92,6 +110,29 @@ inline Pair<Half> select_ge(Pair<Half> a, Pair<Half> b, Pair<Half> x, Pair<Half>
 template <class Half>
 inline Pair<Half> select_eq(Pair<Half> a, Pair<Half> b, Pair<Half> x, Pair<Half> y) {
   return {select_eq(a.low, b.low, x.low, y.low), select_eq(a.high, b.high, x.high, y.high)};
+}
+
+template <class Half>
+using DifferenceOf = decltype(differs(Half(), Half()));
+template <class Half>
+struct PairDifference {
+  DifferenceOf<Half> low, high;
+};
+template <class Half>
+inline PairDifference<Half> differs(Pair<Half> a, Pair<Half> b) {
+  return {differs(a.low, b.low), differs(a.high, b.high)};
+}
+template <class Half>
+inline Pair<Half> select_where(PairDifference<Half> there, Pair<Half> x, Pair<Half> y) {
+  return {select_where(there.low, x.low, y.low), select_where(there.high, x.high, y.high)};
+}
+template <class Half>
+inline Pair<Half> add_where(PairDifference<Half> there, Pair<Half> a, Pair<Half> b) {
+  return {add_where(there.low, a.low, b.low), add_where(there.high, a.high, b.high)};
+}
+template <class Half>
+inline Pair<Half> fma_where(PairDifference<Half> there, Pair<Half> a, Pair<Half> b, Pair<Half> c) {
+  return {fma_where(there.low, a.low, b.low, c.low), fma_where(there.high, a.high, b.high, c.high)};
 }
 
 template <class Half>

@@ -8,23 +8,65 @@
 //   Vec::load(p)                 kLanes consecutive logits of any type that widens to Real
 //   kPowerSteps                  steps of 2^x between powers of two: see nearest_step
 //   kInRegisters                 whether compilers keep several of these at a time in registers
+//   kMasks                       whether a comparison takes no vector register
+//   Words                        2 kLanes logits of 16 bits, as their bits; where Real is float
 // and the operators and functions of this file.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "scalar_types.h"
 
 namespace sparse_kernels {
 namespace portable {
 
+// Sixteen. GCC and Clang have vectors of integers for every target; of loops over 16 bits they make
+// none.
+struct Words16 {
+  using Half = int16_t __attribute__((vector_size(16)));
+
+  Half low, high;
+
+  static Words16 splat(uint16_t x) {
+    const int16_t word = int16_t(x);
+    const Half all = {word, word, word, word, word, word, word, word};
+    return {all, all};
+  }
+  static Words16 load(const void* p) {
+    Words16 out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+  }
+};
+
+inline void store(void* p, const Words16& a) { std::memcpy(p, &a, sizeof a); }
+inline Words16 operator+(const Words16& a, const Words16& b) {
+  return {a.low + b.low, a.high + b.high};
+}
+// The larger of two integers with signs.
+inline Words16 max_signed(const Words16& a, const Words16& b) {
+  return {a.low > b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
+}
+// a == b ? x : y.
+inline Words16 select_eq(const Words16& a, const Words16& b, const Words16& x, const Words16& y) {
+  return {a.low == b.low ? x.low : y.low, a.high == b.high ? x.high : y.high};
+}
+// Integers with signs in the order of the logits whose bits these are; and those bits of such
+// integers. A NaN without a sign is above infinity, one with a sign below minus infinity.
+inline Words16 in_signed_order(const Words16& a) {
+  return {a.low ^ ((a.low >> 15) & 0x7fff), a.high ^ ((a.high >> 15) & 0x7fff)};
+}
+
 template <class Element>
 struct Lanes8 {
   using Real = Element;
+  using Words = Words16;
   static constexpr int kLanes = 8;
   static constexpr int kPowerSteps = 1;
   static constexpr bool kInRegisters = false;
+  static constexpr bool kMasks = false;
 
   Real lane[kLanes];
 
