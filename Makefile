@@ -60,7 +60,7 @@ $(HOSTS)/.ready: tests/versions/hosts.txt | $(BIN)/python
 # is installed of this package: its C++ part was built for READY's environment, and serves every PyTorch of that Python.
 VERSIONS := build/versions
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
-VERSIONS_SUITE ?= tests/kernels tests/test_smoke.py
+VERSIONS_SUITE ?= tests/kernels tests/test_smoke.py tests/test_process_state.py
 VERSIONS_MARKS ?= not any_pytorch
 
 test-versions: test-floor test-newest  ## the kernels and a short training with the oldest and the newest PyTorch
