@@ -37,6 +37,7 @@ from sparse_kernels.types import CONTROL_COUNTERS, CONTROL_VALUES, ControlState
 
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _LABELS = frozenset((torch.int64, torch.int32, torch.bool))
+_MAX_ROWS = 2**31 - 1  # that a selection is made of: its counts are int32
 _STATE = (("values", torch.float32, len(CONTROL_VALUES)), ("counters", torch.int64, len(CONTROL_COUNTERS)))
 
 
@@ -211,6 +212,7 @@ class CompactCall:
             if weight.shape != mask.shape or weight.dtype is not torch.float32:
                 raise ValueError(f"`weight` must be float32 of shape {tuple(mask.shape)}, got {described(weight)}")
             check_device("weight", weight, "the mask", mask.device)
+        _check_countable("mask", mask)
         self.capacity = _checked_capacity(self.capacity)
 
     def operands(self) -> list[Tensor]:
@@ -220,6 +222,12 @@ class CompactCall:
     @property
     def device(self) -> torch.device:
         return self.mask.device
+
+
+def _check_countable(name: str, of_rows: Tensor) -> None:
+    rows = of_rows.numel()
+    if isinstance(rows, int) and rows > _MAX_ROWS:  # a compiler's symbol would become a guard
+        raise ValueError(f"`{name}` must have fewer than 2^31 rows to select from, got {rows}")
 
 
 def _checked_capacity(capacity: Any) -> int | None:
@@ -348,6 +356,7 @@ class SelectCall(GateCall):
 
     def __post_init__(self) -> None:
         GateCall.__post_init__(self)
+        _check_countable("targets", self.targets)
         self.capacity = _checked_capacity(self.capacity)
         self.packing = None if self.tree is None else Tree(self.tree, self.targets.numel(), self.targets.device)
 
@@ -371,6 +380,7 @@ class GateStepCall(GateCall):
 
     def __post_init__(self) -> None:
         GateCall.__post_init__(self)
+        _check_countable("targets", self.targets)
         self.capacity = _checked_capacity(self.capacity)
 
     @property

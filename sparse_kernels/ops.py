@@ -163,7 +163,7 @@ def compact(
     """Pack the indices of the rows that a mask keeps, in ascending order.
 
     Args:
-        mask: bool [rows].
+        mask: bool [rows], fewer than 2^31 rows.
         weight: of each row, float32 [rows], packed beside the indices. Default: 1 for each row.
         capacity: number of slots of the result, whatever the mask holds. The rest is padded with index 0 and weight
             0, and nothing waits for the device; rows that do not fit are counted in ``overflow``. Default: exactly
@@ -174,7 +174,7 @@ def compact(
         Selection.
 
     Raises:
-        ValueError: a mask that is not bool or not 1-D, a weight of another shape or dtype, a bad capacity.
+        ValueError: a mask that is not bool, not 1-D or too long, a weight of another shape or dtype, a bad capacity.
         BackendUnavailable: the named backend cannot serve the call.
 
     Example:

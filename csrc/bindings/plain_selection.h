@@ -19,16 +19,18 @@ namespace plain {
 struct Packed {
   Output index, weight, count, overflow;
   int64_t slots = 0;
+  static constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // that its counts hold
 
   // `capacity` is None for as many slots as are kept.
   Packed(const uint8_t* mask, const float* weight_in, int64_t rows, PyObject* capacity) {
+    require(rows <= kMost);
     std::vector<int64_t> counts;
     if (capacity == Py_None) {
       counts = count_flags(mask, rows);
       for (int64_t c : counts) slots += c;
     } else {
       slots = integer(capacity);
-      require(slots >= 0 && slots <= std::numeric_limits<int32_t>::max());
+      require(slots >= 0 && slots <= kMost);
     }
     index = Output(&slots, 1, kInt64);
     weight = Output(&slots, 1, kFloat32);

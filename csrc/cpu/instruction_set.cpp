@@ -3,8 +3,20 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(SPARSE_KERNELS_X86)
+#include <cpuid.h>
+#endif
+
 namespace sparse_kernels {
 namespace {
+
+#if defined(SPARSE_KERNELS_X86)
+// Asked of the processor itself: clang 14 has no name for it in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 bool processor_has(InstructionSet value) {
 #if defined(SPARSE_KERNELS_X86)
@@ -15,7 +27,7 @@ bool processor_has(InstructionSet value) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     case InstructionSet::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi");
+             __builtin_cpu_supports("bmi") && has_f16c();
     default:
       return value == InstructionSet::kPortable;
   }

@@ -14,18 +14,19 @@ namespace sparse_kernels {
 template <class Vec>
 class PlanesAhead {
  public:
-  // operator() is called `calls` times.
+  // operator() is called `calls` times. Nothing follows where `planes` is null.
   template <class T>
   PlanesAhead(const T* planes, int64_t class_stride, int columns, int width, int calls,
               bool past_caches)
-      : at_(reinterpret_cast<const char*>(planes)),
-        stride_(class_stride * int64_t(sizeof(T))),
-        past_caches_(past_caches) {
+      : past_caches_(past_caches) {
+    if (!planes || calls == 0) return;
     const int in_line = int(reinterpret_cast<uintptr_t>(planes) % 64);
     bytes_ = (width * int(sizeof(T)) + in_line + 127) / 128 * 128;
+    stride_ = class_stride * int64_t(sizeof(T));
+    at_ = reinterpret_cast<const char*>(planes);
     end_ = at_ + bytes_;
-    left_ = planes && calls > 0 ? columns * (bytes_ / 128) : 0;
-    at_once_ = left_ > 0 ? (left_ + calls - 1) / calls : 0;
+    left_ = columns * (bytes_ / 128);
+    at_once_ = (left_ + calls - 1) / calls;
   }
 
   __attribute__((always_inline)) void operator()() {
@@ -42,9 +43,9 @@ class PlanesAhead {
   }
 
  private:
-  const char *at_, *end_;
-  int64_t stride_;
-  int bytes_, left_, at_once_;
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t stride_ = 0;
+  int bytes_ = 0, left_ = 0, at_once_ = 0;
   bool past_caches_;
 };
 

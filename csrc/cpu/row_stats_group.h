@@ -79,7 +79,7 @@ struct GroupStatistics {
   // always_inline: finish() is one function, in three parts for the reader.
   __attribute__((always_inline)) inline void compute() {
     const Vec zero = Vec::splat(0), one = Vec::splat(1);
-    const Vec minus_beta = Vec::splat(Real(-args.inverse_temperature));
+    const Vec beta = Vec::splat(Real(args.inverse_temperature));
     const Vec flush_below = Vec::splat(Approximation<Vec>::kFlushBelow);
     const Exponential<Vec> exponential = plan.exponential;
     alignas(64) Real inverse[kRows], total_minus_one[kRows], log_total[kRows];
@@ -97,11 +97,12 @@ struct GroupStatistics {
       store(log_total + i, vec_log1p(Vec::load(total_minus_one + i), Vec::load(inverse + i)));
     });
 
+    // Differences are by fms(), which no vector rounds twice.
     const auto& requested = plan.requested;
     if (requested[kLoss])
       each_vector([&](int i) {
         store(value[kLoss] + i,
-              fma(Vec::load(group.target_d + i), minus_beta, Vec::load(log_total + i)));
+              zero - fms(Vec::load(group.target_d + i), beta, Vec::load(log_total + i)));
       });
     if (plan.smoothed) smooth(log_total);
     if (requested[kEntropy])
@@ -110,16 +111,14 @@ struct GroupStatistics {
         const Vec rest_d = select_ge(flush_below, found, zero, Vec::load(group.rest_d + i));
         const Vec target_d = exponential.clamp(Vec::load(group.target_d + i));
         const Vec mean_d = fma(Vec::load(target_e + i), target_d, rest_d) * Vec::load(inverse + i);
-        store(value[kEntropy] + i, fma(mean_d, minus_beta, Vec::load(log_total + i)));
+        store(value[kEntropy] + i, zero - fms(mean_d, beta, Vec::load(log_total + i)));
       });
     if (plan.in_double) compute_in_double();
-    if (requested[kLogSumExp]) {
-      const Vec beta = Vec::splat(Real(args.inverse_temperature));
+    if (requested[kLogSumExp])
       each_vector([&](int i) {
         store(value[kLogSumExp] + i,
-              fma(Vec::load(group.maximum + i), beta, Vec::load(log_total + i)));
+              fms(Vec::load(group.maximum + i), beta, zero - Vec::load(log_total + i)));
       });
-    }
   }
 
   void smooth(const Real* log_total) {

@@ -122,8 +122,9 @@ def _layout(logits: Tensor, dim: int) -> tuple[int, ...] | None:
     None if the rows have more dimensions than C++ takes.
     """
     shape = logits.shape
-    if dim == -1 and logits.is_contiguous():
-        return 1, shape[-1]
+    # Strides of a tensor without elements lead nowhere, and may be any.
+    if logits.numel() == 0 or (dim == -1 and logits.is_contiguous()):
+        return 1, shape[dim]
     strides = list(logits.stride())
     sizes = list(shape)
     classes, class_stride = sizes.pop(dim), strides.pop(dim)

@@ -41,7 +41,6 @@ from sparse_kernels.trees import Tree
 from sparse_kernels.types import ControlState, GatedRows, Selected, Selection
 
 _new = tuple.__new__  # a named tuple's own constructor is one more call of Python
-MAX_ROWS = 2**31 - 1  # of a mask: counts are int32
 
 _missing: str | None = None
 try:
@@ -157,13 +156,9 @@ row_stats, gate_rows = triton.row_stats, triton.gate_rows
 row_stats_saving, row_stats_backward = triton.row_stats_saving, triton.row_stats_backward
 
 
-def _rows_unsupported_reason(rows: int) -> str | None:
-    return None if rows <= MAX_ROWS else f"the mask has {rows} rows; it serves up to {MAX_ROWS}"
-
-
 def compact_unsupported_reason(call: CompactCall) -> str | None:
     """Return why this call is not served, or None."""
-    return _rows_unsupported_reason(call.mask.shape[0]) or _tensor_unsupported_reason(call.mask)
+    return _tensor_unsupported_reason(call.mask)
 
 
 def control_unsupported_reason(call: ControlCall) -> str | None:
@@ -180,7 +175,7 @@ scatter_rows_unsupported_reason = gather_rows_unsupported_reason
 
 
 def _step_unsupported_reason(call: GateCall) -> str | None:
-    reason = gate_rows_unsupported_reason(call) or _rows_unsupported_reason(call.targets.numel())
+    reason = gate_rows_unsupported_reason(call)
     if reason is None and call.logits.dtype is torch.float64:
         reason = "the rows of NaN are counted in float32"
     return reason

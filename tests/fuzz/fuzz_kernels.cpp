@@ -6,75 +6,21 @@
 // FUZZ_STANDALONE adds a main that needs no libFuzzer: fuzz_kernels [seconds] [seed].
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
+#include "random_input.h"
 #include "sparse_kernels/cpu/compact.h"
+#include "sparse_kernels/cpu/control.h"
 #include "sparse_kernels/cpu/gather.h"
 #include "sparse_kernels/cpu/instruction_set.h"
 #include "sparse_kernels/cpu/row_stats.h"
+#include "sparse_kernels/cpu/sum_tree.h"
 
 namespace sk = sparse_kernels;
 
 namespace {
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "wrong: %s\n", what);
-  std::abort();
-}
-
-// The input's bytes, then zeros.
-class Bytes {
- public:
-  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  uint64_t number() {
-    uint64_t value = 0;
-    const size_t taken = std::min(size_, sizeof value);
-    if (taken) std::memcpy(&value, data_, taken);
-    data_ += taken;
-    size_ -= taken;
-    // Mixed, so that short inputs make many different numbers too.
-    value = (value ^ ++drawn_ * 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u;
-    return value ^ value >> 29;
-  }
-  int64_t below(int64_t bound) { return int64_t(number() % uint64_t(bound)); }
-  bool coin() { return number() & 1; }
-  // Sizes are mostly small, and around the lengths of vectors and words.
-  int64_t size(int64_t most) {
-    const int64_t edges[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129};
-    const int64_t value = coin() ? edges[below(15)] : below(coin() ? 40 : most + 1);
-    return std::min(value, most);
-  }
-  template <class T>
-  std::vector<T> fill(int64_t count) {
-    std::vector<T> values(static_cast<size_t>(count));
-    for (T& value : values) {
-      const uint64_t bits = number();
-      std::memcpy(&value, &bits, sizeof value);
-    }
-    return values;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_;
-  uint64_t drawn_ = 0;
-};
-
-// Memory that begins at any address and ends exactly where the allocation ends.
-class Block {
- public:
-  Block(int64_t bytes, int64_t offset)
-      : memory_(static_cast<size_t>(bytes + offset)), offset_(offset) {}
-  char* begin() { return memory_.data() + offset_; }
-
- private:
-  std::vector<char> memory_;
-  int64_t offset_;
-};
 
 void fuzz_compact(Bytes& bytes) {
   const int64_t rows = bytes.below(300) ? bytes.size(5000) : 256 * 1024 + bytes.size(5000);
@@ -167,16 +113,17 @@ void fuzz_move(Bytes& bytes, bool scatter) {
 // Random arguments of the row statistics and the memory that they point to.
 struct RowStatsCase {
   sk::RowStatsArgs args{};
-  int64_t item, elements;  // bytes of a logit; logits from the first to the last
-  bool bad_targets;
+  int64_t item, real, elements;  // bytes of a logit and of a result; logits from first to last
+  bool bad_targets, overlaps = false;
+  char* logits;
   std::vector<Block> inputs;
-  std::vector<std::vector<float>> outputs;
+  std::vector<std::vector<char>> outputs;
   std::vector<int64_t> argmax;
-  std::vector<float> offset;
+  std::vector<float> weight;
   std::vector<uint8_t> mask;
 
   explicit RowStatsCase(Bytes& bytes) {
-    inputs.reserve(2);
+    inputs.reserve(3);
     choose_layout(bytes);
     choose_logits(bytes);
     choose_targets(bytes);
@@ -189,7 +136,7 @@ struct RowStatsCase {
   }
   RowStatsCase(const RowStatsCase&) = delete;
 
-  float* output() { return outputs.emplace_back(size_t(args.rows), -7.0f).data(); }
+  void* output() { return outputs.emplace_back(size_t(args.rows * real), char(0x55)).data(); }
 
  private:
   char* input(int64_t bytes, int64_t offset) {
@@ -197,11 +144,11 @@ struct RowStatsCase {
     return inputs.back().begin();
   }
 
-  // Strides of the dimensions, the classes among them, in any order and with gaps.
+  // Strides of the dimensions, the classes among them, in any order and with gaps, or of 0.
   void choose_layout(Bytes& bytes) {
-    const int dtype = int(bytes.below(3));
-    item = dtype == 0 ? 4 : 2;
-    args.dtype = sk::DType(dtype);
+    args.dtype = sk::DType(bytes.below(4));
+    real = args.dtype == sk::DType::kFloat64 ? 8 : 4;
+    item = args.dtype == sk::DType::kFloat32 ? 4 : args.dtype == sk::DType::kFloat64 ? 8 : 2;
     sk::RowLayout& layout = args.layout;
     layout.dimensions = 1 + int(bytes.below(sk::RowLayout::kDimensions));
     args.rows = 1;
@@ -215,7 +162,9 @@ struct RowStatsCase {
     if (bytes.coin()) std::swap(*std::find(order.begin(), order.end(), -1), order[0]);
     int64_t stride = 1;
     for (int d : order) {
-      (d < 0 ? args.class_stride : layout.stride[d]) = stride;
+      const bool repeated = bytes.below(16) == 0;
+      overlaps |= repeated;
+      (d < 0 ? args.class_stride : layout.stride[d]) = repeated ? 0 : stride;
       stride = stride * (d < 0 ? args.classes : std::max<int64_t>(layout.size[d], 1)) +
                (bytes.below(4) ? 0 : bytes.below(3));
     }
@@ -225,17 +174,21 @@ struct RowStatsCase {
   }
 
   void choose_logits(Bytes& bytes) {
-    char* logits = input(elements * item, item * bytes.below(8));
+    logits = input(elements * item, item * bytes.below(8));
     const bool wild = bytes.coin();
     for (int64_t i = 0; i < elements; ++i) {
       uint64_t bits = bytes.number();
       if (!wild) {  // small numbers: exponents near that of 1
-        const float value = float(int64_t(bits % 4000)) * 0.01f - 20.0f;
+        const double value = double(bits % 4000) * 0.01 - 20.0;
+        const float narrow = float(value);
         uint32_t word;
-        std::memcpy(&word, &value, 4);
-        bits = args.dtype == sk::DType::kFloat32    ? word
-               : args.dtype == sk::DType::kBFloat16 ? word >> 16
-                                                    : 0x3800 | (bits & 0x87ff);
+        std::memcpy(&word, &narrow, 4);
+        if (args.dtype == sk::DType::kFloat64)
+          std::memcpy(&bits, &value, 8);
+        else
+          bits = args.dtype == sk::DType::kFloat32    ? word
+                 : args.dtype == sk::DType::kBFloat16 ? word >> 16
+                                                      : 0x3800 | (bits & 0x87ff);
       }
       std::memcpy(logits + i * item, &bits, size_t(item));
     }
@@ -276,34 +229,81 @@ struct RowStatsCase {
     args.weights[bytes.below(sk::kStatistics)] = 1.0f;
     args.threshold = float(bytes.below(5));
     if (bytes.coin()) {
-      offset = bytes.fill<float>(args.rows);
-      args.offset = offset.data();
+      char* offset = input(args.rows * real, 0);
+      for (int64_t i = 0; i < args.rows * real; ++i) offset[i] = char(bytes.number());
+      args.offset = offset;
     }
     if (!bytes.coin()) return;
-    args.weight = output();
+    weight.resize(size_t(args.rows));
+    args.weight = weight.data();
     args.gate_temperature = 0.5f;
     args.p_min = 0.1f;
     args.seed = bytes.number();
   }
 };
 
+int64_t offset_of(const sk::RowLayout& layout, int64_t row) {
+  int64_t offset = 0;
+  for (int d = layout.dimensions - 1; d >= 0; --d) {
+    const int64_t size = d > 0 ? layout.size[d] : row + 1;
+    offset += row % size * layout.stride[d];
+    row /= size;
+  }
+  return offset;
+}
+
 void fuzz_row_stats_backward(Bytes& bytes, const RowStatsCase& forward) {
   const sk::RowStatsArgs& args = forward.args;
   sk::RowStatsBackwardArgs backward{};
   static_cast<sk::RowStatsInput&>(backward) = args;
-  Block gradient(forward.elements * forward.item, forward.item * bytes.below(8));
-  backward.gradient = gradient.begin();
+  // Over the logits, in their layout or row by row.
+  const bool in_place = !forward.overlaps && bytes.below(4) == 0;
+  const bool packed = forward.overlaps || bytes.coin();
+  const int64_t size = packed ? args.rows * args.classes : forward.elements;
+  Block memory(size * forward.item, forward.item * bytes.below(8));
   backward.gradient_class_stride = args.class_stride;
   backward.gradient_layout = args.layout;
+  if (in_place) {
+    backward.gradient = forward.logits;
+  } else {
+    backward.gradient = memory.begin();
+    backward.zeroed = bytes.coin();
+    if (!backward.zeroed) std::fill_n(memory.begin(), size * forward.item, char(0x55));
+    if (packed) {
+      backward.gradient_class_stride = 1;
+      backward.gradient_layout = {1, {}, {args.classes}};
+    }
+  }
   backward.maximum = args.saved_maximum;
   backward.total = args.saved_total;
-  const std::vector<float> upstream(size_t(args.rows), 1.0f);
-  backward.loss_gradient = upstream.data();
-  if (bytes.coin()) {
-    backward.entropy = args.outputs[sk::kEntropy];
-    backward.entropy_gradient = upstream.data();
-  }
+  std::vector<std::vector<char>> upstreams;
+  const auto upstream = [&](const void*& values, int64_t& step) {
+    if (bytes.below(4) == 0) return;
+    step = bytes.below(4) ? 1 : 0;
+    const int64_t count = step ? args.rows : std::min<int64_t>(args.rows, 1);
+    auto& of_rows = upstreams.emplace_back(size_t(count * forward.real), char(0));
+    for (int64_t i = 0; i < count; ++i) {
+      const double value = double(bytes.below(3));  // 0 among them
+      const float narrow = float(value);
+      std::memcpy(of_rows.data() + i * forward.real,
+                  forward.real == 8 ? static_cast<const void*>(&value) : &narrow,
+                  size_t(forward.real));
+    }
+    values = of_rows.data();
+  };
+  upstream(backward.loss_gradient, backward.loss_gradient_step);
+  upstream(backward.entropy_gradient, backward.entropy_gradient_step);
+  backward.entropy = backward.entropy_gradient ? args.outputs[sk::kEntropy] : nullptr;
   sk::row_stats_backward(backward);
+
+  const std::vector<char> zero(size_t(forward.item), 0);
+  for (int64_t row = 0; row < args.rows; ++row)
+    for (int64_t j = 0; sk::target_of(args, row) == args.ignore_index && j < args.classes; ++j) {
+      const int64_t at =
+          offset_of(backward.gradient_layout, row) + j * backward.gradient_class_stride;
+      const char* found = static_cast<const char*>(backward.gradient) + at * forward.item;
+      require(!std::memcmp(found, zero.data(), zero.size()), "the gradient of an ignored row");
+    }
 }
 
 // Row statistics, the gate and the backward: any layout and dtype, logits of any bits, targets that
@@ -319,13 +319,71 @@ void fuzz_row_stats(Bytes& bytes) {
   fuzz_row_stats_backward(bytes, forward);
 }
 
+// The threshold's controllers, on numbers of any bits.
+void fuzz_control(Bytes& bytes) {
+  sk::ControlArgs args{};
+  args.states = 1 + bytes.below(3);
+  args.rows = bytes.size(3000);
+  const int64_t rows = args.states * args.rows;
+  auto values = bytes.fill<float>(args.states * sk::kControlValues);
+  std::vector<int64_t> counters(size_t(args.states * sk::kControlCounters), bytes.below(100));
+  auto significance = bytes.fill<float>(rows), mass = bytes.fill<float>(rows);
+  if (bytes.coin())
+    for (float& s : significance) s = float(bytes.below(1000)) * 0.01f;
+  const auto setpoint = bytes.fill<float>(args.states);
+  const auto overflow = bytes.fill<int32_t>(args.states);
+  args.label_bytes = bytes.coin() ? 1 : bytes.coin() ? 4 : 8;
+  const auto labels = bytes.fill<char>(rows * args.label_bytes);
+  args.values = values.data();
+  args.counters = counters.data();
+  args.significance = significance.data();
+  args.labels = bytes.coin() ? labels.data() : nullptr;
+  args.ignore_index = bytes.coin() ? -100 : bytes.below(3);
+  args.mass = bytes.coin() ? mass.data() : nullptr;
+  args.setpoint = setpoint.data();
+  args.overflow = bytes.coin() ? overflow.data() : nullptr;
+  args.settings = {bytes.coin() ? 0.0f : 0.5f, 0.1f};
+  sk::control(args);
+}
+
+void fuzz_sum_tree(Bytes& bytes) {
+  sk::SumTree tree{};
+  tree.size = 1 + (bytes.below(8) ? bytes.size(5000) : bytes.below(200'000));
+  std::vector<float> leaves(static_cast<size_t>(tree.size));
+  for (float& leaf : leaves) leaf = float(bytes.below(4));
+  tree.leaves = leaves.data();
+  std::vector<std::vector<double>> levels;
+  for (int64_t nodes = tree.size; tree.depth == 0 || nodes > 1; ++tree.depth) {
+    nodes = (nodes + sk::SumTree::kFan - 1) / sk::SumTree::kFan;
+    tree.levels[tree.depth] = levels.emplace_back(size_t(nodes), -1.0).data();
+  }
+  sk::sum_tree_build(tree);
+  std::vector<int64_t> changed(static_cast<size_t>(bytes.size(300)));
+  for (int64_t& row : changed) {
+    row = bytes.below(tree.size);
+    leaves[size_t(row)] = float(bytes.below(4));
+  }
+  sk::sum_tree_update(tree, changed.data(), int64_t(changed.size()));
+  double total = 0;  // exact, as these leaves are small integers
+  for (float leaf : leaves) total += leaf;
+  require(levels.back()[0] == total, "the sum of the leaves");
+  std::vector<double> targets(static_cast<size_t>(bytes.size(100)));
+  for (double& target : targets) target = double(bytes.below(int64_t(total) + 1));
+  std::vector<int64_t> found(targets.size(), -1);
+  sk::sum_tree_find(tree, targets.data(), int64_t(targets.size()), found.data());
+  for (size_t i = 0; i < found.size(); ++i) {
+    require(found[i] >= 0 && found[i] < tree.size, "the leaf of a target");
+    if (targets[i] < total) require(leaves[size_t(found[i])] > 0, "a leaf of nothing drawn");
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   const auto sets = sk::available_instruction_sets();
   sk::set_instruction_set(sets[size_t(bytes.below(int64_t(sets.size())))]);
-  switch (bytes.below(4)) {
+  switch (bytes.below(8)) {
     case 0:
       fuzz_compact(bytes);
       break;
@@ -334,6 +392,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       break;
     case 2:
       fuzz_move(bytes, true);
+      break;
+    case 3:
+      fuzz_control(bytes);
+      break;
+    case 4:
+      fuzz_sum_tree(bytes);
       break;
     default:
       fuzz_row_stats(bytes);

@@ -14,16 +14,21 @@ class Part(NamedTuple):
 
 
 PREFIXES = ("OMP_", "SPARSE_", "TORCH", "TRITON_", "CUBLAS_")
+OF_PYTORCH = "TORCHINDUCTOR_CACHE_DIR"  # set by PyTorch 2.6 itself, when it compiles
 
 
 def _variables() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
+    return {name: value for name, value in os.environ.items() if name.startswith(PREFIXES) and name != OF_PYTORCH}
 
 
 def _set_variables(before: dict[str, str]) -> None:
     for name in _variables().keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+def _device() -> torch.device:
+    return torch.empty(0).device  # PyTorch 2.6's get_default_device() fails once a device was set and put back
 
 
 def _set_device(before: torch.device) -> None:
@@ -41,7 +46,7 @@ def _set_handlers(before: dict[int, Any]) -> None:
 
 PARTS = {
     "default dtype": Part(torch.get_default_dtype, torch.set_default_dtype),
-    "default device": Part(torch.get_default_device, _set_device),
+    "default device": Part(_device, _set_device),
     "number of threads": Part(torch.get_num_threads, torch.set_num_threads),
     "gradients": Part(torch.is_grad_enabled, torch.set_grad_enabled),
     "deterministic algorithms": Part(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),

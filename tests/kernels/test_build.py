@@ -185,6 +185,20 @@ def file_flags():
     return ast.literal_eval(value)
 
 
+X86_SOURCES = [path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if "_neon" not in path.name]
+CLANG = next(filter(shutil.which, ["clang++", *(f"clang++-{version}" for version in range(30, 13, -1))]), None)
+
+
+@pytest.mark.skipif(CLANG is None, reason="no clang++")
+@pytest.mark.skipif(not runpy.run_path(str(CHECK_HEADERS))["X86"], reason="these files are for x86")
+@pytest.mark.parametrize("path", X86_SOURCES, ids=lambda path: path.name)
+def test_clang_takes_the_sources_too(path):
+    options = ["-std=c++17", "-fsyntax-only", "-DSPARSE_KERNELS_X86", f"-I{ROOT / 'csrc' / 'include'}"]
+    command = [CLANG, *options, *file_flags().get(path.name, "").split(), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @needs_compiler
 @pytest.mark.skipif(not runpy.run_path(str(CHECK_HEADERS))["X86"], reason="these files are for x86")
 @pytest.mark.parametrize("name", sorted(file_flags()))

@@ -1,6 +1,7 @@
 """compact, gather_rows and scatter_rows: every backend, against the definitions."""
 
 import itertools
+import mmap
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import sparse_kernels as sk
+from sparse_kernels._arguments import CompactCall, GateStepCall, SelectCall, checked_settings
 
 BACKENDS = ["cpp", "torch"]
 MISSING = sk._dispatch.BACKENDS["cpp"].unavailable_reason()
@@ -350,6 +352,21 @@ def test_select_of_pixels_packs_their_rows_in_the_targets_order(backend):
     assert torch.equal(found.packed, features[flags])
     found.packed.sum().backward()
     assert torch.equal(features.grad, flags[:, None].float().expand(24, 2))
+
+
+def test_more_rows_than_int32_counts_are_refused():
+    """Of memory that is neither written nor read."""
+    mask = torch.frombuffer(mmap.mmap(-1, 2**31, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.bool)
+    targets, state = torch.zeros(1, dtype=torch.int64).expand(2**31), sk.initial_state()
+    scored = torch.zeros(1, 2).expand(2**31, 2), targets, (), -1, checked_settings()
+    for call in (
+        lambda: sk.compact(mask, capacity=3),
+        lambda: CompactCall(mask[:1].expand(2**31), None, 3),
+        lambda: SelectCall(*scored, torch.tensor(0.0), {"loss": 1.0}, None, None, 3),
+        lambda: GateStepCall(*scored, state.values, {"loss": 1.0}, None, 3, state, 0.5, False),
+    ):
+        with pytest.raises(ValueError, match=r"must have fewer than 2\^31 rows to select from, got 2147483648"):
+            call()
 
 
 def test_select_without_a_tree_packs_nothing(backend):

@@ -47,6 +47,14 @@ def test_offsets_have_64_bits(far, classes):
 
 
 @runs
+def test_no_rows_of_any_strides():
+    logits = torch.empty(0, 2, 3, 4, 5).permute(4, 3, 2, 1, 0).requires_grad_()
+    targets = torch.empty(5, 3, 2, 0, dtype=torch.int64)
+    loss = sk.row_stats(logits, targets, dim=1, outputs="loss", backend="triton").loss
+    assert torch.autograd.grad(loss.sum(), logits)[0].shape == logits.shape
+
+
+@runs
 @pytest.mark.parametrize("shape", [(9, 10), (3, 100), (2, 1301), (1, 9, 40)])
 def test_gradient_written_over_the_logits(shape, many_processors):
     torch.manual_seed(13)

@@ -243,6 +243,8 @@ def row_stats_backward(
     """
     _detach(call)
     logits, targets = call.logits, call.targets.contiguous()
+    if not targets.numel():
+        return
     if layout(logits.shape, call.dim, [logits.stride(), out.stride()]) is None:
         # Each is two nested loops, but both together are three.
         logits = logits.movedim(call.dim, -1).contiguous()
@@ -251,8 +253,6 @@ def row_stats_backward(
             replace(call, logits=logits, dim=-1, known=None), maximum, total, entropy, upstream, gradient
         )
         out.movedim(call.dim, -1).copy_(gradient)
-        return
-    if not targets.numel():
         return
     tensors = (logits, out, targets, maximum, total, entropy, upstream.get("loss"), upstream.get("entropy"))
     plan = _plan(call, (logits, out), tensors[2:], None)
