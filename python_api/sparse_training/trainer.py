@@ -240,8 +240,8 @@ class SparseTrainer(TrainingStep):
                 checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
             )  # fmt: skip
             held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
-            training = self.modes.during(training=True)
-            with recorded_gradients(), training_mode(self.model, self.parallel), training, held as folder:
+            training, still = self.modes.during(training=True), self.criterion.learning(learns=False)
+            with recorded_gradients(), training_mode(self.model, self.parallel), training, still, held as folder:
                 try:
                     state = self._run_state(
                         loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,

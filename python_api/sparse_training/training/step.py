@@ -104,7 +104,6 @@ class TrainingStep:
             )
         # A copy: what the model's own loss says of its outputs is of this model alone.
         self.criterion, self.policy, self.dense = copy.copy(criterion), policy, Policy()
-        self.criterion.learns = False  # but for the losses that are trained on
         self.settings, self.amp, self.precision = settings, settings.amp_dtype, settings.scoring_precision
         self.device = devices.find(device) if device is not None else _device_of(model)
         self.ranks = Ranks()
@@ -173,6 +172,10 @@ class TrainingStep:
         Returns:
             The batch and its selected rows.
         """
+        with self.criterion.learning(learns=False):  # but for the losses that are trained on
+            return self._step(policy, loader, item)
+
+    def _step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, SelectedBatch]:
         if self.criterion.granularity == "token":
             samples = loader.load(item)
             with self.operations.of("train", samples.rows):
@@ -381,7 +384,8 @@ class TrainingStep:
         loader, model = self.loader(data), self.update.evaluated
         total = torch.zeros(4, dtype=torch.float64, device=self.device)  # losses, rows, correct, tokens
         classes = False
-        with torch.random.fork_rng(devices=[]), evaluation_statistics(model), self.modes.during(training=False):
+        still = self.criterion.learning(learns=False)
+        with torch.random.fork_rng(devices=[]), evaluation_statistics(model), still, self.modes.during(training=False):
             for item in loader:
                 batch = loader.load(item)
                 self._settle(model, batch)
