@@ -69,6 +69,42 @@ def test_a_partial_has_its_own_learning_rate():
         SparseTrainer(network(), optimizer=make, lr=0.5)
 
 
+def by_parts(parameters, lr):
+    first, *others = parameters
+    return SGD([{"params": [first], "lr": lr / 10}, {"params": others, "lr": lr}], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda parameters, lr: SGD(parameters, lr=0.5), "0.5"),
+        (lambda parameters, lr: by_parts(parameters, 0.5), "0.05 and 0.5"),
+        (lambda parameters, lr: SGD(parameters, lr=torch.tensor(0.5)), "0.5"),
+    ],
+)
+def test_a_factory_that_passes_the_learning_rate_over_is_said(make, said):
+    expected = f"was given lr=0.01 and made an optimizer with {said}, which the run begins with"
+    with pytest.warns(UserWarning, match=re.escape(expected)) as caught:
+        trainer = SparseTrainer(network(), optimizer=make, lr=0.01, **CONSTANT)
+    assert [str(warning.filename) for warning in caught] == [__file__]
+    assert trainer.optimizer.param_groups[-1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (SGD, {"lr": 0.01}),
+        (lambda parameters, lr: SGD(parameters, lr=torch.tensor(lr)), {"lr": 0.01}),
+        (by_parts, {"lr": 0.01}),
+        (lambda parameters, lr: SGD(parameters, lr=0.5), {}),  # none was given
+        (functools.partial(SGD, lr=0.5), {}),
+    ],
+)
+def test_a_factory_of_its_own_rates_is_served_without_a_word(make, options, recwarn):
+    SparseTrainer(network(), optimizer=make, **options, **CONSTANT)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_a_rate_set_between_two_runs_is_the_next_runs():
     model, twin = network(), network()
     trainer = SparseTrainer(model, optimizer=SGD(model.parameters(), lr=0.1), **CONSTANT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from sparse_training.training.flops import Operations
 from sparse_training.training.learning_rates import LearningRates
 from sparse_training.training.modes import OptimizerModes
 from sparse_training.training.optimizer_step import OptimizerStep
-from sparse_training.training.optimizers import learning_rate, resolve_optimizer
+from sparse_training.training.optimizers import learning_rate, resolve_optimizer, unused_rate
 from sparse_training.training.running_statistics import SavedStatistics
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.user_code import described, explained
@@ -94,7 +95,7 @@ class TrainingStep:
         device: torch.device | str | None,
     ) -> None:
         check_model(model)
-        lr = learning_rate(lr, optimizer)
+        rate = learning_rate(lr, optimizer)
         if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
             check_optimizer(optimizer, model)
         if criterion.granularity == "token" and policy.uses_scores and type(policy.scorer) is not SelfScorer:
@@ -117,7 +118,9 @@ class TrainingStep:
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attach(self.policy)
-        self.optimizer = resolve_optimizer(optimizer, self.model, lr, self.device)
+        self.optimizer = resolve_optimizer(optimizer, self.model, rate, self.device)
+        if lr is not None and (unused := unused_rate(self.optimizer, rate)) is not None:
+            warnings.warn(unused, stacklevel=3)
         check_accumulation(self.optimizer, settings.accumulate)
         self.rates, self.modes = LearningRates(self.optimizer), OptimizerModes(self.optimizer)
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
