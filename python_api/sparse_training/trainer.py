@@ -34,6 +34,7 @@ from sparse_training.selection.scorers.base import Scorer
 from sparse_training.training.callbacks import Callback, Callbacks, Evaluation
 from sparse_training.training.checks import check_run, check_trains, left_out
 from sparse_training.training.clock import Clock
+from sparse_training.training.distributed import Ranks
 from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
@@ -127,7 +128,8 @@ class SparseTrainer(TrainingStep):
         device: torch.device | str | None = None,
         settings: TrainerSettings | None = None,
     ) -> None:
-        with together():
+        ranks = Ranks()
+        with together(ranks.all):
             if not isinstance(loss, Criterion):
                 loss = Criterion(loss, granularity=granularity or "sample")
             elif granularity not in (None, loss.granularity):
@@ -150,6 +152,7 @@ class SparseTrainer(TrainingStep):
                 lr=lr,
                 settings=settings or TrainerSettings(),
                 device=device,
+                ranks=ranks,
             )
             self._set_scheduler(self.schedule.scheduler)
             self._made_with = made_with(self, self.schedule)
@@ -216,7 +219,7 @@ class SparseTrainer(TrainingStep):
                 is using, a checkpoint made with other settings, or a batch or loss of the wrong shape. With several
                 processes also ``rank_failures.SharedError``: they were given different things, or another one failed.
         """
-        with together():  # not a decorator, whose frame warnings would name in place of the caller's
+        with together(self.ranks.all):  # not a decorator, whose frame warnings would name in place of the caller's
             check_run(
                 evaluations=evaluations, checkpoint=checkpoint, checkpoint_interval=checkpoint_interval, resume=resume,
                 stop=stop, callbacks=callbacks, cost_budget=cost_budget, meter=meter,

@@ -70,6 +70,7 @@ class TrainingStep:
         lr: learning rate of an optimizer made here, above 0; None for the default.
         settings: precision, accumulation and other settings of the step.
         device: PyTorch device to train on; None for the model's.
+        ranks: the processes that train together. Default: all of torch.distributed's.
 
     Attributes:
         policy: the policy of the sparse steps.
@@ -93,6 +94,7 @@ class TrainingStep:
         lr: float | None,
         settings: TrainerSettings,
         device: torch.device | str | None,
+        ranks: Ranks | None = None,
     ) -> None:
         check_model(model)
         rate = learning_rate(lr, optimizer)
@@ -107,7 +109,7 @@ class TrainingStep:
         self.criterion, self.policy, self.dense = copy.copy(criterion), policy, Policy()
         self.settings, self.amp, self.precision = settings, settings.amp_dtype, settings.scoring_precision
         self.device = devices.find(device) if device is not None else _device_of(model)
-        self.ranks = Ranks()
+        self.ranks = ranks or Ranks()
         model, wrapped = split_wrapper(model)
         if settings.ema is not None and is_sharded(model):
             raise UserError("`ema` cannot average a model that FSDP shards; give no ema")
