@@ -2,8 +2,8 @@
 
 A rank whose public call ends with an exception writes it to the store that torch.distributed's ranks met through. A
 rank that waits for others looks there every second. Where PyTorch itself waits, as in a backward pass, a rank wakes up
-once the failed one's process has ended, and looks then. A rank that fails before the ranks have exchanged anything takes
-part in their first exchange with its failure, so that no operation is left half done and all of them can go on.
+once the failed one's process has ended, and looks then. A rank that fails before the ranks have exchanged anything
+takes part in their first exchange with its failure, so that no operation is left half done and all can go on.
 """
 
 from __future__ import annotations

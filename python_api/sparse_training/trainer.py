@@ -28,6 +28,7 @@ from sparse_training.profiling.calibration import Stopped, calibrate
 from sparse_training.profiling.energy import Energy, Meter, find_meter
 from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
+from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.policies.infobatch import InfoBatchPolicy
 from sparse_training.selection.registry import DEFAULT_POLICY, check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
@@ -272,6 +273,13 @@ class SparseTrainer(TrainingStep):
         if type(loader) is StreamLoader:
             reason = unnumbered_reason(loader.source, loader.targets, processes=self.ranks.size)
             if reason is None:
+                if isinstance(policy, GatePolicy) and policy.gate.process_group is not None:
+                    # A process whose batch has no row draws the next one, where the others do not.
+                    raise UserError(
+                        f"the policy {policy.name} with the scorer {policy.scorer.name} and one threshold for all "
+                        "processes cannot choose a DataLoader's rows before they are loaded; use a ResidentLoader, or "
+                        "a Gate of your own with process_group=None"
+                    )
                 source = cast("DataLoader[Any]", loader.source)
                 return NumberedLoader(source, inputs=loader.inputs, targets=loader.targets, device=loader.device)
         if not (self._by_default and isinstance(policy, InfoBatchPolicy)):

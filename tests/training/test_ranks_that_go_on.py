@@ -71,10 +71,9 @@ def both(rank: int, size: int) -> list[str]:
     """One rank after the other fails alone, and then both do."""
     said = []
     for failing in ([0], [1], [0, 1]):
-        try:
+        with pytest.raises(UserError) as caught:
             run({"lr": -1.0} if rank in failing else {}, {})
-        except UserError as error:
-            said.append(str(error))
+        said.append(str(caught.value))
     return said
 
 
