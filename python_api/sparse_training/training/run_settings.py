@@ -107,7 +107,8 @@ def _made_of(module: nn.Module) -> dict[str, Any]:
     """
     if isinstance(module, LazyModuleMixin):  # sizes that it does not know yet are 0
         return {}
-    arguments = _arguments_of(type(module))
+    kind: Any = type(module)
+    arguments = _arguments_of(kind)
     given = {
         name: value
         for name, value in vars(module).items()
@@ -129,9 +130,11 @@ def _arguments_of(kind: type) -> dict[str, bool]:
     """Return the names of a class's and its bases' arguments, and whether each is one of PyTorch's own modules."""
     found: dict[str, bool] = {}
     for base in kind.__mro__:
-        if "__init__" in vars(base):
-            for name in inspect.signature(base.__init__).parameters:
-                found[name] = found.get(name, False) or base.__module__.startswith(_PYTORCHS)
+        own = base.__module__.startswith(_PYTORCHS)
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it has none, or none that Python can read
+            found |= {
+                name: own or found.get(name, False) for name in inspect.signature(vars(base)["__init__"]).parameters
+            }
     return found
 
 
