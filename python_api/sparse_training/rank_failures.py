@@ -29,7 +29,7 @@ class SharedError(UserError):
 
 
 class Failure(NamedTuple):
-    """What a rank that failed sends in place of its own part of the ranks' first exchange.
+    """A failed rank's part of the first exchange of the ranks.
 
     Attributes:
         line: the error in one line.

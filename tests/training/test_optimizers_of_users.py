@@ -269,6 +269,25 @@ def test_an_optimizer_with_modes_trains_one_model_and_shows_the_other(mode, tmp_
     assert trainer.evaluate(loader())["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_best_of_several_averages_is_the_model_afterwards(tmp_path):
+    """And no switch of the optimizer's mode puts other weights in its place."""
+    model, losses = network(), iter([0.5, 1.0])
+    trainer = SparseTrainer(model, optimizer=Averaging(model.parameters(), lr=0.1), **CONSTANT)
+    shown = {"evaluate": lambda model: {"loss": next(losses)}, "evaluations": 2}
+    fit(trainer, **shown, callbacks=[BestModel(tmp_path / "best.pt", restore=True)])
+    assert torch.equal(weights(model), weights(averaging_loop(4)))
+
+
+def test_a_callback_evaluates_the_average_and_training_goes_on():
+    model, seen = network(), []
+    trainer = SparseTrainer(model, optimizer=Averaging(model.parameters(), lr=0.1), **CONSTANT)
+    fit(trainer, callbacks=[EachStep(lambda: seen.append(trainer.evaluate(loader())["loss"]))])
+    x, y = rows()
+    expected = [F.cross_entropy(averaging_loop(steps)(x), y).item() for steps in range(1, 9)]
+    assert seen == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(weights(model), weights(averaging_loop(8)))
+
+
 def test_an_optimizer_with_modes_is_resumed_bit_for_bit(tmp_path):
     def run(**options):
         model = network()
