@@ -149,6 +149,29 @@ def test_a_callback_beside_a_schedule_is_refused(schedule):
         fit(trainer, callbacks=[EachStep(halve)])
 
 
+def test_a_rate_that_a_callback_sets_where_a_run_begins_is_its_first_one():
+    class First(Callback):
+        def on_fit_start(self, run):
+            run.trainer.optimizer.param_groups[0]["lr"] = 0.05
+
+    model = network()
+    trainer = SparseTrainer(model, policy="dense", optimizer=SGD(model.parameters(), lr=0.1), lr_warmup=0.0)
+    for _ in range(2):
+        fit(trainer, 4, callbacks=[First()])
+        assert trainer.optimizer.param_groups[0]["initial_lr"] == 0.05
+
+
+def test_what_is_trained_beside_the_model_follows_its_scheduler():
+    """In the last of three steps, whose rate is half the first one's."""
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    schedule = lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    trainer = SparseTrainer(model, policy="topk", scorer="early:1", rate=0.5, optimizer=optimizer, schedule=schedule)
+    fit(trainer, 3)
+    head = trainer.scorer.require_auxiliary()
+    assert [group["lr"] for group in head.optimizer.param_groups] == [head.lr * 0.5]
+
+
 def test_a_group_may_be_added_during_a_run():
     model = network()
     optimizer = SGD(model[2].parameters(), lr=0.1)
