@@ -181,6 +181,15 @@ def test_a_state_that_could_not_be_read_again_is_refused_at_once(tmp_path, make,
     assert os.listdir(tmp_path) == []
 
 
+def test_what_could_not_be_read_again_is_refused_before_the_model_has_changed(tmp_path):
+    torch.manual_seed(0)
+    model = OddModel(6, 4)
+    before = model.weight.detach().clone()
+    with pytest.raises(UserError, match="the state of the model has"):
+        fit(model, fit={"checkpoint": tmp_path / "run"})
+    assert torch.equal(model.weight, before)
+
+
 def test_a_run_refused_in_its_first_step_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="cannot take inputs"):
         fit(network(), data=loader(5), fit={"checkpoint": tmp_path / "runs" / "one"})
