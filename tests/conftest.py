@@ -18,8 +18,9 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     register(config)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as behind nohup; tests that interrupt need it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:  # as behind nohup; tests that interrupt need it
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -85,8 +85,8 @@ PyObject* row_stats_plain(PyObject* const* args) {
   return tuple.release();
 }
 
-// logits, targets, settings, maximum, total, entropy, gradients of loss and entropy: the last three
-// may be None -> the gradient in the logits
+// logits, targets, settings, maximum, total, entropy, gradients of loss and entropy, of which three
+// may be None, untouched_zeros of sparse_kernels.memory -> the gradient in the logits
 PyObject* row_stats_backward_plain(PyObject* const* args) {
   const ScoredRows rows(args[0], args[1], args[2]);
   const RowWise maximum(args[3], rows), total(args[4], rows), entropy(args[5], rows),
@@ -95,12 +95,15 @@ PyObject* row_stats_backward_plain(PyObject* const* args) {
   require(!of_entropy.data || (entropy.data && entropy.step == 1));
   RowStatsBackwardArgs call{};
   rows.describe(call);
-  // The general route may find memory that rows without a gradient do not take.
+  // Where rows without a gradient are large together, they take no memory.
   const int64_t row_bytes = call.classes * (rows.logits.t.dtype.bits / 8);
-  if (call.rows * row_bytes >= kLarge)
-    require(idle_rows(call, of_loss, of_entropy) * row_bytes < kLarge);
-  Output gradient(rows.logits.t.shape, rows.logits.t.ndim, rows.logits.t.dtype);
-  call.gradient = gradient.data<void>();
+  Reference zeros(nullptr);
+  if (call.rows * row_bytes >= kLarge && idle_rows(call, of_loss, of_entropy) * row_bytes >= kLarge)
+    require((zeros.object = PyObject_CallOneArg(args[8], args[0])));
+  call.zeroed = zeros.object && zeros.object != Py_None;
+  Output gradient;
+  if (!call.zeroed) gradient = Output(rows.logits.t.shape, rows.logits.t.ndim, rows.logits.t.dtype);
+  call.gradient = call.zeroed ? Input(zeros.object).data<void>() : gradient.data<void>();
   call.gradient_class_stride = 1;
   call.gradient_layout = call.layout;
   call.maximum = maximum.data;
@@ -114,7 +117,7 @@ PyObject* row_stats_backward_plain(PyObject* const* args) {
     Unlocked unlocked;
     row_stats_backward(call);
   }
-  return gradient.take();
+  return call.zeroed ? zeros.release() : gradient.take();
 }
 
 // Scores' arguments, threshold -> mask, significance, weight, invalid
@@ -229,7 +232,7 @@ PyMethodDef functions[] = {
     method("compact_plain", served_or_none<compact_plain, 3>),
     method("gather_plain", served_or_none<gather_plain, 4>),
     method("row_stats_plain", served_or_none<row_stats_plain, 5>),
-    method("row_stats_backward_plain", served_or_none<row_stats_backward_plain, 8>),
+    method("row_stats_backward_plain", served_or_none<row_stats_backward_plain, 9>),
     method("gate_rows_plain", served_or_none<gate_rows_plain, Scores::kArguments + 1>),
     method("select_plain", served_or_none<select_plain, Scores::kArguments + 4>),
     method("gate_step_plain", served_or_none<gate_step_plain, Scores::kArguments + 5>),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -54,7 +54,7 @@ class Criterion:
         is_default: True where no loss was given, and none but the model's own loss can be meant.
         ignore_index: target of the tokens or pixels that do not count.
         label_smoothing: label smoothing of the loss; 0 where it has none.
-        learns: False to call a loss module in evaluation mode, so that statistics of its own stay as they are.
+        learns: False while a loss module is called in evaluation mode, as in ``learning``.
 
     Raises:
         UserError: a setting is out of range or contradicts the loss, or the loss reduces over the rows.
@@ -146,13 +146,23 @@ class Criterion:
         counts = self.counting(targets) if losses.shape == targets.shape else None
         return mean_over_tokens(losses, counts)
 
-    def learn(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Compute losses that are trained on, as a call does: a loss's own statistics move by them alone."""
-        before, self.learns = self.learns, True
+    @contextmanager
+    def learning(self, *, learns: bool) -> Iterator[None]:
+        """Context in which a loss module is called in its own mode, or else in evaluation mode.
+
+        Args:
+            learns: False for evaluation mode, in which statistics of the module's own stay as they are.
+        """
+        before, self.learns = self.learns, learns
         try:
-            return self(logits, targets)
+            yield
         finally:
             self.learns = before
+
+    def learn(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Compute losses that are trained on, as a call does: in a run they alone move statistics of the loss's own."""
+        with self.learning(learns=True):
+            return self(logits, targets)
 
     def _mode(self) -> AbstractContextManager[None]:
         still = not self.learns and isinstance(self.loss, nn.Module)

@@ -2,16 +2,18 @@
 
 A rank whose public call ends with an exception writes it to the store that torch.distributed's ranks met through. A
 rank that waits for others looks there every second. Where PyTorch itself waits, as in a backward pass, a rank wakes up
-once the failed one's process has ended, and looks then.
+once the failed one's process has ended, and looks then. A rank that fails before the ranks have exchanged anything
+takes part in their first exchange with its failure, so that no operation is left half done and all can go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,11 +28,23 @@ class SharedError(UserError):
     """An error that every rank raises by itself, or has heard from another."""
 
 
+class Failure(NamedTuple):
+    """A failed rank's part of the first exchange of the ranks.
+
+    Attributes:
+        line: the error in one line.
+    """
+
+    line: str
+
+
 class _Call:
     """A public call that all ranks take part in, and the place of its failures in the store.
 
     Attributes:
         number: number of the call in this process, from 1; the ranks make the same calls in the same order.
+        exchanged: True once the ranks have begun to exchange something.
+        end: time until which this rank waits for others; infinity as long as it has not failed.
     """
 
     count = 0
@@ -38,11 +52,19 @@ class _Call:
 
     def __init__(self) -> None:
         _Call.count += 1
-        self.number = _Call.count
+        self.number, self.exchanged, self.end = _Call.count, False, math.inf
         self.store: Any = dist.distributed_c10d._get_default_store()
 
-    def tell(self, error: BaseException) -> None:
-        """Write down that this rank failed, and wait until the others have read it or ended."""
+    def tell(self, error: BaseException, exchange: Callable[[Any], Any] | None) -> None:
+        """Tell the others that this rank failed, and wait until they have heard of it or ended.
+
+        In the first ``exchange`` of the call, if none has begun and the others come to it; or else by the store.
+        """
+        if exchange is not None and not self.exchanged and isinstance(error, Exception):
+            self.end = time.monotonic() + HEAR
+            with contextlib.suppress(RuntimeError, SharedError):
+                exchange(Failure(_summary(error)))
+                return
         with contextlib.suppress(RuntimeError):  # the store may have gone with its process
             self.store.set(self._key("failure"), f"rank {dist.get_rank()} failed: {_summary(error)}")
             self.store.add(self._key("failures"), 1)
@@ -71,10 +93,14 @@ class _Call:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(exchange: Callable[[Any], Any] | None = None) -> Iterator[None]:
     """Context of a public call that all ranks make: a failure of one of them ends it on all.
 
     Within another such call, and without other ranks, it has no effect.
+
+    Args:
+        exchange: sends a value to all ranks, for a call that begins with this exchange, whose values are then passed to
+            ``check_exchanged``. Default None, for other calls.
 
     Raises:
         SharedError: another rank failed, or its process ended.
@@ -91,12 +117,12 @@ def together() -> Iterator[None]:
         raise
     except RuntimeError as error:
         if not is_of_a_lost_rank(error):
-            call.tell(error)
+            call.tell(error, exchange)
             raise
         call.leave()
         raise _lost(call, error) from error
     except BaseException as error:
-        call.tell(error)
+        call.tell(error, exchange)
         raise
     finally:
         _Call.current = None
@@ -113,12 +139,30 @@ def wait_for(work: Any, device: torch.device) -> None:
         SharedError: another rank failed, or its process ended.
     """
     call = _Call.current
+    if call is not None:
+        call.exchanged = True
     if call is None or device.type != "cpu":
         work.wait()
         return
     while not _ends(work, call):
         if line := call.look():
             raise SharedError(f"{line}; this rank ends too")
+        if time.monotonic() > call.end:
+            raise SharedError("the others are not there")
+
+
+def check_exchanged(values: Sequence[Any]) -> None:
+    """Refuse to go on where the first exchange of a call has a failure of a rank.
+
+    Args:
+        values: what the ranks sent, in order.
+
+    Raises:
+        SharedError: a rank failed.
+    """
+    for rank, value in enumerate(values):
+        if isinstance(value, Failure):
+            raise SharedError(f"rank {rank} failed: {value.line}; this rank ends too")
 
 
 def _ends(work: Any, call: _Call) -> bool:

@@ -28,12 +28,14 @@ from sparse_training.profiling.calibration import Stopped, calibrate
 from sparse_training.profiling.energy import Energy, Meter, find_meter
 from sparse_training.rank_failures import together
 from sparse_training.selection.policies.base import Policy
+from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.policies.infobatch import InfoBatchPolicy
 from sparse_training.selection.registry import DEFAULT_POLICY, check_rate_is_used, make_policy
 from sparse_training.selection.scorers.base import Scorer
 from sparse_training.training.callbacks import Callback, Callbacks, Evaluation
 from sparse_training.training.checks import check_run, check_trains, left_out
 from sparse_training.training.clock import Clock
+from sparse_training.training.distributed import Ranks
 from sparse_training.training.flops import Operations
 from sparse_training.training.log import Status, TrainingLog
 from sparse_training.training.loop import RunLength, TrainingLoop
@@ -127,7 +129,8 @@ class SparseTrainer(TrainingStep):
         device: torch.device | str | None = None,
         settings: TrainerSettings | None = None,
     ) -> None:
-        with together():
+        ranks = Ranks()
+        with together(ranks.all):
             if not isinstance(loss, Criterion):
                 loss = Criterion(loss, granularity=granularity or "sample")
             elif granularity not in (None, loss.granularity):
@@ -150,6 +153,7 @@ class SparseTrainer(TrainingStep):
                 lr=lr,
                 settings=settings or TrainerSettings(),
                 device=device,
+                ranks=ranks,
             )
             self._set_scheduler(self.schedule.scheduler)
             self._made_with = made_with(self, self.schedule)
@@ -216,7 +220,7 @@ class SparseTrainer(TrainingStep):
                 is using, a checkpoint made with other settings, or a batch or loss of the wrong shape. With several
                 processes also ``rank_failures.SharedError``: they were given different things, or another one failed.
         """
-        with together():  # not a decorator, whose frame warnings would name in place of the caller's
+        with together(self.ranks.all):  # not a decorator, whose frame warnings would name in place of the caller's
             check_run(
                 evaluations=evaluations, checkpoint=checkpoint, checkpoint_interval=checkpoint_interval, resume=resume,
                 stop=stop, callbacks=callbacks, cost_budget=cost_budget, meter=meter,
@@ -240,8 +244,8 @@ class SparseTrainer(TrainingStep):
                 checkpoint=checkpoint is not None, checkpoint_interval=checkpoint_interval, resume=resume,
             )  # fmt: skip
             held = CheckpointFolder(checkpoint, self.ranks, resume=resume)
-            training = self.modes.during(training=True)
-            with recorded_gradients(), training_mode(self.model, self.parallel), training, held as folder:
+            training, still = self.modes.during(training=True), self.criterion.learning(learns=False)
+            with recorded_gradients(), training_mode(self.model, self.parallel), training, still, held as folder:
                 try:
                     state = self._run_state(
                         loader, length, settings, clock=clock, cost_budget=cost_budget, meter=meter, folder=checkpoint,
@@ -269,6 +273,13 @@ class SparseTrainer(TrainingStep):
         if type(loader) is StreamLoader:
             reason = unnumbered_reason(loader.source, loader.targets, processes=self.ranks.size)
             if reason is None:
+                if isinstance(policy, GatePolicy) and policy.gate.process_group is not None:
+                    # A process whose batch has no row draws the next one, where the others do not.
+                    raise UserError(
+                        f"the policy {policy.name} with the scorer {policy.scorer.name} and one threshold for all "
+                        "processes cannot choose a DataLoader's rows before they are loaded; use a ResidentLoader, or "
+                        "a Gate of your own with process_group=None"
+                    )
                 source = cast("DataLoader[Any]", loader.source)
                 return NumberedLoader(source, inputs=loader.inputs, targets=loader.targets, device=loader.device)
         if not (self._by_default and isinstance(policy, InfoBatchPolicy)):

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_kernels._arguments import Settings
 from sparse_kernels._tracing import mark_changed
 from sparse_kernels.backends import cpp
+from sparse_kernels.memory import untouched_zeros
 from sparse_kernels.types import ControlState, GatedRows, RowStats, Selected, Selection
 
 _cpp: Any = cpp.extension()
@@ -71,7 +72,7 @@ def row_stats_backward(
         of_entropy: the upstream gradient of the entropy, or None.
     """
     gradient: Tensor | None = _cpp.row_stats_backward_plain(
-        logits, targets, settings, maximum, total, entropy, of_loss, of_entropy
+        logits, targets, settings, maximum, total, entropy, of_loss, of_entropy, untouched_zeros
     )
     return gradient
 

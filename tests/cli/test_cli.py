@@ -15,6 +15,7 @@ from sparse_training.__main__ import main
 from sparse_training.cli import main as cli
 from sparse_training.cli.display import Display, StudyDisplay
 
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 TRAIN = ["train", "--batch-size", "256", "--model", "test_cli:model"]
 
 
@@ -79,7 +80,7 @@ def test_a_run_without_a_name_goes_under_runs(here):
     assert folder.name.endswith("-train")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_ends_a_run_which_resume_completes_bit_for_bit(here, capsys, monkeypatch, number, code):
     arguments = [*TRAIN, "--steps", "25", "--policy", "gate", "--rate", "0.3"]
     assert main([*arguments, "--out", "whole"]) == 0
@@ -90,16 +91,32 @@ def test_a_signal_ends_a_run_which_resume_completes_bit_for_bit(here, capsys, mo
         if status.step == 11:
             os.kill(os.getpid(), number)
 
-    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(kind) for kind, _ in SIGNALS]
     with monkeypatch.context() as patch:
         patch.setattr(Display, "update", signalled)
         assert main([*arguments, "--out", "part"]) == code
-    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(kind) for kind, _ in SIGNALS] == handlers
     assert "sparse-train resume --trust-code part" in capsys.readouterr().err
     assert sorted(os.listdir("part")) == ["checkpoint.pt", "options.json"]
     assert main(["resume", "--trust-code", "part"]) == 0
     whole, part = (torch.load(f"{name}/model.pt", weights_only=True) for name in ("whole", "part"))
     assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_a_hangup_that_comes_twice_still_ends_at_a_step(here, monkeypatch):
+    """When a terminal is closed, the shell sends one and the kernel another."""
+    update = Display.update
+
+    def signalled(self, method, seed, status):
+        update(self, method, seed, status)
+        if status.step == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "update", signalled)
+        assert main([*TRAIN, "--steps", "9", "--out", "part"]) == 129
+    assert "checkpoint.pt" in os.listdir("part")
 
 
 def test_compare_writes_a_report_that_can_be_drawn_again(here, capsys, monkeypatch):
@@ -209,7 +226,7 @@ def test_bounds_of_each_scorer_at_each_rate_are_printed_and_nothing_is_written(h
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_ends_the_timing_of_bounds(here, monkeypatch, number, code):
     timed = []
 

@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,39 @@ def test_a_signal_while_the_clock_is_calibrated_ends_the_run_and_it_can_be_taken
     assert rest.splitlines()[-1] == "stopped; to go on: sparse-train resume --trust-code out"
     assert "100%" not in rest
     assert os.listdir("out") == ["options.json"]
+
+
+def hangs_up(command, folder):
+    """Run a command in a terminal of its own, close it once the first checkpoint is there, and return the exit code."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvp(command[0], command)
+    end = time.monotonic() + 60.0
+    while not Path(folder, "checkpoint.pt").exists():
+        assert time.monotonic() < end, os.read(terminal, 4096)
+        time.sleep(0.02)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+LONG = [*RUN, "--steps", "400", "--checkpoint-interval", "20"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what closing a terminal sends differs")
+def test_a_terminal_that_is_closed_ends_a_run_and_it_can_be_taken_up(here):
+    assert hangs_up([SCRIPT, *LONG, "--out", "out"], "out") == 129
+    assert sorted(os.listdir("out")) == ["checkpoint.pt", "checkpoint.pt.prev", "options.json"]
+    assert call("resume", "--trust-code", "out").returncode == 0
+    assert call(*LONG, "--out", "at-once").returncode == 0
+    resumed, at_once = (torch.load(f"{name}/model.pt", weights_only=True) for name in ("out", "at-once"))
+    assert all(torch.equal(resumed[name], at_once[name]) for name in at_once)
+    assert whole("out")["run"]["steps"] == 400
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what closing a terminal sends differs")
+def test_under_nohup_a_run_goes_on_without_its_terminal(here):
+    assert hangs_up(["nohup", SCRIPT, *LONG, "--out", "out"], "out") == 0
+    assert whole("out")["run"]["steps"] == 400
 
 
 def test_bytes_that_are_no_utf8_are_refused_before_anything_is_written(here):

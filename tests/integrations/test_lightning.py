@@ -118,6 +118,25 @@ def test_targets_that_are_no_classes_need_a_criterion(tmp_path):
     assert torch.equal(model.given[0], inputs[highest])
 
 
+class Standardised(nn.MSELoss):
+    """A loss with statistics of its own."""
+
+    def __init__(self):
+        super().__init__(reduction="none")
+        self.norm = nn.BatchNorm1d(1, affine=False)
+
+    def forward(self, outputs, targets):
+        return super().forward(self.norm(outputs[:, None]).squeeze(1), targets)
+
+
+def test_selecting_moves_no_statistics_of_a_criterion(tmp_path):
+    loss, data = Standardised(), TensorDataset(torch.randn(N, 4), torch.randn(N))
+    fit(tmp_path, GatedRegression(nn.Linear(4, 1), gate=0.5, criterion=loss), data)
+    assert loss.norm.num_batches_tracked == 0
+    loss(torch.randn(8), torch.randn(8))
+    assert loss.norm.num_batches_tracked == 1
+
+
 class Segmentation(Module):
     """As torchvision's models of segmentation: a dict of maps."""
 

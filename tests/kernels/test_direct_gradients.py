@@ -144,8 +144,8 @@ def test_no_gradient_above_is_no_gradient():
 
 
 @pytest.mark.parametrize("targets", [torch.int64, torch.int32], ids=str)
-def test_a_large_gradient_is_direct_unless_much_of_it_is_of_rows_without_one(targets):
-    """From 16 MB of such rows on the general route serves, which may find memory that they do not take."""
+def test_a_large_gradient_is_direct_however_much_of_it_is_of_rows_without_one(targets):
+    """16 MB of such rows and more may take no memory."""
     row = torch.randn(1 << 20)
     labels, weights = torch.arange(1, 21, dtype=targets), torch.arange(20.0) + 1
 
@@ -158,4 +158,4 @@ def test_a_large_gradient_is_direct_unless_much_of_it_is_of_rows_without_one(tar
     labels[4], weights[5], weights[6] = -100, 0, 0
     both(gradient)
     labels[7] = -100
-    both(gradient, served=False)
+    both(gradient)

@@ -14,8 +14,10 @@ from sparse_kernels import reference
 from sparse_kernels._arguments import StatsCall, checked_settings
 from sparse_kernels._dispatch import BACKENDS
 from sparse_kernels.backends import cpp as cpp_backend
+from sparse_kernels.backends import cpp_direct
 from sparse_kernels.backends.cpp import LARGE, large_pages
 from sparse_kernels.memory import untouched_zeros
+from sparse_kernels.torch_library import schemas
 
 M_PERTURB = -6  # of <malloc.h>: conftest.py has it fill memory
 BUILT = not cpp_backend.unavailable_reason()
@@ -124,6 +126,22 @@ def test_unused_rows_of_a_large_gradient_take_no_memory(fresh_memory, dtype):
     assert found[above == 0].eq(0).all()
     found += 1.0  # an ordinary tensor
     assert found[above == 0].eq(1).all()
+
+
+@pytest.mark.skipif(not cpp_direct.AVAILABLE, reason="_cpp is not built, or this PyTorch is too old")
+@pytest.mark.parametrize("idle", [0, 40, 64])
+def test_rows_without_an_upstream_gradient_are_counted_once(fresh_memory, monkeypatch, idle):
+    """By the one call of C++ that makes the gradient: neither does the general route count, nor is it taken."""
+    monkeypatch.setattr(schemas, "row_stats_backward", None)
+    logits, targets, _ = batch((64, 120_001), -1)
+    above = torch.ones(64)
+    above[:idle] = 0.0
+    leaf = logits.requires_grad_()
+    (found,) = torch.autograd.grad(sk.row_stats(leaf, targets).loss, leaf, above)
+    assert found[:idle].eq(0).all()
+    right = leaf.detach()[idle:].softmax(-1)
+    right -= torch.nn.functional.one_hot(targets[idle:], 120_001)
+    torch.testing.assert_close(found[idle:], right)
 
 
 @pytest.mark.skipif(not BUILT, reason="_cpp is not built, or this PyTorch is too old")

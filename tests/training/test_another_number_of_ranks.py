@@ -21,7 +21,9 @@ from sparse_training import Gate, Significance, SparseTrainer, TrainerSettings
 from sparse_training.data.resident import ResidentLoader
 from sparse_training.errors import UserError
 from sparse_training.gate.terms import LossChange
+from sparse_training.selection.policies.gate import GatePolicy
 from sparse_training.selection.policies.random import RandomPolicy
+from sparse_training.selection.scorers.history import HistoryScorer
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="a PyTorch without torch.distributed and gloo"
@@ -196,6 +198,42 @@ def test_rows_of_a_data_loader_keep_a_score_that_a_process_knew(size: int, tmp_p
         assert int(same.sum()) >= 60 - 2 * 5 - waiting
     finished = on_ranks(size, folder, tmp_path, resident=False)
     assert not any(found["interrupted"] for found in finished)
+
+
+NAMED = ["random", "topk", "masked", "gate@history", "gate@early:1", "topk@early:1", "importance@self"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "size"), [*((name, 1) for name in NAMED), ("gate", 3), ("gate@history", 3)])
+def test_a_run_of_any_policy_goes_on_and_sees_every_row(policy: str, size: int, tmp_path: Path) -> None:
+    """Stopped within its second epoch by two processes; rows of four epochs, whoever sees them."""
+    folder = tmp_path / "run"
+    on_ranks(2, folder, tmp_path, policy=policy, stop=7)
+    found = on_ranks(size, folder, tmp_path, policy=policy)
+    assert not any(one["interrupted"] for one in found)
+    assert found[0]["rows"] == pytest.approx(4 * ROWS, abs=5 * size)
+    assert all(one["weights"] == found[0]["weights"] for one in found)
+
+
+@pytest.mark.parametrize(("former", "now"), [(2, 1), (1, 2)])
+def test_a_named_gate_goes_on(former: int, now: int, tmp_path: Path) -> None:
+    """One process has nobody to share the threshold with, and goes on with it."""
+    on_ranks(former, tmp_path / "run", tmp_path, policy="gate", stop=5)
+    assert not any(found["interrupted"] for found in on_ranks(now, tmp_path / "run", tmp_path, policy="gate"))
+
+
+def test_processes_that_share_a_gate_cannot_choose_the_rows_of_a_loader_ahead(tmp_path: Path) -> None:
+    """One whose batch has no row would ask the others for another threshold, who are elsewhere: they would wait."""
+    refused = functools.partial(train, folder=tmp_path / "run", policy="gate@history", resident=False)
+    for one in run_ranks(refused, 2, tmp_path):
+        assert "cannot choose a DataLoader's rows before they are loaded; use a ResidentLoader" in one["refused"]
+        assert one["untouched"]
+    own = functools.partial(train, folder=tmp_path / "own", policy=gate_by_history, resident=False)
+    assert [one["interrupted"] for one in run_ranks(own, 2, tmp_path)] == [False, False]
+
+
+def gate_by_history() -> GatePolicy:
+    return GatePolicy(gate=Gate(0.3), scorer=HistoryScorer())
 
 
 DENSE = {"policy": "dense", "stop": 5}

@@ -249,7 +249,9 @@ def test_a_learning_rate_that_is_a_tensor_follows_the_schedule(schedule):
         train(model, optimizer=torch.optim.SGD(model.parameters(), lr=lr), schedule=schedule, steps=8)
         return weights(model)
 
-    torch.testing.assert_close(trained(torch.tensor(0.1)), trained(0.1))
+    rate = torch.tensor(0.1)
+    torch.testing.assert_close(trained(rate), trained(0.1))
+    assert rate < 0.1  # the user's own tensor, which a compiled or captured step reads
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), None, "half"])
@@ -337,6 +339,12 @@ def test_a_run_without_a_row_says_so():
         ({"scorer": nn.Linear(1, 1)}, "`scorer` must be a name or a Scorer, got Linear"),
         ({"device": "gpu"}, "device 'gpu' cannot be used"),
         ({"device": "meta"}, "device 'meta' cannot be used: its tensors have no values"),
+        ({"device": 1.5}, "device '1.5' cannot be used"),
+        pytest.param(
+            {"device": "cuda"},
+            "device 'cuda' cannot be used",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it can"),
+        ),
         ({"settings": {"amp": "bfloat16"}}, "must be TrainerSettings, got dict"),
     ],
 )

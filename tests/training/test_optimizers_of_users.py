@@ -69,6 +69,42 @@ def test_a_partial_has_its_own_learning_rate():
         SparseTrainer(network(), optimizer=make, lr=0.5)
 
 
+def by_parts(parameters, lr):
+    first, *others = parameters
+    return SGD([{"params": [first], "lr": lr / 10}, {"params": others, "lr": lr}], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda parameters, lr: SGD(parameters, lr=0.5), "0.5"),
+        (lambda parameters, lr: by_parts(parameters, 0.5), "0.05 and 0.5"),
+        (lambda parameters, lr: SGD(parameters, lr=torch.tensor(0.5)), "0.5"),
+    ],
+)
+def test_a_factory_that_passes_the_learning_rate_over_is_said(make, said):
+    expected = f"was given lr=0.01 and made an optimizer with {said}, which the run begins with"
+    with pytest.warns(UserWarning, match=re.escape(expected)) as caught:
+        trainer = SparseTrainer(network(), optimizer=make, lr=0.01, **CONSTANT)
+    assert [str(warning.filename) for warning in caught] == [__file__]
+    assert trainer.optimizer.param_groups[-1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (SGD, {"lr": 0.01}),
+        (lambda parameters, lr: SGD(parameters, lr=torch.tensor(lr)), {"lr": 0.01}),
+        (by_parts, {"lr": 0.01}),
+        (lambda parameters, lr: SGD(parameters, lr=0.5), {}),  # none was given
+        (functools.partial(SGD, lr=0.5), {}),
+    ],
+)
+def test_a_factory_of_its_own_rates_is_served_without_a_word(make, options, recwarn):
+    SparseTrainer(network(), optimizer=make, **options, **CONSTANT)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_a_rate_set_between_two_runs_is_the_next_runs():
     model, twin = network(), network()
     trainer = SparseTrainer(model, optimizer=SGD(model.parameters(), lr=0.1), **CONSTANT)
@@ -111,6 +147,29 @@ def test_a_callback_beside_a_schedule_is_refused(schedule):
     trainer = SparseTrainer(model, policy="dense", optimizer=optimizer, schedule=schedule)
     with pytest.raises(UserError, match=r"parameter group 0 was set to .* during the run"):
         fit(trainer, callbacks=[EachStep(halve)])
+
+
+def test_a_rate_that_a_callback_sets_where_a_run_begins_is_its_first_one():
+    class First(Callback):
+        def on_fit_start(self, run):
+            run.trainer.optimizer.param_groups[0]["lr"] = 0.05
+
+    model = network()
+    trainer = SparseTrainer(model, policy="dense", optimizer=SGD(model.parameters(), lr=0.1), lr_warmup=0.0)
+    for _ in range(2):
+        fit(trainer, 4, callbacks=[First()])
+        assert trainer.optimizer.param_groups[0]["initial_lr"] == 0.05
+
+
+def test_what_is_trained_beside_the_model_follows_its_scheduler():
+    """In the last of three steps, whose rate is half the first one's."""
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    schedule = lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    trainer = SparseTrainer(model, policy="topk", scorer="early:1", rate=0.5, optimizer=optimizer, schedule=schedule)
+    fit(trainer, 3)
+    head = trainer.scorer.require_auxiliary()
+    assert [group["lr"] for group in head.optimizer.param_groups] == [head.lr * 0.5]
 
 
 def test_a_group_may_be_added_during_a_run():
@@ -231,6 +290,25 @@ def test_an_optimizer_with_modes_trains_one_model_and_shows_the_other(mode, tmp_
     x, y = rows()
     expected = F.cross_entropy(averaging_loop(8)(x), y).item()
     assert trainer.evaluate(loader())["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_best_of_several_averages_is_the_model_afterwards(tmp_path):
+    """And no switch of the optimizer's mode puts other weights in its place."""
+    model, losses = network(), iter([0.5, 1.0])
+    trainer = SparseTrainer(model, optimizer=Averaging(model.parameters(), lr=0.1), **CONSTANT)
+    shown = {"evaluate": lambda model: {"loss": next(losses)}, "evaluations": 2}
+    fit(trainer, **shown, callbacks=[BestModel(tmp_path / "best.pt", restore=True)])
+    assert torch.equal(weights(model), weights(averaging_loop(4)))
+
+
+def test_a_callback_evaluates_the_average_and_training_goes_on():
+    model, seen = network(), []
+    trainer = SparseTrainer(model, optimizer=Averaging(model.parameters(), lr=0.1), **CONSTANT)
+    fit(trainer, callbacks=[EachStep(lambda: seen.append(trainer.evaluate(loader())["loss"]))])
+    x, y = rows()
+    expected = [F.cross_entropy(averaging_loop(steps)(x), y).item() for steps in range(1, 9)]
+    assert seen == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(weights(model), weights(averaging_loop(8)))
 
 
 def test_an_optimizer_with_modes_is_resumed_bit_for_bit(tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_training import Callback, SparseTrainer, UserError
+from sparse_training import Callback, Criterion, SparseTrainer, UserError
 
 
 def loader(width=6):
@@ -78,6 +78,47 @@ def test_a_losss_statistics_are_resumed(tmp_path):
     assert torch.equal(model.weight, twin.weight)
 
 
+class Normalised(nn.Module):
+    """A loss of normalised outputs: BatchNorm moves its statistics in training mode, and dropout draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(4, affine=False), nn.Dropout(0.5)
+
+    def forward(self, outputs, classes):
+        return F.cross_entropy(self.drop(self.norm(outputs)), classes, reduction="none")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("whose", ["the user's", "the trainer's"])
+def test_outside_a_run_a_criterion_calls_its_loss_as_the_user_left_it(whose, training):
+    """By the modules' own documentation: in training mode each call is counted, in evaluation mode none is."""
+    model, loss = network(), Normalised().train(training)
+    own = Criterion(loss, targets="classes")
+    trainer = SparseTrainer(model, loss=own, policy="gate")
+    criterion = own if whose == "the user's" else trainer.criterion
+    rows = torch.ones(8, 6), torch.zeros(8, dtype=torch.int64)
+    for run in (None, lambda: trainer.fit(loader(), steps=4, progress=False), lambda: trainer.evaluate(loader())):
+        if run is not None:
+            run()
+        before = int(loss.norm.num_batches_tracked)
+        criterion(model(rows[0]), rows[1])
+        assert loss.norm.num_batches_tracked == before + training
+        assert all(module.training is training for module in loss.modules())
+
+
+def test_a_callback_that_measures_a_loss_does_not_move_its_statistics():
+    class Measure(Callback):
+        def on_step_end(self, run):
+            run.trainer.criterion(torch.ones(8, 4), torch.zeros(8, dtype=torch.int64))
+
+    loss = Normalised()
+    SparseTrainer(network(), loss=Criterion(loss, targets="classes"), policy="dense").fit(
+        loader(), steps=4, callbacks=[Measure()], progress=False
+    )
+    assert loss.norm.num_batches_tracked == 4
+
+
 class Thing:
     pass
 
@@ -138,6 +179,15 @@ def test_a_state_that_could_not_be_read_again_is_refused_at_once(tmp_path, make,
     assert "\n" not in str(caught.value)
     assert not seen
     assert os.listdir(tmp_path) == []
+
+
+def test_what_could_not_be_read_again_is_refused_before_the_model_has_changed(tmp_path):
+    torch.manual_seed(0)
+    model = OddModel(6, 4)
+    before = model.weight.detach().clone()
+    with pytest.raises(UserError, match="the state of the model has"):
+        fit(model, fit={"checkpoint": tmp_path / "run"})
+    assert torch.equal(model.weight, before)
 
 
 def test_a_run_refused_in_its_first_step_leaves_no_folder(tmp_path):

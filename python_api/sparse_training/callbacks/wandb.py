@@ -43,7 +43,8 @@ class WeightsAndBiases(ScalarLogger):
         arguments = dict(self.init)
         if run.log.steps and self._identifier is not None:
             arguments = {"id": self._identifier, "resume": "allow", **arguments}
-        arguments["config"] = {**run.settings, **arguments.get("config", {})}
+        few = {name: value for name, value in run.settings.items() if name not in ("model", "model_options")}
+        arguments["config"] = {**few, **arguments.get("config", {})}
         self._run = self._init(**arguments)
         self._identifier = str(self._run.id)
 

@@ -1,7 +1,7 @@
 """Entry point: ``sparse-train advise | simulate | train | compare | study | bounds | resume | report``.
 
-A wrong request is one line on stderr and exit code 2, before anything is written. SIGINT and SIGTERM end a run at a
-step, with what is needed to resume it on disk, and exit with 128 + the signal.
+A wrong request is one line on stderr and exit code 2, before anything is written. SIGINT, SIGTERM and SIGHUP end a run
+at a step, with what is needed to resume it on disk, and exit with 128 + the signal.
 
 Commands are imported when they are called, so that ``sparse-train --help`` waits for no PyTorch.
 """

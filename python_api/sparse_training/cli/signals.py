@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; not on Windows
+
 
 class Signals:
-    """Ends a command at once by SIGINT or SIGTERM; while it trains, by the first one at the next step.
+    """Ends a command at once by SIGINT, SIGTERM or SIGHUP; while it trains, by the first one at the next step.
 
     Attributes:
         received: number of the first signal; 0 before one came.
@@ -27,6 +29,8 @@ class Signals:
             KeyboardInterrupt: nothing is being trained, or it is the second one.
         """
         first, self.received = not self.received, self.received or number
+        if number == HANGUP and not first:  # the shell and the kernel both send it, and nobody is impatient
+            return
         if not (first and self._waits):
             raise KeyboardInterrupt
 
@@ -54,10 +58,16 @@ class Invocation:
 
 @contextmanager
 def catch_signals() -> Iterator[Signals]:
-    """Handle SIGINT and SIGTERM inside; outside the main thread, which alone may, they are left as they are."""
+    """Handle the signals inside; outside the main thread, which alone may, they are left as they are.
+
+    So is SIGHUP where it is ignored, as under ``nohup``: the command goes on without a terminal.
+    """
     signals = Signals()
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:
+        numbers.append(HANGUP)
     try:
-        before = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, signals.handle) for number in numbers}
     except ValueError:
         before = {}
     try:

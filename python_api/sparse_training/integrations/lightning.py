@@ -80,7 +80,8 @@ class GatedModule(Base):  # type: ignore[misc]
             if not self._settled:
                 self._check(logits, targets)
                 self._settled = settle(self._criterion, self, inputs, targets)
-        return self._select(logits, targets, self._criterion).take(batch)
+        with self._criterion.learning(learns=False):
+            return self._select(logits, targets, self._criterion).take(batch)
 
     def _check(self, logits: Any, targets: Tensor) -> None:
         if not self._criterion.is_default or (isinstance(logits, Tensor) and targets_are_classes(logits, targets)):

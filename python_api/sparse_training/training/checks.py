@@ -45,11 +45,14 @@ def check_trains(model: nn.Module, optimizer: torch.optim.Optimizer | None, loss
         loss: the loss or its ``Criterion``.
 
     Raises:
-        UserError: the model is frozen, the optimizer is of other parameters, or the loss has parameters of its own.
+        UserError: the model is frozen or has parameters without a size, the optimizer is of other parameters, or the
+            loss has parameters of its own.
     """
     own = {id(parameter) for parameter in model.parameters()}
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("`model` must have a parameter that requires a gradient, got none")
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise UserError(f"the model's {lazy[0]} has no size yet; call the model with some rows before")
     if optimizer is not None:
         check_optimizer(optimizer, model)
     loss = loss.loss if isinstance(loss, Criterion) else loss

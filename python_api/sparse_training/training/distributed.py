@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from sparse_training.errors import UserError
 from sparse_training.generators import rng_state, set_rng_state
-from sparse_training.rank_failures import SharedError, wait_for
+from sparse_training.rank_failures import SharedError, check_exchanged, wait_for
 from sparse_training.ranks import rank_and_world_size
 
 SAID = 3  # differences that an error lists
@@ -176,11 +176,12 @@ class Ranks:
             values: values by name, whose ``repr`` says all that must be equal.
 
         Raises:
-            SharedError: names, their values, and which ranks have which.
+            SharedError: names, their values, and which ranks have which; or a rank failed before it came here.
         """
         own = {name: repr(value) for name, value in values.items()}
-        digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
-        if len(set(self.all(digest))) == 1:
+        digests = self.all(hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest())
+        check_exchanged(digests)
+        if len(set(digests)) == 1:
             return
         of_ranks = self.all(own)
         names = dict.fromkeys(name for given in of_ranks for name in given)

@@ -73,9 +73,8 @@ class LearningRates:
 
     def _set_elsewhere(self) -> list[tuple[dict[str, Any], int]]:
         """Return the groups with another rate than was set here, and their numbers; none after a state was loaded."""
-        if self._groups is not self.optimizer.param_groups:
-            return []
-        pairs = zip(self._groups, self._rates)  # noqa: B905  # of a group that was added nothing is known
+        # A state that is loaded makes other groups. Of a group that was added nothing is known.
+        pairs = zip(self._groups, self._rates)  # noqa: B905
         return [
             (group, number)
             for number, (group, rate) in enumerate(pairs)

@@ -88,6 +88,18 @@ def resolve_optimizer(
     return made
 
 
+def unused_rate(optimizer: torch.optim.Optimizer, lr: float) -> str | None:
+    """Say that a factory has made no group with the learning rate that it was given; None where it has made one.
+
+    The rates of other groups are the factory's own, such as a tenth of the given one for a backbone.
+    """
+    rates = [float(rate) for group in optimizer.param_groups if (rate := group.get("lr")) is not None]
+    if not rates or any(math.isclose(rate, lr, rel_tol=1e-6) for rate in rates):  # a tensor's may be float32
+        return None
+    said = " and ".join(f"{rate:g}" for rate in dict.fromkeys(rates))
+    return f"the factory `optimizer` was given lr={lr:g} and made an optimizer with {said}, which the run begins with"
+
+
 def make_optimizer(
     name: str, *, weight_decay: float | None, momentum: float | None, device: torch.device
 ) -> Callable[..., torch.optim.Optimizer] | None:

@@ -80,6 +80,7 @@ def reshard(
         if was != rows:
             raise UserError(f"the checkpoint was made with other settings: rows {was} is now {rows}")
         first["rows"] = settings["rows"]
+    first["policy_options"] = _options_now(first.get("policy_options"), settings["policy_options"])
     former_batches = first["batches"]
     first |= {name: settings[name] for name in OF_A_PROCESS if name != "rows"}
     ratio = _steps_ratio(first, settings, former_batches, loader.batches())
@@ -108,6 +109,14 @@ def reshard(
         own |= {"rng": further_rng_state(parts[now.rank % former]["rng"], now.rank), "buffers": parts[0]["buffers"]}
     # Rounded: ten steps of fifteen times a third are ten, whatever their last bit.
     return Resumed(own, first, round((history[0]["steps"] + extra_steps) * ratio - history[0]["steps"], 6))
+
+
+def _options_now(was: Any, now: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a policy's former options with the process group of now: one process has none to share a gate with."""
+    if not isinstance(was, list) or len(was) != len(now):
+        return was
+    groups = [{name: part[name] for name in ("process_group",) if name in part} for part in now]
+    return [{**former, **group} for former, group in zip(was, groups, strict=True)]
 
 
 def _keys(mappings: Sequence[Mapping[str, Any]]) -> list[str]:

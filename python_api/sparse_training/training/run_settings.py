@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.optim.lr_scheduler import LRScheduler
 
 from sparse_training.data.loader import Loader
@@ -40,8 +42,11 @@ _LATER = (
     "batch",
     "data",
     "data_rows",
+    "model",
+    "model_options",
 )
-_OF_LIBRARIES = ("groups", "schedule_options")  # other versions of an optimizer may have more options
+_OF_LIBRARIES = ("groups", "schedule_options", "model_options")  # other versions of an optimizer may have more options
+_PYTORCHS = "torch.nn.modules."
 # How an optimizer computes, and what follows the schedule.
 _UNCOMPARED = ("lr", "initial_lr", "last_epoch", "foreach", "fused", "capturable", "differentiable")
 _CODE = re.compile(r"<lambda> (\S+) [0-9a-f]{8}")
@@ -59,6 +64,7 @@ def made_with(trainer: TrainingStep, schedule: Schedule) -> dict[str, Any]:
         Plain values by name, which must agree for a run to be the continuation of another.
     """
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    modules = list(_modules(trainer.model))
     criterion, settings = trainer.criterion, trainer.settings
     return {
         "loss": describe(criterion.loss),
@@ -66,6 +72,8 @@ def made_with(trainer: TrainingStep, schedule: Schedule) -> dict[str, Any]:
             {**_options_of(group), "parameters": _summary(names.get(id(part), "another's") for part in group["params"])}
             for group in trainer.optimizer.param_groups
         ],
+        "model": {name: kind.__name__ for name, _, kind in modules},
+        "model_options": {name: options for name, module, _ in modules if (options := _made_of(module))},
         "trainable": _summary(name for name, part in trainer.model.named_parameters() if part.requires_grad),
         "schedule_options": _schedule_options(schedule),
         "criterion": {
@@ -77,6 +85,57 @@ def made_with(trainer: TrainingStep, schedule: Schedule) -> dict[str, Any]:
         },
         "batch": {"inputs": _function(settings.inputs), "targets": _function(settings.targets)},
     }
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, type]]:
+    """Yield names and modules of a model, and the kinds of PyTorch's that they are, or of which they are subclasses.
+
+    The kind of others is ``Module``: their classes have names that users and libraries change.
+    """
+    for name, module in model.named_modules():
+        kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith(_PYTORCHS))
+        if isinstance(module, _BatchNorm):  # with several processes users convert it to SyncBatchNorm
+            kind = _BatchNorm
+        yield name or "itself", module, getattr(kind, "cls_to_become", None) or kind  # of a lazy one, what it will be
+
+
+def _made_of(module: nn.Module) -> dict[str, Any]:
+    """Return what a module was made with, such as a dropout's p; of modules that are not PyTorch's the floats alone.
+
+    Their other numbers and words may be the process's own, such as its rank or device, and a text that describes a
+    module, such as its ``repr``, may hold addresses and differs between versions of PyTorch.
+    """
+    if isinstance(module, LazyModuleMixin):  # sizes that it does not know yet are 0
+        return {}
+    kind: Any = type(module)
+    arguments = _arguments_of(kind)
+    given = {
+        name: value
+        for name, value in vars(module).items()
+        if not isinstance(value, Tensor) and (arguments.get(name) or (name in arguments and isinstance(value, float)))
+    }
+    return {name: _plain(value) for name, value in _numbers(given).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or a word without a class of its own, such as an enumeration's, which no checkpoint holds."""
+    for kind, plain in ((bool, bool), (int, int), (float, float), (str, str.__str__)):
+        if isinstance(value, kind):
+            return plain(value)
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+
+
+@functools.cache
+def _arguments_of(kind: type) -> dict[str, bool]:
+    """Return the names of a class's and its bases' arguments, and whether each is one of PyTorch's own modules."""
+    found: dict[str, bool] = {}
+    for base in kind.__mro__:
+        own = base.__module__.startswith(_PYTORCHS)
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it has none, or none that Python can read
+            found |= {
+                name: own or found.get(name, False) for name in inspect.signature(vars(base)["__init__"]).parameters
+            }
+    return found
 
 
 def _options_of(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,7 +378,7 @@ def _differences(name: str, was: Any, now: Any, *, common: bool) -> Iterator[str
             if not common or (key in was and key in now):
                 pair = (was.get(key, "absent"), now.get(key, "absent"))
                 yield from _differences(f"{name}.{key}", *pair, common=common)
-    elif was != now and not _is_other_python(was, now):
+    elif was != now and repr(was) != repr(now) and not _is_other_python(was, now):
         yield f"{name} {was} is now {now}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from sparse_training.training.flops import Operations
 from sparse_training.training.learning_rates import LearningRates
 from sparse_training.training.modes import OptimizerModes
 from sparse_training.training.optimizer_step import OptimizerStep
-from sparse_training.training.optimizers import learning_rate, resolve_optimizer
+from sparse_training.training.optimizers import learning_rate, resolve_optimizer, unused_rate
 from sparse_training.training.running_statistics import SavedStatistics
 from sparse_training.training.settings import TrainerSettings
 from sparse_training.user_code import described, explained
@@ -69,6 +70,7 @@ class TrainingStep:
         lr: learning rate of an optimizer made here, above 0; None for the default.
         settings: precision, accumulation and other settings of the step.
         device: PyTorch device to train on; None for the model's.
+        ranks: the processes that train together. Default: all of torch.distributed's.
 
     Attributes:
         policy: the policy of the sparse steps.
@@ -92,9 +94,10 @@ class TrainingStep:
         lr: float | None,
         settings: TrainerSettings,
         device: torch.device | str | None,
+        ranks: Ranks | None = None,
     ) -> None:
         check_model(model)
-        lr = learning_rate(lr, optimizer)
+        rate = learning_rate(lr, optimizer)
         if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
             check_optimizer(optimizer, model)
         if criterion.granularity == "token" and policy.uses_scores and type(policy.scorer) is not SelfScorer:
@@ -104,10 +107,9 @@ class TrainingStep:
             )
         # A copy: what the model's own loss says of its outputs is of this model alone.
         self.criterion, self.policy, self.dense = copy.copy(criterion), policy, Policy()
-        self.criterion.learns = False  # but for the losses that are trained on
         self.settings, self.amp, self.precision = settings, settings.amp_dtype, settings.scoring_precision
         self.device = devices.find(device) if device is not None else _device_of(model)
-        self.ranks = Ranks()
+        self.ranks = ranks or Ranks()
         model, wrapped = split_wrapper(model)
         if settings.ema is not None and is_sharded(model):
             raise UserError("`ema` cannot average a model that FSDP shards; give no ema")
@@ -118,7 +120,9 @@ class TrainingStep:
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attach(self.policy)
-        self.optimizer = resolve_optimizer(optimizer, self.model, lr, self.device)
+        self.optimizer = resolve_optimizer(optimizer, self.model, rate, self.device)
+        if lr is not None and (unused := unused_rate(self.optimizer, rate)) is not None:
+            warnings.warn(unused, stacklevel=3)
         check_accumulation(self.optimizer, settings.accumulate)
         self.rates, self.modes = LearningRates(self.optimizer), OptimizerModes(self.optimizer)
         self.update = OptimizerStep(self.model, self.optimizer, settings, device=self.device, ranks=self.ranks)
@@ -173,6 +177,10 @@ class TrainingStep:
         Returns:
             The batch and its selected rows.
         """
+        with self.criterion.learning(learns=False):  # but for the losses that are trained on
+            return self._step(policy, loader, item)
+
+    def _step(self, policy: Policy, loader: Loader, item: Any) -> tuple[Batch, SelectedBatch]:
         if self.criterion.granularity == "token":
             samples = loader.load(item)
             with self.operations.of("train", samples.rows):
@@ -381,7 +389,8 @@ class TrainingStep:
         loader, model = self.loader(data), self.update.evaluated
         total = torch.zeros(4, dtype=torch.float64, device=self.device)  # losses, rows, correct, tokens
         classes = False
-        with torch.random.fork_rng(devices=[]), evaluation_statistics(model), self.modes.during(training=False):
+        still = self.criterion.learning(learns=False)
+        with torch.random.fork_rng(devices=[]), evaluation_statistics(model), still, self.modes.during(training=False):
             for item in loader:
                 batch = loader.load(item)
                 self._settle(model, batch)
