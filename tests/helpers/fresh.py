@@ -202,7 +202,7 @@ def _main(folder: str, *imports: str) -> dict[str, Any]:
         found = sys.modules["__main__"].__dict__
         exec(compile(rest[0], "<string>", "exec"), found)
         return found
-    elif mode == "-m":
+    if mode == "-m":
         sys.path[0], sys.argv = os.getcwd(), rest
         return runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     sys.path[0] = str(Path(mode).parent)
