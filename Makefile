@@ -27,12 +27,12 @@ demo: $(DEMO)  ## train dense, random, infobatch and gate at 10% on the embedded
 help:  ## print this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-# A process a core, a file's tests in one of them, in the order of tests/conftest.py. Each has one thread: two on as many
+# A process a core, a file's tests in one of them, the longest first. Each has one thread: two on as many
 # cores wait for those of the other process, which took up to three times the work. The kernels' tests have two, which
-# wait asleep: tests/kernels/conftest.py.
+# wait asleep: tests/kernels/conftest.py. The order is that of tests/file_seconds.txt, which RECORD=1 writes.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-PYTEST := $(THREADS) $(BIN)/pytest -q $(PARALLEL)
+PYTEST := $(THREADS) $(BIN)/pytest -q $(PARALLEL) $(if $(RECORD),--record-seconds)
 
 test: $(READY) hosts  ## the suite but for what is marked slow
 	$(PYTEST) -m 'not slow'
@@ -40,7 +40,7 @@ test: $(READY) hosts  ## the suite but for what is marked slow
 test-slow: $(READY) hosts  ## what is marked slow
 	$(PYTEST) -m slow
 
-test-all: $(READY) hosts  ## both in one run, with one start, and one end at which a core waits for the other
+test-all: $(READY) hosts  ## both in one run, with one start, and one end at which a core waits; RECORD=1 for the order of the next
 	$(PYTEST)
 
 # Files of packages whose pins forbid one environment: tests load single files of them (tests/helpers/host_files.py).

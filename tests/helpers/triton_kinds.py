@@ -18,13 +18,17 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import driver
 from triton_code import accesses, dealt, waits
 from triton_without_gpu import instructions, registers_and_stack, without_gpu
 
@@ -35,6 +39,13 @@ from sparse_kernels.types import STATISTICS
 BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HARD = {"softcap": 30.0, "label_smoothing": 0.1}
 SINCE_3_6 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+
+class Launch(NamedTuple):
+    case: str
+    kernel: Any
+    grid: Any
+    arguments: dict[str, Any]
 
 
 class Caught:
@@ -202,29 +213,70 @@ def table() -> dict[str, Callable[[], None]]:
     return found
 
 
-def compile_all(arch: int, what: str, names: list[str]) -> list[dict[str, Any]]:
-    """Return what is known of each kernel of the calls, compiled for an architecture."""
+# Options that follow from the architecture: the front end asks for them where a kernel has products or float8.
+OF_ARCHITECTURE = {
+    "arch", "supported_fp8_dtypes", "deprecated_fp8_dtypes", "deprecated_fp8_dot_operand_dtypes",
+    "max_num_imprecise_acc_default",
+}  # fmt: skip
+
+
+def share_front_ends() -> None:
+    """Let Triton translate a kernel to its first representation once for all architectures: a quarter of its work.
+
+    A kernel that might be translated differently for another one fails: it has no driver to ask for the GPU, and no
+    options and functions that follow from it.
+    """
+    make_ir = ASTSource.make_ir
+    texts: dict[tuple[str, str], str] = {}
+
+    def shared(self: Any, *arguments: Any) -> Any:
+        *target, options, _, modules, context = arguments
+        common = {name: value for name, value in vars(options).items() if name not in OF_ARCHITECTURE}
+        key = self.hash(), repr(sorted(common.items()))
+        if key not in texts:
+            active = driver.active
+            driver.set_active(SimpleNamespace())
+            module = make_ir(self, *target, SimpleNamespace(**common), {}, modules, context)
+            driver.set_active(active)
+            texts[key] = str(module)
+            return module
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(texts[key])
+            file.flush()
+            module = ir.parse_mlir_module(file.name, context)
+        module.context = context
+        return module
+
+    ASTSource.make_ir = shared
+
+
+def compile_all(what: str, names: list[str], architectures: list[int]) -> dict[int, list[dict[str, Any]]]:
+    """Return what is known of each kernel of the calls, compiled for each architecture."""
     calls = CALLS[what]()
+    launches: list[Launch] = []
+    triton_backend.processors = lambda device: 132
+    name = ""
+    catch(lambda kernel, grid, arguments: launches.append(Launch(name, kernel, grid, arguments)))
+    for name in names:
+        calls[name]()
+    share_front_ends()
+    return {arch: compile_for(arch, launches) for arch in architectures}
+
+
+def compile_for(arch: int, launches: list[Launch]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     cubins: list[bytes] = []
     without_gpu(arch)
-    triton_backend.processors = lambda device: 132
-    name = ""
-
-    def take(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+    for case, kernel, grid, arguments in launches:
         if arch <= 75 and not SINCE_3_6 and arguments["logits_ptr"].dtype is BFLOAT16:
-            return  # Triton before 3.6 has no bfloat16 there
+            continue  # Triton before 3.6 has no bfloat16 there
         built = kernel.warmup(grid=grid, **arguments)
         registers, stack = registers_and_stack(built.asm["cubin"])
         cubins.append(built.asm["cubin"])
         found.append({
-            "case": name, "grid": grid, "registers": registers, "stack": stack, "warps": arguments["num_warps"],
+            "case": case, "grid": grid, "registers": registers, "stack": stack, "warps": arguments["num_warps"],
             "loads": accesses("ld", built), "stores": accesses("st", built), "dealt": dealt(built),
         })  # fmt: skip
-
-    catch(take)
-    for name in names:
-        calls[name]()
     for kernel, code in zip(found, instructions(arch, cubins), strict=True):
         kernel["waits"] = waits(code)
         kernel["single loads"] = sum("LDG" in word and ".128" not in word for word in code)
@@ -265,7 +317,7 @@ def keys() -> dict[str, list[str]]:
 
 
 CALLS: dict[str, Callable[[], dict[str, Callable[[], None]]]] = {"named": lambda: NAMED, "table": table}
-PART = 20  # calls of a process
+PART = 20  # calls of a process: all architectures of a call share its front end
 
 
 def main(what: str, *architectures: str) -> None:
@@ -274,15 +326,12 @@ def main(what: str, *architectures: str) -> None:
         print(json.dumps(keys()))
         return
     names = [name for name in CALLS[what]() if re.search(os.environ.get("TRITON_KINDS", ""), name)]
-    parts = [names[start : start + PART] for start in range(0, len(names), PART)]
-    jobs = [(int(arch), what, part) for arch in architectures for part in parts]
     processes = int(os.environ.get("TRITON_PROCESSES", len(os.sched_getaffinity(0))))
+    parts = max(processes, -(-len(names) // PART))
+    jobs = [(what, names[part::parts], list(map(int, architectures))) for part in range(parts)]
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         found = pool.starmap(compile_all, jobs, chunksize=1)
-    by_arch: dict[int, list[dict[str, Any]]] = {int(arch): [] for arch in architectures}
-    for (arch, _, _), kernels in zip(jobs, found, strict=True):
-        by_arch[arch] += kernels
-    print(json.dumps(by_arch))
+    print(json.dumps({arch: [kernel for part in found for kernel in part[int(arch)]] for arch in architectures}))
 
 
 if __name__ == "__main__":

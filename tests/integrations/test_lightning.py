@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,10 +239,7 @@ def run(folder, *arguments):
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python_api'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(script), str(folder), *arguments], env=environment, capture_output=True, text=True,
-        timeout=240, check=False,
-    )  # fmt: skip
+    return fresh.run(str(script), str(folder), *arguments, environment=environment, imports=["lightning"])
 
 
 @pytest.mark.slow

@@ -3,14 +3,12 @@
 A process that interprets cannot compile, so what compiles ahead of time runs in a process of its own.
 """
 
-import functools
 import json
 import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import fresh
 import pytest
 
 pytest.importorskip("triton")
@@ -48,7 +46,8 @@ def test_programs_of_few_long_rows_fill_whole_waves(rows):
 
 
 TRITON = tuple(map(int, version("triton").split(".")[:2]))
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # hundreds of compilations where none is kept yet
+LIMIT = 1800.0  # seconds: hundreds of compilations where none is kept yet
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT)]
 
 # Triton 3.2's assembler ends at 90.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120) if TRITON >= (3, 6) else (75, 80, 86, 89, 90)
@@ -68,8 +67,8 @@ def kinds(request, tmp_path_factory, *arguments, **variables):
     environment.pop("TRITON_INTERPRET", None)
     helpers = str(Path(__file__).parents[1] / "helpers")
     environment["PYTHONPATH"] = os.pathsep.join([helpers, *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "triton_kinds", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    done = fresh.run("-m", "triton_kinds", *map(str, arguments), environment=environment, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -82,20 +81,11 @@ def compiled(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kinds_of_table(request, tmp_path_factory):
-    """Returns kinds of the launch table for an architecture: some, in one run, or all, an architecture a run."""
+    """Kinds of the launch table for each architecture: some, or all."""
     every = os.environ.get("TRITON_MATRIX") == "all"
     only = "" if every else "float32, (10|127|128) classes, everything|bfloat16, 255 classes, everything"
-
-    @functools.cache
-    def run(*architectures):
-        return kinds(request, tmp_path_factory, "table", *architectures, TRITON_KINDS=only)
-
-    def of(arch):
-        found = run(*((arch,) if every else ARCHITECTURES))[str(arch)]
-        assert len(found) >= (100 if every else 3)
-        return found
-
-    return of
+    found = kinds(request, tmp_path_factory, "table", *ARCHITECTURES, TRITON_KINDS=only)
+    return {arch: found[str(arch)] for arch in ARCHITECTURES}
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +114,9 @@ def test_compiles_for_gpus_and_fits_registers(arch, compiled):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_kind_of_the_launch_table_spills(arch, kinds_of_table):
     """`make test-triton-matrix` compiles every kind, with each Triton; other runs take some of them."""
-    spilling = [f"{kernel['case']}: {kernel['stack']} bytes" for kernel in kinds_of_table(arch) if kernel["stack"]]
+    found = kinds_of_table[arch]
+    assert len(found) >= (100 if os.environ.get("TRITON_MATRIX") == "all" else 3)
+    spilling = [f"{kernel['case']}: {kernel['stack']} bytes" for kernel in found if kernel["stack"]]
     assert not spilling, "\n".join(spilling)
 
 

@@ -5,10 +5,9 @@ Triton compiles for a GPU that is not here, in a process of its own, and its lau
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 pytest.importorskip("triton")
@@ -118,7 +117,8 @@ def found(tmp_path_factory):
     paths = os.pathsep.join([helpers, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": paths}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, check=True)
+    done = fresh.run("-c", SCRIPT, environment=environment)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,12 +24,12 @@ ROOT = Path(__file__).parents[2]
 
 def start(ranks: int, run: Path, epochs: int) -> list[str]:
     places = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        str(ROOT / "examples/image_folder.py"), "--folder", str(run), "--epochs", str(epochs),
-    ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": places.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=run.parent, env=environment, capture_output=True, text=True, check=False)
+    done = fresh.run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+        str(ROOT / "examples/image_folder.py"), "--folder", str(run), "--epochs", str(epochs),
+        cwd=run.parent, environment=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return sorted(re.findall(r"rank .*|epochs .*", done.stdout))
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -295,13 +294,12 @@ def test_torchrun_goes_on_with_another_number_of_processes(tmp_path: Path) -> No
     script.write_text(SCRIPT)
 
     def start(ranks: int, stop: int) -> list[str]:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-            str(script), str(tmp_path / "run"), str(stop),
-        ]  # fmt: skip
         places = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": places.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = fresh.run(
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            str(script), str(tmp_path / "run"), str(stop), cwd=tmp_path, environment=environment,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return sorted(re.findall(r"rank \d: \d+ steps, (?:True|False), \d+ rows known", done.stdout))
 

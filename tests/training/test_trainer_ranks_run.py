@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -149,10 +149,10 @@ def test_a_loader_gives_each_process_its_part(run: Callable[..., list[Any]]) -> 
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*line, "-m", "sparse_training", *arguments], capture_output=True, text=True, check=False, timeout=600
-    )
+    return fresh.run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sparse_training", *arguments,
+        timeout=600,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
