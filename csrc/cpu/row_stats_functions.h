@@ -34,8 +34,9 @@ struct RowStatsFunctions {
   void (*backward)(const RowStatsBackwardArgs& args, int64_t begin, int64_t end);
 };
 
-// True on processors that gain by fetching large planes past the outer caches: AMD's. Elsewhere it
-// was not measured, and a line that leaves the innermost cache before its use is read twice.
+// True on processors that gain by fetching large planes past the outer caches: AMD's. A line that
+// leaves the innermost cache before its use is read twice then: on an Intel Xeon (model 207) pixels
+// took 1.4 to 2 times as long.
 bool fetches_past_caches();
 
 namespace portable {

@@ -64,13 +64,19 @@ def test_rows_about_those_that_are_decided_together(instruction_set, rows):
     compare(logits.t().contiguous(), targets, dim=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["pixels", "few classes"])
-def test_bad_rows_of_a_tile_are_counted_and_leave_the_others_alone(instruction_set, layout):
+def test_bad_rows_of_a_tile_are_counted_and_leave_the_others_alone(instruction_set, layout, dtype):
+    """Also a NaN with a sign, which is below all numbers where logits of 16 bits are compared as integers."""
     torch.manual_seed(2)
-    logits, targets = torch.randn(600, 21), torch.randint(0, 21, (600,))
-    bad = {3: torch.nan, 255: torch.inf, 256: torch.nan, 599: torch.nan}
+    logits, targets = torch.randn(600, 21).to(dtype), torch.randint(0, 21, (600,))
+    bad = {3: torch.nan, 255: torch.inf, 256: torch.nan, 257: -torch.nan, 598: -torch.nan, 599: torch.nan}
     for row, value in bad.items():
         logits[row, row % 21] = value
+    negative = [257, 598]
+    logits[negative] = torch.where(logits[negative].isnan(), -logits[negative].abs(), logits[negative])
+    assert logits[negative].isnan().logical_and(logits[negative].signbit()).sum() == 2
+    targets[[3, 257]] = torch.tensor([3, 257 % 21])  # the target's own logit
     logits[17] = -torch.inf
     bad_rows = torch.tensor([*bad, 17])
     dim = 1
@@ -85,6 +91,21 @@ def test_bad_rows_of_a_tile_are_counted_and_leave_the_others_alone(instruction_s
     torch.testing.assert_close(ours.significance, wanted.significance, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert torch.equal(ours.mask, wanted.mask)
     assert torch.equal(ours.stats.argmax, wanted.stats.argmax)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pixels_of_16_bits_are_as_the_same_logits_in_float32(instruction_set, dtype):
+    """Signs of zeros, the largest and smallest numbers and infinities among them, as targets and as others."""
+    torch.manual_seed(3)
+    info = torch.finfo(dtype)
+    special = torch.tensor([0.0, -0.0, info.max, info.min, info.tiny, -info.tiny, info.tiny / 4, -torch.inf, 3.0])
+    logits = special[torch.randint(0, len(special), (2, 33, 20, 21))].to(dtype)
+    logits[:, 7] = torch.randn(2, 20, 21).to(dtype)  # no row is of infinities alone
+    targets = torch.randint(0, 33, (2, 20, 21))
+    ours = sk.row_stats(logits, targets, outputs=OUTPUTS, dim=1, backend="cpp")
+    wide = sk.row_stats(logits.float(), targets, outputs=OUTPUTS, dim=1, backend="cpp")
+    for name in OUTPUTS:
+        torch.testing.assert_close(getattr(ours, name), getattr(wide, name), rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("row", [0, 300, 599])
