@@ -58,7 +58,8 @@ struct Exponential {
   }
 };
 
-// log(x) for x >= sqrt(1/2), with an error below 1 ulp; NaN for NaN and infinity.
+// log(x) for x >= 1, with an error below 1 ulp; NaN for NaN and infinity. vec_avx512.h has its own
+// for floats.
 template <class Vec>
 __attribute__((always_inline)) inline Vec vec_log(Vec x) {
   using Real = typename Vec::Real;
