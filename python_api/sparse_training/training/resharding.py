@@ -115,8 +115,8 @@ def _options_now(was: Any, now: Sequence[Mapping[str, Any]]) -> Any:
     """Return a policy's former options with the process group of now: one process has none to share a gate with."""
     if not isinstance(was, list) or len(was) != len(now):
         return was
-    groups = [{name: part[name] for name in ("process_group",) if name in part} for part in now]
-    return [{**former, **group} for former, group in zip(was, groups, strict=True)]
+    name = "process_group"
+    return [{**part, name: own[name]} if name in own else part for part, own in zip(was, now, strict=True)]
 
 
 def _keys(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
